@@ -1,0 +1,203 @@
+"""The bundle: a folder that holds everything needed to use a trained model.
+
+    bundle.json           what the model is: architecture, classes, preprocessing, calibration, evidence, and the
+                          SHA-256 of every other file, so that the digest of this one file vouches for all
+    model.safetensors     the weights (fp16 or fp32)
+    golden.json, golden/  pictures with the answers this model must give, wherever it runs
+    graph.xml, graph.bin  the serving graph (OpenVINO), derived from the weights; a slim bundle comes without
+
+Imports neither torch nor OpenVINO, so that the registry's side can check a bundle cheaply.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from handlers.calibration import Calibration
+from handlers.preprocessing import Preprocessing
+from handlers.taxonomy import CODES
+
+SCHEMA = 1
+CONFIG = "bundle.json"
+WEIGHTS = "model.safetensors"
+GRAPH = "graph.xml"
+GRAPH_WEIGHTS = "graph.bin"
+GOLDEN = "golden.json"
+
+
+class BundleError(ValueError):
+    """A bundle that is incomplete, damaged or not what it says it is."""
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """A picture and the answer the exported model gave for it in fp32."""
+
+    name: str
+    image: bytes
+    probabilities: dict[str, float]
+    grid: list[list[float]]
+
+    def disagreement(self, probabilities: dict[str, float], grid: list[list[float]]) -> tuple[float, float]:
+        """How far an answer is from this one: largest probability difference, and 1 - correlation of the maps.
+
+        Two maps that are both flat correlate perfectly.
+        """
+        difference = max(abs(probabilities[code] - self.probabilities[code]) for code in self.probabilities)
+        ours, theirs = np.ravel(self.grid), np.ravel(grid)
+        if ours.shape != theirs.shape:
+            return difference, 1.0
+        if ours.std() < 1e-6 or theirs.std() < 1e-6:
+            return difference, 0.0 if np.allclose(ours, theirs, atol=1e-2) else 1.0
+        return difference, 1.0 - float(np.corrcoef(ours, theirs)[0, 1])
+
+
+@dataclass(frozen=True)
+class BundleConfig:
+    """The content of bundle.json but for the file list.
+
+    `classes` are the codes of the head's outputs in order; `options` go to build_backbone; `evidence` is what is known
+    of the training (run_id, dataset_fingerprint, code_revision, metrics, ...); `runtime` says what serves the model:
+    "openvino" once the graph is there, "torch" when it cannot be exported, "" while that is undecided.
+    """
+
+    name: str
+    architecture: str
+    options: dict[str, Any]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    calibration: Calibration
+    evidence: dict[str, Any] = field(default_factory=dict)
+    runtime: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as kept in bundle.json."""
+        return {"schema": SCHEMA, **asdict(self), "classes": list(self.classes)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BundleConfig":
+        """The inverse of to_dict. Raises BundleError for another schema or unknown class codes."""
+        if values.get("schema") != SCHEMA:
+            raise BundleError(f"The bundle has schema {values.get('schema')!r}; this version reads schema {SCHEMA}.")
+        try:
+            config = cls(
+                name=values["name"],
+                architecture=values["architecture"],
+                options=values["options"],
+                classes=tuple(values["classes"]),
+                preprocessing=Preprocessing.from_dict(values["preprocessing"]),
+                calibration=Calibration.from_dict(values["calibration"]),
+                evidence=values["evidence"],
+                runtime=values["runtime"],
+            )
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"{CONFIG} lacks or garbles an entry: {error}") from error
+        if unknown := [code for code in config.classes if code not in CODES]:
+            raise BundleError(f"{CONFIG} names classes that the taxonomy does not know: {', '.join(unknown)}.")
+        return config
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle on disk. `digest` is "sha256:" and the hash of bundle.json."""
+
+    path: Path
+    config: BundleConfig
+    files: dict[str, dict[str, Any]]
+    digest: str
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Bundle":
+        """Read a bundle and check every file it lists. Raises BundleError."""
+        path = Path(path)
+        try:
+            text = (path / CONFIG).read_bytes()
+            values = json.loads(text)
+        except OSError as error:
+            raise BundleError(f"{path} is not a bundle: {CONFIG} cannot be read ({error.strerror}).") from error
+        except ValueError as error:
+            raise BundleError(f"{path / CONFIG} is not JSON: {error}") from error
+        config = BundleConfig.from_dict(values)
+        files = values.get("files", {})
+        for name, entry in files.items():
+            file = path / name
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise BundleError(f"{CONFIG} lists a file outside the bundle: {name}")
+            if not file.is_file():
+                raise BundleError(f"The bundle {path} lacks {name}.")
+            if file_sha256(file) != entry["sha256"]:
+                raise BundleError(f"{file} was changed or damaged: its SHA-256 is not the one in {CONFIG}.")
+        for name in (WEIGHTS, GOLDEN):
+            if name not in files:
+                raise BundleError(f"{CONFIG} in {path} does not list {name}.")
+        return cls(path, config, files, "sha256:" + hashlib.sha256(text).hexdigest())
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the serving graph is in the bundle."""
+        return GRAPH in self.files
+
+    def golden(self) -> list[GoldenCase]:
+        """The golden cases, in order."""
+        return [
+            GoldenCase(case["name"], (self.path / case["name"]).read_bytes(), case["probabilities"], case["grid"])
+            for case in json.loads((self.path / GOLDEN).read_bytes())
+        ]
+
+
+def seal(folder: Path, config: BundleConfig) -> Bundle:
+    """Write bundle.json over the files that lie in `folder`, and load the result."""
+    files = {
+        file.relative_to(folder).as_posix(): {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != CONFIG
+    }
+    write_json(folder / CONFIG, {**config.to_dict(), "files": files})
+    return Bundle.load(folder)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON with sorted keys, so that the same values give the same bytes; durable and all or nothing."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        json.dump(values, file, indent=1, sort_keys=True, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary = Path(file.name)
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises BundleError if `out` exists and is anything but a bundle or an empty folder.
+    """
+    if out.exists() and not (out / CONFIG).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BundleError(f"{out} exists and is not a bundle; name another folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        folder.chmod(0o755)
+        yield folder
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,171 @@
+"""The serving graph: uint8 pixels and wanted classes in, logits and Grad-CAM maps out; eager or through OpenVINO."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, WEIGHTS, Bundle, BundleError, new_folder, seal
+
+# The exported graph in fp32 must give the eager model's answers to this.
+PROBABILITY_TOLERANCE = 1e-4
+MAP_TOLERANCE = 0.01
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies in bf16."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+class Runtime(Protocol):
+    """Something that runs a bundle's graph."""
+
+    precision: str
+
+    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels uint8 (N, S, S, 3), wanted classes int64 (N,) or -1, to float32 logits (N, K) and maps (N, h, w)."""
+        ...
+
+
+class OpenVinoRuntime:
+    """The exported graph, computing in `precision` "bf16" or "f32"."""
+
+    def __init__(self, bundle: Bundle, precision: str = "f32", threads: int | None = None) -> None:
+        import openvino
+
+        # Unless told, OpenVINO chooses the precision by itself and says nothing.
+        options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        if threads:
+            options["INFERENCE_NUM_THREADS"] = str(threads)
+        self.precision = precision
+        self._request = openvino.Core().compile_model(str(bundle.path / GRAPH), "CPU", options).create_infer_request()
+
+    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        results = self._request.infer([pixels, target], share_inputs=True)
+        return results[0], results[1]
+
+
+class TorchRuntime:
+    """The eager model, for bundles without a graph and as the reference for those that have one."""
+
+    def __init__(self, bundle: Bundle, precision: str = "auto", threads: int | None = None) -> None:
+        import torch
+
+        if precision not in ("auto", "f32"):
+            raise BundleError(f"The eager model runs in f32; precision {precision!r} needs the exported graph.")
+        if threads:
+            torch.set_num_threads(threads)
+        self.precision = "f32"
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._module = serving_module(bundle).to(self._device)
+
+    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        with torch.inference_mode():
+            logits, maps = self._module(
+                torch.tensor(pixels, device=self._device), torch.tensor(target, device=self._device)
+            )
+        return logits.cpu().numpy(), maps.cpu().numpy()
+
+
+def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is imported only when it is needed
+    """The eager torch module of a bundle: normalisation, backbone, Grad-CAM; in eval mode, fp32."""
+    import torch
+    from safetensors.torch import load_file
+    from torch import Tensor, nn
+
+    from handlers.backbone import build_backbone
+    from handlers.gradcam import grad_cam
+
+    config = bundle.config
+    backbone = build_backbone(
+        config.architecture, len(config.classes), config.preprocessing.image_size, options=config.options
+    )
+    weights = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS).items()}
+    try:
+        missing, unexpected = backbone.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise BundleError(f"The weights do not fit {config.architecture}: {error}") from error
+    # Batch norm's counter of batches is the one entry that export leaves out.
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        raise BundleError(f"The weights do not fit {config.architecture}: {(missing + unexpected)[:3]} ...")
+
+    class ServingModule(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cam = grad_cam(backbone.eval())
+            # Preprocessing.normalize, inside the graph: there it is free.
+            self.scale = nn.Buffer(1 / (255 * torch.tensor(std)))
+            self.offset = nn.Buffer(-torch.tensor(mean) / torch.tensor(std))
+
+        def forward(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            return self.cam((pixels.float() * self.scale + self.offset).permute(0, 3, 1, 2), target)
+
+    mean, std = config.preprocessing.mean, config.preprocessing.std
+    return ServingModule().eval()
+
+
+def complete(source: Path, out: Path) -> Bundle:
+    """Copy a bundle to `out` with the serving graph derived from its weights, checked against the eager model.
+
+    A bundle that has its graph is copied as it is. One whose backbone cannot be exported is marked runtime "torch".
+
+    Raises:
+        BundleError: the source is damaged, or the exported graph disagrees with the eager model.
+    """
+    bundle = Bundle.load(source)
+    with new_folder(Path(out)) as folder:
+        for name in bundle.files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path / name, folder / name)
+        if bundle.config.runtime:
+            shutil.copyfile(bundle.path / CONFIG, folder / CONFIG)
+        else:
+            module = serving_module(bundle)
+            if module.cam.exportable:
+                _export(module, bundle, folder)
+            runtime = "openvino" if module.cam.exportable else "torch"
+            sealed = seal(folder, type(bundle.config)(**{**vars(bundle.config), "runtime": runtime}))
+            _check(sealed)
+    return Bundle.load(out)
+
+
+def _export(module, bundle: Bundle, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    import openvino
+    import torch
+
+    size = bundle.config.preprocessing.image_size
+    # Two rows, as torch.export takes a batch of one for a constant.
+    example = (torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.tensor([-1, 0]))
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    with torch.no_grad():
+        program = torch.export.export(module, example, dynamic_shapes=({0: batch}, {0: batch}), strict=False)
+    graph = openvino.convert_model(program)
+    graph.reshape({graph.inputs[0]: [-1, size, size, 3], graph.inputs[1]: [-1]})
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        openvino.save_model(graph, Path(temporary) / GRAPH, compress_to_fp16=False)
+        for name in (GRAPH, GRAPH_WEIGHTS):
+            (Path(temporary) / name).rename(folder / name)
+
+
+def _check(bundle: Bundle) -> None:
+    """Hold the graph, in fp32, against the answers that the eager model gave at export. Raises BundleError."""
+    from handlers.predictor import Predictor
+
+    cases = bundle.golden()
+    predictor = Predictor(bundle, precision="f32")
+    for case, answer in zip(cases, predictor.predict([case.image for case in cases]), strict=True):
+        if isinstance(answer, Exception):
+            raise BundleError(f"The golden image {case.name} is refused: {answer}") from answer
+        probability, cam = case.disagreement(answer.probabilities, answer.grid or [])
+        if probability > PROBABILITY_TOLERANCE or cam > MAP_TOLERANCE:
+            raise BundleError(
+                f"The serving graph disagrees with the model on {case.name}: probabilities by {probability:.2g}, "
+                f"1 - correlation of the maps {cam:.2g}."
+            )

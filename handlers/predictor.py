@@ -1,0 +1,280 @@
+"""Images to predictions: what the handler, the command line, evaluation and the registered model all call.
+
+from handlers.predictor import Predictor
+predictor = Predictor.load("model_store/skin_vit")
+[answer] = predictor.predict([Path("lesion.jpg").read_bytes()])
+answer.probabilities["MEL"], answer.grid
+"""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from handlers.bundle import Bundle
+from handlers.graph import OpenVinoRuntime, Runtime, TorchRuntime, has_bf16
+from handlers.preprocessing import DecodedImage, ImageError
+from handlers.taxonomy import BY_CODE, CODES, TAXONOMY, UNKNOWN
+
+DISCLAIMER = "Research use only. Not a medical device."
+GRADCAM_FORMS = ("grid", "overlay", "none")
+# How far bf16 may move a probability of a golden answer before "auto" goes back to f32.
+LOW_PRECISION_TOLERANCE = 1e-2
+OVERLAY_SIDE = 640  # pixels; enough for a page, small enough to encode while others wait
+
+# The views of test-time augmentation: as sent, and its three mirror images.
+_VIEWS = (np.s_[:, :], np.s_[:, ::-1], np.s_[::-1, :], np.s_[::-1, ::-1])
+
+
+class RequestError(ImageError):
+    """A request whose options are wrong; status 400."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(400, "invalid_request", message)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture and what is wanted of it.
+
+    `gradcam` is "grid", "overlay" (a PNG as well) or "none"; `target` is the class code whose map is wanted (default:
+    the most probable); `tta` averages the logits over the picture and its mirror images.
+    """
+
+    image: bytes
+    gradcam: str = "grid"
+    target: str | None = None
+    tta: bool = False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer. `probabilities` has nine entries summing to 1; `grid` holds rows of values in [0, 1]."""
+
+    probabilities: dict[str, float]
+    grid: list[list[float]] | None
+    target: str | None
+    overlay_png: bytes | None
+    entropy: float
+    conformal_set: list[str] | None
+    confidence_level: float | None
+    image: DecodedImage
+    model: dict[str, Any]
+
+    @property
+    def code(self) -> str:
+        """The most probable of the nine."""
+        return max(self.probabilities, key=self.probabilities.__getitem__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The REST answer (schema 1)."""
+        top = BY_CODE[self.code]
+        return {
+            "schema": 1,
+            "model": self.model,
+            "prediction": {
+                "code": top.code,
+                "name": top.name,
+                "probability": self.probabilities[top.code],
+                "malignant": top.malignant,
+            },
+            "probabilities": self.probabilities,
+            "classes": {
+                c.code: {"name": c.name, "malignant": c.malignant, "description": c.description} for c in TAXONOMY
+            },
+            "uncertainty": {
+                "entropy": self.entropy,
+                "conformal_set": self.conformal_set,
+                "confidence_level": self.confidence_level,
+            },
+            "gradcam": None
+            if self.grid is None
+            else {
+                "target": self.target,
+                "grid": self.grid,
+                "overlay_png": base64.b64encode(self.overlay_png).decode() if self.overlay_png else None,
+            },
+            "image": {"width": self.image.width, "height": self.image.height, "sha256": self.image.sha256},
+            "disclaimer": DISCLAIMER,
+        }
+
+
+class Predictor:
+    """A bundle, ready to answer.
+
+    Args:
+        bundle: a verified bundle.
+        runtime: "openvino", "torch", or "auto": the exported graph where the bundle has one.
+        precision: "f32", "bf16" or "auto": bf16 where the processor computes in it and the golden answers survive it.
+        threads: threads for one inference; None leaves it to the runtime.
+        version: the registry's version, repeated in answers.
+
+    Raises:
+        BundleError: the bundle cannot run this way.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        runtime: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+        version: str | None = None,
+    ) -> None:
+        if runtime == "auto":
+            runtime = "openvino" if bundle.has_graph else "torch"
+        self.bundle = bundle
+        self.config = bundle.config
+        self.runtime = self._start(runtime, precision, threads)
+        self._model = {
+            "name": self.config.name,
+            "version": version,
+            "architecture": self.config.architecture,
+            "digest": bundle.digest,
+            "run_id": self.config.evidence.get("run_id"),
+            "runtime": runtime,
+            "precision": self.runtime.precision,
+        }
+
+    @classmethod
+    def load(cls, path: Path | str, **options: Any) -> "Predictor":
+        """Verify the bundle in folder `path` and make a predictor of it; options as for the class."""
+        return cls(Bundle.load(path), **options)
+
+    def _start(self, runtime: str, precision: str, threads: int | None) -> Runtime:
+        """Start the runtime and warm it up, since the first call allocates and no request should wait for that.
+
+        Asked for "auto", low precision must earn its place: it is kept only if it gives the golden answers.
+        """
+        size = self.config.preprocessing.image_size
+        blank = np.zeros((1, size, size, 3), np.uint8)
+        if runtime == "torch":
+            started: Runtime = TorchRuntime(self.bundle, precision, threads)
+            started(blank, np.array([-1]))
+            return started
+        if precision == "auto":
+            precision = "bf16" if has_bf16() else "f32"
+            if precision == "bf16":
+                started = OpenVinoRuntime(self.bundle, precision, threads)
+                cases = self.bundle.golden()
+                pixels = np.stack([self.config.preprocessing(case.image)[0] for case in cases])
+                logits, _ = started(pixels, np.full(len(cases), -1))
+                probabilities = self.config.calibration.probabilities(logits, self.config.classes)
+                expected = [[case.probabilities[code] for code in CODES] for case in cases]
+                if np.abs(probabilities - expected).max() <= LOW_PRECISION_TOLERANCE:
+                    return started
+                precision = "f32"
+        started = OpenVinoRuntime(self.bundle, precision, threads)
+        started(blank, np.array([-1]))
+        return started
+
+    def predict(self, requests: Sequence[Request | bytes]) -> list[Prediction | ImageError]:
+        """Answer a batch, in order; a refused request gets its ImageError and does not disturb the others."""
+        answers: list[Prediction | ImageError | None] = [None] * len(requests)
+        accepted: list[tuple[int, Request, DecodedImage]] = []
+        pictures: list[np.ndarray] = []
+        for index, request in enumerate(requests):
+            if not isinstance(request, Request):
+                request = Request(bytes(request))
+            try:
+                self._check(request)
+                pixels, decoded = self.config.preprocessing(request.image)
+            except ImageError as error:
+                answers[index] = error
+            else:
+                accepted.append((index, request, decoded))
+                pictures.append(pixels)
+        if accepted:
+            logits, maps, targets = self._infer([request for _, request, _ in accepted], pictures)
+            for position, answer in enumerate(self._interpret(logits, maps, targets, accepted)):
+                answers[accepted[position][0]] = answer
+        return [answer for answer in answers if answer is not None]
+
+    def _check(self, request: Request) -> None:
+        if request.gradcam not in GRADCAM_FORMS:
+            raise RequestError(f"gradcam must be one of {', '.join(GRADCAM_FORMS)}, not {request.gradcam!r}.")
+        if request.target is None:
+            return
+        if request.target not in CODES:
+            raise RequestError(f"target must be one of {', '.join(CODES)}, not {request.target!r}.")
+        if request.target != UNKNOWN and request.target not in self.config.classes:
+            raise RequestError(
+                f"This model was not trained on {request.target}; it knows {', '.join(self.config.classes)}."
+            )
+
+    def _infer(self, requests: list[Request], pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logits (R, K), Grad-CAM maps (R, h, w), their class indices (R,) for R requests, in one call of the graph.
+
+        With test-time augmentation the logits are the mean over the views, and the map is that of the picture as sent;
+        only if the views move the top class is the graph called again for the map.
+        """
+        classes = self.config.classes
+        # UNK has no logit unless it was trained on: its map is that of the best known class.
+        wanted = np.array([classes.index(r.target) if r.target in classes else -1 for r in requests])
+        views = [
+            [picture[view] for view in (_VIEWS if r.tta else _VIEWS[:1])]
+            for r, picture in zip(requests, pictures, strict=True)
+        ]
+        counts = [len(of_request) for of_request in views]
+        starts = np.cumsum([0, *counts[:-1]])
+        rows = np.stack([view for of_request in views for view in of_request])
+        row_logits, row_maps = self.runtime(rows, np.repeat(wanted, counts))
+        logits = np.add.reduceat(row_logits, starts) / np.array(counts)[:, None]
+        maps = np.array(row_maps[starts])
+        targets = np.where(wanted < 0, logits.argmax(1), wanted)
+        shown = np.where(wanted < 0, row_logits[starts].argmax(1), wanted)
+        moved = np.flatnonzero(shown != targets)
+        if len(moved):
+            maps[moved] = self.runtime(rows[starts[moved]], targets[moved])[1]
+        return logits, maps, targets
+
+    def _interpret(
+        self,
+        logits: np.ndarray,
+        maps: np.ndarray,
+        targets: np.ndarray,
+        accepted: list[tuple[int, Request, DecodedImage]],
+    ) -> list[Prediction]:
+        classes, calibration = self.config.classes, self.config.calibration
+        probabilities = calibration.probabilities(logits, classes)
+        sets = calibration.conformal_sets(logits, classes)
+        # 0 * log 0 is 0
+        entropy = -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1))).sum(1)
+        peaks = maps.max((1, 2), keepdims=True)
+        grids = maps / np.where(peaks > 0, peaks, 1)
+        predictions = []
+        for row, (_, request, decoded) in enumerate(accepted):
+            drawn = request.gradcam != "none"
+            predictions.append(
+                Prediction(
+                    probabilities=dict(zip(CODES, probabilities[row].tolist(), strict=True)),
+                    grid=np.round(grids[row].astype(float), 4).tolist() if drawn else None,
+                    target=classes[targets[row]] if drawn else None,
+                    overlay_png=overlay(decoded.image, grids[row]) if request.gradcam == "overlay" else None,
+                    entropy=float(entropy[row]),
+                    conformal_set=sets[row] if sets else None,
+                    confidence_level=calibration.conformal.confidence_level if calibration.conformal else None,
+                    image=decoded,
+                    model=self._model,
+                )
+            )
+        return predictions
+
+
+def overlay(image: Image.Image, grid: np.ndarray) -> bytes:
+    """The picture with the Grad-CAM grid (h, w) in [0, 1] laid over it, as a PNG of at most OVERLAY_SIDE pixels."""
+    import cv2
+
+    picture = image.copy()
+    picture.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
+    pixels = np.asarray(picture)[:, :, ::-1]
+    heat = cv2.resize(grid.astype(np.float32), picture.size, interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    colours = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    # Where there is no heat the skin stays as it is.
+    alpha = 0.6 * heat[:, :, None]
+    blended = (pixels * (1 - alpha) + colours * alpha).astype(np.uint8)
+    return cv2.imencode(".png", blended)[1].tobytes()

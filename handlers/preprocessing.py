@@ -1,0 +1,175 @@
+"""Bytes to a checked RGB image to the network's input. Every limit on untrusted image bytes is here.
+
+Training, evaluation and serving all go through this module, so a model sees the same pixels everywhere.
+"""
+
+import hashlib
+import io
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Pillow's decoders that are reachable from untrusted bytes. MPO is the multi-picture JPEG that phones write.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
+# Dermoscopes and phones write 1 to 15 MB; this leaves room and still bounds what one request can cost.
+MAX_BYTES = 20 * 1024 * 1024
+# 48 megapixels is the largest common camera sensor.
+MAX_PIXELS = 50_000_000
+MIN_SIDE = 16
+# A lesion photo is at most a panorama; beyond this the squashed input no longer resembles a lesion.
+MAX_ASPECT_RATIO = 8.0
+
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*")
+_SUPPORTED = "JPEG, PNG, WebP, BMP or TIFF"
+
+
+class ImageError(ValueError):
+    """A refused image: `status` is the HTTP status (400, 413 or 415), `code` a stable word for programs."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An upright RGB picture, possibly decoded at reduced scale, with the size (pixels) it was sent in."""
+
+    image: Image.Image
+    width: int
+    height: int
+    sha256: str
+
+
+def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
+    """Decode untrusted bytes to an upright RGB image.
+
+    The format is told from the first bytes, never from a name; size and shape are checked on the header, before any
+    pixel is decoded. EXIF orientation is applied; transparency is laid on white; 16-bit grey is scaled to 8 bits; of a
+    TIFF the first page is taken.
+
+    Args:
+        data: the file as received.
+        min_side: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 scale as long as its shorter side stays at least
+            this many pixels (several times faster for camera pictures).
+
+    Raises:
+        ImageError: 413 for too many bytes or pixels, 415 for another kind of file, 400 for a damaged or unusable one.
+    """
+    if not data:
+        raise ImageError(400, "empty_image", "The request holds no image; send the bytes of one picture.")
+    if len(data) > MAX_BYTES:
+        raise ImageError(
+            413, "image_too_large", f"The image has {len(data):,} bytes; the limit is {MAX_BYTES:,} bytes."
+        )
+    if not (data.startswith(_SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):
+        raise ImageError(415, "unsupported_media_type", f"This is not a {_SUPPORTED} image.")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of harmless oddities in EXIF and TIFF tags
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                _check_header(opened)
+                image, size = _load(opened, min_side)
+        except ImageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise ImageError(413, "image_too_large", f"The image has more than {MAX_PIXELS:,} pixels.") from error
+        except UnidentifiedImageError as error:
+            raise ImageError(400, "invalid_image", f"The file begins like a {_SUPPORTED} image but is none.") from error
+        # Pillow's decoders report damage with whatever they stumble on; to the sender it is all one thing.
+        except Exception as error:
+            raise ImageError(400, "invalid_image", "The image is damaged or cut off and cannot be decoded.") from error
+    return DecodedImage(image, *size, hashlib.sha256(data).hexdigest())
+
+
+def _check_header(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            413, "image_too_large", f"The image has {width}×{height} pixels; the limit is {MAX_PIXELS:,} in all."
+        )
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(
+            400, "image_too_small", f"The image is {width}×{height}; each side needs {MIN_SIDE} pixels or more."
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(
+            400,
+            "unusual_shape",
+            f"The image is {width}×{height}; one side may be {MAX_ASPECT_RATIO:g} times the other at most.",
+        )
+    if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
+        raise ImageError(400, "animated_image", "The image is an animation; send one still picture.")
+
+
+def _load(image: Image.Image, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode the pixels. Returns the upright RGB picture and the (width, height) it was sent in, upright."""
+    width, height = image.size
+    orientation = image.getexif().get(0x0112, 1)
+    if min_side is not None and image.format in ("JPEG", "MPO"):
+        # draft keeps both sides at or above the asked ones, so ask for the shape scaled to the shorter side.
+        scale = min_side / min(width, height)
+        image.draft(None, (max(1, round(width * scale)), max(1, round(height * scale))))
+    upright = ImageOps.exif_transpose(image)
+    size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+    return _to_rgb(upright), size
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray((np.clip(grey, 0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError(400, "invalid_image", "Floating-point images have no defined brightness; send 8 or 16 bits.")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an upright RGB picture becomes a network's input; travels in the bundle.
+
+    The whole picture is resized to a square of `image_size` pixels, not cropped, so that the Grad-CAM grid covers
+    exactly the picture that was sent. `mean` and `std` are per channel for values in [0, 1]; the defaults are
+    ImageNet's, which timm's pretrained backbones expect.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """Resize an RGB picture with antialiasing: uint8 array (image_size, image_size, 3)."""
+        filter_ = Image.Resampling[self.interpolation.upper()]
+        # reducing_gap shrinks by whole boxes first, down to three times the target: same look, much faster.
+        return np.asarray(image.resize((self.image_size, self.image_size), filter_, reducing_gap=3.0))
+
+    def normalize(self, pixels: np.ndarray) -> np.ndarray:
+        """Turn uint8 (..., S, S, 3) into standardised float32 (..., 3, S, S), contiguous."""
+        # (x / 255 - mean) / std as one multiplication and one addition
+        scale = (1 / (255 * np.asarray(self.std))).astype(np.float32)
+        offset = (-np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
+        return np.ascontiguousarray(np.moveaxis(pixels * scale + offset, -1, -3), dtype=np.float32)
+
+    def __call__(self, data: bytes) -> tuple[np.ndarray, DecodedImage]:
+        """Decode, resize: uint8 (S, S, 3) and the decoded picture. Raises ImageError."""
+        # Decoding at twice the target keeps the antialiased resize honest.
+        decoded = decode(data, min_side=2 * self.image_size)
+        return self.resize(decoded.image), decoded
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as kept in bundle.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
+        """The inverse of to_dict."""
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})

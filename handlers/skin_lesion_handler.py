@@ -1,0 +1,146 @@
+"""TorchServe's door to the predictor: requests in, JSON and status codes out.
+
+A request is the image's bytes as the body; or a multipart form with the file in `data`, `file` or `image` and options
+as fields; or JSON with the image in base64 under `image` and options beside it. See README.md for the contract.
+
+TorchServe takes the one class in this module; keep it one.
+"""
+
+import base64
+import binascii
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from handlers.predictor import Predictor, Request, RequestError
+from handlers.preprocessing import MAX_BYTES, ImageError
+
+log = logging.getLogger(__name__)
+
+IMAGE_FIELDS = ("data", "file", "image")
+OPTIONS = ("gradcam", "target", "tta")
+# Options of models with a metadata branch; no released architecture has one yet.
+METADATA = ("age", "sex", "site")
+
+
+class SkinLesionHandler:
+    """Answers a batch: `initialize` once at worker start, then `handle` for every batch."""
+
+    def __init__(self) -> None:
+        self.predictor: Predictor | None = None
+
+    def initialize(self, context: Any) -> None:
+        """Load and verify the bundle that lies in the archive. Raises BundleError, which stops the worker."""
+        settings = (context.model_yaml_config or {}).get("handler", {})
+        self.predictor = Predictor.load(
+            Path(context.system_properties["model_dir"]) / "bundle",
+            precision=settings.get("precision", "auto"),
+            threads=settings.get("threads"),
+            version=context.manifest["model"]["modelVersion"],
+        )
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
+        """Answer each request of the batch by itself; one bad request disturbs no other, and nothing escapes."""
+        assert self.predictor is not None, "TorchServe calls initialize first"
+        answers: list[Any] = []
+        for index, row in enumerate(data):
+            try:
+                answers.append(_parse(row, explain=context.get_request_header(index, "explain") == "True"))
+            except ImageError as error:
+                answers.append(error)
+        positions = [index for index, answer in enumerate(answers) if isinstance(answer, Request)]
+        try:
+            predictions = self.predictor.predict([answers[index] for index in positions])
+        except Exception:
+            # Without this, TorchServe would answer 503 to the batch and clients would try the same again.
+            log.exception("a batch of %d failed", len(positions))
+            predictions = [ImageError(500, "internal_error", "The model failed on this batch; see its log.")] * len(
+                positions
+            )
+        for index, prediction in zip(positions, predictions, strict=True):
+            answers[index] = prediction
+        return [_respond(answer, context, index) for index, answer in enumerate(answers)]
+
+
+def _respond(answer: Any, context: Any, index: int) -> bytes:
+    context.set_response_content_type(index, "application/json")
+    if isinstance(answer, ImageError):
+        context.set_response_status(answer.status, answer.code, index)
+        body: dict[str, Any] = {"error": {"code": answer.code, "message": str(answer)}}
+    else:
+        body = answer.to_dict()
+    return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _parse(row: dict[str, Any], explain: bool) -> Request:
+    """TorchServe's row for one request to a Request. Raises RequestError or ImageError."""
+    body = row.get("body", row)
+    if isinstance(body, str):  # TorchServe decodes text/* bodies
+        raise ImageError(415, "unsupported_media_type", "The body is text; send image bytes, a form or JSON.")
+    if isinstance(body, bytes | bytearray):
+        fields: dict[str, Any] = {"image": bytes(body)}
+    elif isinstance(body, dict):
+        fields = {str(name): value for name, value in body.items()}
+        if body is not row:
+            fields = _from_json(fields)
+    else:
+        raise RequestError('A JSON body must be an object such as {"image": "<base64>"}.')
+    image = _image(fields)
+    options = {name: _text(name, value) for name, value in fields.items()}
+    for name in options:
+        if name in METADATA:
+            raise RequestError(f"This model takes no {name}; leave it out.")
+        if name not in OPTIONS:
+            raise RequestError(f"{name[:40]!r} is not an option; there are {', '.join(OPTIONS)}.")
+    default = "overlay" if explain else "grid"
+    return Request(image, options.get("gradcam", default), options.get("target"), _flag(options.get("tta", "false")))
+
+
+def _from_json(fields: dict[str, Any]) -> dict[str, Any]:
+    """The image out of its base64, and true or false as form fields have them."""
+    for name, value in fields.items():
+        if isinstance(value, bool):
+            fields[name] = str(value).lower()
+        elif not isinstance(value, str):
+            raise RequestError(f"{name[:40]!r} in JSON must be a string or a boolean.")
+    for name in IMAGE_FIELDS:
+        if name in fields:
+            encoded = fields[name]
+            if len(encoded) > MAX_BYTES * 4 // 3 + 4:
+                raise ImageError(413, "image_too_large", f"The image is larger than {MAX_BYTES:,} bytes.")
+            try:
+                fields[name] = base64.b64decode(encoded, validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise RequestError(f"{name!r} is not base64 (without line breaks or a data: prefix).") from error
+    return fields
+
+
+def _image(fields: dict[str, Any]) -> bytes:
+    """Take the one image out of the fields, leaving the options."""
+    given = [name for name in IMAGE_FIELDS if name in fields]
+    if not given:
+        raise RequestError(f"No image: send it as the body or in one of the fields {', '.join(IMAGE_FIELDS)}.")
+    if len(given) > 1:
+        raise RequestError(f"One image a request, please; there are {' and '.join(given)}.")
+    image = fields.pop(given[0])
+    if not isinstance(image, bytes | bytearray):  # TorchServe decodes parts that call themselves text
+        raise ImageError(415, "unsupported_media_type", f"{given[0]!r} holds text; send image bytes.")
+    return bytes(image)
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, bytes | bytearray):
+        try:
+            return bytes(value).decode("ascii").strip()
+        except UnicodeDecodeError as error:
+            raise RequestError(f"The option {name[:40]!r} is not plain text.") from error
+    return str(value).strip()
+
+
+def _flag(value: str) -> bool:
+    if value.lower() in ("true", "1"):
+        return True
+    if value.lower() in ("false", "0"):
+        return False
+    raise RequestError(f"tta must be true or false, not {value[:40]!r}.")

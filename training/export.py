@@ -1,0 +1,90 @@
+"""A trained model to a bundle: weights, calibration, evidence and golden answers, sealed by one digest."""
+
+import io
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from handlers.bundle import GOLDEN, WEIGHTS, Bundle, BundleConfig, new_folder, seal, write_json
+from handlers.calibration import Calibration
+from handlers.graph import complete
+from handlers.predictor import Prediction, Predictor
+from handlers.preprocessing import Preprocessing
+from training.synthetic import draw_lesion
+
+MODEL_NAME = "skin_vit"
+# One picture a class, drawn, so that they can be shipped and read by anybody.
+GOLDEN_CODES = ("MEL", "NV", "BCC", "VASC")
+
+
+def export_bundle(
+    out: Path,
+    *,
+    backbone: nn.Module,
+    architecture: str,
+    options: dict[str, Any],
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    calibration: Calibration,
+    evidence: dict[str, Any],
+    half: bool = True,
+    slim: bool = False,
+) -> Bundle:
+    """Write the bundle of a trained backbone to the folder `out`, replacing a bundle that is there.
+
+    Args:
+        backbone: from handlers.backbone.build_backbone(architecture, len(classes), ..., options=options).
+        evidence: what is known of the training: run_id, dataset_fingerprint, code_revision, metrics, ...
+        half: store the weights in fp16 (a relative rounding of 5e-4; everything downstream, the golden answers
+            included, is derived from the stored weights).
+        slim: leave out the serving graph, which registration derives from the weights.
+
+    Raises:
+        BundleError: `out` is something else, or the serving graph disagrees with the model.
+    """
+    state = {
+        name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in backbone.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    config = BundleConfig(
+        MODEL_NAME, architecture, dict(options), tuple(classes), preprocessing, calibration, dict(evidence)
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        draft = Path(temporary) / "draft"
+        (draft / "golden").mkdir(parents=True)
+        save_file(state, draft / WEIGHTS)
+        _write_golden(draft, config)
+        if not slim:
+            return complete(draft, Path(out))
+        with new_folder(Path(out)) as folder:
+            shutil.copytree(draft, folder, dirs_exist_ok=True)
+    return Bundle.load(out)
+
+
+def _write_golden(draft: Path, config: BundleConfig) -> None:
+    """Draw the golden pictures and ask the eager fp32 model for its answers."""
+    names = []
+    for seed, code in enumerate(GOLDEN_CODES):
+        name = f"golden/{code}.jpg"
+        buffer = io.BytesIO()
+        draw_lesion(seed, code, size=(320, 240)).save(buffer, "JPEG", quality=90)
+        (draft / name).write_bytes(buffer.getvalue())
+        names.append(name)
+    write_json(draft / GOLDEN, [])
+    with torch.inference_mode():
+        predictor = Predictor(seal(draft, config), runtime="torch", precision="f32")
+        answers = predictor.predict([(draft / name).read_bytes() for name in names])
+    cases = []
+    for name, answer in zip(names, answers, strict=True):
+        if not isinstance(answer, Prediction):
+            raise answer
+        cases.append({"name": name, "probabilities": answer.probabilities, "grid": answer.grid})
+    write_json(draft / GOLDEN, cases)
+    seal(draft, config)
