@@ -173,6 +173,7 @@ class AutogradGradCam(GradCam):
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         kept: list[Tensor] = []
         with torch.inference_mode(False), torch.enable_grad():
+            images, target = images.clone(), target.clone()  # what inference mode made, autograd will not touch
 
             def keep(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
                 # The map needs the gradient at this activation only, so nothing before it is recorded.

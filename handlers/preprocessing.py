@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Pillow's decoders that are reachable from untrusted bytes. MPO is the multi-picture JPEG that phones write.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
+# Pillow's decoders that are reachable from untrusted bytes. JPEG includes MPO, the multi-picture JPEG of phones.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 # Dermoscopes and phones write 1 to 15 MB; this leaves room and still bounds what one request can cost.
 MAX_BYTES = 20 * 1024 * 1024
 # 48 megapixels is the largest common camera sensor.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -78,9 +77,8 @@ def _write_golden(draft: Path, config: BundleConfig) -> None:
         (draft / name).write_bytes(buffer.getvalue())
         names.append(name)
     write_json(draft / GOLDEN, [])
-    with torch.inference_mode():
-        predictor = Predictor(seal(draft, config), runtime="torch", precision="f32")
-        answers = predictor.predict([(draft / name).read_bytes() for name in names])
+    predictor = Predictor(seal(draft, config), runtime="torch", precision="f32")
+    answers = predictor.predict([(draft / name).read_bytes() for name in names])
     cases = []
     for name, answer in zip(names, answers, strict=True):
         if not isinstance(answer, Prediction):

@@ -1,0 +1,45 @@
+# Everything a person does with this repository; `make` lists it. Settings: .env.example.
+.DEFAULT_GOAL := help
+.PHONY: help up down status env test test-all lint format lock clean
+PY := .venv/bin/python
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+up: env ## start everything and open the doors: page, MLflow, TorchServe, promoter (Ctrl-C stops)
+	@$(PY) scripts/stack.py up
+
+down: ## stop everything that `make up` started, from another terminal or after an accident
+	@if [ -x $(PY) ]; then $(PY) scripts/stack.py down; else echo "Nothing to stop: there is no environment yet."; fi
+
+status: env ## show what is running, and where
+	@$(PY) scripts/stack.py status
+
+env: ## make or repair .venv (part of every command that needs it)
+	@scripts/setup_env.sh
+
+test: ## run the tests: unit tests first, then the live stack and the page in Chromium
+	@scripts/setup_env.sh --browser
+	@scripts/setup_env.sh
+	@$(PY) -m pytest -m "not slow"
+
+test-all: ## run all tests, the slow ones too (a fresh clone, set up from nothing)
+	@scripts/setup_env.sh --browser
+	@scripts/setup_env.sh
+	@$(PY) -m pytest
+
+lint: env ## check style, formatting and types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: env ## put imports and layout in order
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+lock: env ## pin what pyproject.toml asks for into requirements/all.txt (make lock upgrade=--upgrade: newest versions)
+	@.venv/bin/uv pip compile --quiet $(upgrade) --universal --python-version 3.11 --extra dev pyproject.toml -o requirements/all.txt
+
+clean: down ## remove environment and caches; runs and models (.stack, model_store) stay
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

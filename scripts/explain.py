@@ -1,0 +1,55 @@
+"""Draw where the model looked: the picture with its Grad-CAM heatmap, as a PNG."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from handlers.bundle import BundleError
+from handlers.preprocessing import ImageError
+
+EPILOG = """
+Examples:
+
+  python scripts/explain.py --image lesion.jpg --output heatmap.png
+
+  python scripts/explain.py --image lesion.jpg --output melanoma.png --target MEL
+"""
+SHIPPED = Path(__file__).resolve().parents[1] / "model_store" / "skin_vit"
+
+
+def main(
+    image: Annotated[Path, typer.Option(help="The picture to explain.")],
+    output: Annotated[Path, typer.Option(help="Where to write the PNG.")],
+    target: Annotated[str | None, typer.Option(help="Class code to explain; default: the most probable.")] = None,
+    bundle: Annotated[Path, typer.Option(help="The model's bundle.")] = SHIPPED,
+) -> None:
+    """Write the Grad-CAM overlay of one image."""
+    from handlers.predictor import Predictor, Request
+
+    console = Console(stderr=True, highlight=False)
+    try:
+        data = image.read_bytes()
+        [answer] = Predictor.load(bundle).predict([Request(data, gradcam="overlay", target=target)])
+        if isinstance(answer, ImageError):
+            raise answer
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(answer.overlay_png or b"")
+    except OSError as error:
+        console.print(f"[red]{error.filename}: {error.strerror}[/red]")
+        sys.exit(2)
+    except (ImageError, BundleError) as error:
+        console.print(f"[red]{error}[/red]")
+        sys.exit(2)
+    console.print(
+        f"{answer.code} {answer.probabilities[answer.code]:.3f}; {output} shows where the model looked for "
+        f"{answer.target}. Research use only."
+    )
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+    app.command(epilog=EPILOG)(main)
+    app()

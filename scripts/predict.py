@@ -1,0 +1,128 @@
+"""Ask for predictions on the command line: of the running stack, or of a bundle without any server."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import requests
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from handlers.bundle import BundleError
+from handlers.preprocessing import ImageError
+
+EPILOG = """
+Examples:
+
+  python scripts/predict.py lesion.jpg                              # asks TorchServe at http://127.0.0.1:8080
+
+  python scripts/predict.py *.jpg --bundle model_store/skin_vit     # no server needed
+
+  python scripts/predict.py lesion.jpg --json | jq .probabilities
+"""
+TIMEOUT_S = 60.0
+
+
+def main(
+    images: Annotated[list[Path], typer.Argument(help="Image files (JPEG, PNG, WebP, BMP, TIFF).")],
+    bundle: Annotated[Path | None, typer.Option(help="A bundle folder; predicts in this process.")] = None,
+    url: Annotated[str, typer.Option(help="TorchServe's address.", envvar="TORCHSERVE_URL")] = "http://127.0.0.1:8080",
+    version: Annotated[str | None, typer.Option(help="With --url: a version other than the served default.")] = None,
+    tta: Annotated[bool, typer.Option("--tta", help="Average over the picture and its mirror images.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON answer a line instead of a table.")] = False,
+) -> None:
+    """Nine class probabilities for each image. Exit code 1 when any image was refused, 2 when nothing could run."""
+    console = Console(stderr=as_json)
+    ask = _ask_bundle(bundle, tta) if bundle else _ask_server(url, version, tta)
+    refused = False
+    answers: list[tuple[Path, dict[str, Any]]] = []
+    for path in images:
+        try:
+            answer = ask(path.read_bytes())
+        except OSError as error:
+            answer = {"error": {"code": "unreadable_file", "message": error.strerror or str(error)}}
+        refused |= "error" in answer
+        answers.append((path, answer))
+        if as_json:
+            print(json.dumps({"file": str(path), **answer}))
+    if not as_json:
+        console.print(_table(answers))
+        console.print("[dim]Research use only. Not a medical device.[/dim]")
+    raise typer.Exit(1 if refused else 0)
+
+
+def _ask_bundle(folder: Path, tta: bool) -> Any:
+    from handlers.predictor import Predictor, Request
+
+    try:
+        predictor = Predictor.load(folder)
+    except BundleError as error:
+        _stop(str(error))
+
+    def ask(data: bytes) -> dict[str, Any]:
+        [answer] = predictor.predict([Request(data, tta=tta)])
+        if isinstance(answer, ImageError):
+            return {"error": {"code": answer.code, "message": str(answer)}}
+        return answer.to_dict()
+
+    return ask
+
+
+def _ask_server(url: str, version: str | None, tta: bool) -> Any:
+    session = requests.Session()
+    address = f"{url.rstrip('/')}/predictions/skin_vit" + (f"/{version}" if version else "")
+
+    def ask(data: bytes) -> dict[str, Any]:
+        try:
+            response = session.post(
+                address, files={"data": ("image", data)}, data={"tta": str(tta).lower()}, timeout=TIMEOUT_S
+            )
+            answer = response.json()
+        except requests.RequestException as error:
+            _stop(
+                f"TorchServe does not answer at {url} ({type(error).__name__}). Start it with `make up`, "
+                "or use --bundle model_store/skin_vit."
+            )
+        if "error" not in answer and not response.ok:  # TorchServe's own shape
+            return {"error": {"code": answer.get("type", response.status_code), "message": answer.get("message", "")}}
+        return answer
+
+    return ask
+
+
+def _table(answers: list[tuple[Path, dict[str, Any]]]) -> Table:
+    """One row an image, narrow enough for a terminal: the top class, and the others worth a percent."""
+    table = Table(title="Skin-lesion predictions")
+    table.add_column("image", overflow="fold")
+    table.add_column("prediction")
+    table.add_column("p", justify="right")
+    table.add_column("others")
+    table.add_column("model")
+    for path, answer in answers:
+        if "error" in answer:
+            table.add_row(escape(path.name), f"[red]refused: {escape(str(answer['error']['message']))}[/red]")
+            continue
+        top, model = answer["prediction"], answer["model"]
+        others = sorted(answer["probabilities"].items(), key=lambda item: -item[1])[1:]
+        table.add_row(
+            escape(path.name),
+            f"[bold {'red' if top['malignant'] else 'green'}]{top['code']} {top['name']}[/]",
+            f"{top['probability']:.3f}",
+            "  ".join(f"{code} {p:.2f}" for code, p in others if p >= 0.01),
+            f"v{model['version']}" if model["version"] else model["digest"][7:15],
+        )
+    return table
+
+
+def _stop(message: str) -> Any:
+    Console(stderr=True).print(f"[red]{message}[/red]", highlight=False)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+    app.command(epilog=EPILOG)(main)
+    app()

@@ -1,0 +1,53 @@
+"""Tiny untrained models for tests: right in shape, quick to build, their answers spread by a larger head."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handlers.backbone import build_backbone
+from handlers.bundle import Bundle
+from handlers.calibration import Calibration, Conformal, Rejection
+from handlers.preprocessing import Preprocessing
+from handlers.taxonomy import KNOWN_CODES
+from training.export import export_bundle
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+OPTIONS: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+IMAGE_SIZE = 64
+
+
+def tiny_backbone(
+    classes: int = len(KNOWN_CODES),
+    architecture: str = ARCHITECTURE,
+    options: dict[str, Any] | None = None,
+    image_size: int = IMAGE_SIZE,
+    seed: int = 0,
+) -> torch.nn.Module:
+    """A backbone in eval mode with random norms and head, so that no gradient is trivially zero."""
+    torch.manual_seed(seed)
+    options = OPTIONS if options is None and architecture == ARCHITECTURE else options
+    backbone = build_backbone(architecture, classes, image_size, options=options).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+        backbone.get_classifier().weight.normal_(std=backbone.num_features**-0.5)
+    return backbone
+
+
+def tiny_bundle(out: Path, seed: int = 0, classes: tuple[str, ...] = KNOWN_CODES, **export: Any) -> Bundle:
+    """The bundle of a tiny vision transformer with every kind of calibration."""
+    return export_bundle(
+        out,
+        backbone=tiny_backbone(len(classes), seed=seed),
+        architecture=ARCHITECTURE,
+        options=OPTIONS,
+        classes=classes,
+        preprocessing=Preprocessing(IMAGE_SIZE),
+        calibration=Calibration(
+            0.7, Rejection(threshold=1.0, scale=0.5), Conformal(0.9, dict.fromkeys(KNOWN_CODES, 0.8))
+        ),
+        evidence={"run_id": None, "dataset_fingerprint": "sha256:test", "metrics": {"balanced_accuracy": 0.125}},
+        **export,
+    )

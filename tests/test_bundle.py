@@ -1,0 +1,185 @@
+"""A bundle is whole or refused; its digest vouches for every byte; completing it derives a graph that agrees."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from handlers import graph
+from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, new_folder, seal
+from handlers.calibration import Calibration, Conformal, Rejection
+from handlers.graph import complete
+from handlers.predictor import Predictor
+from handlers.taxonomy import CODES, KNOWN_CODES
+from tests.models import tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def slim(tmp_path_factory) -> Bundle:
+    return tiny_bundle(tmp_path_factory.mktemp("slim") / "bundle", slim=True)
+
+
+@pytest.fixture(scope="module")
+def full(slim, tmp_path_factory) -> Bundle:
+    return complete(slim.path, tmp_path_factory.mktemp("full") / "bundle")
+
+
+def test_completing_adds_the_graph_and_keeps_everything_else(slim, full):
+    assert not slim.has_graph
+    assert full.has_graph
+    assert (slim.config.runtime, full.config.runtime) == ("", "openvino")
+    assert {name: full.files[name] for name in slim.files} == slim.files
+
+
+def test_completing_again_changes_nothing(full, tmp_path):
+    assert complete(full.path, tmp_path / "again").digest == full.digest
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "graph.bin", "golden.json", "golden/MEL.jpg"])
+def test_a_changed_byte_in_any_file_is_refused(full, tmp_path, name):
+    copy = shutil.copytree(full.path, tmp_path / "copy")
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(BundleError, match="changed or damaged"):
+        Bundle.load(copy)
+
+
+def test_a_changed_description_changes_the_digest(full, tmp_path):
+    copy = shutil.copytree(full.path, tmp_path / "copy")
+    values = json.loads((copy / CONFIG).read_text())
+    values["calibration"]["temperature"] = 2.0
+    (copy / CONFIG).write_text(json.dumps(values))
+    assert Bundle.load(copy).digest != full.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(schema=2), "schema"),
+        (lambda v: v.pop("classes"), "classes"),
+        (lambda v: v.update(classes=["MEL", "XYZ"]), "XYZ"),
+        (lambda v: v["files"].update({"../outside": {"sha256": ""}}), "outside"),
+        (lambda v: v["files"].update({"more.bin": {"sha256": ""}}), "lacks more.bin"),
+        (lambda v: v["files"].pop(WEIGHTS), "does not list"),
+    ],
+)
+def test_a_wrong_description_is_refused_with_a_sentence(slim, tmp_path, change, message):
+    copy = shutil.copytree(slim.path, tmp_path / "copy")
+    values = json.loads((copy / CONFIG).read_text())
+    change(values)
+    (copy / CONFIG).write_text(json.dumps(values))
+    with pytest.raises(BundleError, match=message):
+        Bundle.load(copy)
+
+
+def test_something_else_is_no_bundle_and_is_not_overwritten(slim, tmp_path):
+    with pytest.raises(BundleError, match="not a bundle"):
+        Bundle.load(tmp_path)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(BundleError, match="name another folder"):
+        complete(slim.path, tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_weights_of_another_architecture_are_refused(slim, tmp_path):
+    copy = shutil.copytree(slim.path, tmp_path / "copy")
+    seal(copy, type(slim.config)(**{**vars(slim.config), "options": {**slim.config.options, "depth": 3}}))
+    with pytest.raises(BundleError, match="do not fit"):
+        complete(copy, tmp_path / "out")
+
+
+def test_a_graph_that_disagrees_is_refused_and_leaves_nothing(slim, tmp_path, monkeypatch):
+    monkeypatch.setattr(graph, "PROBABILITY_TOLERANCE", -1.0)
+    with pytest.raises(BundleError, match="disagrees"):
+        complete(slim.path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_writing_leaves_the_old_folder(full, tmp_path):
+    copy = shutil.copytree(full.path, tmp_path / "copy")
+
+    def fail_halfway():
+        with new_folder(copy) as folder:
+            (folder / "half").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert Bundle.load(copy).digest == full.digest
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_backbone_that_cannot_be_exported_is_served_by_torch(tmp_path):
+    from tests.models import ARCHITECTURE, OPTIONS, tiny_backbone
+    from training.export import export_bundle
+
+    options = {**OPTIONS, "qk_norm": True}
+    bundle = export_bundle(
+        tmp_path / "bundle",
+        backbone=tiny_backbone(options=options),
+        architecture=ARCHITECTURE,
+        options=options,
+        classes=KNOWN_CODES,
+        preprocessing=full_preprocessing(),
+        calibration=Calibration(),
+        evidence={},
+    )
+    assert (bundle.config.runtime, bundle.has_graph) == ("torch", False)
+    case = bundle.golden()[0]
+    [answer] = Predictor(bundle).predict([case.image])
+    assert max(case.disagreement(answer.probabilities, answer.grid)) < 1e-4
+    assert answer.to_dict()["model"]["runtime"] == "torch"
+
+
+def full_preprocessing():
+    from handlers.preprocessing import Preprocessing
+    from tests.models import IMAGE_SIZE
+
+    return Preprocessing(IMAGE_SIZE)
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "efficientnet_b0", "tf_efficientnetv2_s"])
+def test_convolutional_backbones_export(tmp_path, architecture):
+    options = {"channel_multiplier": 0.5, "depth_multiplier": 0.3} if "v2" in architecture else {}
+    from tests.models import tiny_backbone
+    from training.export import export_bundle
+
+    bundle = export_bundle(
+        tmp_path / "bundle",
+        backbone=tiny_backbone(architecture=architecture, options=options),
+        architecture=architecture,
+        options=options,
+        classes=KNOWN_CODES,
+        preprocessing=full_preprocessing(),
+        calibration=Calibration(),
+        evidence={},
+    )
+    assert bundle.config.runtime == "openvino"  # and complete() held it against the eager model
+
+
+def test_disagreement_is_zero_for_itself_and_large_for_another(full):
+    first, second, *_ = full.golden()
+    assert first.disagreement(first.probabilities, first.grid) == pytest.approx((0, 0), abs=1e-9)
+    assert max(first.disagreement(second.probabilities, second.grid)) > 1e-3
+    flat = np.zeros_like(first.grid).tolist()
+    assert first.disagreement(first.probabilities, flat)[1] == 1.0
+
+
+def test_calibration_arithmetic():
+    logits = np.array([[2.0, 0.0, -1.0], [1000.0, 0.0, -1000.0]])
+    classes = ("MEL", "NV", "BCC")
+    calibration = Calibration(2.0, Rejection(1.0, 0.5), Conformal(0.9, {"MEL": 0.7, "NV": 0.8, "BCC": 0.1}))
+    known = calibration.known_probabilities(logits)
+    expected = np.exp(logits[0] / 2) / np.exp(logits[0] / 2).sum()
+    assert known[0] == pytest.approx(expected)
+    nine = calibration.probabilities(logits, classes)
+    unknown = 1 / (1 + np.exp(-(1.0 - np.log(np.exp(logits[0]).sum())) / 0.5))
+    assert nine.sum(1) == pytest.approx(1)
+    assert nine[0, CODES.index("UNK")] == pytest.approx(unknown)
+    assert nine[0, 0] == pytest.approx(expected[0] * (1 - unknown))
+    assert nine[0, CODES.index("DF")] == 0
+    assert calibration.conformal_sets(logits, classes) == [["MEL", "NV"], ["MEL"]]
+    assert Calibration.from_dict(calibration.to_dict()) == calibration
+    assert Calibration().conformal_sets(logits, classes) is None

@@ -1,0 +1,73 @@
+"""predict.py and explain.py: answers to stdout, refusals as sentences, exit codes a script can rely on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from handlers.taxonomy import CODES
+from tests.models import tiny_bundle
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle").path
+
+
+@pytest.fixture
+def image(tmp_path, sample_images):
+    path = tmp_path / "lesion.jpg"
+    path.write_bytes(sample_images[0])
+    return path
+
+
+def run(script, *args):
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *map(str, args)], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_predict_from_a_bundle_in_json(bundle, image, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("no image")
+    done = run("predict.py", image, text, tmp_path / "absent.jpg", "--bundle", bundle, "--json")
+    good, refused, absent = map(json.loads, done.stdout.splitlines())
+    assert done.returncode == 1
+    assert list(good["probabilities"]) == list(CODES)
+    assert refused["error"]["code"] == "unsupported_media_type"
+    assert "No such file" in absent["error"]["message"]
+
+
+def test_predict_prints_a_table(bundle, image):
+    done = run("predict.py", image, "--bundle", bundle)
+    assert done.returncode == 0
+    assert "lesion.jpg" in done.stdout
+    assert "Research use only" in done.stdout
+
+
+@pytest.mark.parametrize("options", [("--bundle", "/nowhere"), ("--url", "http://127.0.0.1:9")])
+def test_predict_says_in_a_sentence_what_is_missing(image, options):
+    done = run("predict.py", image, *options)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "." in done.stderr
+
+
+def test_explain_writes_the_overlay(bundle, image, tmp_path):
+    output = tmp_path / "new" / "overlay.png"
+    done = run("explain.py", "--image", image, "--output", output, "--bundle", bundle, "--target", "BCC")
+    assert done.returncode == 0, done.stderr
+    assert "BCC" in done.stderr
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_explain_refuses_in_a_sentence(bundle, image, tmp_path):
+    for change in (("--image", tmp_path / "absent.jpg"), ("--target", "XYZ"), ("--bundle", tmp_path)):
+        done = run("explain.py", "--image", image, "--output", tmp_path / "o.png", "--bundle", bundle, *change)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "o.png").exists()

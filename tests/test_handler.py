@@ -1,0 +1,161 @@
+"""TorchServe's handler, with a fake context and no server: raw, form and JSON requests, each with its own answer."""
+
+import base64
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from handlers import skin_lesion_handler
+from handlers.skin_lesion_handler import SkinLesionHandler
+from handlers.taxonomy import CODES
+from tests.models import tiny_bundle
+
+
+class FakeContext:
+    """What the handler uses of ts.context.Context."""
+
+    def __init__(self, folder, explain=False):
+        self.system_properties = {"model_dir": str(folder)}
+        self.manifest = {"model": {"modelVersion": "3"}}
+        self.model_yaml_config = {"handler": {"precision": "f32", "threads": 1}}
+        self.explain = explain
+        self.statuses = {}
+        self.types = {}
+
+    def get_request_header(self, index, key):
+        return "True" if self.explain and key == "explain" else None
+
+    def set_response_status(self, code=200, phrase="", idx=0):
+        self.statuses[idx] = code
+
+    def set_response_content_type(self, idx, value):
+        self.types[idx] = value
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model_dir")
+    tiny_bundle(folder / "bundle")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def handler(folder):
+    handler = SkinLesionHandler()
+    handler.initialize(FakeContext(folder))
+    return handler
+
+
+@pytest.fixture
+def ask(handler, folder):
+    def ask(*rows, explain=False):
+        context = FakeContext(folder, explain)
+        answers = [json.loads(answer) for answer in handler.handle(list(rows), context)]
+        assert set(context.types.values()) == {"application/json"}
+        return [(context.statuses.get(index, 200), answer) for index, answer in enumerate(answers)]
+
+    return ask
+
+
+def encoded(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+def test_torchserve_finds_exactly_one_class():
+    # as ts.utils.util.list_classes_from_module looks for it
+    classes = [value for value in vars(skin_lesion_handler).values() if isinstance(value, type)]
+    assert [value for value in classes if value.__module__ == skin_lesion_handler.__name__] == [SkinLesionHandler]
+
+
+def test_raw_form_and_json_give_the_same_answer(ask, sample_images):
+    image = sample_images[0]
+    answers = ask(
+        {"body": bytearray(image)},
+        {"data": bytearray(image)},
+        {"file": bytearray(image)},
+        {"image": bytearray(image), "gradcam": bytearray(b"grid"), "tta": bytearray(b"false")},
+        {"body": {"image": encoded(image)}},
+        {"body": {"data": encoded(image), "gradcam": "grid", "tta": False}},
+    )
+    for status, answer in answers:
+        assert status == 200
+        assert answer["model"]["version"] == "3"
+        assert list(answer["probabilities"]) == list(CODES)
+        assert answer["probabilities"] == pytest.approx(answers[0][1]["probabilities"], abs=1e-6)
+
+
+def test_options_reach_the_predictor(ask, sample_images):
+    image = bytearray(sample_images[0])
+    form, as_json, plain = ask(
+        {"data": image, "gradcam": bytearray(b"overlay"), "target": bytearray(b"BCC")},
+        {"body": {"image": encoded(bytes(image)), "target": "DF", "tta": True}},
+        {"data": image, "gradcam": bytearray(b"none")},
+    )
+    assert form[1]["gradcam"]["target"] == "BCC"
+    assert base64.b64decode(form[1]["gradcam"]["overlay_png"]).startswith(b"\x89PNG")
+    assert as_json[1]["gradcam"]["target"] == "DF"
+    assert plain[1]["gradcam"] is None
+
+
+def test_explanations_come_with_the_overlay(ask, sample_images):
+    [(status, answer)] = ask({"body": bytearray(sample_images[0])}, explain=True)
+    assert status == 200
+    assert answer["gradcam"]["overlay_png"]
+
+
+@pytest.mark.parametrize(
+    ("row", "status", "code", "words"),
+    [
+        ({"body": bytearray(b"")}, 400, "empty_image", "no image"),
+        ({"body": bytearray(b"{'broken json")}, 415, "unsupported_media_type", "not a JPEG"),
+        ({"body": "some text"}, 415, "unsupported_media_type", "text"),
+        ({"data": "some text"}, 415, "unsupported_media_type", "holds text"),
+        ({"body": ["list"]}, 400, "invalid_request", "must be an object"),
+        ({"body": None}, 400, "invalid_request", "must be an object"),
+        ({"body": {}}, 400, "invalid_request", "No image"),
+        ({"body": {"image": 5}}, 400, "invalid_request", "must be a string"),
+        ({"body": {"image": "!!"}}, 400, "invalid_request", "not base64"),
+        ({"body": {"image": ""}}, 400, "empty_image", "no image"),
+        ({"body": {"image": "aGk=", "file": "aGk="}}, 400, "invalid_request", "One image"),
+        ({"gradcam": bytearray(b"grid")}, 400, "invalid_request", "No image"),
+        ({"data": bytearray(b"x"), "tta": bytearray(b"maybe")}, 400, "invalid_request", "true or false"),
+        ({"data": bytearray(b"x"), "target": bytearray(b"\xff\xfe")}, 400, "invalid_request", "plain text"),
+        ({"data": bytearray(b"x"), "colour": bytearray(b"red")}, 400, "invalid_request", "not an option"),
+        ({"data": bytearray(b"x"), "age": bytearray(b"55")}, 400, "invalid_request", "takes no age"),
+        ({"data": bytearray(b"x"), "target": bytearray(b"XYZ")}, 400, "invalid_request", "target must be"),
+    ],
+)
+def test_refusals_are_the_requests_own(ask, sample_images, row, status, code, words):
+    good = {"body": bytearray(sample_images[0])}
+    before, refused, after = ask(good, row, good)
+    assert (before[0], after[0]) == (200, 200)
+    assert refused[0] == status
+    assert refused[1]["error"]["code"] == code
+    assert words in refused[1]["error"]["message"]
+
+
+def test_an_exception_inside_is_answered_and_logged_without_content(
+    handler, folder, sample_images, monkeypatch, caplog
+):
+    def fail(requests):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(handler, "predictor", SimpleNamespace(predict=fail))
+    context = FakeContext(folder)
+    [answer] = handler.handle([{"body": bytearray(sample_images[0])}], context)
+    assert context.statuses == {0: 500}
+    assert json.loads(answer)["error"]["code"] == "internal_error"
+    assert "boom" in caplog.text
+
+
+def test_a_damaged_bundle_stops_the_worker(tmp_path, folder):
+    import shutil
+
+    from handlers.bundle import BundleError
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with (copy / "bundle" / "graph.bin").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(BundleError, match="changed or damaged"):
+        SkinLesionHandler().initialize(FakeContext(copy))

@@ -1,0 +1,147 @@
+"""The predictor answers batches by the contract, however the requests are mixed, and with the golden answers."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from handlers.predictor import Prediction, Predictor, Request, RequestError
+from handlers.preprocessing import ImageError
+from handlers.taxonomy import CODES
+from tests.models import tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def predictor(bundle):
+    return Predictor(bundle, precision="f32", version="7")
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"runtime": "torch"}, 1e-5),
+        ({"precision": "f32"}, 1e-4),
+        ({"precision": "auto"}, 1e-2),
+        ({"precision": "f32", "threads": 1}, 1e-4),
+    ],
+)
+def test_golden_answers_in_every_runtime(bundle, options, tolerance):
+    cases = bundle.golden()
+    answers = Predictor(bundle, **options).predict([case.image for case in cases])
+    for case, answer in zip(cases, answers, strict=True):
+        probability, cam = case.disagreement(answer.probabilities, answer.grid)
+        assert probability <= tolerance
+        assert cam <= 0.01
+
+
+def test_the_answer_is_the_contract(predictor, sample_images):
+    [answer] = predictor.predict([sample_images[0]])
+    body = json.loads(json.dumps(answer.to_dict(), allow_nan=False))
+    assert list(body) == [
+        "schema", "model", "prediction", "probabilities", "classes", "uncertainty", "gradcam", "image", "disclaimer",
+    ]  # fmt: skip
+    assert list(body["probabilities"]) == list(CODES)
+    assert sum(body["probabilities"].values()) == pytest.approx(1, abs=1e-9)
+    assert body["model"]["version"] == "7"
+    assert body["model"]["digest"] == predictor.bundle.digest
+    assert body["prediction"]["probability"] == max(body["probabilities"].values())
+    assert body["prediction"]["code"] in body["uncertainty"]["conformal_set"] or body["prediction"]["code"] == "UNK"
+    grid = np.array(body["gradcam"]["grid"])
+    assert grid.shape == (4, 4)
+    assert grid.min() >= 0
+    assert grid.max() in (0, 1)
+    opened = Image.open(io.BytesIO(sample_images[0]))
+    assert (body["image"]["width"], body["image"]["height"]) == opened.size
+    p = np.array(list(body["probabilities"].values()))
+    assert body["uncertainty"]["entropy"] == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+def test_a_batch_answers_each_request_as_if_it_were_alone(predictor, sample_images):
+    a, b, c, *_ = sample_images
+    requests = [
+        a,
+        Request(b, gradcam="overlay", target="BCC"),
+        b"not an image",
+        Request(c, tta=True),
+        Request(a, target="XYZ"),
+        Request(c, gradcam="none"),
+        Request(a, target="UNK"),
+        Request(b, tta=True, target="DF"),
+    ]
+    together = predictor.predict(requests)
+    for request, answer in zip(requests, together, strict=True):
+        [alone] = predictor.predict([request])
+        assert type(alone) is type(answer)
+        if isinstance(answer, Prediction):
+            assert answer.target == alone.target
+            assert list(answer.probabilities.values()) == pytest.approx(list(alone.probabilities.values()), abs=1e-5)
+            if answer.grid is not None:
+                assert np.allclose(answer.grid, alone.grid, atol=1e-3)
+    assert [type(answer) for answer in together].count(ImageError) == 1
+    assert together[1].target == "BCC"
+    assert Image.open(io.BytesIO(together[1].overlay_png)).format == "PNG"
+    assert together[5].to_dict()["gradcam"] is None
+    assert together[6].target == max(
+        (code for code in CODES if code != "UNK"), key=together[6].probabilities.__getitem__
+    )
+    assert together[7].target == "DF"
+
+
+def test_test_time_augmentation_does_not_depend_on_mirroring(predictor, drawn_image):
+    image = Image.open(io.BytesIO(drawn_image("MEL", 5)))
+    answers = []
+    for view in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), image.transpose(Image.Transpose.ROTATE_180)):
+        buffer = io.BytesIO()
+        view.save(buffer, "PNG")
+        answers += predictor.predict([Request(buffer.getvalue(), tta=True)])
+    first = list(answers[0].probabilities.values())
+    for answer in answers[1:]:
+        assert list(answer.probabilities.values()) == pytest.approx(first, abs=1e-3)
+
+
+def test_the_map_after_augmentation_is_that_of_the_averaged_top_class(predictor, sample_images):
+    for image in sample_images:
+        [averaged] = predictor.predict([Request(image, tta=True)])
+        [explicit] = predictor.predict([Request(image, target=averaged.target)])
+        assert np.allclose(averaged.grid, explicit.grid, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(b"", gradcam="heat"), "gradcam must be one of"),
+        (Request(b"", target="mel"), "target must be one of"),
+    ],
+)
+def test_wrong_options_are_refused_with_a_sentence(predictor, request_, message):
+    [answer] = predictor.predict([request_])
+    assert isinstance(answer, RequestError)
+    assert answer.status == 400
+    assert message in str(answer)
+
+
+def test_a_class_the_model_never_saw_has_no_map_and_no_probability(tmp_path, sample_images):
+    predictor = Predictor(tiny_bundle(tmp_path / "bundle", classes=("MEL", "NV", "BCC")), precision="f32")
+    [answer, refused] = predictor.predict([sample_images[0], Request(sample_images[0], target="SCC")])
+    assert answer.probabilities["SCC"] == 0
+    assert sum(answer.probabilities.values()) == pytest.approx(1)
+    assert "not trained on SCC" in str(refused)
+
+
+def test_low_precision_must_earn_its_place(bundle, monkeypatch):
+    from handlers import predictor as module
+
+    monkeypatch.setattr(module, "has_bf16", lambda: True)
+    monkeypatch.setattr(module, "LOW_PRECISION_TOLERANCE", -1.0)
+    assert Predictor(bundle).runtime.precision == "f32"
+
+
+def test_an_empty_batch_is_answered_empty(predictor):
+    assert predictor.predict([]) == []

@@ -1,0 +1,189 @@
+"""Bytes from strangers become a checked, upright RGB picture, or an ImageError with a status; never anything else.
+
+JPEG, PNG, WebP, BMP and TIFF are read. Size and shape are limited before a pixel is decoded. Orientation, alpha,
+palettes, CMYK, grey and 16 bits are handled on purpose. Whatever is broken is a 400, too large a 413, foreign a 415.
+"""
+
+import io
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from handlers.preprocessing import MAX_BYTES, ImageError, Preprocessing, decode
+
+
+def encode(image: Image.Image, format_: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format_, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    """A picture with a different colour in each quarter, so that turning it shows."""
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[:30, :40], pixels[:30, 40:], pixels[30:, :40], pixels[30:, 40:] = (
+        (200, 30, 30),
+        (30, 200, 30),
+        (30, 30, 200),
+        (220, 220, 30),
+    )
+    return Image.fromarray(pixels)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_reads_the_five_formats(picture, format_):
+    decoded = decode(encode(picture, format_))
+    assert decoded.image.mode == "RGB"
+    assert (decoded.width, decoded.height) == (80, 60)
+    assert np.abs(np.asarray(decoded.image)[15, 20].astype(int) - (200, 30, 30)).max() < 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientations_of_one_photo_give_the_same_picture(picture, orientation):
+    inverse = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = picture.transpose(inverse[orientation]) if orientation in inverse else picture
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode(encode(stored, "PNG", exif=exif))
+    assert (decoded.width, decoded.height) == (80, 60)
+    assert np.array_equal(np.asarray(decoded.image), np.asarray(picture))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "I;16"])
+def test_every_colour_mode_becomes_the_same_rgb(picture, mode):
+    grey = picture.convert("L")
+    if mode == "I;16":
+        stored = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    elif mode == "P":
+        stored = picture.quantize(16)
+    elif mode == "LA":
+        stored = grey.convert("LA")
+    else:
+        stored = picture.convert(mode)
+    data = encode(stored, {"CMYK": "TIFF", "YCbCr": "JPEG"}.get(mode, "PNG"))
+    pixels = np.asarray(decode(data).image).astype(int)
+    expected = np.asarray((grey if mode in ("L", "LA", "I;16") else picture).convert("RGB"))
+    if mode != "1":
+        assert np.abs(pixels[15, 20] - expected[15, 20]).max() < 12
+    assert pixels.shape == (60, 80, 3)
+
+
+def test_transparency_is_laid_on_white():
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    assert np.asarray(decode(encode(clear, "PNG")).image).min() == 255
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "code"),
+    [
+        (b"", 400, "empty_image"),
+        (b"hello", 415, "unsupported_media_type"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "unsupported_media_type"),
+        (b"%PDF-1.7\n%...", 415, "unsupported_media_type"),
+        (b"PK\x03\x04" + b"\0" * 40, 415, "unsupported_media_type"),
+        (b"GIF89a" + b"\0" * 40, 415, "unsupported_media_type"),
+        (b"RIFF\x24\0\0\0WAVEfmt ", 415, "unsupported_media_type"),
+        (b"\xff\xd8\xff\xe0" + b"\0" * 40, 400, "invalid_image"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, 400, "invalid_image"),
+        (b"II*\x00" + b"\xff" * 40, 400, "invalid_image"),
+        (b"\xff\xd8\xff" + b"\0" * MAX_BYTES, 413, "image_too_large"),
+        (png_header(30_000, 30_000), 413, "image_too_large"),
+        (png_header(8, 8), 400, "image_too_small"),
+        (png_header(4000, 100), 400, "unusual_shape"),
+        (png_header(640, 480), 400, "invalid_image"),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, bytes) else None,
+)
+def test_refusals_have_a_status_a_code_and_a_sentence(data, status, code):
+    with pytest.raises(ImageError) as caught:
+        decode(data)
+    assert (caught.value.status, caught.value.code) == (status, code)
+    assert str(caught.value).endswith(".")
+
+
+def test_animations_are_refused(picture):
+    frames = [picture, picture.transpose(Image.Transpose.ROTATE_180)]
+    for format_ in ("PNG", "WEBP"):
+        with pytest.raises(ImageError, match="animation"):
+            decode(encode(frames[0], format_, save_all=True, append_images=frames[1:]))
+
+
+def test_of_a_tiff_the_first_page_is_taken(picture):
+    data = encode(picture, "TIFF", save_all=True, append_images=[Image.new("RGB", (80, 60))])
+    assert np.array_equal(np.asarray(decode(data).image), np.asarray(picture))
+
+
+def test_a_huge_claim_costs_no_memory():
+    tracemalloc.start()
+    with pytest.raises(ImageError):
+        decode(png_header(30_000, 30_000))
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_a_truncated_jpeg_is_refused_at_any_length(sample_images):
+    data = sample_images[0]
+    for share in (0.02, 0.3, 0.6, 0.95):
+        with pytest.raises(ImageError):
+            decode(data[: int(len(data) * share)])
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damaged_images_decode_or_are_refused_and_nothing_else(data, picture):
+    original = bytearray(encode(picture, data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "TIFF"]))))
+    for _ in range(data.draw(st.integers(1, 8))):
+        original[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(1, len(original)))
+    try:
+        outcome: str | int = decode(bytes(original[:cut])).image.mode
+    except ImageError as error:
+        outcome = error.status
+    assert outcome in ("RGB", 400, 413, 415)
+
+
+def test_reduced_decoding_changes_the_input_little_and_the_reported_size_not(drawn_image):
+    drawn = Image.open(io.BytesIO(drawn_image("MEL", 3)))
+    photo = encode(drawn.resize((2400, 1800)), "JPEG", quality=92)
+    preprocessing = Preprocessing(128)
+    pixels, decoded = preprocessing(photo)
+    assert (decoded.width, decoded.height) == (2400, 1800)
+    assert min(decoded.image.size) < 1800, "the point of min_side is to decode fewer pixels"
+    full = preprocessing.resize(decode(photo).image)
+    assert np.abs(pixels.astype(int) - full).mean() < 1.5
+
+
+def test_normalize_is_the_textbook_formula():
+    preprocessing = Preprocessing(16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    expected = ((pixels / 255 - (0.5, 0.4, 0.3)) / (0.2, 0.25, 0.5)).transpose(0, 3, 1, 2)
+    normalized = preprocessing.normalize(pixels)
+    assert normalized.dtype == np.float32
+    assert np.abs(normalized - expected).max() < 1e-5
+    assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
