@@ -1,0 +1,122 @@
+"""Make one checked manifest of training images from the data sets you have.
+
+Every [bold]--data[/] folder is recognised by looking: ISIC 2019 (truth and metadata CSV), ISIC 2018 task 3 (truth and
+lesion groupings), HAM10000 (HAM10000_metadata.csv), a plain labels.csv (columns image and label; lesion_id, age, sex,
+site if known), or folders named after classes (Train/melanoma/..., Test/nevus/...). Tables speak of an ISIC image
+wherever it lies, so CSV files and images may be in different folders.
+
+Each image is decoded; copies and near duplicates are found; a diagnosis is that of ISIC 2019's truth, else ISIC 2018,
+HAM10000, labels.csv, the folder; images that folders alone put into two classes are left out. Lesions, joined with
+their duplicates, are never divided between train, val, calibration and test. A Test/ folder and the challenges' own
+test sets stay test.
+
+Examples:
+
+  python scripts/prepare_data.py --data data/HAM10000
+
+  python scripts/prepare_data.py --data data/HAM10000 --data data/isic2019_csv --data data/isic9 --out data/manifest.csv
+
+  python scripts/prepare_data.py --data my_photos --val 0.15 --calibration 0.15 --test 0.2 --seed 7
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from training.manifest import ManifestError, build_manifest, report_path
+from training.splits import DEFAULT_FRACTIONS, DEFAULT_SEED, SPLITS
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@app.command(help=__doc__)
+def prepare(
+    data: Annotated[list[Path], typer.Option(help="Folder of a data set; repeat for more.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="The manifest to write; its report goes beside it.")] = Path(
+        "data/manifest.csv"
+    ),
+    val: Annotated[float, typer.Option(help="Share of the images for choosing the epoch.")] = DEFAULT_FRACTIONS["val"],
+    calibration: Annotated[
+        float, typer.Option(help="Share for fitting temperature, rejection and conformal sets.")
+    ] = DEFAULT_FRACTIONS["calibration"],
+    test: Annotated[float, typer.Option(help="Share for the final measure.")] = DEFAULT_FRACTIONS["test"],
+    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = DEFAULT_SEED,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read images.", show_default="one a core")
+    ] = None,
+) -> None:
+    # Without a terminal rich would fold the report at 80 columns, in the middle of paths.
+    console = Console(highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    fractions = dict(zip(SPLITS, (round(1 - val - calibration - test, 6), val, calibration, test), strict=True))
+    try:
+        report = build_manifest(data, out, fractions=fractions, seed=seed, workers=workers, console=errors)
+    except ManifestError as error:
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}")
+        raise typer.Exit(2) from None
+    _show(console, report)
+    console.print(f"\nWritten: {escape(str(out))} and {escape(str(report_path(out)))}")
+
+
+def _show(console: Console, report: dict[str, Any]) -> None:
+    console.print("[bold]Recognised[/]")
+    for source in report["data"]:
+        console.print(f"  {escape(source['directory'])}: {source['image_files']:,} image files")
+        for table in source["tables"]:
+            test = ", official test set" if table.get("official_test") else ""
+            console.print(f"    {escape(table['file'])}: {table['kind']}, {table['rows']:,} rows{test}")
+    for file, reason in report["ignored_tables"].items():
+        console.print(f"  [yellow]ignored:[/] {escape(file)} {escape(reason)}")
+
+    for title, name in (("Class", "class_by_split"), ("Source", "source_by_split"), ("Class", "class_by_source")):
+        console.print(_count_table(title, report["counts"][name]))
+    console.print(
+        f"{report['image_files']:,} files -> {report['images']:,} images in {report['groups']:,} groups, "
+        f"{report['groups_fixed_as_test']:,} of them test by their source"
+    )
+    settled = ", ".join(f"{name} {count:,}" for name, count in report["labels_settled_by"].items())
+    console.print(f"Diagnoses settled by: {settled}")
+
+    found = report["duplicates"]
+    console.print(
+        f"Duplicates: {found['copies_of_one_file']:,} files with the same bytes as another, "
+        f"{found['copies_by_isic_identifier']:,} with the same ISIC identifier, {found['near_pairs']:,} near pairs"
+    )
+    if found["largest_set"]:
+        console.print(f"  largest set, {len(found['largest_set'])} files:")
+        for path in found["largest_set"][:10]:
+            console.print(f"    {escape(path)}")
+    largest = report["largest_group"]
+    console.print(f"Largest group: {escape(largest['lesion_id'])}, {largest['images']} images")
+
+    _show_tally(console, "Left out", report["dropped"])
+    _show_tally(console, "Noted", report["notes"])
+    console.print(f"\nFingerprint: {report['fingerprint']}")
+
+
+def _count_table(title: str, counts: dict[str, dict[str, int]]) -> Table:
+    columns = list(next(iter(counts.values())))
+    table = Table(title, *columns, "all", show_footer=True)
+    for row, cells in counts.items():
+        table.add_row(row, *(f"{cells[column]:,}" for column in columns), f"{sum(cells.values()):,}")
+    totals = [sum(cells[column] for cells in counts.values()) for column in columns]
+    for column, total in zip(table.columns, ["all", *(f"{count:,}" for count in (*totals, sum(totals)))], strict=True):
+        column.footer = total
+        column.justify = "left" if column is table.columns[0] else "right"
+    return table
+
+
+def _show_tally(console: Console, title: str, tally: dict[str, dict[str, Any]]) -> None:
+    if tally:
+        console.print(f"\n[bold]{title}[/]")
+    for kind, entry in tally.items():
+        console.print(f"  {entry['count']:>7,}  {escape(kind)}")
+        console.print(f"           [dim]e.g. {escape(entry['examples'][0])}[/]")
+
+
+if __name__ == "__main__":
+    app()

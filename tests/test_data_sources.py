@@ -1,0 +1,424 @@
+"""What `build_manifest` makes of each layout, and of files that are not quite what they should be.
+
+Each public data set is recognised by looking: ISIC 2019, ISIC 2018 task 3, HAM10000, labels.csv, class folders. Tables
+speak of an ISIC image wherever it lies, and of other names only in their own data set. Odd rows, files and names are
+reported and cost nothing but themselves; only where nothing usable is there does the whole thing stop, with one
+sentence.
+"""
+
+import json
+import os
+
+import pytest
+
+from tests.datasets import class_folders, ham10000, isic2019_truth, picture, save, write
+from training import vocabulary
+from training.manifest import ManifestError, build_manifest, read_manifest
+
+
+@pytest.fixture
+def build(tmp_path):
+    """build(dir, ...) -> the manifest by image id; .report is the last report."""
+
+    def run(*directories, **options):
+        out = tmp_path / "out" / "manifest.csv"
+        run.report = build_manifest(directories, out, **options)
+        assert run.report == json.loads(out.with_name("manifest.report.json").read_text())
+        return read_manifest(out).set_index("image_id")
+
+    return run
+
+
+def count(part: dict, words: str) -> int:
+    """How often the report counts something whose name holds `words`; every entry shows an example."""
+    assert all(entry["examples"] for entry in part.values())
+    return sum(entry["count"] for kind, entry in part.items() if words in kind)
+
+
+# Layouts
+
+
+def test_ham10000(tmp_path, build):
+    data = ham10000(
+        tmp_path / "ham",
+        ["HAM_1,ISIC_0000001,bkl,histo,80.0,male,scalp", "HAM_1,ISIC_0000002,bkl,histo,80.0,male,scalp",
+         "HAM_2,ISIC_0000003,nv,follow_up,,unknown,unknown"],
+    )  # fmt: skip
+    frame = build(data)
+    assert frame["label"].to_dict() == {"ISIC_0000001": "BKL", "ISIC_0000002": "BKL", "ISIC_0000003": "NV"}
+    assert list(frame["lesion_id"]) == ["HAM_1", "HAM_1", "HAM_2"]
+    assert set(frame["source"]) == {"ham10000"}
+    assert tuple(frame.loc["ISIC_0000001", ["age", "sex", "site"]]) == (80.0, "male", "head/neck")
+    assert tuple(frame.loc["ISIC_0000003", ["sex", "site"]]) == ("", "")
+    assert frame["age"].isna()["ISIC_0000003"]
+
+
+def test_ham10000_as_dataverse_names_it_and_in_parts(tmp_path, build):
+    data = tmp_path / "dataverse_files"
+    write(data / "HAM10000_metadata", "lesion_id,image_id,dx\nHAM_1,ISIC_0000001,mel\nHAM_2,ISIC_0000002,df\n")
+    save(data / "HAM10000_images_part_1" / "ISIC_0000001.jpg", 1)
+    save(data / "HAM10000_images_part_2" / "ISIC_0000002.jpg", 2)
+    save(data / "HAM10000_segmentations" / "ISIC_0000002_segmentation.png", 3)
+    frame = build(data)
+    assert frame["label"].to_dict() == {"ISIC_0000001": "MEL", "ISIC_0000002": "DF"}
+    assert count(build.report["dropped"], "without a diagnosis") == 1  # the mask is no photograph of the lesion
+
+
+def test_isic2019(tmp_path, build):
+    data = tmp_path / "isic"
+    isic2019_truth(
+        data / "ISIC_2019_Training_GroundTruth.csv",
+        {"ISIC_0000001": "SCC", "ISIC_0000002_downsampled": "UNK", "ISIC_0000003": "AK"},
+    )
+    write(
+        data / "ISIC_2019_Training_Metadata.csv",
+        "image,age_approx,anatom_site_general,lesion_id,sex\nISIC_0000001,55,anterior torso,BCN_1,female\n"
+        "ISIC_0000002_downsampled,,,,\nISIC_0000003,85,,BCN_1,female\n",
+    )
+    for number, name in enumerate(["ISIC_0000001", "ISIC_0000002_downsampled", "ISIC_0000003"]):
+        save(data / "ISIC_2019_Training_Input" / f"{name}.jpg", number)
+    frame = build(data)
+    assert frame["label"].to_dict() == {"ISIC_0000001": "SCC", "ISIC_0000002": "UNK", "ISIC_0000003": "AK"}
+    assert frame["lesion_id"].to_dict() == {
+        "ISIC_0000001": "BCN_1", "ISIC_0000002": "ISIC_0000002", "ISIC_0000003": "BCN_1"
+    }  # fmt: skip
+    assert tuple(frame.loc["ISIC_0000001", ["source", "age", "sex", "site"]]) == (
+        "isic2019", 55.0, "female", "anterior torso"
+    )  # fmt: skip
+    assert count(build.report["notes"], "without a lesion id") == 1
+    assert count(build.report["notes"], "more than one diagnosis") == 1
+
+
+def test_isic2018(tmp_path, build):
+    data = tmp_path / "isic2018"
+    header = "image,MEL,NV,BCC,AKIEC,BKL,DF,VASC\n"
+    write(
+        data / "ISIC2018_Task3_Training_GroundTruth.csv",
+        header + "ISIC_0000001,0.0,0.0,0.0,1.0,0.0,0.0,0.0\nISIC_0000002,1.0,0.0,0.0,0.0,0.0,0.0,0.0\n",
+    )
+    write(
+        data / "ISIC2018_Task3_Training_LesionGroupings.csv",
+        "image,lesion_id,diagnosis_confirm_type\nISIC_0000001,HAM_7,histopathology\nISIC_0000002,HAM_8,consensus\n",
+    )
+    write(data / "ISIC2018_Task3_Test_GroundTruth.csv", header + "ISIC_0000003,0,1,0,0,0,0,0\n")
+    for number in (1, 2, 3):
+        save(data / "images" / f"ISIC_000000{number}.jpg", number)
+    frame = build(data, fractions={"train": 1, "val": 0, "calibration": 0, "test": 0})
+    assert list(frame["label"]) == ["AK", "MEL", "NV"]
+    assert list(frame["lesion_id"]) == ["HAM_7", "HAM_8", "ISIC_0000003"]
+    assert list(frame["split"]) == ["train", "train", "test"]
+    assert set(frame["source"]) == {"isic2018"}
+    assert count(build.report["notes"], "akiec without an ISIC 2019 truth") == 1
+
+
+def test_labels_csv(tmp_path, build):
+    data = tmp_path / "mine"
+    write(
+        data / "labels.csv",
+        "image,label,lesion_id,age,sex,site\nphotos/a.jpg,Malignant melanoma,L1,85+,F,Back\nb,nevi,L1,,,\n"
+        "C.JPG,unk,,,,\nshots\\d.png,seborrheic_keratosis,,999,x,elbow\n",
+    )
+    for number, name in enumerate(["photos/a.jpg", "photos/b.jpg", "photos/c.jpg", "shots/d.png"]):
+        save(data / name, number)
+    frame = build(data)
+    assert frame["label"].to_dict() == {"a": "MEL", "b": "NV", "c": "UNK", "d": "BKL"}
+    assert frame["lesion_id"].to_dict() == {"a": "L1", "b": "L1", "c": "c", "d": "d"}
+    assert tuple(frame.loc["a", ["source", "age", "sex", "site"]]) == ("labels", 85.0, "female", "posterior torso")
+    assert tuple(frame.loc["d", ["sex", "site"]]) == ("", "elbow")
+    assert frame["age"].isna()["d"]
+
+
+def test_class_folders(tmp_path, build):
+    data = class_folders(
+        tmp_path / "nine",
+        {"Train/actinic keratosis/1.jpg": 1, "Train/nevus/1.jpg": 2, "Train/pigmented benign keratosis/2.jpg": 3,
+         "Test/vascular lesion/3.jpg": 4, "Train/SCC/deeper/4.jpg": 5},
+    )  # fmt: skip
+    frame = build(data)
+    by_name = dict(zip(frame["image"].str.split("nine/").str[1], frame["label"], strict=True))
+    assert by_name == {
+        "Train/actinic keratosis/1.jpg": "AK", "Train/nevus/1.jpg": "NV", "Test/vascular lesion/3.jpg": "VASC",
+        "Train/pigmented benign keratosis/2.jpg": "BKL", "Train/SCC/deeper/4.jpg": "SCC",
+    }  # fmt: skip
+    assert frame.loc["3", "split"] == "test"
+    # Two different pictures both called 1.jpg stay two.
+    assert sorted(name.partition("@")[0] for name in frame.index) == ["1", "1", "2", "3", "4"]
+    assert frame["lesion_id"].is_unique
+
+
+@pytest.mark.parametrize("folder", ["Train", "Test"])
+def test_a_part_of_class_folders_can_be_given_alone(tmp_path, build, folder):
+    data = class_folders(tmp_path / "nine", {f"{folder}/nevus/{number}.jpg": number for number in range(3)})
+    frame = build(data / folder, data / folder / "nevus")
+    assert len(frame) == 3
+    assert set(frame["label"]) == {"NV"}
+    assert (set(frame["split"]) == {"test"}) == (folder == "Test")
+
+
+def test_all_data_sets_below_one_folder(tmp_path, build):
+    ham10000(tmp_path / "data" / "ham", ["HAM_1,ISIC_0000001,nv,,,,"])
+    class_folders(tmp_path / "data" / "nine", {"Train/melanoma/ISIC_0000002.jpg": 2, "Test/bcc/ISIC_0000003.jpg": 3})
+    isic2019_truth(tmp_path / "data" / "isic2019" / "truth.csv", {"ISIC_0000002": "NV"})
+    frame = build(tmp_path / "data")
+    assert frame["label"].to_dict() == {"ISIC_0000001": "NV", "ISIC_0000002": "NV", "ISIC_0000003": "BCC"}
+    assert list(frame["source"]) == ["ham10000", "folder", "folder"]
+
+
+def test_tables_of_different_data_sets_do_not_speak_of_each_others_files(tmp_path, build):
+    for name, label, lesion in (("a", "MEL", "1"), ("b", "NV", "1")):
+        write(tmp_path / name / "labels.csv", f"image,label,lesion_id\n1.jpg,{label},{lesion}\n")
+        save(tmp_path / name / "1.jpg", ord(name))
+    frame = build(tmp_path / "a", tmp_path / "b")
+    assert sorted(frame["label"]) == ["MEL", "NV"]
+    assert frame["lesion_id"].nunique() == 2
+    assert all(lesion.startswith("1@") for lesion in frame["lesion_id"])
+
+
+def test_labels_beside_their_images_in_another_folder(tmp_path, build):
+    write(tmp_path / "mine" / "csv" / "labels.csv", "image,label\n1.jpg,MEL\n")
+    save(tmp_path / "mine" / "images" / "1.jpg", 1)
+    assert list(build(tmp_path / "mine")["label"]) == ["MEL"]
+
+
+# Spellings
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("MEL", "MEL"), ("Melanomas", "MEL"), ("nv", "NV"), ("Melanocytic nevi", "NV"), ("naevus", "NV"),
+        ("Basal_Cell-Carcinoma", "BCC"), ("akiec", "AK"), ("Actinic Keratoses", "AK"), ("Bowen's disease", "SCC"),
+        ("benign keratosis-like lesions", "BKL"), ("SK", "BKL"), ("Dermatofibroma", "DF"), ("vascular lesions", "VASC"),
+        ("squamous cell carcinoma", "SCC"), ("none of the above", "UNK"), ("UNK", "UNK"),
+        # In the ISIC archive these are moles nobody wrote a diagnosis for; UNK has to be meant.
+        ("unknown", None), ("other", None), ("wart", None), ("benign", None), ("", None),
+    ],
+)  # fmt: skip
+def test_class_code(text, code):
+    assert vocabulary.class_code(text) == code
+
+
+@pytest.mark.parametrize(
+    ("name", "isic_id"),
+    [
+        ("ISIC_0012345", "ISIC_0012345"), ("isic_0012345", "ISIC_0012345"), ("ISIC_0012345(1)", "ISIC_0012345"),
+        ("ISIC_0012345_downsampled", "ISIC_0012345"), ("ISIC_0012345_downsampled (2)", "ISIC_0012345"),
+        ("ISIC_0012345 copy", "ISIC_0012345"),
+        ("ISIC_0012345_segmentation", None), ("ISIC_001234", None), ("ISIC_00123456", None), ("my ISIC_0012345", None),
+    ],
+)  # fmt: skip
+def test_isic_id(name, isic_id):
+    assert vocabulary.isic_id(name) == isic_id
+
+
+# Faults that are reported
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda text: text.replace("\n", "\r\n"), id="CRLF"),
+        pytest.param(lambda text: "\ufeff" + text, id="byte order mark"),
+        pytest.param(lambda text: text.replace(",", ";"), id="semicolons"),
+        pytest.param(lambda text: text.replace(",", "\t"), id="tabs"),
+        pytest.param(lambda text: text.replace("image_id", "Image Name").replace("dx", "Diagnosis"), id="renamed"),
+        pytest.param(
+            lambda text: text.replace(",age", ",Age_Approx").replace("localization", "SITE"), id="renamed too"
+        ),
+        pytest.param(
+            lambda text: "".join(f"{n},{line}\n" for n, line in enumerate(text.split("\n"))), id="index added"
+        ),
+        pytest.param(
+            lambda text: text.replace("\n", ",0.5,1\n").replace("localization,0.5,1", "localization,score_weight,MEL"),
+            id="columns added",
+        ),
+        pytest.param(lambda text: text.replace(",", " , "), id="spaces"),
+        pytest.param(lambda text: text.replace("ISIC_0000001", "images/isic_0000001.JPG"), id="paths"),
+        pytest.param(lambda text: text + "\n\n", id="blank lines"),
+        pytest.param(lambda text: "\n".join([text.split("\n")[0], *reversed(text.split("\n")[1:])]), id="order"),
+        pytest.param(lambda text: text.replace("scalp", "sc\xe4lp").encode("latin-1"), id="not UTF-8"),
+    ],
+)
+def test_a_table_written_another_way_says_the_same(tmp_path, build, change):
+    data = ham10000(
+        tmp_path / "ham",
+        ["HAM_1,ISIC_0000001,bkl,histo,80.0,male,back", "HAM_1,ISIC_0000002,bkl,histo,80.0,male,back",
+         "HAM_2,ISIC_0000003,nv,histo,35.0,female,scalp"],
+    )  # fmt: skip
+    path = data / "HAM10000_metadata.csv"
+    write(path, path.read_text() + "\n")
+    columns = ["label", "lesion_id", "source", "age", "sex", "sha256"]
+    before = build(data)[columns]
+    write(path, change(path.read_text()))
+    after = build(data)
+    assert after[columns].equals(before)
+    assert after.loc["ISIC_0000001", "site"] == "posterior torso"
+
+
+def test_truth_with_added_and_renamed_columns(tmp_path, build):
+    data = class_folders(tmp_path / "x", {"images/ISIC_0000001.jpg": 1, "images/ISIC_0000002.jpg": 2})
+    write(
+        data / "truth.csv",
+        "isic_id,Melanoma,Nevus,BCC,AK,BKL,DF,VASC,SCC,UNK,score_weight,validation_weight\n"
+        "ISIC_0000001,1,0,0,0,0,0,0,0,0,0.3,0\nISIC_0000002,0,1,0,0,0,0,0,0,0,0.7,1\n",
+    )
+    assert list(build(data)["label"]) == ["MEL", "NV"]
+
+
+def test_rows_and_images_without_each_other(tmp_path, build):
+    data = ham10000(tmp_path / "ham", ["HAM_1,ISIC_0000001,nv,,,,", "HAM_2,ISIC_0000002,nv,,,,"])
+    (data / "images" / "ISIC_0000002.jpg").unlink()
+    save(data / "images" / "ISIC_0000003.jpg", 3)
+    assert list(build(data).index) == ["ISIC_0000001"]
+    assert count(build.report["notes"], "row without an image") == 1
+    assert count(build.report["dropped"], "without a diagnosis") == 1
+
+
+def test_unknown_diagnoses_and_class_folders(tmp_path, build):
+    data = ham10000(tmp_path / "ham", ["HAM_1,ISIC_0000001,nv,,,,", "HAM_2,ISIC_0000002,wart,,,,"])
+    nine = class_folders(tmp_path / "nine", {"Train/nevus/1.jpg": 11, "Train/eczema/2.jpg": 12, "readme/3.jpg": 13})
+    assert list(build(data, nine)["label"]) == ["NV", "NV"]
+    assert count(build.report["notes"], "unknown diagnosis 'wart'") == 1
+    assert count(build.report["dropped"], "diagnosis or class folder is unknown") == 2
+    assert count(build.report["dropped"], "without a diagnosis") == 1
+
+
+def test_images_that_do_not_decode(tmp_path, build):
+    data = class_folders(tmp_path / "nine", {f"nevus/{number}.jpg": number for number in range(4)})
+    whole = (data / "nevus" / "1.jpg").read_bytes()
+    write(data / "nevus" / "1.jpg", whole[: len(whole) // 2])
+    write(data / "nevus" / "2.jpg", b"not an image")
+    write(data / "nevus" / "3.jpg", b"")
+    picture(5, (8, 8)).save(data / "nevus" / "4.jpg")
+    (data / "nevus" / "5.jpg").symlink_to("nowhere.jpg")
+    assert list(build(data).index) == ["0"]
+    assert count(build.report["dropped"], "image cannot be used") == 5
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "bmp", "tif", "JPEG"])
+def test_image_formats(tmp_path, build, ending):
+    data = class_folders(tmp_path / "nine", {f"nevus/1.{ending}": 1})
+    assert list(build(data)["label"]) == ["NV"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("image,MEL,NV,BCC,AK\nISIC_0000001,0.6,0.2,0.1,0.1\n", "scores"),
+        ("", "no columns"),
+        ("a,b\n1,2\n", "no columns"),
+        ("image,file_size\nx,1\n", "no columns"),
+        (b"\x81\x8d\x00\xff", "no columns"),
+        ("image,label\n".encode("utf-16"), "no columns"),
+        ("image,image_id,label,lesion_id,source,split,sha256,phash\na,a,MEL,l,folder,train,0,0\n", "manifest"),
+    ],
+    ids=["scores", "nothing", "other columns", "no diagnosis", "binary", "UTF-16", "earlier manifest"],
+)
+def test_other_csv_files_are_ignored_with_a_reason(tmp_path, build, text, reason):
+    data = class_folders(tmp_path / "nine", {"nevus/ISIC_0000001.jpg": 1})
+    path = write(data / "other.csv", text)
+    assert list(build(data)["label"]) == ["NV"]
+    assert reason in build.report["ignored_tables"][str(path)]
+
+
+def test_a_table_that_cannot_be_read(tmp_path, build):
+    data = class_folders(tmp_path / "nine", {"nevus/ISIC_0000001.jpg": 1})
+    (data / "gone.csv").symlink_to("nowhere.csv")
+    assert list(build(data)["label"]) == ["NV"]
+    assert "cannot be read" in build.report["ignored_tables"][str(data / "gone.csv")]
+
+
+def test_odd_rows_cost_only_themselves(tmp_path, build):
+    data = class_folders(
+        tmp_path / "mine", {f"{number}.jpg": number for number in range(6)} | {"a/7.jpg": 7, "b/7.jpg": 8}
+    )
+    write(
+        data / "labels.csv",
+        "image,label\n0.jpg,NV\n1.jpg,NV,too,many\n,MEL\n2.jpg\n3.jpg,MEL\n3.jpg,NV\n4.jpg,BCC\n4.jpg,BCC\n7.jpg,DF\n"
+        "a/7.jpg,VASC\n",
+    )
+    frame = build(data)
+    assert dict(zip(frame["image"].str.split("mine/").str[1], frame["label"], strict=True)) == {
+        "0.jpg": "NV", "4.jpg": "BCC", "a/7.jpg": "VASC"
+    }  # fmt: skip
+    notes, dropped = build.report["notes"], build.report["dropped"]
+    assert count(notes, "more fields than the header") == 1
+    assert count(notes, "names no image") == 1
+    assert count(notes, "two diagnoses") == 1
+    assert count(notes, "fits several images") == 1
+    assert count(dropped, "contradictory diagnoses from labels") == 1
+    assert count(dropped, "without a diagnosis") == 4  # 1, 2, 5 and b/7
+
+
+def test_truth_rows_that_name_no_single_class(tmp_path, build):
+    data = class_folders(tmp_path / "x", {f"i/ISIC_000000{number}.jpg": number for number in range(5)})
+    write(
+        data / "truth.csv",
+        "image,MEL,NV,BCC\nISIC_0000000,1,0,0\nISIC_0000001,0,1,0\nISIC_0000002,1,1,0\nISIC_0000003,,,\n"
+        "ISIC_0000004,0,0,1\n",
+    )
+    assert list(build(data)["label"]) == ["MEL", "NV", "BCC"]
+    assert count(build.report["notes"], "does not name exactly one class") == 2
+
+
+def test_what_archives_and_file_systems_leave_behind(tmp_path, build):
+    data = class_folders(tmp_path / "nine", {"Train/nevus/1.jpg": 1})
+    for junk in ("Train/nevus/._1.jpg", "Train/nevus/.DS_Store", "__MACOSX/Train/nevus/1.jpg", "Train/nevus/Thumbs.db"):
+        write(data / junk, b"junk")
+    (data / "Train" / "again").symlink_to(data)  # leads back up
+    assert list(build(data).index) == ["1"]
+    assert not build.report["dropped"]
+
+
+def test_links_count_as_what_they_lead_to(tmp_path, build):
+    """Data sets are often links into one pool: each place a link stands in is heard."""
+    pool = [save(tmp_path / "pool" / f"{number}.jpg", number) for number in range(3)]
+    data = tmp_path / "nine"
+    for folder, number in (("nevus", 0), ("melanoma", 1), ("nevus", 2), ("melanoma", 2)):
+        (data / folder).mkdir(parents=True, exist_ok=True)
+        (data / folder / f"{number}.jpg").symlink_to(pool[number])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "Test").symlink_to(data)
+    frame = build(data)
+    assert frame["label"].to_dict() == {"0": "NV", "1": "MEL"}
+    assert "contradictory diagnoses from folders alone" in build.report["dropped"]
+    assert set(build(tmp_path / "other")["split"]) == {"test"}
+
+
+def test_file_name_that_is_not_text(tmp_path, build):
+    data = class_folders(tmp_path / "nine", {"nevus/1.jpg": 1})
+    try:
+        os.link(data / "nevus" / "1.jpg", os.fsencode(data / "nevus") + b"/\xff.jpg")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert list(build(data).index) == ["1"]
+    assert count(build.report["notes"], "not valid UTF-8") == 1
+
+
+# Faults that stop it
+
+
+@pytest.mark.parametrize(
+    ("prepare", "sentence"),
+    [
+        (lambda path: path / "missing", "There is no .*missing"),
+        (lambda path: write(path / "file", ""), "is a file"),
+        (lambda path: (path / "empty").mkdir() or path / "empty", "neither images nor a table"),
+        (lambda path: isic2019_truth(path / "csv" / "t.csv", {"ISIC_0000001": "NV"}).parent, "but no image"),
+        (lambda path: save(path / "photos" / "1.jpg", 1).parent, "nothing that names their diagnosis"),
+        (
+            lambda path: write(path / "x" / "nevus" / "1.jpg", b"?").parents[1],
+            "No image is left: image cannot be used: 1",
+        ),
+    ],
+    ids=["missing", "a file", "empty", "only tables", "only images", "only corrupt images"],
+)
+def test_nothing_usable(tmp_path, build, prepare, sentence):
+    with pytest.raises(ManifestError, match=sentence):
+        build(prepare(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_directory_at_all(build):
+    with pytest.raises(ManifestError, match="No data directory"):
+        build()

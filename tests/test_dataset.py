@@ -1,0 +1,268 @@
+"""From the manifest to batches.
+
+Images are decoded once, into a cache that is never mistaken for another's; the images that evaluation sees are pixel
+for pixel those of serving; an epoch's order and augmentation depend on seed and epoch alone; and augmentation changes
+what a lesion's label survives, nothing else.
+"""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from handlers.preprocessing import Preprocessing
+from tests.tiny_lesions import COLOURS, tiny_manifest
+from training.config import load_config
+from training.dataset import (
+    LUMA,
+    Augment,
+    DataError,
+    Images,
+    batches,
+    build_cache,
+    classes_in,
+    epoch_order,
+    load_split,
+    standardise,
+)
+from training.manifest import read_manifest
+
+SMALL = {"train": 12, "val": 6}
+STILL = ["flip=false", "rotate90=false", "rotate_degrees=0", "translate=0", "crop_scale=1", "crop_aspect=1"]
+COLOURLESS = ["brightness=0", "contrast=0", "saturation=0", "hue=0"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def frame(tmp_path):
+    return read_manifest(tiny_manifest(tmp_path / "data", SMALL))
+
+
+def augment(*overrides, size=32):
+    return Augment(load_config(None, [f"image_size={size}", *overrides]))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(n=8, size=32, seed=0):
+    return torch.randint(0, 256, (n, size, size, 3), generator=generator(seed), dtype=torch.uint8)
+
+
+# ---- the cache
+
+
+def test_evaluation_sees_the_pixels_of_serving(frame, tmp_path):
+    preprocessing = Preprocessing(24)
+    images = load_split(frame, "val", ("MEL", "NV", "BCC"), preprocessing, tmp_path / "cache")
+    rows = frame[frame["split"] == "val"]
+    assert images.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert images.lesions.tolist() == rows["lesion_id"].tolist()
+    for pixels, path in zip(images.pixels, rows["path"], strict=True):
+        with open(path, "rb") as file:
+            np.testing.assert_array_equal(pixels, preprocessing(file.read())[0])
+
+
+def test_standardised_like_serving():
+    preprocessing = Preprocessing(32)
+    pixels = pictures()
+    np.testing.assert_allclose(standardise(pixels, preprocessing), preprocessing.normalize(pixels.numpy()), atol=2e-6)
+
+
+def test_images_are_decoded_once(frame, tmp_path):
+    calls = []
+    first = build_cache(frame, Preprocessing(16), tmp_path / "cache", lambda done, total: calls.append((done, total)))
+    assert calls == [(done, len(frame)) for done in range(1, len(frame) + 1)]
+    for path in frame["path"]:
+        Image.new("RGB", (40, 32)).save(path)  # what is on disk now is not looked at
+    again = build_cache(frame, Preprocessing(16), tmp_path / "cache", lambda done, total: calls.append("decoded"))
+    assert "decoded" not in calls
+    np.testing.assert_array_equal(first, again)
+    assert not again.flags.writeable
+
+
+def test_another_size_or_another_list_is_another_cache(frame, tmp_path):
+    cache = tmp_path / "cache"
+    build_cache(frame, Preprocessing(16), cache)
+    build_cache(frame, Preprocessing(20), cache)
+    build_cache(frame, Preprocessing(16, interpolation="bilinear"), cache)
+    shorter = build_cache(frame.iloc[1:].reset_index(drop=True), Preprocessing(16), cache)
+    assert len(shorter) == len(frame) - 1
+    files = sorted(cache.iterdir())
+    assert [file.suffix for file in files] == [".json", ".npy"] * 4
+    described = [json.loads(file.read_text()) for file in files if file.suffix == ".json"]
+    assert {(len(index["sha256"]), index["size"]) for index in described} == {(18, 16), (18, 20), (17, 16)}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.write_bytes(b"no picture"), "This is not a"),
+        (lambda path: path.write_bytes(path.read_bytes()[:200]), "damaged"),
+        (lambda path: path.unlink(), "cannot be read"),
+        (lambda path: Image.new("RGB", (40, 32)).save(path), "has changed since the manifest was written"),
+    ],
+)
+def test_a_bad_image_stops_it_with_its_name_and_leaves_nothing(frame, tmp_path, spoil, says):
+    from pathlib import Path
+
+    spoil(Path(frame["path"][7]))
+    with pytest.raises(DataError, match=says) as caught:
+        build_cache(frame, Preprocessing(16), tmp_path / "cache")
+    assert frame["path"][7] in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_interrupted_cache_is_not_taken_for_a_whole_one(frame, tmp_path):
+    def interrupt(done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(frame, Preprocessing(16), tmp_path / "cache", interrupt)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert build_cache(frame, Preprocessing(16), tmp_path / "cache").any(axis=(1, 2, 3)).all()
+
+
+def test_classes_are_those_of_the_training_split_in_taxonomy_order(frame):
+    assert classes_in(frame) == ("MEL", "NV", "BCC")
+    assert set(COLOURS) == {"MEL", "NV", "BCC"}
+    frame.loc[(frame["label"] == "NV") & (frame["split"] == "train"), "label"] = "SCC"
+    assert classes_in(frame) == ("MEL", "BCC", "SCC")
+
+
+def test_a_class_without_a_logit_is_marked(frame, tmp_path):
+    images = load_split(frame, "val", ("NV", "BCC"), Preprocessing(16), tmp_path / "cache")
+    assert images.labels.tolist() == [-1, 0, 1, -1, 0, 1]
+
+
+# ---- order and batches
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    labels = np.arange(50) % 3
+    orders = {(s, e): epoch_order(labels, s, e) for s, e in itertools.product((0, 1), (0, 1))}
+    for (s, e), order in orders.items():
+        assert sorted(order) == list(range(50))
+        np.testing.assert_array_equal(order, epoch_order(labels, s, e))
+    assert len({tuple(order) for order in orders.values()}) == 4
+
+
+@pytest.mark.parametrize(("power", "expected"), [(0.0, 0.9), (0.5, 0.75), (1.0, 0.5)])
+def test_the_sampler_draws_by_frequency_to_the_power(power, expected):
+    """9 to 1: weights 9 * 9^-p and 1, so shares 0.9, 3 / (3 + 1) and 0.5."""
+    labels = np.array([0] * 9000 + [1] * 1000)
+    drawn = labels[epoch_order(labels, 0, 0, power)]
+    assert len(drawn) == len(labels)
+    assert (drawn == 0).mean() == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
+def test_batches_hold_the_images_asked_for(batch_size):
+    pixels = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 4, 4, 3))
+    images = Images(pixels, np.arange(20) * 10, np.arange(20).astype(str))
+    order = epoch_order(images.labels // 10, 0, 0)
+    seen = list(batches(images, order, batch_size, CPU))
+    assert [len(labels) for _, labels in seen] == [min(batch_size, 20 - start) for start in range(0, 20, batch_size)]
+    np.testing.assert_array_equal(torch.cat([labels for _, labels in seen]), order * 10)
+    np.testing.assert_array_equal(torch.cat([p[:, 0, 0, 0] for p, _ in seen]), order)
+
+
+# ---- augmentation
+
+
+def test_the_same_seed_gives_the_same_views():
+    whole, pixels = augment(), pictures()
+    first, again, other = (whole(pixels, generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+def test_every_image_gets_a_draw_of_its_own():
+    pixels = pictures(1).repeat(6, 1, 1, 1)
+    views = augment()(pixels, generator())
+    assert len({tuple(view.flatten()[:50].tolist()) for view in views}) == 6
+
+
+def test_without_strength_it_is_the_standardised_image():
+    whole = augment(*STILL, *COLOURLESS)
+    pixels = pictures()
+    torch.testing.assert_close(whole(pixels, generator()), standardise(pixels, whole.preprocessing), atol=2e-4, rtol=0)
+
+
+def test_flips_and_quarter_turns_are_exact_and_all_eight_occur():
+    whole = augment(*STILL[2:], *COLOURLESS)
+    picture = pictures(1)
+    views = whole(picture.repeat(64, 1, 1, 1), generator())
+    base = standardise(picture, whole.preprocessing)[0]
+    eight = [torch.rot90(side, turns, (1, 2)) for side in (base, base.flip(2)) for turns in range(4)]
+    found = set()
+    for view in views:
+        distances = [float((view - one).abs().max()) for one in eight]
+        assert min(distances) < 5e-3
+        found.add(int(np.argmin(distances)))
+    assert found == set(range(8))
+
+
+def test_a_larger_cache_is_brought_to_the_networks_size():
+    views = augment(size=32)(pictures(4, size=40), generator())
+    assert views.shape == (4, 3, 32, 32)
+    assert views.is_contiguous()
+    assert torch.isfinite(views).all()
+
+
+def test_the_crop_keeps_at_least_the_asked_share_of_the_area():
+    whole = augment("crop_scale=0.5", "crop_aspect=1.3", "rotate90=false", "rotate_degrees=0", "translate=0")
+    theta = whole.geometry(500, generator())
+    area = (theta[:, 0, 0] * theta[:, 1, 1]).abs()
+    assert area.max() <= 1.0001
+    assert area.min() >= 0.5 / 1.3  # a stretched crop is cut off at the picture's edge
+    assert area.min() < 0.6
+    # nothing from beyond the edge
+    reach = theta[:, :, 2].abs() + torch.stack([theta[:, 0, 0].abs(), theta[:, 1, 1]], 1)
+    assert reach.max() <= 1.0001
+
+
+def colours(overrides, pixels):
+    """Only the colours change: uint8 (N, S, S, 3) to float (N, 3, S, S) in [0, 255]."""
+    whole = augment(*STILL, *COLOURLESS, *overrides)
+    std, mean = (torch.tensor(v)[:, None, None] for v in (whole.preprocessing.std, whole.preprocessing.mean))
+    return (whole(pixels, generator()) * std + mean) * 255
+
+
+def grey_of(images):
+    return (images * torch.tensor(LUMA)[:, None, None]).sum(1)
+
+
+def test_saturation_and_hue_leave_brightness_alone():
+    pixels = pictures()
+    before = pixels.permute(0, 3, 1, 2).float()
+    after = colours(["saturation=0.5", "hue=0.2"], pixels)
+    torch.testing.assert_close(grey_of(after), grey_of(before), atol=0.5, rtol=0)
+    assert (after - before).abs().mean() > 5
+
+
+def test_grey_stays_grey():
+    grey = pictures()[..., :1].repeat(1, 1, 1, 3)
+    after = colours(["saturation=0.5", "hue=0.2", "brightness=0.3", "contrast=0.3"], grey)
+    assert (after.amax(1) - after.amin(1)).max() < 0.5
+
+
+def test_contrast_turns_about_each_images_mean():
+    pixels = pictures()
+    before, after = grey_of(pixels.permute(0, 3, 1, 2).float()), grey_of(colours(["contrast=0.5"], pixels))
+    torch.testing.assert_close(after.mean((1, 2)), before.mean((1, 2)), atol=0.1, rtol=0)
+    ratio = after.std((1, 2)) / before.std((1, 2))
+    assert ratio.min() < 0.8
+    assert ratio.max() > 1.2
+
+
+def test_brightness_multiplies():
+    pixels = pictures()
+    ratio = colours(["brightness=0.4"], pixels).mean((1, 2, 3)) / pixels.float().mean((1, 2, 3))
+    assert 0.6 <= ratio.min() < 0.9
+    assert 1.1 < ratio.max() <= 1.4

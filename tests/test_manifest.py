@@ -1,0 +1,435 @@
+"""The manifest: one checked row a photograph, labelled by the best authority, no lesion in two splits.
+
+A diagnosis is that of ISIC 2019's truth by image id, else ISIC 2018, HAM10000, labels.csv, the folder; what the best
+authority contradicts itself in is left out. Copies of a photograph become one row; near duplicates and images of one
+lesion become one group. A Test/ folder and the challenges' test sets stay test, and take the rest of their groups with
+them. The same data give the same bytes and the same fingerprint, wherever they lie and however they are listed. Files
+are written whole or not at all, and a damaged manifest is refused with a sentence.
+"""
+
+import errno
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from tests.datasets import class_folders, ham10000, isic2019_truth, picture, save, write
+from training.manifest import COLUMNS, ManifestError, build_manifest, fingerprint, read_manifest
+from training.splits import SPLITS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def build(tmp_path):
+    """build(dir, ...) -> the manifest by image id; .report is the last report."""
+
+    def run(*directories, **options):
+        out = tmp_path / "out" / "manifest.csv"
+        run.report = build_manifest(directories, out, **options)
+        return read_manifest(out).set_index("image_id")
+
+    return run
+
+
+def kinds(part: dict) -> str:
+    return " | ".join(part)
+
+
+# Whose word counts
+
+
+def test_isic2019_truth_speaks_of_images_in_other_data_sets(tmp_path, build):
+    ham = ham10000(tmp_path / "ham", [f"HAM_{n},ISIC_000000{n},akiec,histo,60,male,face" for n in (1, 2, 3)])
+    nine = class_folders(tmp_path / "nine", {"Train/nevus/ISIC_0000004(1).jpg": 4, "Train/nevus/ISIC_0000005.jpg": 5})
+    csvs = isic2019_truth(
+        tmp_path / "csv" / "ISIC_2019_Training_GroundTruth.csv",
+        {"ISIC_0000001": "SCC", "ISIC_0000002_downsampled": "AK", "ISIC_0000004_downsampled": "MEL"},
+    ).parent
+    frame = build(ham, nine, csvs)
+    assert list(frame["label"]) == ["SCC", "AK", "AK", "MEL", "NV"]
+    assert list(frame["source"]) == ["ham10000"] * 3 + ["folder"] * 2
+    assert build.report["labels_settled_by"] == {"isic2019": 3, "ham10000": 1, "folder": 1}
+    assert "ham10000 says AK, overruled by isic2019: SCC" in build.report["notes"]
+    assert "folder says NV, overruled by isic2019: MEL" in build.report["notes"]
+    assert build.report["notes"]["akiec without an ISIC 2019 truth: taken as AK, may be SCC"]["count"] == 1
+
+
+def test_the_order_of_authorities(tmp_path, build):
+    """One image, five opinions: taking the best away each time leaves the next to decide."""
+    data = tmp_path / "data"
+    save(data / "melanoma" / "ISIC_0000001.jpg", 1)
+    isic2019_truth(data / "a.csv", {"ISIC_0000001": "VASC"})
+    write(data / "b.csv", "image,MEL,NV,BCC,AKIEC,BKL,DF,VASC\nISIC_0000001,0,0,0,0,0,1,0\n")
+    write(data / "c.csv", "lesion_id,image_id,dx\nHAM_1,ISIC_0000001,bkl\n")
+    write(data / "d.csv", "image,label\nISIC_0000001,BCC\n")
+    seen = []
+    for table in ("a.csv", "b.csv", "c.csv", "d.csv"):
+        seen += list(build(data)["label"])
+        (data / table).unlink()
+    seen += list(build(data)["label"])
+    assert seen == ["VASC", "DF", "BKL", "BCC", "MEL"]
+
+
+def test_what_folders_alone_contradict_is_left_out(tmp_path, build):
+    nine = class_folders(
+        tmp_path / "nine",
+        {"Train/melanoma/ISIC_0000001.jpg": 1, "Train/seborrheic keratosis/ISIC_0000001.jpg": 1,  # same id
+         "Train/melanoma/x.jpg": 2, "Train/seborrheic keratosis/y.jpg": 2,  # same bytes
+         "Train/melanoma/z.jpg": 3, "Train/nevus/w.jpg": 4,
+         "Train/nevus/ISIC_0000006.jpg": 6, "Train/actinic keratosis/ISIC_0000006.jpg": 6},
+    )  # fmt: skip
+    save(nine / "Train" / "nevus" / "z again.jpg", 3, size=(180, 180), quality=80)  # near duplicate
+    csvs = isic2019_truth(tmp_path / "csv" / "truth.csv", {"ISIC_0000006": "AK"}).parent
+    frame = build(nine, csvs)
+    assert frame["label"].to_dict() == {"w": "NV", "ISIC_0000006": "AK"}
+    assert build.report["dropped"]["contradictory diagnoses from folders alone"]["count"] == 4
+
+
+def test_a_near_duplicate_of_a_known_image_takes_its_diagnosis(tmp_path, build):
+    nine = class_folders(tmp_path / "nine", {"Train/seborrheic keratosis/photo.jpg": 1})
+    ham = tmp_path / "ham"
+    write(ham / "HAM10000_metadata.csv", "lesion_id,image_id,dx\nHAM_1,ISIC_0000001,mel\n")
+    save(ham / "ISIC_0000001.jpg", 1, size=(180, 180), quality=80)
+    frame = build(nine, ham)
+    assert frame["label"].to_dict() == {"ISIC_0000001": "MEL", "photo": "MEL"}
+    assert set(frame["lesion_id"]) == {"HAM_1"}
+    assert build.report["duplicates"]["near_pairs"] == 1
+
+
+def test_tables_that_contradict_each_other_about_one_photograph(tmp_path, build):
+    data = class_folders(tmp_path / "x", {"i/ISIC_0000001.jpg": 1, "i/ISIC_0000003.jpg": 3})
+    save(data / "i" / "ISIC_0000002.jpg", 1, quality=60)
+    isic2019_truth(data / "t.csv", {"ISIC_0000001": "MEL", "ISIC_0000002": "BKL", "ISIC_0000003": "NV"})
+    assert list(build(data)["label"]) == ["NV"]
+    assert build.report["dropped"]["contradictory diagnoses from isic2019"]["count"] == 2
+
+
+# Copies, groups, splits
+
+
+def test_copies_become_one_row(tmp_path, build):
+    """The file that is kept is that of the first data set in the order of authorities, then the largest."""
+    ham = ham10000(tmp_path / "ham", ["HAM_1,ISIC_0000001,nv,histo,40,male,back"])
+    save(ham / "images" / "ISIC_0000001(1).jpg", 77, size=(300, 200))  # another picture under the same id
+    nine = tmp_path / "nine"
+    save(nine / "Train" / "nevus" / "ISIC_0000001.jpg", 1, size=(200, 200))
+    save(nine / "Train" / "nevus" / "mole.jpg", 5)
+    save(nine / "Train" / "nevus" / "mole 2.jpg", 5)
+    frame = build(nine, ham)
+    assert frame["image"].str.rsplit("/", n=1).str[1].to_dict() == {
+        "ISIC_0000001": "ISIC_0000001.jpg", "mole": "mole.jpg"
+    }  # fmt: skip
+    assert frame.loc["ISIC_0000001", "source"] == "ham10000"
+    assert set(frame["lesion_id"]) == {"HAM_1", "mole"}
+    found = build.report["duplicates"]
+    assert (found["copies_of_one_file"], found["copies_by_isic_identifier"]) == (1, 2)
+    assert len(found["largest_set"]) == 3
+    assert "same ISIC identifier, different picture" in build.report["notes"]
+
+
+def test_groups_join_lesions_and_duplicates(tmp_path, build):
+    """1 and 2 share a lesion, 2 and 3 are the same photograph, 3 and 4 share another lesion: one group of four."""
+    data = tmp_path / "mine"
+    write(data / "labels.csv", "image,label,lesion_id\n1,NV,A\n2,NV,A\n3,NV,B\n4,NV,B\n5,NV,\n6,NV,C\n")
+    for seed in (1, 2, 4, 5, 6):
+        save(data / f"{seed}.jpg", seed)
+    save(data / "3.jpg", 2, size=(180, 180), quality=80)
+    frame = build(data)
+    assert frame["lesion_id"].to_dict() == {"1": "A", "2": "A", "3": "A", "4": "A", "5": "5", "6": "C"}
+    assert build.report["largest_group"] == {"lesion_id": "A", "images": 4}
+    assert frame.groupby("lesion_id")["split"].nunique().max() == 1
+
+
+def test_a_test_folder_stays_test_and_takes_its_groups_with_it(tmp_path, build):
+    ham = ham10000(
+        tmp_path / "ham",
+        [f"HAM_{number // 2},ISIC_{number:07},nv,,,," for number in range(20)],  # two images a lesion
+    )
+    nine = class_folders(tmp_path / "nine", {"Test/nevus/ISIC_0000004.jpg": 4, "TEST/nevus/new.jpg": 99})
+    save(nine / "Train" / "nevus" / "new again.jpg", 99, size=(180, 180), quality=80)
+    frame = build(ham, nine, fractions={"train": 0.8, "val": 0.1, "calibration": 0.1, "test": 0})
+    # ISIC_0000004 is in HAM10000 too, whose ISIC_0000005 shows the same lesion.
+    assert sorted(frame.index[frame["split"] == "test"]) == ["ISIC_0000004", "ISIC_0000005", "new", "new again"]
+    assert build.report["groups_fixed_as_test"] == 2
+
+
+def test_the_official_test_set_stays_test_and_may_hold_unk(tmp_path, build):
+    ham = ham10000(tmp_path / "ham", [f"HAM_{number},ISIC_{number:07},nv,,,," for number in range(10)])
+    isic = tmp_path / "isic"
+    isic2019_truth(isic / "ISIC_2019_Test_GroundTruth.csv", {"ISIC_0000003": "UNK", "ISIC_0000020": "UNK"})
+    save(isic / "ISIC_2019_Test_Input" / "ISIC_0000020.jpg", 20)
+    frame = build(ham, isic)
+    assert frame.loc[["ISIC_0000003", "ISIC_0000020"], ["label", "split"]].to_numpy().tolist() == [["UNK", "test"]] * 2
+    assert build.report["groups_fixed_as_test"] == 2
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(
+    st.lists(
+        # seed of the picture (few: many duplicates), its lesion, its class, under Test/ or not, squashed or not
+        st.tuples(st.integers(0, 9), st.integers(0, 6), st.sampled_from(["MEL", "NV"]), st.booleans(), st.booleans()),
+        min_size=1, max_size=16,
+    )
+)  # fmt: skip
+def test_no_lesion_and_no_photograph_is_in_two_splits(tmp_path_factory, images):
+    data = tmp_path_factory.mktemp("data")
+    lines, shown = ["image,label,lesion_id"], {}
+    for number, (seed, lesion, code, test, squashed) in enumerate(images):
+        folder = "Test" if test else "Train"
+        save(data / folder / f"{number}.jpg", seed, size=(90, 90) if squashed else (96, 72))
+        lines.append(f"{folder}/{number}.jpg,{code},{lesion or ''}")
+        shown[str(number)] = (seed, lesion, folder)
+    write(data / "labels.csv", "\n".join([*lines, "always,NV,"]))
+    save(data / "Train" / "always.jpg", 1000)  # lest all others be left out for contradicting each other
+    shown["always"] = (1000, 0, "Train")
+    build_manifest([data], data / "m.csv")
+    frame = read_manifest(data / "m.csv").set_index("image_id")
+    splits_of = {}
+    for name, split in frame["split"].items():
+        seed, lesion, folder = shown[name.partition("@")[0]]
+        splits_of.setdefault(("photo", seed), set()).add(split)
+        if lesion:
+            splits_of.setdefault(("lesion", lesion), set()).add(split)
+        assert folder == "Train" or split == "test"
+    assert all(len(splits) == 1 for splits in splits_of.values())
+
+
+# The same data, the same manifest
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A HAM10000 and class folders that overlap, with some lesions and near duplicates."""
+    rows = [
+        f"HAM_{number // 2},ISIC_{number:07},{'nv' if number < 20 else 'mel'},,50,male,back" for number in range(30)
+    ]
+    ham = ham10000(tmp_path / "data" / "ham", rows)
+    names = {
+        f"{'Test' if n % 7 == 0 else 'Train'}/nevus/ISIC_{n:07}.jpg": n for n in range(0, 40, 3) if not 20 <= n < 30
+    }
+    nine = class_folders(tmp_path / "data" / "nine", names)
+    save(nine / "Train" / "nevus" / "other.jpg", 33, size=(150, 150))
+    return ham, nine
+
+
+def test_the_same_bytes_again_and_in_any_order(tmp_path, mixed):
+    out = tmp_path / "one" / "m.csv"
+    written = []
+    for directories in (mixed, mixed[::-1], (mixed[0].parent,)):
+        build_manifest(directories, out)
+        written.append(out.read_bytes())
+    assert written[0] == written[1] == written[2]
+    report = (tmp_path / "one" / "m.report.json").read_bytes()
+    build_manifest([mixed[0].parent], out)
+    assert (tmp_path / "one" / "m.report.json").read_bytes() == report
+
+
+def test_the_fingerprint_knows_content_and_not_place(tmp_path, mixed):
+    first = build_manifest(mixed, tmp_path / "m.csv")["fingerprint"]
+    assert re.fullmatch("sha256:[0-9a-f]{64}", first)
+    moved = shutil.copytree(mixed[0].parent, tmp_path / "elsewhere" / "deeper")
+    assert build_manifest([moved / "ham", moved / "nine"], tmp_path / "other" / "m.csv")["fingerprint"] == first
+
+    frame = read_manifest(tmp_path / "m.csv")
+    assert fingerprint(frame) == first
+    assert fingerprint(frame.sample(frac=1, random_state=0)) == first
+    for column, value in {"label": "DF", "split": "val", "lesion_id": "x", "sha256": "0" * 64, "age": 1.0, "sex": "",
+                          "site": "x"}.items():  # fmt: skip
+        changed = frame.copy()
+        changed.loc[3, column] = value
+        assert fingerprint(changed) != first, column
+    assert build_manifest(mixed, tmp_path / "m.csv", seed=1)["fingerprint"] != first
+
+
+def test_report(tmp_path, mixed):
+    report = build_manifest(mixed, tmp_path / "m.csv")
+    assert report == json.loads((tmp_path / "m.report.json").read_text())
+    frame = read_manifest(tmp_path / "m.csv")
+    assert report["images"] == len(frame)
+    assert report["groups"] == frame["lesion_id"].nunique()
+    for name, (rows, columns) in {
+        "class_by_split": ("label", "split"),
+        "source_by_split": ("source", "split"),
+        "class_by_source": ("label", "source"),
+    }.items():
+        counts = pd.DataFrame(report["counts"][name]).T
+        expected = pd.crosstab(frame[rows], frame[columns]).loc[counts.index, counts.columns]
+        assert (counts.to_numpy() == expected.to_numpy()).all()
+        assert counts.to_numpy().sum() == len(frame)
+    dropped = sum(entry["count"] for entry in report["dropped"].values())
+    assert report["image_files"] == len(frame) + dropped
+    assert report["data"][0]["tables"][0]["kind"] == "ham10000"
+
+
+def test_shares_and_seed_are_options(tmp_path, build):
+    data = class_folders(tmp_path / "x", {f"nevus/{number}.jpg": number for number in range(20)})
+    frame = build(data, fractions={"train": 0.5, "val": 0.2, "calibration": 0.2, "test": 0.1})
+    assert frame["split"].value_counts().to_dict() == {"train": 10, "val": 4, "calibration": 4, "test": 2}
+    assert not build(data, seed=5)["split"].equals(build(data)["split"])
+    build(data, fractions={"train": 0.9, "val": 0.1, "calibration": 0, "test": 0})
+    assert "class without an image in calibration" in build.report["notes"]
+
+
+@pytest.mark.parametrize(
+    "fractions",
+    [{"train": 0.7, "val": 0.1}, dict.fromkeys(SPLITS, 0.3), dict(zip(SPLITS, (1.2, -0.1, -0.1, 0), strict=True)),
+     dict(zip(SPLITS, (0, 0.4, 0.3, 0.3), strict=True)), dict.fromkeys(SPLITS, float("nan"))],
+)  # fmt: skip
+def test_shares_that_make_no_sense(tmp_path, build, fractions):
+    data = class_folders(tmp_path / "x", {"nevus/1.jpg": 1})
+    with pytest.raises(ManifestError, match="share"):
+        build(data, fractions=fractions)
+
+
+# Writing and reading
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    data = class_folders(tmp_path / "x", {"nevus/1.jpg": 1})
+    out = tmp_path / "out" / "m.csv"
+    build_manifest([data], out)
+    before = {path: path.read_bytes() for path in out.parent.iterdir()}
+    save(data / "nevus" / "2.jpg", 2)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ManifestError, match="cannot be written: No space left on device"):
+        build_manifest([data], out)
+    assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
+
+
+def test_an_out_that_cannot_be(tmp_path):
+    data = class_folders(tmp_path / "x", {"nevus/1.jpg": 1})
+    write(tmp_path / "file", "")
+    with pytest.raises(ManifestError, match="cannot be written"):
+        build_manifest([data], tmp_path / "file" / "m.csv")
+    with pytest.raises(ManifestError, match="cannot be written"):
+        build_manifest([data], tmp_path / "x")  # a folder
+
+
+def test_paths_below_the_manifest_are_relative_and_move_with_it(tmp_path):
+    inside = class_folders(tmp_path / "data" / "nine", {"nevus/ä, b.jpg": 1})
+    outside = class_folders(tmp_path / "more", {"melanoma/2.jpg": 2})
+    build_manifest([inside, outside], tmp_path / "data" / "manifest.csv")
+    frame = read_manifest(tmp_path / "data" / "manifest.csv")
+    assert tuple(frame.columns) == (*COLUMNS, "path")
+    assert sorted(frame["image"]) == sorted(["nine/nevus/ä, b.jpg", str(tmp_path / "more" / "melanoma" / "2.jpg")])
+    (tmp_path / "data").rename(tmp_path / "moved")
+    frame = read_manifest(tmp_path / "moved" / "manifest.csv")
+    assert str(tmp_path / "moved" / "nine" / "nevus" / "ä, b.jpg") in list(frame["path"])
+    assert all(Path(path).is_absolute() and Path(path).is_file() for path in frame["path"])
+    (tmp_path / "more" / "melanoma" / "2.jpg").unlink()
+    with pytest.raises(ManifestError, match="1 of the 2 images"):
+        read_manifest(tmp_path / "moved" / "manifest.csv")
+
+
+def test_types_and_hashes(tmp_path, build):
+    frame = build(class_folders(tmp_path / "x", {"nevus/1.jpg": 1}))
+    assert frame["age"].dtype == np.float64
+    assert re.fullmatch("[0-9a-f]{16}", frame.loc["1", "phash"])
+    assert frame.loc["1", "site"] == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda frame: frame.drop(columns=["phash", "sex"]), "lacks the column sex, phash"),
+        (lambda frame: frame.assign(label=["NV", "MELANOMA"]), "line 3: label is 'MELANOMA'"),
+        (lambda frame: frame.assign(split="dev"), "line 2: split is 'dev'"),
+        (lambda frame: frame.assign(source="web"), "source is 'web'"),
+        (lambda frame: frame.assign(lesion_id=["", "x"]), "lesion_id is ''"),
+        (lambda frame: frame.assign(sha256="abc"), "sha256 is 'abc'"),
+        (lambda frame: frame.assign(phash="xyz"), "phash is 'xyz'"),
+        (lambda frame: frame.assign(age="old"), "age is 'old'"),
+        (lambda frame: frame.assign(image_id="same"), "line 3: image_id is 'same'"),
+        (lambda frame: frame.assign(lesion_id="same", split=["train", "test"]), "more than one split"),
+        (lambda frame: frame.iloc[:0], "no rows"),
+    ],
+    ids=lambda value: "" if callable(value) else value,
+)
+def test_a_manifest_that_was_tampered_with(tmp_path, change, sentence):
+    path = tmp_path / "m.csv"
+    build_manifest([class_folders(tmp_path / "x", {"nevus/1.jpg": 1, "melanoma/2.jpg": 2})], path)
+    change(pd.read_csv(path, dtype=str, keep_default_na=False)).to_csv(path, index=False)
+    with pytest.raises(ManifestError, match=re.escape(sentence)):
+        read_manifest(path)
+
+
+def test_no_manifest(tmp_path):
+    with pytest.raises(ManifestError, match="There is no manifest"):
+        read_manifest(tmp_path / "m.csv")
+    with pytest.raises(ManifestError, match="cannot be read"):
+        read_manifest(write(tmp_path / "empty.csv", ""))
+    picture(1).save(tmp_path / "picture.png")
+    with pytest.raises(ManifestError):
+        read_manifest(tmp_path / "picture.png")
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def command():
+    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "scripts" / "prepare_data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: CliRunner().invoke(module.app, [str(argument) for argument in arguments])
+
+
+def test_command_prints_the_report(tmp_path, mixed, command):
+    write(mixed[0] / "submission.csv", "image,MEL,NV,BCC\nISIC_0000001,0.5,0.3,0.2\n")
+    out = tmp_path / "m.csv"
+    result = command("--data", mixed[0], "--data", mixed[1], "--out", out, "--test", "0.2", "--seed", 3, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "m.report.json").read_text())
+    assert report["fractions"]["train"] == pytest.approx(0.6)
+    assert report["seed"] == 3
+    for words in (report["fingerprint"], str(out), "ham10000, 30 rows", "calibration", "Left out", "submission.csv"):
+        assert words in result.stdout
+    assert re.search(rf"all .*{report['images']} ", result.stdout)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--data", "{}/[missing]"), ("--data", "{}"), ("--data", "{}/x", "--val", "0.95")]
+)
+def test_command_faults_are_one_sentence(tmp_path, command, arguments):
+    class_folders(tmp_path / "x", {"nevus/1.jpg": 1}) if "{}/x" in arguments else None
+    result = command(*(argument.format(tmp_path) for argument in arguments), "--out", tmp_path / "m.csv")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "m.csv").exists()
+
+
+def test_command_as_people_run_it(tmp_path):
+    """From another folder, with several processes; what it writes is what the function writes."""
+    data = class_folders(
+        tmp_path / "x", {f"{name}/{name} {n}.jpg": 100 * n for n in range(3) for name in ("nevus", "bcc")}
+    )
+    save(data / "nevus" / "one.jpg", 1)
+    run = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "prepare_data.py", "--data", "x", "--out", "y/m.csv"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    report = build_manifest([data], tmp_path / "z" / "m.csv")
+    assert json.loads((tmp_path / "y" / "m.report.json").read_text()) == report

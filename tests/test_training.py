@@ -1,0 +1,476 @@
+"""Training.
+
+The loss is the formula it claims to be; a network can memorise a batch; a resumed run is the uninterrupted run, to the
+last bit, and goes on in the same MLflow run even after a kill -9; SIGTERM leaves a run marked KILLED and a checkpoint;
+a tracking server that dies does not take the training with it; a user's mistake is one sentence and an exit code.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from handlers.backbone import build_backbone
+from tests.tiny_lesions import tiny_manifest
+from training import checkpoints, tracking, train
+from training.config import ROOT, load_config
+from training.losses import ClassificationLoss, class_weights
+from training.recipe import learning_rate, make_mix, make_optimizer, seed_everything
+from training.tracking import Tracker, TrackingError, choose_store, code_revision
+
+# timm's smallest vision transformer, made for tests
+TINY = ["architecture=test_vit", "image_size=32", "batch_size=16", "lr=1e-3", "warmup_epochs=1", "bootstrap=10"]
+
+
+def logits_and_labels(n=16, classes=5):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, classes, generator=generator) * 2, torch.randint(classes, (n,), generator=generator)
+
+
+# ---- losses
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_torchs(smoothing):
+    z, y = logits_and_labels()
+    expected = F.cross_entropy(z, y, label_smoothing=smoothing)
+    torch.testing.assert_close(ClassificationLoss(label_smoothing=smoothing)(z, y), expected)
+    soft = torch.softmax(torch.randn(16, 5), 1)
+    expected = F.cross_entropy(z, soft, label_smoothing=smoothing)
+    torch.testing.assert_close(ClassificationLoss(label_smoothing=smoothing)(z, soft), expected)
+
+
+def test_class_weights_weigh_each_images_loss():
+    z, y = logits_and_labels()
+    w = torch.tensor([1.0, 2, 3, 4, 5])
+    expected = F.cross_entropy(z, y, weight=w, reduction="none").mean()
+    torch.testing.assert_close(ClassificationLoss(w)(z, y), expected)
+
+
+def test_focal_loss_by_hand():
+    z, y = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]), torch.tensor([0, 1])  # p of the truth: 3/4 and 1/2
+    expected = -((1 / 4) ** 2 * math.log(3 / 4) + (1 / 2) ** 2 * math.log(1 / 2)) / 2
+    assert ClassificationLoss(gamma=2.0)(z, y).item() == pytest.approx(expected)
+
+
+def test_class_weights_balance_and_keep_the_size_of_the_loss():
+    counts = [900, 90, 10]
+    for power in (0.0, 0.5, 1.0):
+        w = class_weights(counts, power)
+        assert (w * torch.tensor(counts)).sum().item() == pytest.approx(1000, rel=1e-5)
+        assert (w[1] / w[0]).item() == pytest.approx(10**power, rel=1e-5)
+
+
+# ---- optimiser, schedule, mixing
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine():
+    config = load_config(None, ["lr=1e-3", "min_lr=1e-5", "epochs=10", "warmup_epochs=2"])
+    rates = [learning_rate(config, step, 100) for step in range(1000)]
+    assert rates[0] == pytest.approx(1e-3 / 200)
+    assert max(rates) == rates[200] == pytest.approx(1e-3)
+    assert rates[:201] == sorted(rates[:201])
+    assert rates[200:] == sorted(rates[200:], reverse=True)
+    assert rates[600] == pytest.approx((1e-3 + 1e-5) / 2)  # half way down
+    assert rates[-1] == pytest.approx(1e-5, rel=0.01)
+    assert learning_rate(load_config(None, ["lr=1e-3", "scheduler=constant", "warmup_epochs=0"]), 0, 100) == 1e-3
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
+def test_norms_biases_and_tokens_are_not_decayed(name, kind):
+    model = build_backbone("test_vit", 3, 32)
+    optimizer = make_optimizer(model, load_config(None, [f"optimizer={name}", "weight_decay=0.1"]))
+    assert type(optimizer) is kind
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for parameter_name, parameter in model.named_parameters():
+        spared = parameter.ndim == 1 or parameter_name in ("pos_embed", "cls_token")
+        assert decay[id(parameter)] == (0 if spared else 0.1), parameter_name
+
+
+def test_mixing_blends_images_and_targets_alike():
+    mix = make_mix(load_config(None, ["mixup_alpha=1", "mix_probability=1"]), 4)
+    labels = torch.arange(4)
+    torch.manual_seed(0)
+    images, targets = mix(torch.eye(4)[:, :, None, None].repeat(1, 1, 2, 2), labels)
+    torch.testing.assert_close(images[:, :, 0, 0], targets)  # each image is its own one-hot
+    assert 0 < targets.max(1).values[0] < 1
+    plain = make_mix(load_config(None), 4)
+    assert plain("images", "labels") == ("images", "labels")
+
+
+def test_a_network_memorises_a_batch():
+    seed_everything(0, 0)
+    config = load_config(None, ["lr=2e-3", "weight_decay=0"])
+    model = build_backbone("test_vit", 4, 32)
+    optimizer, criterion = make_optimizer(model, config), ClassificationLoss()
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
+    losses = []
+    for _ in range(60):
+        loss = criterion(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1
+    assert losses[-1] < 0.02
+
+
+# ---- checkpoints
+
+
+def test_checkpoints_are_atomic_and_plain(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoints.save(path, {"tensor": torch.ones(2), "history": [{"epoch": 1}], "best": None})
+    assert torch.load(path, weights_only=True)["history"] == [{"epoch": 1}]
+    with pytest.raises(Exception, match="pickle"):
+        checkpoints.save(path, {"unpicklable": (x for x in ())})
+    assert checkpoints.load(path)["tensor"].tolist() == [1, 1]
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"model": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(checkpoints.CheckpointError, match="not a checkpoint of this project"):
+        checkpoints.load(tmp_path / "last.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- the loop, in this process
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return tmp_path / "mlflow.db"
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """The loop alone, without calibration and export, and with tracking that only remembers."""
+    told = []
+
+    class Silent:
+        uri, run_id, url = "nowhere", "run", ""
+
+        def __init__(self, *args):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: told.append((name, args))
+
+    monkeypatch.setattr(train, "Tracker", Silent)
+    monkeypatch.setattr(train, "finish", lambda *args: told.append(("finish", args)))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere")
+    return told
+
+
+class After:
+    """An interruption after `batches` batches."""
+
+    number = 0
+
+    def __init__(self, batches=10**9):
+        self.left = batches
+
+    def check(self):
+        self.left -= 1
+        if not self.left:
+            self.number = signal.SIGTERM
+            raise train.Interrupted(signal.SIGTERM)
+
+
+EVERYTHING = ["drop_rate=0.2", "drop_path_rate=0.2", "mixup_alpha=0.2", "cutmix_alpha=1", "sampler_power=0.5",
+              "ema_decay=0.9", "precision=bf16", "cache_size=36"]  # fmt: skip
+
+
+def run(output, config, resume=False, stop=None):
+    output.mkdir(exist_ok=True)
+    checkpoint = checkpoints.load(output / "last.pt") if resume else None
+    train.train(config, output, checkpoint, stop or After())
+    return checkpoints.load(output / "last.pt")
+
+
+def strip(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(bare, tmp_path):
+    manifest = tiny_manifest(tmp_path / "data")
+    config = load_config(None, [*TINY, *EVERYTHING, f"manifest={manifest}", "epochs=3"])
+    whole = run(tmp_path / "whole", config)
+
+    caching = 48 + 18 + 60 + 18  # the cache is there by now: nothing is decoded, so only batches are counted
+    assert caching
+    # 3 batches and one check at the end of an epoch: the 6th check is in the middle of the second epoch
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "broken", config, stop=After(6))
+    assert stopped.value.code == 143
+    assert ("end", ("KILLED",)) in bare
+    broken = checkpoints.load(tmp_path / "broken" / "last.pt")
+    assert broken["epoch"] == 1
+
+    torch.manual_seed(12345)  # whatever happened in between
+    resumed = run(tmp_path / "broken", config, resume=True)
+    assert len(resumed["history"]) == 3
+    assert strip(resumed["history"]) == strip(whole["history"])
+    for part in ("model", "ema"):
+        assert all(torch.equal(resumed[part][name], whole[part][name]) for name in whole[part])
+    best = [checkpoints.load(tmp_path / name / "best.pt") for name in ("whole", "broken")]
+    assert best[0]["best"] == best[1]["best"]
+    assert all(torch.equal(best[0]["weights"][name], best[1]["weights"][name]) for name in best[0]["weights"])
+    # and another seed is another run, so that the equality above says something
+    other = run(tmp_path / "other", config.model_copy(update={"seed": 1}))
+    assert strip(other["history"]) != strip(whole["history"])
+
+
+def test_it_stops_early_and_resumes_to_the_end(bare, tmp_path):
+    manifest = tiny_manifest(tmp_path / "data")
+    settings = [*TINY, f"manifest={manifest}", "epochs=50", "patience=2", "lr=1e-12", "ema_decay=0"]
+    state = run(tmp_path / "run", load_config(None, settings))
+    # with no progress after the first epoch, it waits for two more
+    assert state["best"]["epoch"] + 2 == state["epoch"] < 50
+    bare.clear()
+    again = run(tmp_path / "run", load_config(None, settings), resume=True)
+    assert again["epoch"] == state["epoch"]
+    assert [name for name, _ in bare if name in ("epoch", "finish")] == ["finish"]
+
+
+def test_a_diverging_run_says_so(bare, tmp_path):
+    settings = [*TINY, f"manifest={tiny_manifest(tmp_path / 'data')}", "lr=1e30", "epochs=3", "warmup_epochs=0"]
+    with pytest.raises(train.TrainingError, match=r"The loss is nan in epoch \d; try a lower lr"):
+        run(tmp_path / "run", load_config(None, settings))
+    assert ("end", ("FAILED",)) in bare
+
+
+def test_a_changed_manifest_or_model_is_not_resumed(bare, tmp_path):
+    manifest = tiny_manifest(tmp_path / "data")
+    config = load_config(None, [*TINY, f"manifest={manifest}", "epochs=1"])
+    run(tmp_path / "run", config)
+    with pytest.raises(checkpoints.CheckpointError, match="resume without changing the model"):
+        run(tmp_path / "run", config.model_copy(update={"architecture": "test_vit2"}), resume=True)
+    manifest.write_text("\n".join(manifest.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(train.TrainingError, match="has changed since this run began"):
+        run(tmp_path / "run", config, resume=True)
+
+
+# ---- the command line
+
+
+def command(*args):
+    app = typer.Typer()
+    app.command()(train.main)
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    return result.exit_code, result.output + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["epochz=3"], "did you mean 'epochs'?"),
+        (["--config", "vit_smal"], "did you mean 'vit_small'?"),
+        (["--epochs", "0"], "epochs must be greater than or equal to 1"),
+        (["--batch_size", "-1"], "batch_size must be greater"),
+        (["--resume", "nowhere/last.pt"], "There is no checkpoint nowhere/last.pt."),
+        (["device=mps"], "device=mps is not available"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_2(args, says, tmp_path):
+    code, output = command("pretrained=false", f"manifest={tmp_path / 'm.csv'}", f"output={tmp_path / 'out'}", *args)
+    assert code == 2
+    assert says in output
+    assert "Traceback" not in output
+
+
+def test_no_data_is_one_sentence(tmp_path):
+    code, output = command(
+        f"manifest={tmp_path / 'm.csv'}", f"data_dir={tmp_path / 'data'}", "--output", tmp_path / "o"
+    )
+    assert code == 1
+    assert "There is no manifest" in output
+    assert "prepare_data.py" in output
+
+
+def test_an_output_folder_with_a_run_in_it_is_not_overwritten(tmp_path):
+    checkpoints.save(tmp_path / "last.pt", {"epoch": 3})
+    code, output = command("--output", tmp_path)
+    assert code == 2
+    assert f"--resume {tmp_path / 'last.pt'}" in output
+
+
+def test_best_is_not_mistaken_for_a_resumable_checkpoint(tmp_path):
+    checkpoints.save(tmp_path / "best.pt", {"weights": {}})
+    code, output = command("--resume", tmp_path / "best.pt")
+    assert code == 2
+    assert "last.pt" in output
+
+
+# ---- tracking
+
+
+def test_a_store_that_does_not_answer_is_refused_before_training():
+    tracker = Tracker("http://127.0.0.1:9", print)
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI=sqlite"):
+        tracker.start(load_config(None))
+
+
+def test_a_dying_server_is_told_once_and_caught_up_with_later(store):
+    warnings = []
+    tracker = Tracker(os.environ["MLFLOW_TRACKING_URI"], warnings.append)
+    tracker.start(load_config(None))
+    mlflow, real = tracker._mlflow, tracker._mlflow.log_metrics
+    try:
+        mlflow.log_metrics = lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("refused"))
+        tracker.epoch(1, {"loss": 3.0})
+        tracker.epoch(2, {"loss": 2.0})
+        assert len(warnings) == 1
+        assert "training goes on" in warnings[0]
+        mlflow.log_metrics = real
+        tracker.epoch(3, {"loss": 1.0})
+    finally:
+        mlflow.log_metrics = real
+    tracker.end("FINISHED")
+    history = mlflow.MlflowClient().get_metric_history(tracker.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert len(warnings) == 1
+
+
+def test_where_it_logs(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://named:1")
+    assert choose_store(tmp_path, "http://remembered:1") == ("http://named:1", "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert choose_store(tmp_path, "http://remembered:1") == ("http://remembered:1", "")
+    monkeypatch.setattr(tracking, "DEFAULT_SERVER", "http://127.0.0.1:9")
+    uri, notice = choose_store(tmp_path)
+    assert uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert "No MLflow server" in notice
+
+
+def test_the_code_revision_is_honest(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert code_revision() == "unknown"
+    (tmp_path / "file").write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    clean = code_revision()
+    assert len(clean) == 40
+    (tmp_path / "file").write_text("2")
+    assert code_revision() == f"{clean}-dirty"
+
+
+# ---- the real thing: processes, signals, MLflow, the bundle
+
+
+def start(args, env, log):
+    return subprocess.Popen(
+        [sys.executable, "train.py", *args],  # from inside the folder, as people do
+        cwd=ROOT / "training",
+        env=env,
+        stdout=log.open("a"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for_epoch(process, output, epoch, log):
+    for _ in range(1200):
+        if (output / "last.pt").exists() and checkpoints.load(output / "last.pt")["epoch"] >= epoch:
+            return
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    pytest.fail(f"epoch {epoch} was not reached:\n{log.read_text()}")
+
+
+@pytest.mark.timeout(400)
+def test_terminated_then_killed_then_finished_is_one_run(store, tmp_path):
+    import mlflow
+
+    manifest = tiny_manifest(tmp_path / "data")
+    output, log = tmp_path / "run", tmp_path / "log"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    resume = ["--resume", str(output)]
+    settings = [*TINY, "pretrained=false", "patience=0", f"manifest={manifest}"]
+
+    process = start([*settings, "epochs=100000", "--output", str(output)], env, log)
+    wait_for_epoch(process, output, 1, log)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, log.read_text()
+    assert f"python training/train.py --resume {output / 'last.pt'}" in log.read_text()
+    first = checkpoints.load(output / "last.pt")
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    [run] = client.search_runs(["1"])
+    assert run.info.status == "KILLED"
+    assert run.info.run_id == first["mlflow"]["run_id"]
+
+    process = start(resume, env, log)
+    wait_for_epoch(process, output, first["epoch"] + 1, log)
+    assert client.get_run(run.info.run_id).info.status == "RUNNING"
+    process.kill()
+    process.wait()
+    second = checkpoints.load(output / "last.pt")
+    assert second["epoch"] > first["epoch"]
+
+    last = second["epoch"] + 1
+    process = start([*resume, "--epochs", str(last)], env, log)
+    assert process.wait(200) == 0, log.read_text()
+
+    # one run, with everything in it
+    [run] = client.search_runs(["1"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["architecture"] == "test_vit"
+    assert run.data.params["epochs"] == "100000"
+    assert run.data.tags["resumed.epochs"] == str(last)
+    assert run.data.tags["code_revision"] == code_revision()
+    [given] = run.inputs.dataset_inputs
+    assert first["dataset_fingerprint"].startswith(f"sha256:{given.dataset.digest}")
+    for name in (
+        "train_loss",
+        "val_loss",
+        "val_accuracy",
+        "val_balanced_accuracy",
+        "val_macro_f1",
+        "val_macro_auc",
+        "lr",
+    ):
+        steps = {metric.step for metric in client.get_metric_history(run.info.run_id, name)}
+        assert steps == set(range(1, last + 1)), name
+    assert any(name.startswith("system/") for name in run.data.metrics) or last < 5
+
+    def artifacts(path):
+        return {file.path.removeprefix(f"{path}/") for file in client.list_artifacts(run.info.run_id, path)}
+
+    assert artifacts("checkpoints") == {"best.pt", "last.pt"}
+    assert {"bundle.json", "model.safetensors", "golden.json"} <= artifacts("bundle")
+    assert {"curves.png", "confusion_val.png", "confusion_test.png", "reliability_test.png"} <= artifacts("figures")
+
+    # the bundle says what it is, and judged through serving's door it does as training said
+    described = json.loads((output / "bundle" / "bundle.json").read_text())
+    assert described["classes"] == ["MEL", "NV", "BCC"]
+    assert described["evidence"]["run_id"] == run.info.run_id
+    assert described["evidence"]["dataset_fingerprint"] == first["dataset_fingerprint"]
+    assert described["calibration"]["conformal"]["confidence_level"] == 0.9
+    subprocess.run(
+        [sys.executable, ROOT / "training/evaluate.py", "--bundle", output / "bundle", "--data", manifest,
+         "--out", tmp_path / "judged", "--bootstrap", "10"],
+        check=True, env=env, cwd=tmp_path,
+    )  # fmt: skip
+    judged = json.loads((tmp_path / "judged" / "metrics.json").read_text())
+    trained = json.loads((output / "metrics.json").read_text())["test"]
+    assert judged["images"] == trained["images"] == 18
+    assert judged["summary"]["nll"] == pytest.approx(trained["summary"]["nll"], abs=0.02)
+    assert {file.name for file in (tmp_path / "judged").iterdir()} >= {"confusion.png", "roc.png", "reliability.png"}
+    assert SimpleNamespace(**judged["intervals_95"]).accuracy[0] <= judged["summary"]["accuracy"]

@@ -1,0 +1,92 @@
+"""Fitting what turns logits into honest answers, on the `calibration` split, which training never sees.
+
+Three things are fitted, all from the logits of that split: a temperature, a rejector, and conformal thresholds.
+handlers/calibration.py applies them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, logsumexp
+
+from handlers.calibration import Calibration, Conformal, Rejection
+
+# The share of known lesions that the rejector may call unknown (p_unk > 0.5).
+FALSE_REJECTION = 0.05
+MIN_IMAGES = 50  # below this a fit would be noise
+
+
+def fit_calibration(
+    logits: ArrayLike, labels: ArrayLike, classes: Sequence[str], confidence_level: float = 0.9
+) -> Calibration:
+    """Fit temperature, rejection and conformal thresholds.
+
+    Args:
+        logits: (N, K) of the calibration split.
+        labels: (N,) indices into `classes`; -1 (a class without a logit) is left out.
+        classes: the K codes.
+        confidence_level: of the conformal sets.
+
+    Returns the identity if there are fewer than MIN_IMAGES images.
+    """
+    z, y = np.asarray(logits, np.float64), np.asarray(labels, np.int64)
+    z, y = z[y >= 0], y[y >= 0]
+    if len(y) < MIN_IMAGES:
+        return Calibration()
+    temperature = fit_temperature(z, y)
+    known = Calibration(temperature).known_probabilities(z)
+    conformal = fit_conformal(known, y, classes, confidence_level)
+    return Calibration(temperature, fit_rejection(z), conformal)
+
+
+def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """The temperature with the least negative log-likelihood.
+
+    Guo et al. 2017, "On Calibration of Modern Neural Networks". The likelihood has a single optimum in 1/T; the search
+    is over log T between 1/20 and 20.
+    """
+
+    def nll(log_t: float) -> float:
+        return float(-log_softmax(logits / math.exp(log_t), axis=1)[np.arange(len(labels)), labels].mean())
+
+    found = minimize_scalar(nll, bounds=(-math.log(20), math.log(20)), method="bounded", options={"xatol": 1e-4})
+    return math.exp(found.x)
+
+
+def fit_rejection(logits: NDArray[np.float64], false_rejection: float = FALSE_REJECTION) -> Rejection:
+    """A first, simple rejector: how unusually low the energy of an image is, for images of known lesions.
+
+    The threshold is the `false_rejection` quantile of the known images' energy (logsumexp of the logits, Liu et al.
+    2020), so that this share of known lesions gets p_unk > 0.5. The scale is the robust standard deviation of the
+    energy (1.4826 times the median absolute deviation) over 4, so that an image at the median, about 1.64 standard
+    deviations above the threshold if energies were normal, gets p_unk = sigmoid(-6.6) = 0.001, and p_unk goes from
+    0.88 to 0.12 over one standard deviation around the threshold.
+
+    So the ninth probability is not the chance of an unknown disease, which nobody can fit without images of one: it
+    says where this image's energy stands among known lesions. The network was not trained for it; lesions of a class
+    it never saw often look like one it knows, and pass.
+    """
+    energy = logsumexp(logits, axis=1)
+    threshold = float(np.quantile(energy, false_rejection))
+    spread = 1.4826 * float(np.median(np.abs(energy - np.median(energy))))
+    return Rejection(threshold, max(spread / 4, 1e-3))
+
+
+def fit_conformal(
+    probabilities: NDArray[np.float64], labels: NDArray[np.int64], classes: Sequence[str], confidence_level: float
+) -> Conformal:
+    """Thresholds on 1 - p_c, one a class, so that sets hold the true class with the wanted probability in each class.
+
+    For a class with n images the threshold is its k-th smallest score, k = ceil((n + 1) * level): the finite-sample
+    quantile of split conformal prediction (Vovk 2012; Angelopoulos & Bates 2023, section 1). If k > n there are too
+    few images to promise anything and the threshold is 1: the class is in every set.
+    """
+    thresholds = {}
+    for index, code in enumerate(classes):
+        scores = np.sort(1 - probabilities[labels == index, index])
+        k = math.ceil((len(scores) + 1) * confidence_level)
+        thresholds[code] = float(scores[k - 1]) if k <= len(scores) else 1.0
+    return Conformal(confidence_level, thresholds)

@@ -1,0 +1,253 @@
+"""Training settings: one flat table, checked before anything starts.
+
+A preset (`training/configs/NAME.yaml`) sets values, `key=value` on the command line wins over it. A setting nobody
+knows, or a value of the wrong type, is refused with the nearest right name; nothing is ever silently ignored.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import timm
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from handlers.preprocessing import Preprocessing
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = ROOT / "training" / "configs"
+DEFAULT_PRESET = "vit_small"
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+# What other tools call a setting; difflib alone would not find these.
+SYNONYMS = {
+    "batch": "batch_size",
+    "bs": "batch_size",
+    "learning_rate": "lr",
+    "model": "architecture",
+    "arch": "architecture",
+    "backbone": "architecture",
+    "img_size": "image_size",
+    "wd": "weight_decay",
+    "amp": "precision",
+    "opt": "optimizer",
+    "mixup": "mixup_alpha",
+    "cutmix": "cutmix_alpha",
+    "gamma": "focal_gamma",
+    "early_stopping": "patience",
+    "dropout": "drop_rate",
+    "data": "data_dir",
+    "dataset": "manifest",
+}
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used, with a sentence saying which and what to write instead."""
+
+
+class TrainConfig(BaseModel):
+    """Every setting of a training run. Sizes are in pixels, angles in degrees, shares in [0, 1]."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str = Field("skin_vit", description="names the run and its default output folder")
+    experiment: str = Field("skin_vit", description="MLflow experiment")
+
+    # data
+    manifest: str = Field(str(ROOT / "data" / "manifest.csv"), description="the data set, as prepare_data writes it")
+    data_dir: str = Field(str(ROOT / "data"), description="scanned for images when the manifest does not exist")
+    cache_dir: str = Field("", description="resized images; empty: `cache` beside the manifest")
+    image_size: int = Field(224, ge=16, description="side of the network's input")
+    cache_size: int = Field(0, ge=0, description="side of the cached training images; 0: image_size")
+
+    # model
+    architecture: str = Field("vit_small_patch16_224", description="a timm model name")
+    pretrained: bool = Field(False, description="start from the model hub's weights")
+    stem: Literal["patch", "conv"] = Field(
+        "patch", description="conv: convolutions in place of a ViT's patch projection"
+    )
+    drop_rate: Probability = Field(0.0, description="dropout before the head")
+    drop_path_rate: Probability = Field(0.0, description="stochastic depth")
+
+    # optimisation
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(64, ge=1)
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    lr: Positive = Field(3e-4, description="peak learning rate")
+    weight_decay: NonNegative = Field(0.05, description="not applied to norms, biases, position and class tokens")
+    scheduler: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: NonNegative = Field(2.0, description="linear warm-up")
+    min_lr: NonNegative = Field(1e-6, description="where the cosine ends")
+    grad_clip: NonNegative = Field(1.0, description="largest gradient norm; 0: no clipping")
+    ema_decay: Probability = Field(0.999, description="moving average of the weights; 0: none")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="autocast; auto: the device's best")
+
+    # loss and sampling
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    focal_gamma: NonNegative = 2.0
+    label_smoothing: Probability = 0.0
+    class_weight_power: Probability = Field(0.0, description="loss weight = frequency^-power: 0 equal, 1 balanced")
+    sampler_power: Probability = Field(
+        0.0, description="draw weight = frequency^-power: 0 as is, 1 balanced, .5 between"
+    )
+
+    # augmentation of the training images
+    flip: bool = Field(True, description="mirror at random")
+    rotate90: bool = Field(True, description="quarter turns at random")
+    rotate_degrees: NonNegative = Field(15.0, description="further rotation, up to +- this")
+    translate: Probability = Field(0.05, description="shift, up to +- this share of the side")
+    crop_scale: Probability = Field(0.7, gt=0, description="random resized crop: smallest share of the area")
+    crop_aspect: float = Field(1.2, ge=1, description="random resized crop: largest stretch of one side")
+    brightness: Probability = 0.2
+    contrast: Probability = 0.2
+    saturation: Probability = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.03, description="share of the colour circle, up to +- this")
+    mixup_alpha: NonNegative = Field(0.0, description="Beta(alpha, alpha); 0: no mixup")
+    cutmix_alpha: NonNegative = Field(0.0, description="Beta(alpha, alpha); 0: no cutmix")
+    mix_probability: Probability = Field(0.5, description="share of batches that mixup or cutmix touch")
+
+    # the end of training, and after it
+    monitor: Literal["balanced_accuracy", "loss"] = Field("balanced_accuracy", description="picks the best epoch (val)")
+    patience: int = Field(0, ge=0, description="epochs without a better one before stopping early; 0: never")
+    confidence_level: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="of the conformal sets")
+    bootstrap: int = Field(500, ge=0, description="resamplings for the confidence intervals")
+
+    # the run
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: int = Field(0, ge=0, description="CPU threads; 0: torch's choice")
+    output: str = Field("", description="folder of checkpoints and bundle; empty: runs/NAME-TIME")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.stem == "conv" and self.pretrained:
+            raise ValueError("stem=conv has no pretrained weights: use stem=patch or pretrained=false")
+        if 0 < self.cache_size < self.image_size:
+            raise ValueError(f"cache_size={self.cache_size} is smaller than image_size={self.image_size}")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of handlers.backbone.build_backbone that differ from timm's defaults."""
+        given = {"drop_rate": self.drop_rate, "drop_path_rate": self.drop_path_rate}
+        options: dict[str, Any] = {key: value for key, value in given.items() if value}
+        return options | ({"stem": self.stem} if self.stem != "patch" else {})
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The network's input, standardised as timm's weights of this architecture expect it."""
+        pretrained_cfg = timm.get_pretrained_cfg(self.architecture)
+        if pretrained_cfg is None:
+            return Preprocessing(self.image_size)
+        mean, std = (tuple(float(value) for value in values) for values in (pretrained_cfg.mean, pretrained_cfg.std))
+        return Preprocessing(self.image_size, mean, std)  # type: ignore[arg-type]  # timm: three channels
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by the names used in YAML and on the command line."""
+        return self.model_dump()
+
+
+def load_config(
+    preset: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> TrainConfig:
+    """Put a configuration together; later sources win: `base`, preset, overrides, flags.
+
+    Args:
+        preset: a YAML file, or the name of one in training/configs.
+        overrides: "key=value" strings, the value in YAML.
+        flags: values from command-line options; None means not given.
+        base: values to start from, such as those of a resumed run.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, unreadable files.
+    """
+    values = dict(base or {})
+    if preset is not None:
+        values |= _read(find_preset(preset))
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"{item!r} is not a setting; write key=value, such as epochs=10.")
+        values[key.strip()] = _value(text, key)
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(" ".join(_sentence(fault) for fault in error.errors())) from None
+
+
+def find_preset(preset: str | Path) -> Path:
+    """The file of a preset given by path or by name. Raises ConfigError with the nearest name if there is none."""
+    path = Path(preset)
+    if path.is_file():
+        return path
+    known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+    if str(preset) in known:
+        return PRESETS / f"{preset}.yaml"
+    raise ConfigError(f"There is no preset {str(preset)!r}{_suggest(path.stem, known)}; known: {', '.join(known)}.")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: PyYAML would read 1e-3 as a string, for want of a dot."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
+)
+
+
+def _value(text: str, key: str) -> Any:
+    try:
+        return yaml.load(text, _Loader) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"The value of {key} cannot be read: {text!r}.") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path} must hold settings, one `key: value` a line.")
+    return values
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _suggest_setting(word: str) -> str:
+    """Nearest setting, by its own name or by what other tools call it."""
+    near = difflib.get_close_matches(word, [*TrainConfig.model_fields, *SYNONYMS], n=1, cutoff=0.4)
+    return f" (did you mean {SYNONYMS.get(near[0], near[0])!r}?)" if near else ""
+
+
+def _sentence(fault: Any) -> str:
+    """One sentence for one of pydantic's error details."""
+    key = str(fault["loc"][0]) if fault["loc"] else ""
+    given = fault["input"]
+    if fault["type"] == "extra_forbidden":
+        return f"There is no setting {key!r}{_suggest_setting(key)}."
+    if fault["type"] == "literal_error":
+        choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
+        return f"{key} must be one of {', '.join(choices)}, not {given!r}{_suggest(str(given), choices)}."
+    wanted = {
+        "int_type": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "string_type": "text",
+    }
+    if fault["type"] in wanted:
+        return f"{key} must be {wanted[fault['type']]}, not {given!r}."
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{key} must be {message}, not {given!r}." if key else f"The settings do not fit together: {message}."

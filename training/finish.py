@@ -1,0 +1,142 @@
+"""From the best checkpoint of a run to its bundle: calibration, evaluation, export, and what MLflow is told of them.
+
+It needs nothing but the output folder and the data, so it can be run again: resuming a run whose epochs are done
+comes straight here.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from handlers.backbone import build_backbone
+from training.calibration import MIN_IMAGES, fit_calibration
+from training.checkpoints import BEST, LAST, load
+from training.config import TrainConfig
+from training.dataset import Images, batches, standardise
+from training.evaluate import assess, headline
+from training.export import export_bundle
+from training.figures import confusion_figure, curves_figure, reliability_figure
+from training.terminal import console
+from training.tracking import Tracker, code_revision
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, images: Images, config: TrainConfig, device: torch.device, precision: torch.dtype
+) -> NDArray[np.float32]:
+    """Logits (N, K) of a split, in its order, without augmentation."""
+    model.eval()
+    found = []
+    for pixels, _ in batches(images, np.arange(len(images)), config.batch_size, device):
+        with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+            logits = model(standardise(pixels, config.preprocessing))
+        found.append(logits.float().cpu())
+    return torch.cat(found).numpy()
+
+
+def finish(
+    config: TrainConfig,
+    output: Path,
+    frame: pd.DataFrame,
+    data: Mapping[str, Images],
+    device: torch.device,
+    tracker: Tracker,
+    check: Callable[[], None],
+) -> None:
+    """Calibrate the best epoch's weights, evaluate them on val and test, export and log the bundle.
+
+    Args:
+        output: folder of the run's checkpoints; gets metrics.json and the bundle.
+        frame: the manifest.
+        data: its splits, by name.
+        check: called between the stages; may raise to stop.
+    """
+    best = load(output / BEST)
+    classes: list[str] = best["classes"]
+    model = build_backbone(config.architecture, len(classes), config.image_size, options=config.options)
+    model.load_state_dict(best["weights"])
+    model.to(device)
+    logits = {
+        split: predict(model, images, config, device, torch.float32)
+        for split, images in data.items()
+        if split != "train"
+    }
+    check()
+
+    calibration = fit_calibration(
+        logits.get("calibration", np.zeros((0, len(classes)))),
+        data["calibration"].labels if "calibration" in data else [],
+        classes,
+        config.confidence_level,
+    )
+    if calibration.conformal is None:
+        console.print(
+            f"The calibration split has fewer than {MIN_IMAGES} images: "
+            "probabilities are left as they are, and nothing is ever called unknown.",
+            style="yellow",
+        )
+    reports = {}
+    for split in ("val", "test"):
+        if split not in data:
+            continue
+        rows, labels = frame[frame["split"] == split], data[split].labels
+        reports[split] = assess(
+            rows["label"].tolist(),
+            calibration.probabilities(logits[split], classes),
+            calibration.conformal_sets(logits[split], classes),
+            rows["lesion_id"].tolist(),
+            config.bootstrap,
+        )
+        tracker.metrics({f"{split}_{name}": value for name, value in headline(reports[split]).items()})
+        table, codes = reports[split]["confusion"], reports[split]["classes"]
+        tracker.figure(confusion_figure(table, codes), f"confusion_{split}.png")
+        known = calibration.known_probabilities(logits[split][labels >= 0])
+        tracker.figure(reliability_figure(labels[labels >= 0], known), f"reliability_{split}.png")
+    tracker.figure(curves_figure(load(output / LAST)["history"]), "curves.png")
+    write_json(output / "metrics.json", reports)
+    check()
+
+    evidence = {
+        "run_id": tracker.run_id,
+        "dataset_fingerprint": best["dataset_fingerprint"],
+        "code_revision": code_revision(),
+        "epoch": best["best"]["epoch"],
+        "seed": config.seed,
+        "images": {split: int((frame["split"] == split).sum()) for split in ("train", "val", "calibration", "test")},
+        "metrics": {split: headline(report) for split, report in reports.items()},
+    }
+    bundle = export_bundle(
+        output / "bundle",
+        backbone=model,
+        architecture=config.architecture,
+        options=config.options,
+        classes=classes,
+        preprocessing=config.preprocessing,
+        calibration=calibration,
+        evidence=evidence,
+    )
+    check()
+    tracker.artifact(output / "bundle", "bundle")
+    tracker.artifact(output / "metrics.json", "evaluation")
+    tracker.artifact(output / BEST, "checkpoints")
+    tracker.artifact(output / LAST, "checkpoints")
+    tracker.tags({"bundle_digest": bundle.digest})
+    tracker.end("FINISHED")
+    for split, report in reports.items():
+        figures = "  ".join(f"{key} {value:.3f}" for key, value in headline(report).items() if value is not None)
+        console.print(f"{split}  {figures}")
+    console.print(f"Bundle: {bundle.path}\nRegister it: python scripts/register_model.py --run-id {tracker.run_id}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, atomically."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

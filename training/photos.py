@@ -1,0 +1,159 @@
+"""From files to photographs: joins copies, settles each label, and forms the groups that a split never divides."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from training import duplicates
+from training.data_sources import AUTHORITIES, Faults, SourceImage
+from training.duplicates import ImageDigest
+
+SAME_BYTES = "same file as another"
+SAME_ID = "same ISIC identifier as another"
+
+
+@dataclass
+class Photo:
+    """One photograph: the file that is kept, and what all its copies together say."""
+
+    kept: SourceImage
+    digest: ImageDigest
+    copies: list[tuple[SourceImage, ImageDigest]]
+    name: str
+    claims: set[tuple[str, str]]
+    lesions: set[tuple[str, str]]
+    is_test: bool
+    label: str = ""
+
+
+def merge_copies(described: list[tuple[SourceImage, ImageDigest]], faults: Faults, dropped: Faults) -> list[Photo]:
+    """Files with the same ISIC identifier or the same bytes become one photo. The file kept is that of the first
+    source in AUTHORITIES' order, then the one with most pixels, then by digest and name: its place does not matter."""
+    by_key: dict[str, list[int]] = defaultdict(list)
+    for index, (image, digest) in enumerate(described):
+        by_key[digest.sha256].append(index)
+        if image.isic_id:
+            by_key[image.isic_id].append(index)
+    links = [(members[0], other) for members in by_key.values() for other in members[1:]]
+    stems = Counter(image.name for image, _ in described if not image.isic_id)
+
+    photos = []
+    for members in components(len(described), links):
+        copies = sorted((described[index] for index in members), key=_keeping_order)
+        kept, digest = copies[0]
+        ids = sorted({image.isic_id for image, _ in copies if image.isic_id})
+        name = kept.isic_id or (ids[0] if ids else kept.name)
+        if not ids and stems[name] > 1:  # two data sets may both have an "img_001"
+            name += "@" + digest.sha256[:8]
+        for other, other_digest in copies[1:]:
+            if other_digest.sha256 == digest.sha256:
+                dropped.add(SAME_BYTES, f"{other.path} = {kept.path}")
+            else:
+                dropped.add(SAME_ID, f"{other.path} = {kept.path}")
+                if (other_digest.phash ^ digest.phash).bit_count() > duplicates.UNRELATED_BITS:
+                    faults.add("same ISIC identifier, different picture", f"{other.path} and {kept.path}")
+        images = [image for image, _ in copies]
+        photos.append(
+            Photo(
+                kept, digest, copies, name,
+                claims=set().union(*(image.claims for image in images)),
+                lesions=set().union(*(image.lesions for image in images)),
+                is_test=any(image.is_test for image in images),
+            )
+        )  # fmt: skip
+    return sorted(photos, key=lambda photo: (photo.name, photo.digest.sha256))
+
+
+def _keeping_order(item: tuple[SourceImage, ImageDigest]) -> tuple[int, bool, int, str, str, str]:
+    image, digest = item
+    rank = AUTHORITIES.index(image.source) if image.source else len(AUTHORITIES)
+    is_second_download = "(" in image.path.stem
+    pixels = digest.width * digest.height
+    return rank, is_second_download, -pixels, digest.sha256, image.name, str(image.path)
+
+
+def near_pairs(photos: list[Photo]) -> list[tuple[int, int]]:
+    hashes = np.array([photo.digest.phash for photo in photos], dtype=np.uint64)
+    pairs = duplicates.candidate_pairs(hashes)
+    if not len(pairs):
+        return []
+    thumbnails = np.stack([photo.digest.thumbnail for photo in photos])
+    return [(int(i), int(j)) for i, j in pairs[duplicates.confirm(thumbnails, pairs)]]
+
+
+def settle_labels(
+    photos: list[Photo], near: list[tuple[int, int]], faults: Faults, dropped: Faults
+) -> tuple[list[Photo], list[tuple[int, int]], Counter[str]]:
+    """Give each photo the label of the first authority that speaks of it or of a near duplicate of it; drop it if
+    that authority says two things. Returns the photos left, their near pairs, and how many each authority settled."""
+    neighbours: dict[int, list[int]] = defaultdict(list)
+    for i, j in near:
+        neighbours[i].append(j)
+        neighbours[j].append(i)
+    settled: Counter[str] = Counter()
+    left = []
+    for index, photo in enumerate(photos):
+        where = f"{photo.name} ({photo.kept.path})"
+        if not photo.claims:
+            unknown = {label for image, _ in photo.copies for label in image.unknown_labels}
+            reason = (
+                "image whose diagnosis or class folder is unknown"
+                if unknown
+                else "image without a diagnosis: no row, no class folder"
+            )
+            dropped.add(reason, where + "".join(f": {label}" for label in sorted(unknown)))
+            continue
+        claims = photo.claims.union(*(photos[other].claims for other in neighbours[index]))
+        authority = min((name for name, _ in claims), key=AUTHORITIES.index)
+        codes = sorted({code for name, code in claims if name == authority})
+        if len(codes) > 1:
+            who = "folders alone" if authority == "folder" else authority
+            dropped.add(f"contradictory diagnoses from {who}", f"{where}: {', '.join(codes)}")
+            continue
+        photo.label = codes[0]
+        if photo.label == "AK" and authority in ("isic2018", "ham10000"):
+            faults.add("akiec without an ISIC 2019 truth: taken as AK, may be SCC", where)
+        settled[authority] += 1
+        for name, code in sorted(photo.claims):
+            if code != photo.label:
+                faults.add(f"{name} says {code}, overruled by {authority}: {photo.label}", where)
+        left.append(index)
+    renumbered = {old: new for new, old in enumerate(left)}
+    pairs = [(renumbered[i], renumbered[j]) for i, j in near if i in renumbered and j in renumbered]
+    return [photos[index] for index in left], pairs, settled
+
+
+def group_photos(photos: list[Photo], near: list[tuple[int, int]]) -> list[str]:
+    """The group of each photo, named after its first lesion id, or else its first image."""
+    by_lesion: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, photo in enumerate(photos):
+        for lesion in photo.lesions:
+            by_lesion[lesion].append(index)
+    links = near + [(members[0], other) for members in by_lesion.values() for other in members[1:]]
+    names, keys = [], []
+    members_of = components(len(photos), links)
+    for members in members_of:
+        lesions = sorted(lesion for index in members for _, lesion in photos[index].lesions)
+        names.append(lesions[0] if lesions else min(photos[index].name for index in members))
+        keys.append(min(photos[index].digest.sha256 for index in members))
+    uses = Counter(names)
+    groups = [""] * len(photos)
+    for members, name, key in zip(members_of, names, keys, strict=True):
+        for index in members:
+            groups[index] = name if uses[name] == 1 else f"{name}@{key[:8]}"
+    return groups
+
+
+def components(size: int, links: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """Connected components of 0 ... size - 1, each sorted, in order of their first member."""
+    ends = np.array(list(links), dtype=np.int64).reshape(-1, 2)
+    matrix = coo_array((np.ones(len(ends), dtype=np.int8), (ends[:, 0], ends[:, 1])), shape=(size, size))
+    _, component = connected_components(matrix, directed=False)
+    members: dict[int, list[int]] = defaultdict(list)
+    for index, number in enumerate(component):
+        members[int(number)].append(index)
+    return list(members.values())

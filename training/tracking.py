@@ -1,0 +1,192 @@
+"""What training tells MLflow, and nothing else of the project speaks to MLflow during training.
+
+A tracking server that goes away must not cost a training run: every call may fail, the first failure is said once,
+epochs that could not be told are told when the server is back.
+"""
+
+import logging
+import os
+import subprocess
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from training.config import ROOT, TrainConfig
+
+DEFAULT_SERVER = "http://127.0.0.1:5001"
+
+
+class TrackingError(RuntimeError):
+    """The tracking store that was asked for cannot be used, with a sentence saying what to do."""
+
+
+class Tracker:
+    """One MLflow run. Make it with `start`; `run_id` and `uri` are kept in checkpoints to resume the same run.
+
+    Args:
+        warn: shows a sentence to the user.
+    """
+
+    def __init__(self, uri: str, warn: Callable[[str], None]) -> None:
+        self.uri = uri
+        self.run_id = ""
+        self.url = ""
+        self._warn = warn
+        self._mlflow = _import_mlflow()
+        self._failed = False
+        self._untold: list[tuple[int, dict[str, float]]] = []
+
+    def start(self, config: TrainConfig, run_id: str = "", tags: Mapping[str, str] | None = None) -> None:
+        """Start a run, or go on in run `run_id` if the store knows it.
+
+        Raises:
+            TrackingError: the store does not answer. Before an hour of training is the time to say so.
+        """
+        mlflow = self._mlflow
+        try:
+            mlflow.set_tracking_uri(self.uri)
+            if mlflow.get_experiment_by_name(config.experiment) is None:
+                mlflow.create_experiment(config.experiment, artifact_location=_artifacts_beside(self.uri))
+            mlflow.set_experiment(config.experiment)
+            if run_id and not self._knows(run_id):
+                self._warn(f"{self.uri} does not know run {run_id}; going on in a new run.")
+                run_id = ""
+            run = mlflow.start_run(
+                run_id=run_id or None, run_name=config.name, tags=dict(tags or {}), log_system_metrics=True
+            )
+        except Exception as error:  # of MLflow, SQLAlchemy, requests: the user needs one sentence for all of them
+            raise TrackingError(
+                f"The MLflow store {self.uri} cannot be used ({_first_line(error)}); start the server, "
+                "or set MLFLOW_TRACKING_URI=sqlite:///runs.db to log to a file."
+            ) from error
+        self.run_id = run.info.run_id
+        if self.uri.startswith("http"):
+            self.url = f"{self.uri}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
+        with self._forgiving():
+            # a resumed run may change a few, such as epochs, which MLflow would refuse as a parameter
+            known = mlflow.get_run(self.run_id).data.params
+            values = {key: str(value)[:6000] for key, value in config.to_dict().items()}
+            mlflow.log_params({key: value for key, value in values.items() if key not in known})
+            changed = {f"resumed.{key}": value for key, value in values.items() if known.get(key, value) != value}
+            mlflow.set_tags(changed)
+
+    def dataset(self, frame: pd.DataFrame, manifest: Path, fingerprint: str) -> None:
+        """Log the manifest as the run's data set, known by its fingerprint."""
+        with self._forgiving():
+            digest = fingerprint.removeprefix("sha256:")[:32]  # MLflow takes at most 36 characters
+            columns = frame[["image_id", "label", "lesion_id", "split", "sha256"]].astype(str)
+            data = self._mlflow.data.from_pandas(columns, source=str(manifest), name="manifest", digest=digest)
+            self._mlflow.log_input(data, context="training")
+            self._mlflow.set_tag("dataset_fingerprint", fingerprint)
+
+    def epoch(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the metrics of one epoch, and of those before it that did not get through."""
+        self._untold.append((step, dict(values)))
+        with self._forgiving():
+            while self._untold:
+                self._mlflow.log_metrics(self._untold[0][1], step=self._untold[0][0])
+                self._untold.pop(0)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        with self._forgiving():
+            self._mlflow.set_tags(dict(values))
+
+    def metrics(self, values: Mapping[str, float | None]) -> None:
+        """Log final metrics; undefined ones are left out."""
+        with self._forgiving():
+            self._mlflow.log_metrics({key: value for key, value in values.items() if value is not None})
+
+    def figure(self, figure: Figure, name: str) -> None:
+        """Log a figure as `figures/NAME`."""
+        with self._forgiving():
+            self._mlflow.log_figure(figure, f"figures/{name}")
+
+    def artifact(self, path: Path, folder: str) -> None:
+        """Log a file, or what a folder holds, under the artifact path `folder`."""
+        with self._forgiving():
+            log = self._mlflow.log_artifacts if path.is_dir() else self._mlflow.log_artifact
+            log(str(path), folder)
+
+    def end(self, status: str) -> None:
+        """Close the run as FINISHED, FAILED or KILLED."""
+        with self._forgiving():
+            self._mlflow.end_run(status)
+
+    def _knows(self, run_id: str) -> bool:
+        try:
+            self._mlflow.get_run(run_id)
+        except self._mlflow.exceptions.MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return True
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the client raises, it is not worth a training run
+            if not self._failed:
+                self._failed = True
+                self._warn(
+                    f"MLflow at {self.uri} does not take the run's data ({_first_line(error)}); training goes on."
+                )
+
+
+def choose_store(output: Path, remembered: str = "") -> tuple[str, str]:
+    """Where to log: (uri, a sentence to show or "").
+
+    MLFLOW_TRACKING_URI if it is set; the store of the run being resumed; the stack's server if it answers; otherwise a
+    database in the output folder.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI") or remembered:
+        return uri, ""
+    try:
+        with urllib.request.urlopen(f"{DEFAULT_SERVER}/health", timeout=2) as answer:
+            if answer.status == 200:
+                return DEFAULT_SERVER, ""
+    except OSError:
+        pass
+    uri = f"sqlite:///{(output / 'mlflow.db').resolve()}"
+    return uri, f"No MLflow server at {DEFAULT_SERVER}: logging to {output / 'mlflow.db'}."
+
+
+def code_revision() -> str:
+    """Commit of the code that runs, with "-dirty" if files differ from it; "unknown" outside git."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}-dirty" if status.strip() else commit
+
+
+def _import_mlflow() -> ModuleType:
+    """MLflow, told to be quiet and brief; it reads the first of these when it is imported."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # By default a dead server is asked for minutes, during which nothing is trained.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # training prints it itself
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    return mlflow
+
+
+def _artifacts_beside(uri: str) -> str | None:
+    """Artifacts of a database store go beside the database, not into the working directory."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error).strip() else repr(error)

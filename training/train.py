@@ -1,0 +1,299 @@
+"""Train a classifier of skin lesions: `python training/train.py [--config PRESET] [key=value ...]`.
+
+One loop, to be read from top to bottom: settings, data, model, epochs, and then calibration, evaluation and the
+bundle. An epoch depends on nothing but its number, the seed and the checkpoint before it, so a resumed run goes on
+exactly as an uninterrupted one would have.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from numpy.typing import NDArray
+from scipy.special import softmax
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from handlers.backbone import BackboneError, build_backbone
+from handlers.preprocessing import Preprocessing
+from training import metrics
+from training.checkpoints import BEST, LAST, CheckpointError, find, load, restore, save
+from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
+from training.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split
+from training.finish import finish, predict
+from training.losses import ClassificationLoss, class_weights
+from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest
+from training.recipe import choose_device, learning_rate, make_mix, make_optimizer, seed_everything
+from training.terminal import console, errors, progress_bar
+from training.tracking import Tracker, TrackingError, choose_store, code_revision
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, with a sentence saying why."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM was received; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Interruption:
+    """Turns the first SIGINT or SIGTERM into an exception at the next `check`; the second one acts at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def check(self) -> None:
+        if self.number:
+            raise Interrupted(self.number)
+
+
+def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, stop: Interruption) -> None:
+    """Train, or go on from a checkpoint; then calibrate, evaluate and export to `output`/bundle."""
+    device, precision = choose_device(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+    # ---- data
+    frame = open_manifest(config)
+    data_id, classes = fingerprint(frame), classes_in(frame)
+    if checkpoint and checkpoint["dataset_fingerprint"] != data_id:
+        raise TrainingError(f"{config.manifest} has changed since this run began; start a new run.")
+    data = load_data(config, frame, classes, stop)
+    counts = np.bincount(data["train"].labels, minlength=len(classes))
+    steps = max(1, len(data["train"]) // config.batch_size)
+
+    # ---- model and what moves it
+    seed_everything(config.seed, 0)
+    pretrained = config.pretrained and checkpoint is None  # a checkpoint brings its own weights
+    model = build_backbone(config.architecture, len(classes), config.image_size, pretrained, config.options)
+    model.to(device).to(memory_format=torch.channels_last)
+    # Warm-up keeps the average from remembering the random start.
+    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+    weights = class_weights(counts.tolist(), config.class_weight_power) if config.class_weight_power else None
+    gamma = config.focal_gamma if config.loss == "focal" else 0.0
+    criterion = ClassificationLoss(weights, config.label_smoothing, gamma).to(device)
+    augment, mix = Augment(config), make_mix(config, len(classes))
+
+    start = 0
+    history: list[dict[str, Any]] = []
+    best: dict[str, Any] | None = None
+    if checkpoint:
+        start, history, best = restore(checkpoint, model, ema, optimizer, scaler)
+
+    # ---- the run
+    remembered = checkpoint["mlflow"] if checkpoint else {"uri": "", "run_id": ""}
+    uri, notice = choose_store(output, remembered["uri"])
+    if notice:
+        console.print(notice)
+    tracker = Tracker(uri, lambda text: console.print(text, style="yellow"))
+    tracker.start(config, remembered["run_id"], {"code_revision": code_revision(), "device": str(device)})
+    tracker.dataset(frame, Path(config.manifest), data_id)
+    described = {"config": config.to_dict(), "classes": list(classes), "dataset_fingerprint": data_id}
+    described["mlflow"] = {"uri": tracker.uri, "run_id": tracker.run_id}
+
+    def save_last(epoch: int) -> None:
+        state = {"model": model.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"scaler": scaler.state_dict(), "epoch": epoch, "history": history, "best": best}
+        save(output / LAST, described | state)
+
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    console.print(
+        f"{config.architecture}, {parameters:.1f} M parameters, {config.image_size} px, {len(classes)} classes, "
+        f"{len(data['train']):,} training and {len(data['val']):,} validation images, {device}, "
+        f"{str(precision).removeprefix('torch.')}; output {output}, run {tracker.url or tracker.run_id}"
+    )
+
+    try:
+        if not checkpoint:
+            save_last(0)  # so that a run killed in its first epoch can be resumed in the same MLflow run
+        # ---- the loop
+        for epoch in range(start, config.epochs):
+            if config.patience and best and epoch - best["epoch"] > config.patience:
+                console.print(f"Stopping early: nothing better since epoch {best['epoch']}.")
+                break
+            began = time.monotonic()
+            generator = seed_everything(config.seed, epoch)
+            order = epoch_order(data["train"].labels, config.seed, epoch, config.sampler_power)
+            order = order[: steps * config.batch_size]  # whole batches: batch norm cannot take a batch of one
+            model.train()
+            total = torch.zeros((), device=device)
+            with progress_bar(f"epoch {epoch + 1}/{config.epochs}") as advance:
+                for step, (pixels, labels) in enumerate(batches(data["train"], order, config.batch_size, device)):
+                    lr = learning_rate(config, epoch * steps + step, steps)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    images, targets = mix(augment(pixels, generator), labels)
+                    with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+                        logits = model(images.contiguous(memory_format=torch.channels_last))
+                    loss = criterion(logits, targets)
+                    optimizer.zero_grad()
+                    scaler.scale(loss).backward()
+                    if config.grad_clip:
+                        scaler.unscale_(optimizer)
+                        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    ema.update(model, step=epoch * steps + step)
+                    total += loss.detach()
+                    advance(step + 1, steps)
+                    stop.check()
+            train_loss = total.item() / steps
+            if not math.isfinite(train_loss):
+                raise TrainingError(f"The loss is {train_loss} in epoch {epoch + 1}; try a lower lr or precision=fp32.")
+
+            logits = predict(ema.module, data["val"], config, device, precision)
+            row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": lr, **validation(data["val"].labels, logits)}
+            row["seconds"] = time.monotonic() - began
+            history.append(row)
+            score = -row["val_loss"] if config.monitor == "loss" else row["val_balanced_accuracy"]
+            improved = best is None or score > best["score"]
+            if improved:
+                best = {"epoch": epoch + 1, "score": score}
+                save(output / BEST, described | {"weights": ema.module.state_dict(), "best": best, "metrics": row})
+            tracker.epoch(epoch + 1, {key: value for key, value in row.items() if key != "epoch"})
+            save_last(epoch + 1)
+            console.print(describe(row, config.epochs) + ("  *" if improved else ""))
+            stop.check()
+
+        finish(config, output, frame, data, device, tracker, stop.check)
+    except Interrupted as interrupt:
+        tracker.end("KILLED")
+        console.print(
+            f"Interrupted; {len(history)} whole epochs are kept. "
+            f"To go on: python training/train.py --resume {output / LAST}"
+        )
+        raise SystemExit(128 + interrupt.number) from None
+    except BaseException:
+        tracker.end("KILLED" if stop.number else "FAILED")
+        raise
+
+
+def open_manifest(config: TrainConfig) -> pd.DataFrame:
+    """The manifest, prepared from the data folder if there is none."""
+    manifest, folder = Path(config.manifest), Path(config.data_dir)
+    if not manifest.is_file():
+        if not folder.is_dir() or not any(path for path in folder.iterdir() if not path.name.startswith(".")):
+            raise DataError(
+                f"There is no manifest {manifest} and no data in {folder}: put a data set there (README, 'Data'), "
+                "or run python scripts/prepare_data.py --data DIR and give manifest=FILE."
+            )
+        build_manifest([folder], manifest, console=console)
+    return read_manifest(manifest)
+
+
+def load_data(
+    config: TrainConfig, frame: pd.DataFrame, classes: tuple[str, ...], stop: Interruption
+) -> dict[str, Images]:
+    """Every split that has images; the training split at the cache's size, the others as serving sees them."""
+    manifest, serving = Path(config.manifest), config.preprocessing
+    larger = Preprocessing(config.cache_size or config.image_size, interpolation=serving.interpolation)
+    cache = Path(config.cache_dir) if config.cache_dir else manifest.parent / "cache"
+    data = {}
+    for split in ("train", "val", "calibration", "test"):
+        if not (frame["split"] == split).any():
+            if split in ("train", "val"):
+                raise DataError(f"{manifest} has no images in the split {split!r}; prepare it again with more lesions.")
+            continue
+        with progress_bar(f"caching {split}") as advance:
+
+            def show(done: int, total: int) -> None:
+                stop.check()
+                advance(done, total)
+
+            preprocessing = larger if split == "train" else serving
+            data[split] = load_split(frame, split, classes, preprocessing, cache, show)
+    return data
+
+
+def validation(labels: NDArray[np.int64], logits: NDArray[np.float32]) -> dict[str, float]:
+    """The metrics of one epoch, over the images whose class has a logit."""
+    known = labels >= 0
+    y, p = labels[known], softmax(logits[known].astype(np.float64), axis=1)
+    return {
+        "val_loss": metrics.nll(y, p),
+        "val_accuracy": metrics.accuracy(y, p),
+        "val_balanced_accuracy": metrics.balanced_accuracy(y, p),
+        "val_macro_f1": metrics.macro_f1(y, p),
+        "val_macro_auc": metrics.macro_auc(y, p),
+    }
+
+
+def describe(row: Mapping[str, float], epochs: int) -> str:
+    """One line for one epoch."""
+    return (
+        f"epoch {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.4f}  val {row['val_loss']:.4f}  "
+        f"accuracy {row['val_accuracy']:.3f}  balanced {row['val_balanced_accuracy']:.3f}  "
+        f"F1 {row['val_macro_f1']:.3f}  AUC {row['val_macro_auc']:.3f}  lr {row['lr']:.1e}  {row['seconds']:.0f} s"
+    )
+
+
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings.")] = None,
+    config: Annotated[str | None, typer.Option(help="A preset of training/configs by name, or a YAML file.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", "--batch_size", help="Images a step.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for checkpoints and bundle.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on from a run's last.pt (or its folder).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+) -> None:
+    """Train a classifier of skin lesions, and export it as a bundle.
+
+    Without arguments: the preset vit_small on data/manifest.csv, which is prepared from data/ if it is not there.
+    Every setting of training/config.py can be given as KEY=VALUE.
+
+    Examples:
+
+    python training/train.py --config resnet18 --epochs 10
+
+    python training/train.py --config vit_small pretrained=false image_size=128 lr=1e-3
+
+    python training/train.py --resume runs/skin_vit-20260101-120000/last.pt
+    """
+    flags = {"epochs": epochs, "batch_size": batch_size, "output": output, "device": device}
+    try:
+        checkpoint = load(find(resume)) if resume else None
+        preset = config if config or checkpoint else DEFAULT_PRESET
+        base = checkpoint["config"] if checkpoint else None
+        settings = load_config(preset, overrides or (), flags, base)
+        if resume and not output:
+            folder = find(resume).parent
+        else:
+            folder = Path(settings.output or ROOT / "runs" / time.strftime(f"{settings.name}-%Y%m%d-%H%M%S"))
+        if not checkpoint and (folder / LAST).exists():
+            raise ConfigError(
+                f"{folder} holds a run already; add --resume {folder / LAST}, or choose another --output."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        train(settings, folder, checkpoint, Interruption())
+    except (ConfigError, CheckpointError) as error:
+        errors.print(str(error))
+        raise SystemExit(2) from None
+    except Interrupted as interrupt:
+        raise SystemExit(128 + interrupt.number) from None
+    except (BackboneError, DataError, ManifestError, TrackingError, TrainingError) as error:
+        errors.print(str(error))
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
