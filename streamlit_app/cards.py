@@ -1,0 +1,196 @@
+"""The page's own pieces of HTML. Whatever comes from an answer, a file name or an error is escaped here."""
+
+from html import escape
+from urllib.parse import quote
+
+from streamlit_app.client import UNKNOWN, Answer, ServingError
+from streamlit_app.readings import Reading
+from streamlit_app.utils import HEAT_COLOURS, NATURES, certainty, likely_set, nature, percent
+
+NOTICE = "Research use only. Not a medical device."
+
+# kind of ServingError: headline, and what the reader can do
+OUTAGES = {
+    "unreachable": (
+        "The model server is away",
+        "Is it started? <code>make status</code> tells. Your pictures are kept: press Try again once it is back.",
+    ),
+    "timeout": ("The model server takes too long", "It may be starting or overloaded. Try again in a moment."),
+    "busy": ("The model server is busy", "Too many requests wait already. Try again in a moment."),
+    "no_model": (
+        "No model is being served yet",
+        "A model appears here once the registry has a version with the alias <code>champion</code>.",
+    ),
+    "unexpected": ("The model server gave an answer this page does not understand", "Its log may tell more."),
+}
+
+
+def masthead() -> str:
+    """Name of the page and the notice that is always in sight."""
+    bold, rest = NOTICE.split(" ", 3)[:3], NOTICE.split(" ", 3)[3]
+    return (
+        '<header class="sl-mast"><span class="sl-brand">Skin lesion reader</span>'
+        f'<span class="sl-notice" role="note"><b>{" ".join(bold)}</b> {rest}</span></header>'
+    )
+
+
+def welcome() -> str:
+    """What a newcomer finds below the uploader."""
+    parts = [  # icons are names in the symbol font that Streamlit brings along
+        ("bar_chart", "Nine probabilities", "Eight diagnoses and “none of the above”; what is malignant is marked."),
+        ("blur_on", "A heatmap", "Where in the picture the model found its evidence, for the class you choose."),
+        ("balance", "How sure it is", "In plain words, with the short list of diagnoses it cannot rule out."),
+    ]
+    cells = "".join(
+        f'<li><span class="sl-icon" aria-hidden="true">{icon}</span><h3>{head}</h3><p>{text}</p></li>'
+        for icon, head, text in parts
+    )
+    return f'<ul class="sl-steps">{cells}</ul>'
+
+
+def hero() -> str:
+    """The invitation above the uploader."""
+    return (
+        '<section class="sl-hero"><h1>What does the model see?</h1>'
+        "<p>Upload dermoscopy pictures and read its nine probabilities and its heatmap. "
+        "Pictures stay in memory and are not stored.</p></section>"
+    )
+
+
+def _tag(answer: Answer, code: str) -> str:
+    kind = nature(answer, code)
+    return f'<span class="sl-tag sl-{kind}">{NATURES[kind].capitalize()}</span>'
+
+
+def verdict(answer: Answer, name: str) -> str:
+    """The most probable class and how it was answered."""
+    top = answer.ranking[0]
+    lesion = answer.classes[top]
+    return (
+        f'<section class="sl-verdict sl-edge-{nature(answer, top)}"><div>'
+        f'<p class="sl-eyebrow">Most likely · <span class="sl-file">{escape(name)}</span></p>'
+        f"<h2>{escape(lesion.name)} {_tag(answer, top)}</h2>"
+        f"<p>{escape(lesion.description)}</p></div>"
+        f'<dl><div><dd>{percent(answer.probabilities[top])}</dd><dt>probability</dt></div>'
+        f"<div><dd>{percent(answer.malignancy)}</dd><dt>all malignant<br>classes together</dt></div></dl></section>"
+    )
+
+
+def legend(answer: Answer) -> str:
+    """What the bars' colours mean."""
+    kinds = dict.fromkeys(nature(answer, code) for code in answer.probabilities)
+    return '<p class="sl-legend">' + "".join(
+        f'<span><i class="sl-dot sl-{kind}"></i>{NATURES[kind]}</span>' for kind in kinds
+    ) + "</p>"
+
+
+def heat_scale() -> str:
+    """The heatmap's colours, from no weight to much."""
+    colours = ", ".join(HEAT_COLOURS)
+    return (
+        '<p class="sl-scale"><span>little evidence</span>'
+        f'<i style="background: linear-gradient(90deg, {colours})"></i><span>much</span></p>'
+    )
+
+
+def uncertainty(answer: Answer) -> str:
+    """How sure the model is, the likely set, and what UNK means."""
+    word, sentence = certainty(answer)
+    cells = [(f"The model is {word}", f"<p>{escape(sentence)}</p>")]
+    if lead := likely_set(answer):
+        chosen = [code for code in answer.uncertainty.conformal_set or [] if code in answer.classes]
+        chips = "".join(f'<li class="sl-{nature(answer, c)}">{escape(answer.classes[c].name)}</li>' for c in chosen)
+        level = f"{100 * (answer.uncertainty.confidence_level or 0):g}"
+        promise = f"On pictures like those it was calibrated on, such a set holds the right class in {level} of 100."
+        cells.append((lead, f'<ul class="sl-chips">{chips or "<li>no class at all</li>"}</ul><p>{promise}</p>'))
+    if UNKNOWN in answer.probabilities:
+        cells.append(
+            (
+                f"None of the above (UNK): {percent(answer.probabilities[UNKNOWN])}",
+                "<p>How likely the picture shows what the model never learned: another disease, healthy skin, no skin "
+                "at all. The higher it is, the less the other eight mean.</p>",
+            )
+        )
+    return '<section class="sl-sure">' + "".join(
+        f"<div><h4>{head}</h4>{body}</div>" for head, body in cells
+    ) + "</section>"
+
+
+def glossary(answer: Answer) -> str:
+    """The nine classes in the answer's own words."""
+    entries = "".join(
+        f"<div><dt>{escape(lesion.name)} <small>{escape(code)}</small> {_tag(answer, code)}</dt>"
+        f"<dd>{escape(lesion.description)}</dd></div>"
+        for code, lesion in answer.classes.items()
+    )
+    return f'<dl class="sl-glossary">{entries}</dl>'
+
+
+def provenance(answer: Answer, mlflow: str, size: tuple[int, int] | None = None) -> str:
+    """Which model answered, with links to its run and its version in MLflow."""
+    model, base = answer.model, escape(mlflow.rstrip("/"), quote=True)
+    what = escape(model.name) + (f" version {escape(model.version)}" if model.version else ", not registered")
+    parts = [f"<b>{what}</b>"]
+    if model.run_id:  # MLflow itself finds the run's experiment
+        parts.append(_link(f"{base}/#/runs/{quote(model.run_id, safe='')}", "its training run"))
+    if model.version:
+        path = f"{quote(model.name, safe='')}/versions/{quote(model.version, safe='')}"
+        parts.append(_link(f"{base}/#/models/{path}", "its registry entry"))
+    if model.architecture:
+        parts.append(escape(model.architecture))
+    if model.digest:
+        parts.append(f'<code title="{escape(model.digest, quote=True)}">{escape(model.digest[:19])}…</code>')
+    return f'<p class="sl-provenance">Read by {" · ".join(parts)}</p>'
+
+
+def _link(address: str, text: str) -> str:
+    return f'<a href="{address}" target="_blank" rel="noopener noreferrer">{text} ↗</a>'
+
+
+def outage(error: ServingError) -> str:
+    """Why nothing can be read at all."""
+    headline, advice = OUTAGES.get(error.kind, OUTAGES["unexpected"])
+    return (
+        f'<section class="sl-problem" role="alert"><h3>{headline}</h3><p>{advice}</p>'
+        f"<p><small>{escape(str(error))}</small></p></section>"
+    )
+
+
+def refused(readings: list[Reading]) -> str:
+    """The pictures that the model server refused, with its reasons."""
+    head = "This picture was refused" if len(readings) == 1 else f"{len(readings)} pictures were refused"
+    rows = "".join(
+        f'<li><span class="sl-file">{escape(r.upload.name)}</span> {escape(str(r.problem))}</li>' for r in readings
+    )
+    return f'<section class="sl-problem sl-mild" role="alert"><h3>{head}</h3><ul>{rows}</ul></section>'
+
+
+def services(entries: list[tuple[str, bool, str]]) -> str:
+    """The sidebar's list: name, whether it is well, and a word."""
+    rows = "".join(
+        f'<li><i class="sl-dot sl-{"up" if well else "down"}"></i><b>{escape(name)}</b> {escape(word)}</li>'
+        for name, well, word in entries
+    )
+    return f'<h4>Behind this page</h4><ul class="sl-services">{rows}</ul>'
+
+
+def guide() -> str:
+    """The sidebar's advice on reading an answer."""
+    return (
+        '<section class="sl-guide"><h4>Reading the heatmap</h4><p>Grad-CAM: the places that spoke for the chosen class '
+        "in the model's last layers. It shows where the model looked, not where a disease is.</p>"
+        "<h4>Reading the figures</h4><p>Probabilities of a model trained on dermoscopy pictures of certain clinics. "
+        "Other cameras, skins and diseases can mislead it. A doctor decides.</p></section>"
+    )
+
+
+def counts(readings: list[Reading]) -> str:
+    """A batch in one line."""
+    answers = [r.answer for r in readings if r.answer]
+    tops = [nature(answer, answer.ranking[0]) for answer in answers]
+    parts = [f"<b>{len(answers)}</b> read", f"<b>{tops.count('malignant')}</b> with a malignant class on top"]
+    if "unknown" in tops:
+        parts.append(f"<b>{tops.count('unknown')}</b> unlike any known class")
+    if len(answers) < len(readings):
+        parts.append(f"<b>{len(readings) - len(answers)}</b> refused")
+    return f'<p class="sl-counts">{" · ".join(parts)}</p>'

@@ -1,0 +1,179 @@
+"""A stand-in for TorchServe that speaks the REST contract, for tests of the page.
+
+Its answers are drawn from the uploaded bytes alone, so the same picture always gets the same nine probabilities.
+`mode` makes it refuse, be busy, hang or talk nonsense; `busy_for` makes it busy for that many requests only.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from email.parser import BytesParser
+from email.policy import HTTP
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+
+CLASSES = {
+    "MEL": ("Melanoma", True, "Malignant tumour of the pigment cells; early removal decides the outcome."),
+    "NV": ("Melanocytic nevus", False, "Common mole: a benign growth of pigment cells."),
+    "BCC": ("Basal cell carcinoma", True, "The most common skin cancer; grows locally and rarely spreads."),
+    "AK": ("Actinic keratosis", False, "Precancerous sun damage that can progress to squamous cell carcinoma."),
+    "BKL": ("Benign keratosis", False, "Seborrheic keratosis, solar lentigo or lichen-planus-like keratosis."),
+    "DF": ("Dermatofibroma", False, "Benign firm nodule of fibrous tissue, often on the legs."),
+    "VASC": ("Vascular lesion", False, "Angioma, angiokeratoma, pyogenic granuloma or haemorrhage: benign."),
+    "SCC": ("Squamous cell carcinoma", True, "Skin cancer of the epidermis that can spread if untreated."),
+    "UNK": ("None of the above", False, "The picture looks like no class the model was trained on."),
+}
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\0", b"MM\0*", b"RIFF")
+
+
+def answer_for(image: bytes, target: str | None = None, version: str = "3") -> dict[str, Any]:
+    """The answer of schema 1 for these bytes."""
+    digest = hashlib.sha256(image).hexdigest()
+    rng = np.random.default_rng(int(digest[:12], 16))
+    logits = np.append(rng.normal(0, 1, 8), -1.5)
+    logits[rng.integers(8)] += 2.5
+    p = np.exp(logits) / np.exp(logits).sum()
+    probabilities = dict(zip(CLASSES, p.tolist(), strict=True))
+    ranking = sorted(probabilities, key=probabilities.__getitem__, reverse=True)
+    known = [code for code in ranking if code != "UNK"]
+    target = known[0] if target in (None, "UNK") else target
+    column, row = np.random.default_rng([int(digest[:12], 16), list(CLASSES).index(target)]).uniform(0.3, 0.7, 2)
+    y, x = (np.mgrid[:14, :14] + 0.5) / 14
+    heat = np.exp(-(((x - column) / 0.16) ** 2) - ((y - row) / 0.2) ** 2)
+    return {
+        "schema": 1,
+        "model": {
+            "name": "skin_vit",
+            "version": version,
+            "architecture": "vit_small_patch16_224",
+            "digest": "sha256:" + hashlib.sha256(version.encode()).hexdigest(),
+            "run_id": "0123456789abcdef0123456789abcdef",
+        },
+        "prediction": {
+            "code": ranking[0],
+            "name": CLASSES[ranking[0]][0],
+            "probability": probabilities[ranking[0]],
+            "malignant": CLASSES[ranking[0]][1],
+        },
+        "probabilities": probabilities,
+        "classes": {
+            code: {"name": name, "malignant": malignant, "description": description}
+            for code, (name, malignant, description) in CLASSES.items()
+        },
+        "uncertainty": {
+            "entropy": float(-(p * np.log(p)).sum()),
+            "conformal_set": [code for code in known if probabilities[code] > 0.08],
+            "confidence_level": 0.9,
+        },
+        "gradcam": {"target": target, "grid": np.round(heat / heat.max(), 4).tolist(), "overlay_png": None},
+        "image": {"width": 600, "height": 450, "sha256": digest},
+        "disclaimer": "Research use only. Not a medical device.",
+    }
+
+
+def _form(content_type: str, body: bytes) -> dict[str, bytes]:
+    """The fields of a multipart body."""
+    whole = BytesParser(policy=HTTP).parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
+    return {
+        part.get_param("name", header="content-disposition"): part.get_payload(decode=True)
+        for part in whole.iter_parts()
+    }
+
+
+class FakeTorchServe:
+    """`with FakeTorchServe() as server:` listens on a free port of the loopback until the block ends.
+
+    mode: "ok"; "refuse", "too_large", "no_model", "busy", "broken", "redirect", "garbage", "hang" for every prediction.
+    Options of the answers: `version`; `refuse_target`, a class that counts as not trained.
+    """
+
+    def __init__(self, port: int = 0) -> None:
+        self.mode, self.busy_for, self.version = "ok", 0, "3"
+        self.refuse_target: str | None = None
+        self.asked: list[str | None] = []  # the target of every prediction, in order of arrival
+        self._ended = threading.Event()
+        self._httpd = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self._httpd.daemon_threads = True
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._httpd.server_address[1]}"
+
+    def __enter__(self) -> "FakeTorchServe":
+        threading.Thread(target=self._httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._httpd.shutdown()
+        self._httpd.server_close()
+
+    def reply(self, image: bytes, target: str | None) -> tuple[int, Any]:
+        """Status and body for one prediction."""
+        self.asked.append(target)
+        if self.mode == "hang":
+            self._ended.wait(60)
+        if self.busy_for > 0 or self.mode == "busy":
+            self.busy_for -= 1
+            return 503, _torchserve(503, "ServiceUnavailableException", 'Model "skin_vit" has no worker to serve.')
+        if self.mode == "no_model":
+            return 404, _torchserve(404, "ModelNotFoundException", "Model not found: skin_vit")
+        if self.mode == "too_large":
+            return 413, _torchserve(413, "TooLongFrameException", "content length exceeded 6553500 bytes.")
+        if self.mode == "redirect":
+            return 302, {}
+        if self.mode == "broken":
+            return 500, _torchserve(500, "InternalServerException", "Worker died.")
+        if self.mode == "garbage":
+            return 200, ["<html>"]
+        if self.mode == "refuse":
+            return 400, {"error": {"code": "invalid_image", "message": "The image is damaged and cannot be decoded."}}
+        if not image.startswith(SIGNATURES):
+            return 415, {"error": {"code": "unsupported_media_type", "message": "This is not a JPEG or PNG image."}}
+        if target is not None and (target not in CLASSES or target == self.refuse_target):
+            return 400, {"error": {"code": "invalid_request", "message": f"The model was not trained on {target}."}}
+        return 200, answer_for(image, target, self.version)
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self._send(*((200, {"status": "Healthy"}) if self.path == "/ping" else (404, {})))
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                kind = self.headers["Content-Type"]
+                fields = _form(kind, body) if kind.startswith("multipart/form-data") else {"data": body}
+                target = fields.get("target")
+                self._send(*fake.reply(fields["data"], target.decode() if target else None))
+
+            def _send(self, status: int, body: Any) -> None:
+                content = json.dumps(body).encode()
+                self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", "/ping")
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+def _torchserve(status: int, kind: str, message: str) -> dict[str, Any]:
+    return {"code": status, "type": kind, "message": message}
+
+
+if __name__ == "__main__":  # by hand: python tests/fake_torchserve.py, then TORCHSERVE_URL=… streamlit run …
+    with FakeTorchServe() as server:
+        print(server.url, flush=True)
+        time.sleep(86400)
