@@ -1,0 +1,189 @@
+"""What the model store is known to hold: `ledger.json`, written by promoters alone and read at every TorchServe start.
+
+With it TorchServe comes back to the same versions while registry and promoter are away. It is written whole: temporary
+file, fsync, rename; a reader sees the old one or the new one. Promoters take turns by a lock on the store.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mlflow_tracking.promotion.plan import Release
+from mlflow_tracking.settings import MODEL_NAME
+
+SCHEMA = 1
+LEDGER = "ledger.json"
+LOCK = ".promotion.lock"
+
+
+class LedgerError(ValueError):
+    """A ledger that cannot be read. It holds nothing that the registry does not know: deleting it is safe."""
+
+
+class StoreBusy(TimeoutError):
+    """Another promoter is at work on this store."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One archive: the hash of the file, what it holds, and the `settings` TorchServe must be given with it."""
+
+    sha256: str
+    version: str
+    digest: str
+    settings: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def release(self) -> Release:
+        """The release in the archive."""
+        return Release(self.version, self.digest)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The archives by file name; the others name archives: `default` serves, `last_good` did before it.
+
+    `loaded` passed their gates and are to be in TorchServe.
+    """
+
+    archives: Mapping[str, Entry] = field(default_factory=dict)
+    default: str | None = None
+    last_good: str | None = None
+    loaded: tuple[str, ...] = ()
+
+    def release(self, archive: str | None) -> Release | None:
+        """What an archive holds, if the ledger knows it."""
+        entry = self.archives.get(archive or "")
+        return entry.release if entry else None
+
+    def stored(self, archive: str, entry: Entry) -> "Ledger":
+        """With an archive added or renewed."""
+        return replace(self, archives={**self.archives, archive: entry})
+
+    def approved(self, archive: str) -> "Ledger":
+        """With an archive that passed its gates."""
+        return replace(self, loaded=tuple(sorted({*self.loaded, archive})))
+
+    def serving(self, archive: str) -> "Ledger":
+        """With another default; the one before it becomes the last good one."""
+        if archive == self.default:
+            return self.approved(archive)
+        return replace(self.approved(archive), default=archive, last_good=self.default)
+
+    def retired(self, archive: str) -> "Ledger":
+        """With an archive that no longer belongs in TorchServe; the file stays in the store."""
+        return replace(self, loaded=tuple(name for name in self.loaded if name != archive))
+
+    def to_json(self) -> str:
+        """The file's text."""
+        values = {"schema": SCHEMA, "model": MODEL_NAME, **asdict(self)}
+        return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Ledger":
+        """The inverse of to_json. Raises LedgerError."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            if values["schema"] != SCHEMA:
+                raise LedgerError(f"it has schema {values['schema']}, and this version reads {SCHEMA}")
+            return cls(
+                archives={name: Entry(**entry) for name, entry in values["archives"].items()},
+                default=values["default"],
+                last_good=values["last_good"],
+                loaded=tuple(values["loaded"]),
+            )
+        except LedgerError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LedgerError(f"it is damaged ({type(error).__name__}: {error})") from error
+
+
+def read(store: Path) -> Ledger:
+    """The store's ledger; an empty one if there is none. Raises LedgerError."""
+    path = store / LEDGER
+    try:
+        return Ledger.from_json(path.read_text())
+    except FileNotFoundError:
+        return Ledger()
+    except (LedgerError, UnicodeDecodeError) as error:
+        raise LedgerError(f"The ledger {path} cannot be used: {error}. Delete it; it is made anew.") from error
+
+
+def write(store: Path, ledger: Ledger) -> None:
+    """Replace the store's ledger."""
+    write_atomically(store / LEDGER, ledger.to_json().encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash at any moment, finds the old content or the new."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in the folder survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def lock(store: Path, wait: float = 0.0) -> Iterator[None]:
+    """Hold the store for one promoter. The lock goes with the process, however that ends.
+
+    Raises:
+        StoreBusy: somebody else still holds it after `wait` seconds.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + wait
+    with (store / LOCK).open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise StoreBusy(f"Another promoter is at work on {store}; try again in a minute.") from None
+                time.sleep(0.1)
+        yield
+
+
+class Verifier:
+    """Whether archives are what the ledger says; a file that has not changed since is not read again."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self._known: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def intact(self, archive: str, entry: Entry) -> bool:
+        """Whether the file is there with the ledger's hash."""
+        path = self.store / archive
+        try:
+            stat = path.stat()
+            mark = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            if self._known.get(archive, ((), ""))[0] != mark:
+                with path.open("rb") as file:
+                    self._known[archive] = (mark, hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError:
+            return False
+        return self._known[archive][1] == entry.sha256

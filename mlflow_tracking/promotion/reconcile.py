@@ -1,0 +1,259 @@
+"""One pass: see what is wanted and what is there, plan, do the steps, remember what was refused, tell the registry."""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from mlflow_tracking.promotion import archive as archives
+from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion.execute import Executor, NotYet, Refused, StepFailed
+from mlflow_tracking.promotion.plan import Action, Actual, Desired, Release, Step, plan
+from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
+from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError, RegistryUnavailable
+from mlflow_tracking.settings import Settings
+
+ALIASES = ("champion", "challenger")
+# A failure is tried again at the next pass, then after 4, 8, 16 ... seconds up to this.
+LONGEST_WAIT = 300.0
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_STATUS_AFTER = {Action.SERVE: "serving", Action.RETIRE: "retired"}
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step that began, is done, waits, was refused or failed; `remark` says more."""
+
+    step: Step
+    state: Literal["begun", "done", "waiting", "refused", "failed"]
+    seconds: float = 0.0
+    remark: str = ""
+
+
+@dataclass
+class Setback:
+    """Why a release is not tried now: for good, or until `retry_at` (monotonic seconds)."""
+
+    reason: str
+    final: bool
+    attempts: int = 1
+    retry_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass found and did. `errors` are sentences; without any, and without steps, all is as wanted.
+
+    `waiting` means that a worker is starting, and another pass will tell.
+    """
+
+    desired: Desired
+    actual: Actual | None
+    done: tuple[Step, ...] = ()
+    errors: tuple[str, ...] = ()
+    registry_up: bool = True
+    torchserve_up: bool = True
+    waiting: bool = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing was to be done."""
+        return not self.done and not self.errors
+
+
+@dataclass
+class Reconciler:
+    """Makes TorchServe agree with the registry, one pass at a time.
+
+    `tell` hears of every step as it begins and ends.
+    """
+
+    settings: Settings
+    registry: Registry
+    executor: Executor
+    tell: Callable[[Event], None] = lambda event: None
+    setbacks: dict[Release, Setback] = field(default_factory=dict)
+    _tags: dict[Release, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, settings: Settings, tell: Callable[[Event], None] = lambda event: None) -> "Reconciler":
+        """With clients for the services of `settings`; connects to nothing yet."""
+        registry = Registry(settings.registry_uri)
+        torchserve = TorchServe(settings.inference_url, settings.management)
+        return cls(settings, registry, Executor(settings.store, registry, torchserve), tell)
+
+    def reconcile(self, wait: float = 0.0) -> Pass:
+        """One pass, alone on the store. Raises StoreBusy after `wait` seconds."""
+        with ledgers.lock(self.settings.store, wait):
+            return self.reconcile_locked()
+
+    def reconcile_locked(self) -> Pass:
+        """One pass; the caller holds the store's lock. What goes wrong is in the result's errors."""
+        archives.clean(self.settings.store)
+        errors: list[str] = []
+        done: list[Step] = []
+        actual: Actual | None = None
+        waiting = False
+        desired, aliases = self._desired(errors)
+        asked = [release for release in (desired.champion, desired.challenger) if release]
+        try:
+            actual = self.executor.observe(asked)
+            self._forget(desired, actual)
+            desired = replace(desired, blocked=self._blocked())
+            for step in plan(desired, actual):
+                self._do(step)
+                done.append(step)
+        except NotYet as error:
+            errors.append(str(error))
+            waiting = True
+        except _Stopped as error:
+            errors.append(str(error))
+        except (TorchServeUnavailable, TorchServeError) as error:
+            errors.append(str(error))
+        try:
+            actual = self.executor.observe(asked)
+        except (TorchServeUnavailable, TorchServeError):
+            actual = None
+        registry_up = desired.known and self._tell_registry(aliases, actual, errors)
+        for release in asked:
+            if release in self.setbacks and self.setbacks[release].reason not in errors:
+                errors.append(self.setbacks[release].reason)
+        return Pass(desired, actual, tuple(done), tuple(errors), registry_up, actual is not None, waiting)
+
+    def _desired(self, errors: list[str]) -> tuple[Desired, dict[str, RegisteredVersion | None]]:
+        try:
+            versions = {alias: self.registry.resolve(alias) for alias in ALIASES}
+        except RegistryUnavailable as error:
+            errors.append(str(error))
+            return Desired(known=False), {}
+        releases: dict[str, Release | None] = {}
+        for alias, version in versions.items():
+            releases[alias] = None
+            if version is None:
+                continue
+            # The digest becomes part of a file's name, and anybody who reaches the registry can write a tag.
+            if version.digest and _DIGEST.fullmatch(version.digest):
+                releases[alias] = Release(version.version, version.digest)
+                continue
+            reason = (
+                f"Version {version.version} has no valid digest tag: register bundles with scripts/register_model.py."
+            )
+            errors.append(reason)
+            if version.tags.get("serving.status") != "refused":
+                self._note(Release(version.version, version.digest or ""), "refused", reason)
+        return Desired(releases["champion"], releases["challenger"]), versions
+
+    def _forget(self, desired: Desired, actual: Actual) -> None:
+        """Forget setbacks of releases that nobody asks for any more: setting the alias again is trying again."""
+        if desired.known:
+            matter = {desired.champion, desired.challenger, actual.serving, actual.last_good}
+            self.setbacks = {release: setback for release, setback in self.setbacks.items() if release in matter}
+
+    def _blocked(self) -> frozenset[Release]:
+        now = time.monotonic()
+        return frozenset(release for release, one in self.setbacks.items() if one.final or now < one.retry_at)
+
+    def _do(self, step: Step) -> None:
+        """Do one step. Raises NotYet, or _Stopped when it was refused or failed."""
+        self.tell(Event(step, "begun"))
+        began = time.monotonic()
+        before = self.executor.ledger()
+        try:
+            remark = self.executor.run(step)
+        except NotYet as error:
+            self.tell(Event(step, "waiting", time.monotonic() - began, str(error)))
+            raise
+        except (Refused, StepFailed, RegistryError, RegistryUnavailable, TorchServeUnavailable) as error:
+            final = isinstance(error, Refused)
+            reason = f"Version {step.release.version} was refused: {error}." if final else str(error)
+            self.tell(Event(step, "refused" if final else "failed", time.monotonic() - began, str(error)))
+            self._set_back(step.release, reason, final)
+            self._note(step.release, "refused" if final else "failed", reason)
+            raise _Stopped(reason) from error
+        self.tell(Event(step, "done", time.monotonic() - began, remark))
+        self.setbacks.pop(step.release, None)
+        served = before.release(before.default)
+        if step.action is Action.SERVE and served is not None and served != step.release:
+            self._note(served, "standby", "")
+        if step.action in _STATUS_AFTER:
+            self._note(step.release, _STATUS_AFTER[step.action], "")
+
+    def _set_back(self, release: Release, reason: str, final: bool) -> None:
+        attempts = self.setbacks[release].attempts + 1 if release in self.setbacks else 1
+        wait = 0.0 if attempts == 1 else min(LONGEST_WAIT, 2.0**attempts)
+        self.setbacks[release] = Setback(reason, final, attempts, time.monotonic() + wait)
+
+    def _note(self, release: Release, status: str, reason: str) -> None:
+        """Keep tags for the registry until it takes them."""
+        self._tags[release] = _status(status, reason)
+
+    def _tell_registry(
+        self, aliases: Mapping[str, RegisteredVersion | None], actual: Actual | None, errors: list[str]
+    ) -> bool:
+        """Write the tags that are due. Whether the registry was there."""
+        expected = {}
+        if actual and actual.serving:
+            expected[actual.serving] = "serving"
+        for release in actual.approved if actual else ():
+            expected.setdefault(release, "challenger")
+        for version in aliases.values():
+            # Not only after a step: a promoter may have died before it could tell.
+            status = expected.get(Release(version.version, version.digest or "")) if version else None
+            if version and status and version.tags.get("serving.status") != status:
+                self._tags.setdefault(Release(version.version, version.digest or ""), _status(status))
+        try:
+            for release in list(self._tags):
+                version = self.registry.version(release.version)
+                # Another registry's version of the same number is another model.
+                if version is not None and (version.digest or "") == release.digest:
+                    self.registry.tag(release.version, self._tags[release])
+                del self._tags[release]
+        except RegistryUnavailable as error:
+            errors.append(str(error))
+            return False
+        return True
+
+
+def _status(word: str, reason: str = "") -> dict[str, str]:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"serving.status": word, "serving.reason": reason, "serving.since": since}
+
+
+class _Stopped(RuntimeError):
+    """A step did not succeed, and those after it have to wait; a sentence."""
+
+
+def status(result: Pass, setbacks: Mapping[Release, Setback]) -> dict[str, Any]:
+    """A pass in plain values, for /status and `promote.py --status`."""
+
+    def one(release: Release | None) -> dict[str, Any] | None:
+        return {"version": release.version, "digest": release.digest} if release else None
+
+    now, actual = time.monotonic(), result.actual
+    loaded = [{**(one(held.release) or {}), "ready": held.ready} for held in (actual.loaded if actual else {}).values()]
+    return {
+        "desired": {"champion": one(result.desired.champion), "challenger": one(result.desired.challenger)},
+        "actual": None
+        if actual is None
+        else {
+            "default": actual.default,
+            "serving": one(actual.serving),
+            "last_good": one(actual.last_good),
+            "loaded": loaded,
+        },
+        "settled": result.settled,
+        "registry_up": result.registry_up,
+        "torchserve_up": result.torchserve_up,
+        "errors": list(result.errors),
+        "refused": [
+            {
+                **(one(release) or {}),
+                "reason": setback.reason,
+                "final": setback.final,
+                "retry_in_seconds": None if setback.final else max(0, round(setback.retry_at - now)),
+            }
+            for release, setback in setbacks.items()
+        ],
+    }

@@ -1,0 +1,160 @@
+"""TorchServe's management and prediction APIs, as far as promotion needs them. Every call has a time-out."""
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from mlflow_tracking.settings import MODEL_NAME
+
+# A description is answered from memory; more than this means that the server hangs.
+QUICK = 10.0
+# A golden image on a machine that is busy loading another model.
+PREDICTION = 60.0
+
+
+class TorchServeUnavailable(ConnectionError):
+    """TorchServe does not answer."""
+
+
+class TorchServeError(RuntimeError):
+    """TorchServe answered with an error; `status` is its HTTP status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class ServedVersion:
+    """One version as TorchServe describes it: its archive, workers that are ready, workers in all."""
+
+    version: str
+    archive: str
+    ready: int
+    workers: int
+
+
+class TorchServe:
+    """A client for one model.
+
+    Args:
+        url: the prediction API.
+        management: the management API, unix:PATH or http://HOST:PORT.
+    """
+
+    def __init__(self, url: str, management: str) -> None:
+        # No proxy stands between the parts of one stack (trust_env).
+        socket = management.removeprefix("unix:") if management.startswith("unix:") else None
+        transport = httpx.HTTPTransport(uds=socket) if socket else None
+        base = "http://torchserve" if socket else management
+        self._management = httpx.Client(transport=transport, base_url=base, timeout=QUICK, trust_env=False)
+        self._inference = httpx.Client(base_url=url, timeout=PREDICTION, trust_env=False)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._management.close()
+        self._inference.close()
+
+    def versions(self) -> dict[str, ServedVersion]:
+        """All versions of the model that are registered, with or without workers. Raises TorchServeUnavailable."""
+        try:
+            described = self._manage("GET", f"/models/{MODEL_NAME}/all")
+        except TorchServeError as error:
+            if error.status == 404:
+                return {}
+            raise
+        return {entry["modelVersion"]: _served(entry) for entry in described}
+
+    def default(self) -> str | None:
+        """The version that answers when none is named; None without any."""
+        try:
+            return self._manage("GET", f"/models/{MODEL_NAME}")[0]["modelVersion"]
+        except TorchServeError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def register(self, archive: str, workers: int, timeout: float) -> None:
+        """Register an archive of the model store and wait for its workers. Raises TorchServeError when they fail."""
+        params = {"url": archive, "initial_workers": str(workers), "synchronous": "true"}
+        self._manage("POST", "/models", params=params, timeout=timeout)
+
+    def scale(self, version: str, workers: int, synchronous: bool) -> None:
+        """Set the number of workers, and wait for that if asked."""
+        params = {"min_worker": str(workers), "max_worker": str(workers), "synchronous": str(synchronous).lower()}
+        self._manage("PUT", f"/models/{MODEL_NAME}/{version}", params=params, timeout=QUICK + 60.0 * synchronous)
+
+    def set_default(self, version: str) -> None:
+        """Let `version` answer /predictions/NAME."""
+        self._manage("PUT", f"/models/{MODEL_NAME}/{version}/set-default")
+
+    def unregister(self, version: str, timeout: float = 60.0) -> None:
+        """Take a version out at once. What it is computing then gets no answer: see drain."""
+        try:
+            self._manage("DELETE", f"/models/{MODEL_NAME}/{version}", timeout=timeout)
+        except TorchServeError as error:
+            if error.status != 404:
+                raise
+
+    def wait_ready(self, version: str, timeout: float) -> bool:
+        """Whether a worker of the version gets ready within `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while True:
+            served = self.versions().get(version)
+            if served is not None and served.ready:
+                return True
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.25)
+
+    def drain(self, version: str, quiet: float = 2.0, timeout: float = 60.0) -> None:
+        """Wait until a version that is no longer the default has answered what it was asked before.
+
+        TorchServe tells of requests that wait, not of those inside a worker, and unregistering leaves these without an
+        answer. The queue is first in, first out, so any answer to a request of our own, even a refusal, says that all
+        before it went into a worker; `quiet` seconds more let other workers finish theirs.
+        """
+        served = self.versions().get(version)
+        if served is None or not served.ready:
+            return
+        with suppress(TorchServeError):
+            try:
+                self.predict(b"drain", version, timeout=timeout)
+            except TorchServeUnavailable:
+                return  # no answer in all this time: the others will not get theirs either
+        time.sleep(quiet)
+
+    def predict(self, image: bytes, version: str, timeout: float = PREDICTION) -> dict[str, Any]:
+        """The REST answer of one version to one image. Raises TorchServeError or TorchServeUnavailable."""
+        headers = {"Content-Type": "application/octet-stream"}
+        path = f"/predictions/{MODEL_NAME}/{version}"
+        return _answer(self._inference, "POST", path, content=image, headers=headers, timeout=timeout)
+
+    def _manage(self, method: str, path: str, **options: Any) -> Any:
+        return _answer(self._management, method, path, **options)
+
+
+def _answer(client: httpx.Client, method: str, path: str, **options: Any) -> Any:
+    try:
+        response = client.request(method, path, **options)
+    except httpx.HTTPError as error:
+        kind = "gives no answer" if isinstance(error, httpx.TimeoutException) else "is away"
+        raise TorchServeUnavailable(f"TorchServe {kind} ({method} {path}: {error or type(error).__name__}).") from error
+    try:
+        values = response.json()
+    except ValueError:
+        values = {}
+    if response.is_success:
+        return values
+    # TorchServe's own errors are {code, type, message}; the handler's are {error: {code, message}}.
+    message = values.get("message") or values.get("error", {}).get("message") or response.reason_phrase
+    raise TorchServeError(response.status_code, f"TorchServe answered {response.status_code}: {message}")
+
+
+def _served(entry: dict[str, Any]) -> ServedVersion:
+    workers = entry.get("workers", [])
+    ready = sum(worker["status"] == "READY" for worker in workers)
+    return ServedVersion(entry["modelVersion"], entry["modelUrl"], ready, len(workers))

@@ -1,0 +1,74 @@
+"""The registered model as MLflow runs it: images in, nine probabilities out, for `mlflow models serve`, Spark, Python.
+
+    model = mlflow.pyfunc.load_model("models:/skin_vit@champion")
+    model.predict([Path("lesion.jpg").read_bytes()])
+
+MLflow keeps this file itself with the model (models-from-code): nothing is pickled. TorchServe does not go this way; it
+gets the same bundle in an archive.
+"""
+
+import base64
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from handlers.predictor import Predictor, Request
+from handlers.preprocessing import ImageError
+from handlers.taxonomy import CODES
+
+# What memory holds at once when a table of images comes in.
+BATCH = 16
+
+
+class SkinLesionModel(PythonModel):
+    """Image bytes to a DataFrame with a column of probabilities for each of the nine classes."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load and verify the bundle. Raises BundleError."""
+        self.predictor = Predictor.load(context.artifacts["bundle"])
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """One row of nine probabilities for each image.
+
+        Args:
+            model_input: a DataFrame with the column `image`, or one column of any name; MLflow makes one of a list.
+                Images are bytes, or base64.
+
+        Raises:
+            ValueError: an image cannot be used; the message names its row.
+        """
+        images = _images(model_input)
+        rows: list[dict[str, float]] = []
+        for start in range(0, len(images), BATCH):
+            requests = [Request(image, gradcam="none") for image in images[start : start + BATCH]]
+            for offset, answer in enumerate(self.predictor.predict(requests)):
+                if isinstance(answer, ImageError):
+                    raise ValueError(f"image {start + offset}: {answer}") from answer
+                rows.append(answer.probabilities)
+        return pd.DataFrame(rows, columns=list(CODES))
+
+
+def _images(model_input: Any) -> list[bytes]:
+    if isinstance(model_input, pd.DataFrame):
+        if "image" in model_input.columns:
+            model_input = model_input["image"]
+        elif len(model_input.columns) == 1:
+            model_input = model_input.iloc[:, 0]
+        else:
+            raise ValueError("The table has several columns, and none is called `image`.")
+    return [_bytes(value) for value in model_input]
+
+
+def _bytes(value: bytes | str) -> bytes:
+    """An image as bytes. MLflow's scoring server hands base64 on as text, or as the bytes of the text."""
+    try:
+        return base64.b64decode(value, validate=True)
+    except ValueError:  # then it is an image: no image file consists of base64's letters alone
+        return value.encode() if isinstance(value, str) else bytes(value)
+
+
+set_model(SkinLesionModel())

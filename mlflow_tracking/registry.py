@@ -1,0 +1,262 @@
+"""The registry: versions of skin_vit, their aliases, tags and files. Nothing else in the project speaks to it.
+
+Versions are fetched as files only: `load_model` runs the code that comes with a version, and is never used here.
+"""
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import handlers
+from handlers.bundle import Bundle
+from handlers.graph import complete
+from handlers.taxonomy import CODES
+from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.version_card import description, requirements, tags
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+BUNDLE_ARTIFACT = "bundle"
+PYFUNC_MODEL = Path(__file__).parent / "pyfunc_model.py"
+_MISSING = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"}
+
+
+class RegistryError(RuntimeError):
+    """What was asked of the registry is not there or cannot be done; a sentence."""
+
+
+class RegistryUnavailable(ConnectionError):
+    """MLflow does not answer; a sentence."""
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """One version of the model. `digest` is its bundle's; None where something else registered the version."""
+
+    version: str
+    digest: str | None
+    aliases: tuple[str, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    run_id: str | None = None
+    created_ms: int = 0
+
+
+@dataclass(frozen=True)
+class Registration:
+    """The outcome of registering: the version, and whether it is new."""
+
+    version: RegisteredVersion
+    created: bool
+
+
+class Registry:
+    """MLflow's model registry at `uri`, for one model."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._client: MlflowClient | None = None
+
+    @property
+    def client(self) -> "MlflowClient":
+        """MLflow's client; made at first use, as importing mlflow takes seconds."""
+        if self._client is None:
+            quiet_client(self.uri)
+            import mlflow
+
+            mlflow.set_tracking_uri(self.uri)
+            logging.getLogger("mlflow").setLevel(logging.WARNING)
+            self._client = mlflow.MlflowClient(self.uri)
+        return self._client
+
+    def resolve(self, alias: str) -> RegisteredVersion | None:
+        """The version an alias points at; None without such an alias or model. Raises RegistryUnavailable."""
+        with self._speaking(missing_is_none=True):
+            return _registered(self.client.get_model_version_by_alias(MODEL_NAME, alias))
+        return None
+
+    def version(self, number: str) -> RegisteredVersion | None:
+        """One version, or None. Raises RegistryUnavailable."""
+        with self._speaking(missing_is_none=True):
+            return _registered(self.client.get_model_version(MODEL_NAME, number))
+        return None
+
+    def versions(self) -> list[RegisteredVersion]:
+        """All versions, newest first, with aliases and tags. Raises RegistryUnavailable."""
+        found: list[ModelVersion] = []
+        with self._speaking():
+            page = self.client.search_model_versions(f"name='{MODEL_NAME}'", max_results=1000)
+            found += page
+            while page.token:
+                page = self.client.search_model_versions(
+                    f"name='{MODEL_NAME}'", max_results=1000, page_token=page.token
+                )
+                found += page
+            # A search tells no aliases; the model does.
+            aliases = self.client.get_registered_model(MODEL_NAME).aliases if found else {}
+        versions = [
+            _registered(
+                one, tuple(sorted(alias for alias, number in aliases.items() if str(number) == str(one.version)))
+            )
+            for one in found
+        ]
+        return sorted(versions, key=lambda one: int(one.version), reverse=True)
+
+    def set_alias(self, alias: str, number: str) -> None:
+        """Point an alias at a version. Raises RegistryError if there is none, RegistryUnavailable."""
+        if self.version(number) is None:
+            have = ", ".join(one.version for one in self.versions()) or "none yet"
+            raise RegistryError(f"{MODEL_NAME} has no version {number} in {self.uri} (it has {have}).")
+        with self._speaking():
+            self.client.set_registered_model_alias(MODEL_NAME, alias, number)
+
+    def tag(self, number: str, tags: Mapping[str, str]) -> None:
+        """Write tags on a version; one that is gone is no error. Raises RegistryUnavailable."""
+        for name, value in tags.items():
+            with self._speaking(missing_is_none=True):
+                self.client.set_model_version_tag(MODEL_NAME, number, name, value)
+
+    def download_bundle(self, number: str, folder: Path) -> Path:
+        """Fetch the bundle's files of a version, unverified, into `folder`; returns where they lie.
+
+        Raises:
+            RegistryError: the version has no bundle.
+            RegistryUnavailable
+        """
+        return self._download(f"models:/{MODEL_NAME}/{number}/artifacts/{BUNDLE_ARTIFACT}", folder)
+
+    def download_run_bundle(self, run_id: str, folder: Path) -> Path:
+        """Fetch the bundle that a training run logged, unverified. Raises as download_bundle."""
+        return self._download(f"runs:/{run_id}/{BUNDLE_ARTIFACT}", folder)
+
+    def _download(self, uri: str, folder: Path) -> Path:
+        import mlflow
+
+        with self._speaking():
+            _ = self.client
+            try:
+                return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+            except OSError as error:
+                raise RegistryError(f"{uri} cannot be fetched: {error}") from error
+
+    def find(self, digest: str) -> RegisteredVersion | None:
+        """The version made of the bundle with this digest, before or after completion. Raises RegistryUnavailable."""
+        return next((one for one in self.versions() if digest in (one.digest, one.tags.get("source_digest"))), None)
+
+    def register(self, source: Path, run_id: str | None = None) -> Registration:
+        """Register the bundle in folder `source`, completed with its serving graph, as a new version.
+
+        A bundle that is registered already is left as it is. With `run_id`, or when the run in the bundle's evidence is
+        on this server, the version is linked to that run.
+
+        Raises:
+            BundleError: the bundle is damaged, or its graph disagrees with its weights.
+            RegistryError: there is no such run.
+            RegistryUnavailable
+        """
+        given = Bundle.load(source)
+        if (existing := self.find(given.digest)) is not None:
+            return Registration(existing, created=False)
+        run_id = self._run(run_id, given.config.evidence.get("run_id"))
+        with tempfile.TemporaryDirectory() as temporary:
+            bundle = complete(source, Path(temporary) / BUNDLE_ARTIFACT)
+            if (existing := self.find(bundle.digest)) is not None:
+                return Registration(existing, created=False)
+            card = tags(bundle) | {"source_digest": given.digest}
+            with self._speaking():
+                number = self._log(bundle, run_id, card)
+                self.client.update_model_version(MODEL_NAME, number, description=description(bundle))
+        registered = self.version(number)
+        assert registered is not None, "the version that was just made"
+        return Registration(registered, created=True)
+
+    def _run(self, wanted: str | None, known: str | None) -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        with self._speaking(missing_is_none=True):
+            try:
+                return self.client.get_run(wanted or known or "").info.run_id if wanted or known else None
+            except MlflowException as error:
+                if error.error_code in _MISSING and wanted:
+                    raise RegistryError(f"There is no run {wanted} in {self.uri}.") from error
+                raise
+        return None
+
+    def _log(self, bundle: Bundle, run_id: str | None, card: Mapping[str, str]) -> str:
+        import mlflow
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, Schema
+
+        experiment = self.client.get_run(run_id).info.experiment_id if run_id else None
+        # Beside the run, not inside: re-opening a finished run would move its end and its status.
+        model = mlflow.initialize_logged_model(
+            name=MODEL_NAME, source_run_id=run_id, experiment_id=experiment, tags=dict(card), model_type="classifier"
+        )
+        image = Schema([ColSpec("binary")])  # with a name, MLflow would refuse a plain list of images
+        probabilities = Schema([ColSpec("double", code) for code in CODES])
+        with warnings.catch_warnings():
+            # An example input would be a picture in each version's files, run at every registration: the golden
+            # images are that already.
+            warnings.filterwarnings("ignore", message=".*input example was not provided", category=UserWarning)
+            logged = mlflow.pyfunc.log_model(
+                name=MODEL_NAME,
+                model_id=model.model_id,
+                python_model=str(PYFUNC_MODEL),
+                artifacts={BUNDLE_ARTIFACT: str(bundle.path)},
+                code_paths=[str(Path(handlers.__file__).parent)],
+                signature=ModelSignature(inputs=image, outputs=probabilities),
+                pip_requirements=requirements(bundle),
+                registered_model_name=MODEL_NAME,
+                tags=dict(card),
+            )
+        return str(logged.registered_model_version)
+
+    @contextmanager
+    def _speaking(self, missing_is_none: bool = False) -> Iterator[None]:
+        """Turn MLflow's exceptions into ours; with `missing_is_none` leave the block when a thing is not there."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            missing = error.error_code in _MISSING
+            if missing and missing_is_none:
+                return
+            sentence = str(error).splitlines()[0]
+            if missing:
+                raise RegistryError(f"MLflow at {self.uri}: {sentence}") from error
+            if "with exception" in sentence:  # of requests, which names classes and memory addresses
+                raise RegistryUnavailable(f"MLflow at {self.uri} does not answer.") from error
+            raise RegistryUnavailable(f"MLflow at {self.uri} answers with an error: {sentence}") from error
+
+
+def quiet_client(uri: str) -> None:
+    """Set MLflow up before its import: no statistics sent, no minutes of retries, no proxy to loopback."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # Our callers try again themselves, and a person should not wait two minutes for "is it running?".
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if (host := urlsplit(uri).hostname) in ("127.0.0.1", "localhost"):
+        names = os.environ.get("NO_PROXY", "")
+        if host not in names.split(","):
+            os.environ["NO_PROXY"] = f"{names},{host}".lstrip(",")
+
+
+def _registered(one: "ModelVersion", aliases: tuple[str, ...] | None = None) -> RegisteredVersion:
+    return RegisteredVersion(
+        version=str(one.version),
+        digest=one.tags.get("digest"),
+        aliases=tuple(one.aliases) if aliases is None else aliases,
+        tags=dict(one.tags),
+        run_id=one.run_id or None,
+        created_ms=int(one.creation_timestamp or 0),
+    )

@@ -1,0 +1,52 @@
+"""Where the services are: one settings object, read from the environment and `.env` (.env.example lists all names)."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ROOT = Path(__file__).resolve().parent.parent
+# The registered model in MLflow, the model in TorchServe, and the first part of every archive's name.
+MODEL_NAME = "skin_vit"
+
+
+class Settings(BaseSettings):
+    """Addresses and folders of the registry's side. A relative folder is meant from the repository's root.
+
+    Addresses that are not given follow from the ports, as in `make up`.
+    """
+
+    model_config = SettingsConfigDict(env_file=ROOT / ".env", env_ignore_empty=True, extra="ignore")
+
+    mlflow_port: int = Field(5001, ge=1, le=65535)
+    mlflow_tracking_uri: str = ""
+    torchserve_port: int = Field(8080, ge=1, le=65535)
+    torchserve_url: str = ""
+    torchserve_management: str = ""
+    torchserve_run_dir: Path | None = None
+    model_store: Path = ROOT / "model_store"
+    stack_state: Path = ROOT / ".stack"
+    promoter_host: str = "127.0.0.1"
+    promoter_port: int = Field(8083, ge=1, le=65535)
+    promoter_poll_seconds: float = Field(2.0, gt=0)
+
+    @property
+    def registry_uri(self) -> str:
+        """MLflow's address."""
+        return self.mlflow_tracking_uri or f"http://127.0.0.1:{self.mlflow_port}"
+
+    @property
+    def inference_url(self) -> str:
+        """The address of TorchServe's prediction API."""
+        return self.torchserve_url or f"http://127.0.0.1:{self.torchserve_port}"
+
+    @property
+    def management(self) -> str:
+        """The address of TorchServe's management API: unix:PATH or http://HOST:PORT."""
+        run_dir = ROOT / (self.torchserve_run_dir or self.stack_state / "run")
+        return self.torchserve_management or f"unix:{run_dir / 'management.sock'}"
+
+    @property
+    def store(self) -> Path:
+        """The model store, absolute."""
+        return ROOT / self.model_store

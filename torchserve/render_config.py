@@ -1,0 +1,145 @@
+"""Render TorchServe's configuration into its run folder and print where it lies.
+
+Reads the model store's ledger and adds the `model_snapshot` line with which TorchServe starts the version that served
+before, with neither MLflow nor the promoter. Its archive is checked against the ledger's SHA-256; one that was changed
+or is missing is left out with a sentence, and the last good version takes its place.
+
+Standard library only, no import of the project: it also runs where nothing else of it is installed.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# A unix socket's path may have 103 bytes on macOS and 107 on Linux.
+SOCKET_LENGTH = 100
+LEDGER_SCHEMA = 1
+
+
+class StartError(Exception):
+    """Why TorchServe cannot be started; a sentence."""
+
+
+def main() -> int:
+    """Render; exit code 1 and a sentence on stderr if that cannot be."""
+    try:
+        path, remarks = render(os.environ)
+    except StartError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for remark in remarks:
+        print(remark, file=sys.stderr)
+    print(path)
+    return 0
+
+
+def render(env: Mapping[str, str]) -> tuple[Path, list[str]]:
+    """Write <run folder>/config.properties. Returns its path and sentences on what was left out. Raises StartError."""
+    store = _folder(env, "MODEL_STORE", "model_store")
+    state = _folder(env, "STACK_STATE", ".stack")
+    run = _folder(env, "TORCHSERVE_RUN_DIR", str(state / "run"))
+    management = env.get("TORCHSERVE_MANAGEMENT") or f"unix:{run / 'management.sock'}"
+    _check_socket(management)
+    for folder in (store, run):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+    run.chmod(0o700)  # who reaches the sockets in it governs TorchServe
+    text = Template((HERE / "config.properties").read_text()).substitute(
+        host=env.get("TORCHSERVE_HOST", "127.0.0.1"),
+        port=env.get("TORCHSERVE_PORT", "8080"),
+        metrics_port=env.get("TORCHSERVE_METRICS_PORT", "8082"),
+        grpc_inference_port=env.get("TORCHSERVE_GRPC_PORT", "0"),
+        grpc_management_port=env.get("TORCHSERVE_GRPC_MANAGEMENT_PORT", "0"),
+        management=management,
+        model_store=_escaped(store),
+        metrics_config=_escaped(HERE / "metrics.yaml"),
+    )
+    models, remarks = snapshot(store)
+    if models:
+        text += f"\n# From the ledger of {store}.\nmodel_snapshot={json.dumps(models, separators=(',', ':'))}\n"
+    path = run / "config.properties"
+    _write(path, text)
+    return path, remarks
+
+
+def snapshot(store: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """TorchServe's snapshot of the version that the ledger says serves; and sentences on what stands in the way.
+
+    Only that one, as every other would make the first answer wait; the promoter loads them again.
+    """
+    try:
+        ledger = json.loads((store / "ledger.json").read_text())
+        if ledger["schema"] != LEDGER_SCHEMA:
+            raise ValueError(f"schema {ledger['schema']}")
+        model, archives = ledger["model"], ledger["archives"]
+        candidates = [(name, archives[name]) for name in (ledger["default"], ledger["last_good"]) if name in archives]
+    except FileNotFoundError:
+        return None, []
+    except (ValueError, KeyError, TypeError) as error:
+        return None, [f"The ledger in {store} cannot be read ({error!r}); starting without a model."]
+    remarks = []
+    for name, entry in candidates:
+        fault = _fault(store / name, entry["sha256"])
+        if fault is None:
+            version = {"marName": name, "defaultVersion": True, **entry["settings"]}
+            remarks.append(f"Starting with version {entry['version']}.")
+            return {"name": "ledger", "modelCount": 1, "models": {model: {entry["version"]: version}}}, remarks
+        remarks.append(f"Version {entry['version']} is left out: {name} {fault}.")
+    return None, remarks
+
+
+def _fault(path: Path, sha256: str) -> str | None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if found == sha256 else "is not the file that was promoted (its SHA-256 differs)"
+
+
+def _check_socket(management: str) -> None:
+    """Refuse a path too long for a socket, and one that a living server listens on. Raises StartError."""
+    if not management.startswith("unix:"):
+        return
+    path = management.removeprefix("unix:")
+    if len(os.fsencode(path)) > SOCKET_LENGTH:
+        raise StartError(
+            f"The socket's path {path} is longer than {SOCKET_LENGTH} bytes: name a shorter TORCHSERVE_RUN_DIR."
+        )
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(path) == 0:
+            raise StartError(f"TorchServe is running already in {Path(path).parent}: stop it first.")
+
+
+def _folder(env: Mapping[str, str], name: str, default: str) -> Path:
+    """A folder from the environment; a relative one is meant from the repository's root."""
+    return ROOT / (env.get(name) or default)
+
+
+def _escaped(path: Path) -> str:
+    """A path as a value in a properties file, where a backslash is an escape."""
+    return str(path).replace("\\", "\\\\")
+
+
+def _write(path: Path, text: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(temporary).replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

