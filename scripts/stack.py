@@ -1,0 +1,457 @@
+"""The whole stack on one machine, without containers: `make up`, `make down` and `make status` call this.
+
+`up` stays in the foreground and runs supervisord, which starts the four parts and restarts a dead one. supervisord
+leads a session of its own, whose number finds every process of the stack, even one whose parent was killed.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import io
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from xmlrpc.client import Fault, ServerProxy
+
+import httpx
+import psutil
+import typer
+from dotenv import load_dotenv
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Column, Table
+from supervisor.xmlrpc import SupervisorTransport
+
+from mlflow_tracking.settings import MODEL_NAME, ROOT
+from mlflow_tracking.settings import Settings as ServiceSettings
+
+SOCKET_PATH = 95  # letters; systems allow 103 or 107, and supervisord adds its pid for a moment
+PATIENCE = 240  # seconds without any progress; the first start derives the model's graph, perhaps on two busy cores
+console = Console(highlight=False, soft_wrap=True)
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", help=__doc__)
+
+
+class Part(NamedTuple):
+    name: str  # its port is the setting NAME_PORT, its log logs/NAME.log
+    title: str
+    command: str
+    health: str  # a path that answers 200 when the part can work
+    door: str = ""  # the path a person opens
+
+
+PARTS = (
+    Part("streamlit", "Page", "{python} -m streamlit run streamlit_app/app.py --server.port={port}", "/_stcore/health"),
+    Part("mlflow", "MLflow", "bash mlflow_tracking/mlflow_server.sh", "/health"),
+    Part("torchserve", "TorchServe", "bash torchserve/start_torchserve.sh", "/ping", f"/predictions/{MODEL_NAME}"),
+    Part("promoter", "Promoter", "{python} -m mlflow_tracking.promotion.service", "/healthz", "/status"),
+)
+REGISTER = f"{{python}} scripts/register_model.py --bundle model_store/{MODEL_NAME} --alias champion"
+
+
+class StackError(Exception):
+    """A sentence: what is wrong and what to do. `log` is the file that says more."""
+
+    def __init__(self, sentence: str, log: Path | None = None) -> None:
+        super().__init__(sentence)
+        self.log = log
+
+
+class Settings(ServiceSettings):
+    """Ports and folders, from the environment and `.env`; .env.example says what each is for."""
+
+    mlflow_port: int = 5001
+    torchserve_port: int = 8080
+    torchserve_metrics_port: int = 8082
+    streamlit_port: int = 8501
+    mlflow_public_url: str = ""
+
+    @property
+    def state(self) -> Path:
+        return ROOT / self.stack_state  # an absolute path stays as it is
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the sockets: in the state folder, or short under /tmp where that lies too deep for a socket."""
+        wanted = ROOT / (self.torchserve_run_dir or self.state / "run")
+        if len(os.fsencode(wanted / "management.sock")) <= SOCKET_PATH:
+            return wanted
+        if self.torchserve_run_dir:
+            raise StackError(
+                f"TORCHSERVE_RUN_DIR={wanted} is too long for the path of a socket: name a shorter folder."
+            )
+        return Path("/tmp") / f"skin-lesion-{os.getuid()}-{hashlib.sha256(os.fsencode(wanted)).hexdigest()[:8]}"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        return {name.upper(): value for name, value in self.model_dump().items() if name.endswith("_port")}
+
+    def log(self, name: str) -> Path:
+        return self.state / "logs" / f"{name}.log"
+
+    def url(self, part: str) -> str:
+        return f"http://127.0.0.1:{self.ports[f'{part.upper()}_PORT']}"
+
+    def environment(self) -> dict[str, str]:
+        """What the parts are started with: their addresses are this stack's, whatever the caller's environment says."""
+        direct = ",".join(filter(None, [os.environ.get("NO_PROXY", os.environ.get("no_proxy")), "127.0.0.1,localhost"]))
+        return {
+            **os.environ,
+            **{name: str(port) for name, port in self.ports.items()},
+            "STACK_STATE": str(self.state),
+            "MODEL_STORE": str(self.store),
+            "TORCHSERVE_RUN_DIR": str(self.run_dir),
+            "MLFLOW_TRACKING_URI": self.url("mlflow"),
+            "MLFLOW_PUBLIC_URL": self.mlflow_public_url or self.url("mlflow"),
+            "TORCHSERVE_URL": self.url("torchserve"),
+            "PROMOTER_URL": self.url("promoter"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
+            "PYTHONUNBUFFERED": "1",
+            "NO_PROXY": direct,
+            "no_proxy": direct,
+        }
+
+
+def load_settings() -> Settings:
+    load_dotenv(ROOT / ".env")  # for the parts too, which know more names; what is set already wins
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise StackError(f"{str(first['loc'][0]).upper()}={first['input']} cannot be: {first['msg']}.") from None
+
+
+def make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StackError(f"The folder {folder} cannot be made: {error.strerror}.") from None
+
+
+def check_machine(settings: Settings) -> None:
+    """Make the folders, and see that ports and disk are free; StackError otherwise."""
+    for folder in (settings.log("").parent, settings.run_dir, settings.store):
+        make(folder)
+    if settings.run_dir.is_symlink() or settings.run_dir.stat().st_uid != os.getuid():
+        raise StackError(f"{settings.run_dir} belongs to somebody else; name another folder in TORCHSERVE_RUN_DIR.")
+    settings.run_dir.chmod(0o700)  # who reaches the sockets in it governs TorchServe
+    if (free := shutil.disk_usage(settings.state).free) < 1e9:
+        raise StackError(f"Only {free / 1e9:.1f} GB are free in {settings.state}; the stack wants 1 GB: make room.")
+    taken: dict[int, str] = {}
+    for name, port in settings.ports.items():
+        if taken.setdefault(port, name) != name:
+            raise StackError(f"{taken[port]} and {name} are both {port}; give each a port of its own.")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection just closed is no hindrance
+            try:
+                probe.bind(("127.0.0.1", port))
+            except (PermissionError, OverflowError):
+                raise StackError(f"{name}={port} cannot be used; choose a port from 1024 to 65535.") from None
+            except OSError:
+                other = f"stop it, or choose another: {name}={port + 1000 if port < 60000 else port - 1000} make up"
+                raise StackError(f"Port {port} is in use by {who_listens(port)}; {other}") from None
+
+
+def who_listens(port: int) -> str:
+    with suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    return "another program"
+
+
+def supervisor_config(settings: Settings) -> str:
+    """supervisord's configuration: the parts are one group, which is stopped all at once; `register` runs on demand."""
+
+    def program(name: str, command: str, *options: str) -> str:
+        filled = command.format(python=shlex.quote(sys.executable), port=settings.streamlit_port)
+        ending = ("stopasgroup=true", "killasgroup=true", "stopwaitsecs=10", "redirect_stderr=true")
+        log = (f"stdout_logfile={settings.log(name)}", "stdout_logfile_maxbytes=5MB")
+        return "\n".join([f"[program:{name}]", f"command={filled}", *options, *ending, *log])
+
+    run = settings.run_dir
+    sections = [
+        f"[unix_http_server]\nfile={run}/control.sock\nchmod=0600",
+        "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
+        f"[supervisord]\nnodaemon=true\nsilent=true\ndirectory={ROOT}\npidfile={run}/supervisord.pid\n"
+        f"logfile={settings.log('supervisord')}\nlogfile_maxbytes=5MB",
+        f"[group:stack]\nprograms=register,{','.join(part.name for part in PARTS)}",
+        program("register", REGISTER, "autostart=false", "autorestart=false", "startsecs=0"),
+        *(program(part.name, part.command, "autorestart=true", "startsecs=3", "startretries=3") for part in PARTS),
+    ]
+    return "\n\n".join(sections).replace("%", "%%") + "\n"  # supervisord expands %(…)s; a folder's % is none
+
+
+def start_supervisor(settings: Settings) -> subprocess.Popen[bytes]:
+    config = settings.run_dir / "supervisord.conf"
+    config.write_text(supervisor_config(settings))
+    (settings.run_dir / "control.sock").unlink(missing_ok=True)  # of a supervisord that was killed
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def end_with_parent() -> None:
+        if libc:
+            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: after a kill -9 of `up` nothing would watch supervisord
+
+    command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)]
+    options: dict[str, Any] = {"start_new_session": True, "preexec_fn": end_with_parent, "stdin": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=ROOT, env=settings.environment(), **options)
+    (settings.run_dir / "session").write_text(str(process.pid))
+    return process
+
+
+def supervisor(settings: Settings) -> Any:
+    """supervisord's XML-RPC interface, on its socket."""
+    transport = SupervisorTransport(None, None, f"unix://{settings.run_dir}/control.sock")
+    return ServerProxy("http://127.0.0.1", transport).supervisor
+
+
+def states(settings: Settings) -> dict[str, dict[str, Any]]:
+    """supervisord's view of each program by name; empty while it does not answer."""
+    with suppress(OSError, Fault):
+        return {info["name"]: info for info in supervisor(settings).getAllProcessInfo()}
+    return {}
+
+
+def session(settings: Settings) -> dict[psutil.Process, int]:
+    """The processes of supervisord's session, with their groups; some may be left when it is dead itself.
+
+    Its number may have come to a stranger since, so a process must also name one of the stack's folders.
+    """
+    found = {}
+    with suppress(OSError, ValueError):
+        leader = int((settings.run_dir / "session").read_text())
+        for pid in psutil.pids():
+            with suppress(OSError, psutil.Error):
+                if os.getsid(pid) == leader:
+                    process, group = psutil.Process(pid), os.getpgid(pid)
+                    words = " ".join([*process.cmdline(), *process.environ().values()])
+                    if str(settings.state) in words or str(settings.run_dir) in words:
+                        found[process] = group
+    return found
+
+
+def orphans(settings: Settings) -> list[psutil.Process]:
+    """Children of a dead part: they hold its port, and its successor could not start.
+
+    supervisord makes each part the leader of a process group. Members are listed before the leaders, so that a part
+    that starts in between is not taken for an orphan.
+    """
+    members, leaders = session(settings), {info["pid"] for info in states(settings).values()}
+    return [
+        process for process, group in members.items() if leaders and group not in {*leaders, os.getsid(process.pid)}
+    ]
+
+
+def kill(processes: list[psutil.Process]) -> int:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+    return len(processes)
+
+
+@contextmanager
+def only_one(settings: Settings) -> Iterator[bool]:
+    """Whether nobody else runs `up` on this state folder; the lock goes with the process, however that ends."""
+    make(settings.state)
+    with (settings.state / "up.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield True
+
+
+@cache
+def client() -> httpx.Client:
+    return httpx.Client(timeout=3, trust_env=False)  # no proxy stands between a machine and itself
+
+
+def champion(settings: Settings) -> str | None:
+    """The version that has the alias champion."""
+    query = {"name": MODEL_NAME, "alias": "champion"}
+    answer = client().get(f"{settings.url('mlflow')}/api/2.0/mlflow/registered-models/alias", params=query)
+    return answer.json()["model_version"]["version"] if answer.is_success else None
+
+
+def registered(settings: Settings) -> str | None:
+    """Registers the shipped model into an empty registry; the text to show once there is a version."""
+    info = states(settings).get("register", {})
+    if info.get("statename") == "EXITED":
+        if info["exitstatus"]:
+            raise StackError("The shipped model could not be registered.", settings.log("register"))
+        return "shipped model registered"
+    if info.get("statename") == "STOPPED":
+        if version := champion(settings):
+            return f"version {version} is champion"
+        query = {"filter": f"name='{MODEL_NAME}'", "max_results": "2"}
+        answer = client().get(f"{settings.url('mlflow')}/api/2.0/mlflow/model-versions/search", params=query)
+        if len(answer.raise_for_status().json().get("model_versions", [])) > 1:
+            return "no version is champion"  # somebody wants it so; a single one may come from an interrupted start
+        supervisor(settings).startProcess("stack:register", False)
+    return None
+
+
+@cache
+def drawn_lesion() -> bytes:
+    from training.synthetic import draw_lesion  # OpenCV takes its time, and only the last step needs it
+
+    draw_lesion(1, "NV").save(buffer := io.BytesIO(), "JPEG")
+    return buffer.getvalue()
+
+
+def predicted(settings: Settings) -> str | None:
+    url, headers = f"{settings.url('torchserve')}/predictions/{MODEL_NAME}", {"Content-Type": "image/jpeg"}
+    answer = client().post(url, content=drawn_lesion(), headers=headers, timeout=30)
+    if not answer.is_success:  # not promoted yet, or never
+        return None if champion(settings) else "[yellow]none: give a version the alias champion in MLflow[/]"
+    return f"answered by version {answer.json()['model']['version']}"
+
+
+def bring_up(settings: Settings, process: subprocess.Popen[bytes], stopping: threading.Event) -> None:
+    """Wait for every step and tell of each; StackError when one fails or nothing moves for PATIENCE seconds."""
+
+    def answers(part: Part) -> Callable[[], str | None]:
+        url = settings.url(part.name)
+        return lambda: url if client().get(url + part.health).is_success else None
+
+    # title: (the steps before it, what gives a text when it is done, its log)
+    steps: dict[str, tuple[set[str], Callable[[], str | None], Path]] = {
+        part.title: (set(), answers(part), settings.log(part.name)) for part in PARTS
+    }
+    steps["Model"] = ({"MLflow"}, lambda: registered(settings), settings.log("register"))
+    steps["Prediction"] = ({"Model", "TorchServe"}, lambda: predicted(settings), settings.log("promoter"))
+    began = moved = time.monotonic()
+    with console.status("") as status:
+        while steps and not stopping.is_set():
+            status.update(f"Starting {', '.join(steps)} … {time.monotonic() - began:.0f} s")
+            for title, (before, done, log) in list(steps.items()):
+                with suppress(httpx.HTTPError):  # not there yet
+                    if not before & steps.keys() and (text := done()):
+                        console.print(f"[green]✓[/] {title:<11}{text}  [dim]{time.monotonic() - began:.0f} s[/]")
+                        moved = time.monotonic()
+                        del steps[title]
+                if time.monotonic() - moved > PATIENCE:
+                    raise StackError(f"{title} is not ready after {PATIENCE} s of waiting.", log)
+            if process.poll() is not None:
+                raise StackError("The supervisor stopped.", settings.log("supervisord"))
+            found = states(settings)
+            for part in PARTS:
+                if found.get(part.name, {}).get("statename") == "FATAL":
+                    raise StackError(f"{part.title} cannot start: it stopped four times.", settings.log(part.name))
+            stopping.wait(0.3)
+
+
+def watch(settings: Settings, process: subprocess.Popen[bytes], stopping: threading.Event) -> subprocess.Popen[bytes]:
+    """Until told to stop: tell of restarts, and restart supervisord as it restarts the parts. Returns the last one."""
+    pids: dict[str, int] = {}
+    while not stopping.wait(1):
+        if process.poll() is not None:
+            console.print("The supervisor was killed; all parts are started again.")
+            kill([*session(settings)])
+            process, pids = start_supervisor(settings), {}
+        kill(orphans(settings))
+        found = states(settings)
+        for part in PARTS:
+            info = found.get(part.name, {"statename": "", "pid": 0})
+            if info["statename"] == "FATAL":  # supervisord gave up after some tries; what was up once is tried again
+                with suppress(OSError, Fault):
+                    supervisor(settings).startProcess(f"stack:{part.name}", False)
+            if info["pid"] and pids.setdefault(part.name, info["pid"]) != info["pid"]:
+                console.print(f"{part.title} had stopped and was started again; its log: {settings.log(part.name)}")
+                pids[part.name] = info["pid"]
+    return process
+
+
+@app.command()
+def up() -> None:
+    """Start everything, register the shipped model the first time, and stay until Ctrl-C or [bold]make down[/]."""
+    settings, stopping, began = load_settings(), threading.Event(), time.monotonic()
+    with only_one(settings) as first:
+        if not first:
+            raise StackError("The stack is running already: `make status` shows where, `make down` stops it.")
+        kill([*session(settings)])  # left by an `up` that was killed
+        check_machine(settings)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: stopping.set())
+        process = start_supervisor(settings)
+        try:
+            bring_up(settings, process, stopping)
+            if not stopping.is_set():
+                grid = Table.grid(padding=(0, 3))
+                for part in PARTS:
+                    grid.add_row(f"[bold]{part.title}[/]", settings.url(part.name) + part.door)
+                grid.add_row("Logs", escape(str(settings.log("*"))))
+                title = f"The stack is ready ({time.monotonic() - began:.0f} s)"
+                console.print(Panel(grid, title=title, subtitle="Ctrl-C stops it", expand=False))
+                process = watch(settings, process, stopping)
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired), console.status("Stopping …"):
+                process.wait(20)
+            kill([*session(settings)])
+            (settings.run_dir / "session").unlink(missing_ok=True)
+        console.print("Stopped. Runs and models stay; `make up` goes on with them.")
+
+
+@app.command()
+def down() -> None:
+    """Stop everything, also what an accident left running."""
+    settings, stopped, end = load_settings(), False, time.monotonic() + 45
+    while True:
+        with only_one(settings) as nobody:
+            if nobody:
+                stopped = bool(kill([*session(settings)])) or stopped
+                console.print("Stopped." if stopped else "Nothing was running.")
+                return
+            with suppress(ProcessLookupError, ValueError):
+                pid = int((settings.state / "up.lock").read_text())
+                os.kill(pid, signal.SIGTERM if time.monotonic() < end else signal.SIGKILL)
+        stopped = True
+        time.sleep(0.3)
+
+
+@app.command()
+def status() -> None:
+    """Show each part: its state, since when, where. The exit code is 1 unless all are running."""
+    settings = load_settings()
+    if not (found := states(settings)):
+        raise StackError("The stack is not running; `make up` starts it.")
+    with suppress(OSError, psutil.Error):  # its ports may not be those of this shell
+        os.environ |= psutil.Process(int((settings.run_dir / "session").read_text())).environ()
+        settings = load_settings()
+    table = Table("Part", "State", "Since", "Pid", Column("Address", overflow="fold"))
+    for part in PARTS:
+        info = found[part.name]
+        state = f"[{'green' if info['statename'] == 'RUNNING' else 'red'}]{info['statename'].lower()}[/]"
+        since = time.strftime("%d %b %H:%M:%S", time.localtime(info["start"])) if info["start"] else ""
+        table.add_row(part.title, state, since, str(info["pid"] or ""), settings.url(part.name) + part.door)
+    console.print(table)
+    raise typer.Exit(any(found[part.name]["statename"] != "RUNNING" for part in PARTS))
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except StackError as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        if error.log and error.log.exists():
+            end = "\n".join(error.log.read_text(errors="replace").splitlines()[-15:])
+            console.print(Panel(escape(end), title=f"the end of {escape(str(error.log))}", border_style="dim"))
+        sys.exit(1)

@@ -1,0 +1,197 @@
+"""Fixtures shared by all tests: drawn images, and the whole stack running on ports and folders of its own.
+
+`TEST_IMAGES=DIR make test` runs the same tests on real images instead of drawn ones.
+"""
+
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PORTS = ["MLFLOW_PORT", "TORCHSERVE_PORT", "TORCHSERVE_METRICS_PORT", "PROMOTER_PORT", "STREAMLIT_PORT"]
+START_SECONDS = 240  # the first start registers the shipped model too; two busy cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first, those of servers after them, and last those that kill parts of the shared stack."""
+    items.sort(key=lambda item: (bool(item.get_closest_marker("live")), item.path.name == "test_stack.py"))
+
+
+@pytest.fixture(scope="session")
+def drawn_image() -> Callable[[str, int], bytes]:
+    """`drawn_image(code, seed)`: the JPEG bytes of a drawn lesion of that class."""
+    from training.synthetic import draw_lesion
+
+    def draw(code: str = "NV", seed: int = 0) -> bytes:
+        buffer = io.BytesIO()
+        draw_lesion(seed, code).save(buffer, "JPEG", quality=92)
+        return buffer.getvalue()
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def sample_images(drawn_image) -> list[bytes]:
+    """Eight images, as files' bytes: drawn, or the first of the folder that TEST_IMAGES names."""
+    if folder := os.environ.get("TEST_IMAGES"):
+        paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+        assert paths, f"TEST_IMAGES={folder} holds no .jpg or .png"
+        step = max(1, len(paths) // 8)  # spread over the folder: its start may be one class
+        return [path.read_bytes() for path in paths[::step][:8]]
+    return [drawn_image(code, seed) for seed, code in enumerate(["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC"])]
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports nobody listens on now. All are held open until the last is found, so that no two are the same."""
+    sockets = [socket.socket() for _ in range(number)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+@dataclass
+class Stack:
+    """A stack of its own: `make up` with every port and folder changed."""
+
+    folder: Path
+    env: dict[str, str]
+    process: subprocess.Popen | None = None
+    started_in: float = 0.0
+
+    @classmethod
+    def create(cls, folder: Path) -> "Stack":
+        own = {name: str(port) for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True)}
+        own |= {"STACK_STATE": str(folder / "state"), "MODEL_STORE": str(folder / "model_store")}
+        stack = cls(folder, os.environ | own)
+        # As the children of `make up` have them: a test can call the scripts and the packages with this environment.
+        stack.env |= {
+            "MLFLOW_TRACKING_URI": stack.mlflow,
+            "TORCHSERVE_URL": stack.torchserve,
+            "PROMOTER_URL": stack.promoter,
+            "MLFLOW_PUBLIC_URL": stack.mlflow,
+            "TORCHSERVE_RUN_DIR": str(folder / "state" / "run"),
+        }
+        return stack
+
+    def url(self, port: str) -> str:
+        return f"http://127.0.0.1:{self.env[port]}"
+
+    @property
+    def streamlit(self) -> str:
+        return self.url("STREAMLIT_PORT")
+
+    @property
+    def mlflow(self) -> str:
+        return self.url("MLFLOW_PORT")
+
+    @property
+    def torchserve(self) -> str:
+        return self.url("TORCHSERVE_PORT")
+
+    @property
+    def promoter(self) -> str:
+        return self.url("PROMOTER_PORT")
+
+    @property
+    def output(self) -> str:
+        """All that `up` has printed."""
+        return (self.folder / "up.log").read_text()
+
+    def run(self, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """`python ARGS` (a script of the repository) in this stack's environment."""
+        return subprocess.run(
+            [sys.executable, *args],
+            cwd=ROOT,
+            env=self.env,
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def start(self) -> None:
+        """`python scripts/stack.py up`; back when it says that a prediction was answered."""
+        began = time.monotonic()
+        with (self.folder / "up.log").open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "scripts/stack.py", "up"],
+                cwd=ROOT,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        while "is ready" not in self.output:
+            assert self.process.poll() is None, f"the stack did not start:\n{self.output}"
+            assert time.monotonic() - began < START_SECONDS, f"no start in {START_SECONDS} s:\n{self.output}"
+            time.sleep(0.2)
+        self.started_in = time.monotonic() - began
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process of this stack: those that carry its state folder in their environment or command line."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                words = " ".join([*process.cmdline(), *process.environ().values()])
+            except psutil.Error:
+                continue
+            if re.search(rf"{re.escape(self.env['STACK_STATE'])}(?![\w.-])", words) and process.pid != os.getpid():
+                found.append(process)
+        return found
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Stop as Ctrl-C does, and see that nothing is left."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        assert self.process.wait(60) == 0, self.output
+        self.assert_gone()
+
+    def assert_gone(self) -> None:
+        left = [(process.pid, process.cmdline()) for process in self.processes()]
+        assert not left, f"left behind: {left}\n{self.output}"
+        for name in PORTS:
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", int(self.env[name]))), f"{name} still answers"
+
+    def wait_for(self, what: Callable[[], object], seconds: float = 60, every: float = 0.25) -> object:
+        """The first true value of `what()`; HTTP that fails counts as not yet."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                if value := what():
+                    return value
+            except httpx.HTTPError:
+                pass
+            assert time.monotonic() < end, f"still not so after {seconds} s"
+            time.sleep(every)
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The whole real stack, started once for all tests that need it, and seen to leave nothing behind."""
+    running = Stack.create(tmp_path_factory.mktemp("stack"))
+    try:
+        running.start()
+        yield running
+        if running.process is not None and running.process.poll() is None:
+            running.stop()
+    finally:
+        for process in running.processes():  # only after a failure
+            process.kill()

@@ -1,0 +1,119 @@
+"""Making the environment: each thing that can be missing is told in one sentence, before anything is fetched.
+
+The quick tests give scripts/setup_env.sh a PATH of their own, with stand-ins for what is to fail. The slow one makes a
+whole environment in a fresh copy of the repository, cuts the installation off in the middle, and runs it again.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ["bash", "env", "cat", "cksum", "awk", "dirname", "rm", "grep", "head"]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The files that the set-up needs, in a folder with a space in its name."""
+    folder = tmp_path / "a clone"
+    for name in ("scripts/setup_env.sh", "requirements/all.txt", "pyproject.toml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def setup(clone: Path, *args: str, **programs: str) -> subprocess.CompletedProcess[str]:
+    """Run the set-up where only TOOLS and `programs` (name: text of a shell script) can be found."""
+    commands = clone.parent / "bin"
+    commands.mkdir()
+    for name in TOOLS:
+        (commands / name).symlink_to(shutil.which(name))
+    for name, text in programs.items():
+        path = commands / name.replace("_", ".")
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    environment = {"PATH": str(commands), "HOME": str(clone.parent)}
+    return subprocess.run(
+        [clone / "scripts/setup_env.sh", *args],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def assert_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 1 and one line that says what to do."""
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+PYTHON = f'exec "{sys.executable}" "$@"'
+DISK = 'echo "Filesystem 1024-blocks Used Available Capacity Mounted"; echo "/dev/x 1 1 {} 1% /"'
+PLENTY = DISK.format(99 << 20)
+
+
+def test_no_suitable_python(clone):
+    done = setup(clone, python3='case "$1" in --version) echo Python 3.9.2;; *) exit 1;; esac')
+    assert_sentence(done, "Python 3.9.2", "python3.11-venv", "PYTHON=")
+
+
+def test_no_venv_module(clone):
+    done = setup(clone, python3_11=f'case "$*" in *ensurepip*) exit 1;; esac; {PYTHON}', df=PLENTY)
+    assert_sentence(done, "install python3.11-venv")
+    assert not (clone / ".venv").exists()
+
+
+def test_full_disk(clone):
+    assert_sentence(setup(clone, python3_11=PYTHON, df=DISK.format(3 << 20)), "3 GB are free", "about 8 GB")
+    assert not (clone / ".venv").exists()
+
+
+def test_no_chromium_and_no_right_to_install_it(clone):
+    assert_sentence(setup(clone, "--browser", id="echo 1000"), "sudo apt install chromium", "CHROMIUM=")
+
+
+def test_a_finished_environment_is_left_alone(clone):
+    """What decides is the content of the files that it was made from; with all tools gone it could not do anything."""
+    wanted = subprocess.run(
+        "cat requirements/all.txt pyproject.toml scripts/setup_env.sh | cksum",
+        shell=True, cwd=clone, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    (clone / ".venv/bin").mkdir(parents=True)
+    (clone / ".venv/bin/python").symlink_to("/bin/false")
+    (clone / ".venv/.complete").write_text(wanted)
+    (clone / ".venv/.place").write_text(f"{clone.resolve()}\n")
+    assert setup(clone).returncode == 0
+    (clone / "pyproject.toml").write_text("changed")
+    shutil.rmtree(clone.parent / "bin")
+    assert_sentence(setup(clone), "Python 3.11 or 3.12 is needed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_interrupted_set_up_is_repaired(tmp_path):
+    shutil.copytree(
+        ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".venv", ".git", ".stack", "data", "*cache*")
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    packages = tmp_path / "clone/.venv/lib"
+    first = subprocess.Popen(["make", "env"], cwd=tmp_path / "clone", env=environment, start_new_session=True)
+    while first.poll() is None and not list(packages.glob("*/site-packages/torch/*")):
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert first.wait() != 0, "it was done before it could be interrupted"
+    assert not (tmp_path / "clone/.venv/.complete").exists()
+    subprocess.run(["make", "env"], cwd=tmp_path / "clone", env=environment, check=True)
+    code = "import torch, mlflow, streamlit, openvino, ts, handlers; print(handlers.__file__)"
+    done = subprocess.run(
+        [tmp_path / "clone/.venv/bin/python", "-c", code], cwd="/", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(tmp_path / "clone/handlers/__init__.py")
