@@ -46,7 +46,7 @@ def prepare(
     test: Annotated[float, typer.Option(help="Share for the final measure.")] = DEFAULT_FRACTIONS["test"],
     seed: Annotated[int, typer.Option(help="Another seed, another split.")] = DEFAULT_SEED,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that read images.", show_default="one a core")
+        int | None, typer.Option(min=1, help="Threads that read images.", show_default="one a core")
     ] = None,
 ) -> None:
     # Without a terminal rich would fold the report at 80 columns, in the middle of paths.

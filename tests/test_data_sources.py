@@ -149,10 +149,19 @@ def test_class_folders(tmp_path, build):
 @pytest.mark.parametrize("folder", ["Train", "Test"])
 def test_a_part_of_class_folders_can_be_given_alone(tmp_path, build, folder):
     data = class_folders(tmp_path / "nine", {f"{folder}/nevus/{number}.jpg": number for number in range(3)})
-    frame = build(data / folder, data / folder / "nevus")
+    frame = build(data / folder)
     assert len(frame) == 3
     assert set(frame["label"]) == {"NV"}
     assert (set(frame["split"]) == {"test"}) == (folder == "Test")
+
+
+def test_the_name_of_the_whole_collection_is_no_class(tmp_path, build):
+    data = ham10000(tmp_path / "melanoma", ["HAM_1,ISIC_0000001,nv,,,,"])
+    save(data / "images" / "unlisted.jpg", 2)
+    assert list(build(data)["label"]) == ["NV"]
+    class_folders(tmp_path / "nine", {"nevus/1.jpg": 1})
+    with pytest.raises(ManifestError, match="give the folder above them"):
+        build(tmp_path / "nine" / "nevus")
 
 
 def test_all_data_sets_below_one_folder(tmp_path, build):

@@ -298,12 +298,17 @@ def test_shares_that_make_no_sense(tmp_path, build, fractions):
 # Writing and reading
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     data = class_folders(tmp_path / "x", {"nevus/1.jpg": 1})
     out = tmp_path / "out" / "m.csv"
     build_manifest([data], out)
     before = {path: path.read_bytes() for path in out.parent.iterdir()}
     save(data / "nevus" / "2.jpg", 2)
+    os.link(out, tmp_path / "old.csv")
+    build_manifest([data], out)  # another file takes the name: who reads the old one reads it to the end
+    assert (tmp_path / "old.csv").read_bytes() == before[out] != out.read_bytes()
+    before = {path: path.read_bytes() for path in out.parent.iterdir()}
+    save(data / "nevus" / "3.jpg", 3)
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -420,14 +425,14 @@ def test_command_faults_are_one_sentence(tmp_path, command, arguments):
 
 
 def test_command_as_people_run_it(tmp_path):
-    """From another folder, with several processes; what it writes is what the function writes."""
+    """From another folder; what it writes is what the function writes."""
     data = class_folders(
         tmp_path / "x", {f"{name}/{name} {n}.jpg": 100 * n for n in range(3) for name in ("nevus", "bcc")}
     )
     save(data / "nevus" / "one.jpg", 1)
     run = subprocess.run(
         [sys.executable, ROOT / "scripts" / "prepare_data.py", "--data", "x", "--out", "y/m.csv"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "Traceback" not in run.stderr

@@ -68,6 +68,13 @@ def test_default_shares_seed_and_stability():
     assert sum(more[name] != split for name, split in splits.items()) < 15
 
 
+def test_fixed_test_groups_count_towards_the_share():
+    groups = {str(number): ["NV"] for number in range(100)}
+    for fixed, expected in ((5, (70, 10, 10, 10)), (28, (56, 8, 8, 28))):
+        splits = Counter(assign_splits(groups, frozenset(map(str, range(fixed)))).values())
+        assert tuple(splits[split] for split in SPLITS) == expected
+
+
 def test_shares_written_as_a_difference_are_the_same_shares():
     groups = {str(number): ["NV"] for number in range(5)}  # a group's middle lies on a cut
     share = {"val": 0.1, "calibration": 0.1, "test": 0.1}

@@ -221,11 +221,18 @@ def _apply(row: Row, table: Table, image: SourceImage, faults: Faults) -> None:
 
 
 def _read_folders(images: list[SourceImage]) -> None:
-    """Class folders: the nearest folder above the image, up to the data directory itself, that names a class."""
+    """Class folders: the nearest folder between data directory and image that names a class.
+
+    The data directory's own name may say Test, but no class: "melanoma" is also what people call a whole collection.
+    """
     folders_above: dict[tuple[Path, Path], list[Path]] = {(image.path.parent, image.root): [] for image in images}
     for (folder, root), above in folders_above.items():
         above.extend(place for place in (folder, *folder.parents) if place.is_relative_to(root))
-    codes = {place: vocabulary.class_code(place.name) for above in folders_above.values() for place in above}
+    codes = {
+        place: vocabulary.class_code(place.name) if place != root else None
+        for (_, root), above in folders_above.items()
+        for place in above
+    }
     beside_classes = {place.parent for place, code in codes.items() if code}  # folders that hold class folders
 
     for image in images:

@@ -54,7 +54,7 @@ def build_manifest(
         out: path of manifest.csv to write; the report goes beside it as <stem>.report.json.
         fractions: share of the images for each of train, val, calibration and test.
         seed: of the split.
-        workers: processes that read images; default one a core.
+        workers: threads that read images; default one a core.
         console: where to draw the progress bar; none is drawn without.
 
     Returns:
@@ -78,7 +78,8 @@ def build_manifest(
     if not any(image.claims for image in sources.images):
         raise ManifestError(
             f"{len(sources.images):,} images were found, but nothing that names their diagnosis: no ISIC or HAM10000 "
-            "table, no labels.csv with columns image,label, and no folders named after classes."
+            "table, no labels.csv with columns image,label, and no folders named after classes (give the folder above "
+            "them)."
         )
 
     dropped = Faults()
@@ -191,10 +192,7 @@ def _read_images(
     columns = (TextColumn("Reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=console is None) as progress:
         task = progress.add_task("", total=len(images))
-        try:
-            results = duplicates.read_images([image.path for image in images], workers, lambda: progress.advance(task))
-        except duplicates.ReadingStopped as error:
-            raise ManifestError(str(error)) from error
+        results = duplicates.read_images([image.path for image in images], workers, lambda: progress.advance(task))
     described = []
     for image, result in zip(images, results, strict=True):
         if isinstance(result, str):
