@@ -71,8 +71,8 @@ class Calibration:
     def conformal_sets(self, logits: np.ndarray, classes: Sequence[str]) -> list[list[str]] | None:
         """For each row of logits (N, K) the codes in its conformal set, most probable first; None without conformal.
 
-        UNK joins a set when "none of the above" is at least as probable as not. A set that would be empty holds the
-        most probable class.
+        UNK joins a set when it is the most probable of the nine. A set that would be empty holds the most probable
+        class.
         """
         if self.conformal is None:
             return None
@@ -87,7 +87,7 @@ class Calibration:
         for row, p_unknown in zip(known, unknown, strict=True):
             order = np.argsort(-row)
             inside = [classes[i] for i in order if 1 - row[i] <= limits[i]] or [classes[order[0]]]
-            sets.append([UNKNOWN, *inside] if p_unknown >= 0.5 else inside)
+            sets.append([UNKNOWN, *inside] if p_unknown > (1 - p_unknown) * row.max() else inside)
         return sets
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -131,7 +132,7 @@ def complete(source: Path, out: Path) -> Bundle:
             if module.cam.exportable:
                 _export(module, bundle, folder)
             runtime = "openvino" if module.cam.exportable else "torch"
-            sealed = seal(folder, type(bundle.config)(**{**vars(bundle.config), "runtime": runtime}))
+            sealed = seal(folder, replace(bundle.config, runtime=runtime))
             _check(sealed)
     return Bundle.load(out)
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mlflow_tracking.promotion import ledger as ledgers
-from mlflow_tracking.promotion.ledger import StoreBusy
+from mlflow_tracking.promotion.ledger import LedgerError, StoreBusy
 from mlflow_tracking.promotion.plan import Actual
 from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
 from mlflow_tracking.promotion.torchserve_client import TorchServeError, TorchServeUnavailable
@@ -112,7 +112,7 @@ def show_status(reconciler: Reconciler) -> bool:
         complete = False
     try:
         actual = reconciler.executor.observe()
-    except (TorchServeUnavailable, TorchServeError) as error:
+    except (TorchServeUnavailable, TorchServeError, LedgerError) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         complete = False
     known = {number: RegisteredVersion(number, held.release.digest) for number, held in actual.loaded.items()}

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import io
 import os
-import shlex
 import shutil
 import signal
 import socket
@@ -17,12 +16,13 @@ import subprocess
 import sys
 import threading
 import time
+import xmlrpc.client
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
-from xmlrpc.client import Fault, ServerProxy
 
 import httpx
 import psutil
@@ -40,25 +40,26 @@ from mlflow_tracking.settings import Settings as ServiceSettings
 
 SOCKET_PATH = 95  # letters; systems allow 103 or 107, and supervisord adds its pid for a moment
 PATIENCE = 240  # seconds without any progress; the first start derives the model's graph, perhaps on two busy cores
+UNANSWERED = (OSError, HTTPException, xmlrpc.client.Error)  # by supervisord, which starts, stops or is busy
 console = Console(highlight=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", help=__doc__)
 
 
 class Part(NamedTuple):
+    """A program of supervisord.conf, as a person meets it."""
+
     name: str  # its port is the setting NAME_PORT, its log logs/NAME.log
     title: str
-    command: str
     health: str  # a path that answers 200 when the part can work
     door: str = ""  # the path a person opens
 
 
 PARTS = (
-    Part("streamlit", "Page", "{python} -m streamlit run streamlit_app/app.py --server.port={port}", "/_stcore/health"),
-    Part("mlflow", "MLflow", "bash mlflow_tracking/mlflow_server.sh", "/health"),
-    Part("torchserve", "TorchServe", "bash torchserve/start_torchserve.sh", "/ping", f"/predictions/{MODEL_NAME}"),
-    Part("promoter", "Promoter", "{python} -m mlflow_tracking.promotion.service", "/healthz", "/status"),
+    Part("streamlit", "Page", "/_stcore/health"),
+    Part("mlflow", "MLflow", "/health"),
+    Part("torchserve", "TorchServe", "/ping", f"/predictions/{MODEL_NAME}"),
+    Part("promoter", "Promoter", "/healthz", "/status"),
 )
-REGISTER = f"{{python}} scripts/register_model.py --bundle model_store/{MODEL_NAME} --alias champion"
 
 
 class StackError(Exception):
@@ -172,31 +173,7 @@ def who_listens(port: int) -> str:
     return "another program"
 
 
-def supervisor_config(settings: Settings) -> str:
-    """supervisord's configuration: the parts are one group, which is stopped all at once; `register` runs on demand."""
-
-    def program(name: str, command: str, *options: str) -> str:
-        filled = command.format(python=shlex.quote(sys.executable), port=settings.streamlit_port)
-        ending = ("stopasgroup=true", "killasgroup=true", "stopwaitsecs=10", "redirect_stderr=true")
-        log = (f"stdout_logfile={settings.log(name)}", "stdout_logfile_maxbytes=5MB")
-        return "\n".join([f"[program:{name}]", f"command={filled}", *options, *ending, *log])
-
-    run = settings.run_dir
-    sections = [
-        f"[unix_http_server]\nfile={run}/control.sock\nchmod=0600",
-        "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
-        f"[supervisord]\nnodaemon=true\nsilent=true\ndirectory={ROOT}\npidfile={run}/supervisord.pid\n"
-        f"logfile={settings.log('supervisord')}\nlogfile_maxbytes=5MB",
-        f"[group:stack]\nprograms=register,{','.join(part.name for part in PARTS)}",
-        program("register", REGISTER, "autostart=false", "autorestart=false", "startsecs=0"),
-        *(program(part.name, part.command, "autorestart=true", "startsecs=3", "startretries=3") for part in PARTS),
-    ]
-    return "\n\n".join(sections).replace("%", "%%") + "\n"  # supervisord expands %(…)s; a folder's % is none
-
-
 def start_supervisor(settings: Settings) -> subprocess.Popen[bytes]:
-    config = settings.run_dir / "supervisord.conf"
-    config.write_text(supervisor_config(settings))
     (settings.run_dir / "control.sock").unlink(missing_ok=True)  # of a supervisord that was killed
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -204,7 +181,7 @@ def start_supervisor(settings: Settings) -> subprocess.Popen[bytes]:
         if libc:
             libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: after a kill -9 of `up` nothing would watch supervisord
 
-    command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)]
+    command = [sys.executable, "-m", "supervisor.supervisord", "-c", "scripts/supervisord.conf"]
     options: dict[str, Any] = {"start_new_session": True, "preexec_fn": end_with_parent, "stdin": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=ROOT, env=settings.environment(), **options)
     (settings.run_dir / "session").write_text(str(process.pid))
@@ -214,12 +191,12 @@ def start_supervisor(settings: Settings) -> subprocess.Popen[bytes]:
 def supervisor(settings: Settings) -> Any:
     """supervisord's XML-RPC interface, on its socket."""
     transport = SupervisorTransport(None, None, f"unix://{settings.run_dir}/control.sock")
-    return ServerProxy("http://127.0.0.1", transport).supervisor
+    return xmlrpc.client.ServerProxy("http://127.0.0.1", transport).supervisor
 
 
 def states(settings: Settings) -> dict[str, dict[str, Any]]:
     """supervisord's view of each program by name; empty while it does not answer."""
-    with suppress(OSError, Fault):
+    with suppress(*UNANSWERED):
         return {info["name"]: info for info in supervisor(settings).getAllProcessInfo()}
     return {}
 
@@ -243,15 +220,10 @@ def session(settings: Settings) -> dict[psutil.Process, int]:
 
 
 def orphans(settings: Settings) -> list[psutil.Process]:
-    """Children of a dead part: they hold its port, and its successor could not start.
-
-    supervisord makes each part the leader of a process group. Members are listed before the leaders, so that a part
-    that starts in between is not taken for an orphan.
-    """
-    members, leaders = session(settings), {info["pid"] for info in states(settings).values()}
-    return [
-        process for process, group in members.items() if leaders and group not in {*leaders, os.getsid(process.pid)}
-    ]
+    """Children of a dead part, which led their process group: they hold its port, and its successor could not start."""
+    members = session(settings)
+    alive = {process.pid for process in members}
+    return [process for process, group in members.items() if group not in alive]
 
 
 def kill(processes: list[psutil.Process]) -> int:
@@ -318,7 +290,7 @@ def drawn_lesion() -> bytes:
 
 def predicted(settings: Settings) -> str | None:
     url, headers = f"{settings.url('torchserve')}/predictions/{MODEL_NAME}", {"Content-Type": "image/jpeg"}
-    answer = client().post(url, content=drawn_lesion(), headers=headers, timeout=30)
+    answer = client().post(url, content=drawn_lesion(), headers=headers)
     if not answer.is_success:  # not promoted yet, or never
         return None if champion(settings) else "[yellow]none: give a version the alias champion in MLflow[/]"
     return f"answered by version {answer.json()['model']['version']}"
@@ -342,7 +314,7 @@ def bring_up(settings: Settings, process: subprocess.Popen[bytes], stopping: thr
         while steps and not stopping.is_set():
             status.update(f"Starting {', '.join(steps)} … {time.monotonic() - began:.0f} s")
             for title, (before, done, log) in list(steps.items()):
-                with suppress(httpx.HTTPError):  # not there yet
+                with suppress(httpx.HTTPError, *UNANSWERED):  # not there yet
                     if not before & steps.keys() and (text := done()):
                         console.print(f"[green]✓[/] {title:<11}{text}  [dim]{time.monotonic() - began:.0f} s[/]")
                         moved = time.monotonic()
@@ -371,7 +343,7 @@ def watch(settings: Settings, process: subprocess.Popen[bytes], stopping: thread
         for part in PARTS:
             info = found.get(part.name, {"statename": "", "pid": 0})
             if info["statename"] == "FATAL":  # supervisord gave up after some tries; what was up once is tried again
-                with suppress(OSError, Fault):
+                with suppress(*UNANSWERED):
                     supervisor(settings).startProcess(f"stack:{part.name}", False)
             if info["pid"] and pids.setdefault(part.name, info["pid"]) != info["pid"]:
                 console.print(f"{part.title} had stopped and was started again; its log: {settings.log(part.name)}")
@@ -453,5 +425,5 @@ if __name__ == "__main__":
         console.print(f"[red]{escape(str(error))}[/]")
         if error.log and error.log.exists():
             end = "\n".join(error.log.read_text(errors="replace").splitlines()[-15:])
-            console.print(Panel(escape(end), title=f"the end of {escape(str(error.log))}", border_style="dim"))
+            console.print(f"The end of {escape(str(error.log))}:", Panel(escape(end), border_style="dim"))
         sys.exit(1)

@@ -11,7 +11,7 @@ import streamlit as st
 from PIL import Image
 
 from streamlit_app import cards, utils
-from streamlit_app.client import UNKNOWN, Answer, ServingError, TorchServe, promoter_state, setting
+from streamlit_app.client import UNKNOWN, Answer, Promotion, ServingError, TorchServe, promotion, setting
 from streamlit_app.readings import Reading, Readings, Upload
 
 HERE = Path(__file__).parent
@@ -32,9 +32,9 @@ def server_is_up(url: str) -> bool:
 
 
 @st.cache_data(ttl=5, show_spinner=False)
-def promoter(url: str) -> dict[str, object] | None:
+def promoter(url: str) -> Promotion | None:
     """Asked at most every five seconds."""
-    return promoter_state(url)
+    return promotion(url)
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
@@ -50,11 +50,12 @@ def thumbnail(sha256: str, _data: bytes) -> str | None:
     return utils.thumbnail(shown) if shown else None
 
 
-def sidebar(serving: dict[str, object] | None) -> None:
+def sidebar(promoted: Promotion | None) -> None:
     """What runs behind the page."""
-    entries = [("TorchServe", up := server_is_up(setting("TORCHSERVE_URL")), "answers" if up else "does not answer")]
-    if serving is not None:
-        entries.append(("Promoter", serving.get("status") in ("ok", "healthy"), str(serving.get("status", ""))))
+    up = server_is_up(setting("TORCHSERVE_URL"))
+    entries = [("TorchServe", up, "answers" if up else "does not answer")]
+    if promoted:
+        entries.append(("Promoter", promoted.settled, promoted.words))
     with st.sidebar:
         st.html(cards.services(entries))
         st.html(cards.guide())
@@ -70,7 +71,7 @@ def chosen_uploads() -> list[Upload]:
             label_visibility="collapsed",
         )  # fmt: skip
         if source == "Camera":
-            taken = st.camera_input("Photograph the lesion", label_visibility="collapsed")
+            taken = st.camera_input("Photograph the lesion", label_visibility="collapsed", resolution="1080p")
             files = [taken] if taken else []
         else:
             files = st.file_uploader(
@@ -133,15 +134,15 @@ def heatmap(reading: Reading, answer: Answer, readings: Readings) -> None:
     with st.container(key="heat-controls"):
         pick, fade = st.columns(2, gap="medium")
     target = pick.selectbox(
-        "Evidence for", [None, *known], key=f"target-{upload.sha256}",
+        "Evidence for", ["", *known], key=f"target-{upload.sha256}",
         format_func=lambda code: (
-            "the most likely class" if code is None
-            else f"{answer.classes[code].name} ({utils.percent(answer.probabilities[code])})"
+            f"{answer.classes[code].name} ({utils.percent(answer.probabilities[code])})" if code
+            else "the most likely class"
         ),
     )  # fmt: skip
     opacity = fade.slider("Opacity of the heatmap", 0, 100, 60, format="%d %%", key="opacity") / 100
     heat = answer.gradcam
-    if target is not None:
+    if target:
         try:
             heat = readings.ask(torchserve(setting("TORCHSERVE_URL")), upload, target).gradcam
         except ServingError as error:
@@ -152,7 +153,9 @@ def heatmap(reading: Reading, answer: Answer, readings: Readings) -> None:
     left.html("<h4>Picture</h4>")
     left.image(shown, width="stretch", alt=f"The uploaded picture {upload.name}")
     right.html(f"<h4>Evidence for {cards.escape(name)}</h4>")
-    right.image(utils.heat_overlay(shown, heat.grid, opacity), width="stretch", alt=f"Heatmap for {name}")
+    # Within the page's message, not as a file: Streamlit drops the file of a run that a moving slider has overtaken.
+    overlay = utils.data_url(utils.heat_overlay(shown, heat.grid, opacity))
+    right.image(overlay, width="stretch", alt=f"Heatmap for {name}")
     right.html(cards.heat_scale())
 
 
@@ -160,8 +163,8 @@ st.set_page_config("Skin lesion reader", HERE / "icon.svg", layout="wide", initi
 st.html(HERE / "style.css")
 with st.container(key="masthead"):
     st.html(cards.masthead())
-serving = promoter(setting("PROMOTER_URL"))
-sidebar(serving)
+promoted = promoter(setting("PROMOTER_URL"))
+sidebar(promoted)
 
 uploads = chosen_uploads()
 if not uploads:
@@ -169,6 +172,7 @@ if not uploads:
     st.stop()
 
 readings: Readings = st.session_state.setdefault("readings", Readings())
+readings.announce(promoted.serving if promoted else None)
 everything = read(uploads, readings)
 answered = [reading for reading in everything if reading.answer]
 refused = [reading for reading in everything if reading.problem and reading.problem.kind == "refused"]
@@ -190,7 +194,9 @@ with left:
     heatmap(reading, answer, readings)
 with right:
     st.html(f'<div class="sl-head"><h4>Nine probabilities</h4>{cards.legend(answer)}</div>')
-    st.plotly_chart(utils.probability_figure(answer), key="bars", config={"displayModeBar": False})
+    st.plotly_chart(
+        utils.probability_figure(answer), key="bars", config={"displayModeBar": False}, alt=utils.in_words(answer)
+    )
 st.html(cards.uncertainty(answer))
 with st.expander("What the nine classes mean"):
     st.html(cards.glossary(answer))

@@ -21,6 +21,7 @@ OUTAGES = {
         "No model is being served yet",
         "A model appears here once the registry has a version with the alias <code>champion</code>.",
     ),
+    "refused": ("This class cannot be explained", "The heatmap of the most likely class is shown instead."),
     "unexpected": ("The model server gave an answer this page does not understand", "Its log may tell more."),
 }
 
@@ -29,7 +30,7 @@ def masthead() -> str:
     """Name of the page and the notice that is always in sight."""
     bold, rest = NOTICE.split(" ", 3)[:3], NOTICE.split(" ", 3)[3]
     return (
-        '<header class="sl-mast"><span class="sl-brand">Skin lesion reader</span>'
+        '<header class="sl-mast"><span class="sl-brand"><i></i>Skin lesion reader</span>'
         f'<span class="sl-notice" role="note"><b>{" ".join(bold)}</b> {rest}</span></header>'
     )
 
@@ -71,7 +72,7 @@ def verdict(answer: Answer, name: str) -> str:
         f'<p class="sl-eyebrow">Most likely · <span class="sl-file">{escape(name)}</span></p>'
         f"<h2>{escape(lesion.name)} {_tag(answer, top)}</h2>"
         f"<p>{escape(lesion.description)}</p></div>"
-        f'<dl><div><dd>{percent(answer.probabilities[top])}</dd><dt>probability</dt></div>'
+        f"<dl><div><dd>{percent(answer.probabilities[top])}</dd><dt>probability</dt></div>"
         f"<div><dd>{percent(answer.malignancy)}</dd><dt>all malignant<br>classes together</dt></div></dl></section>"
     )
 
@@ -79,9 +80,11 @@ def verdict(answer: Answer, name: str) -> str:
 def legend(answer: Answer) -> str:
     """What the bars' colours mean."""
     kinds = dict.fromkeys(nature(answer, code) for code in answer.probabilities)
-    return '<p class="sl-legend">' + "".join(
-        f'<span><i class="sl-dot sl-{kind}"></i>{NATURES[kind]}</span>' for kind in kinds
-    ) + "</p>"
+    return (
+        '<p class="sl-legend">'
+        + "".join(f'<span><i class="sl-dot sl-{kind}"></i>{NATURES[kind]}</span>' for kind in kinds)
+        + "</p>"
+    )
 
 
 def heat_scale() -> str:
@@ -111,9 +114,11 @@ def uncertainty(answer: Answer) -> str:
                 "at all. The higher it is, the less the other eight mean.</p>",
             )
         )
-    return '<section class="sl-sure">' + "".join(
-        f"<div><h4>{head}</h4>{body}</div>" for head, body in cells
-    ) + "</section>"
+    return (
+        '<section class="sl-sure">'
+        + "".join(f"<div><h4>{head}</h4>{body}</div>" for head, body in cells)
+        + "</section>"
+    )
 
 
 def glossary(answer: Answer) -> str:

@@ -90,6 +90,47 @@ class Answer(BaseModel):
         return sum(p for code, p in self.probabilities.items() if self.classes[code].malignant)
 
 
+class Release(BaseModel):
+    """A version, as the promoter names it."""
+
+    version: str
+
+
+class Desired(BaseModel):
+    """What the registry asks for."""
+
+    champion: Release | None = None
+
+
+class Actual(BaseModel):
+    """What TorchServe does."""
+
+    serving: Release | None = None
+
+
+class Promotion(BaseModel):
+    """What the promoter sees: whether TorchServe does as the registry asks."""
+
+    settled: bool
+    desired: Desired = Desired()
+    actual: Actual | None = None
+    errors: list[str] = []
+
+    @property
+    def serving(self) -> str | None:
+        """The version that answers."""
+        return self.actual.serving.version if self.actual and self.actual.serving else None
+
+    @property
+    def words(self) -> str:
+        """All of it in a few words."""
+        champion = self.desired.champion.version if self.desired.champion else None
+        now = f"version {self.serving} is served" if self.serving else "no model is served"
+        if champion not in (None, self.serving):
+            return f"{now}, version {champion} is on its way"
+        return now if self.settled or not self.errors else f"{now}; {self.errors[0][:200]}"
+
+
 class ServingError(Exception):
     """Why there is no answer: `kind` for the page, the message for its reader."""
 
@@ -170,7 +211,7 @@ def _read(response: requests.Response) -> Answer:
             what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:2])
             raise ServingError("unexpected", f"The answer is not in the form this page knows ({what}).") from error
     body = body if isinstance(body, dict) else {}
-    ours = body.get("error") if isinstance(body.get("error"), dict) else {}
+    ours = body["error"] if isinstance(body.get("error"), dict) else {}
     said = str(ours.get("message") or body.get("message") or "")[:300]
     if status in BUSY:
         raise ServingError("busy", said or "All workers are busy.")
@@ -182,15 +223,15 @@ def _read(response: requests.Response) -> Answer:
     raise ServingError("unexpected", f"The model server answered with status {status}. {said}".strip())
 
 
-def promoter_state(url: str) -> dict[str, object] | None:
-    """What the promoter says of itself (`/healthz`, whatever its status), or None when it is not there."""
+def promotion(url: str) -> Promotion | None:
+    """What the promoter sees, or None when it is not there or says something else."""
     try:
         with requests.Session() as session:
             session.trust_env = False
-            state = session.get(f"{url.rstrip('/')}/healthz", timeout=(0.5, 1), allow_redirects=False).json()
+            response = session.get(f"{url.rstrip('/')}/status", timeout=(0.5, 1), allow_redirects=False)
+            return Promotion.model_validate(response.json()) if response.ok else None
     except (requests.RequestException, ValueError):
         return None
-    return state if isinstance(state, dict) else None
 
 
 def setting(name: str) -> str:

@@ -35,13 +35,15 @@ class Readings:
     """Remembers answers and refusals; not outages, so that the next run asks again."""
 
     def __init__(self) -> None:
+        self.announced: str | None = None  # the version that the promoter named last
         self.model: tuple[str | None, str | None] | None = None  # version and digest of all that is remembered
         self._known: dict[tuple[str, str | None], Answer | ServingError] = {}
 
-    def forget_unless(self, version: str | None) -> None:
-        """Forget everything if another version than the remembered one is served now; None: not known."""
-        if version is not None and self.model is not None and self.model[0] not in (None, version):
+    def announce(self, version: str | None) -> None:
+        """Forget everything when the promoter names another version than before; None: it names none."""
+        if None not in (version, self.announced) and version != self.announced:
             self._forget()
+        self.announced = version or self.announced
 
     def ask(self, server: TorchServe, upload: Upload, target: str | None = None) -> Answer:
         """The answer for one picture and class, remembered or fresh.
@@ -55,7 +57,7 @@ class Readings:
         return _raised(self._known[key])
 
     def ask_all(
-        self, server: TorchServe, uploads: Sequence[Upload], progress: Callable[[float], None] = lambda _: None
+        self, server: TorchServe, uploads: Sequence[Upload], progress: Callable[[float], object] = lambda _: None
     ) -> list[Reading]:
         """A reading of each upload, in order, all by one model; after an outage the rest is not asked."""
         for _ in range(3):  # again when the model was changed in between
@@ -70,7 +72,7 @@ class Readings:
         ]
 
     def _ask_missing(
-        self, server: TorchServe, uploads: Sequence[Upload], progress: Callable[[float], None]
+        self, server: TorchServe, uploads: Sequence[Upload], progress: Callable[[float], object]
     ) -> ServingError | None:
         """Ask what is not known yet, several at a time; returns the first outage."""
         missing = {u.sha256: u for u in uploads if (u.sha256, None) not in self._known}

@@ -55,13 +55,18 @@ def open_picture(data: bytes) -> Image.Image | None:
             return None
 
 
+def data_url(picture: Image.Image) -> str:
+    """The picture as a JPEG within an address."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def thumbnail(picture: Image.Image, side: int = 96) -> str:
-    """A small copy as a data: address."""
+    """A small copy as an address."""
     small = picture.copy()
     small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(small)
 
 
 def heat_overlay(picture: Image.Image, grid: Sequence[Sequence[float]], opacity: float) -> Image.Image:
@@ -132,11 +137,11 @@ def probability_figure(answer: Answer) -> go.Figure:
         hoverinfo="skip",
     )
     figure = go.Figure([track, bars])
-    figure.update_xaxes(range=[0, 1.16], visible=False, fixedrange=True)
+    figure.update_xaxes(range=[0, 1], visible=False, fixedrange=True)
     figure.update_yaxes(autorange="reversed", fixedrange=True, automargin=True, ticks="", tickfont={"size": 13})
     figure.update_layout(
         height=46 * len(codes) + 8,
-        margin={"l": 0, "r": 0, "t": 0, "b": 0},
+        margin={"l": 0, "r": 60, "t": 0, "b": 0},
         bargap=0.5,
         barmode="overlay",
         barcornerradius=5,
@@ -144,6 +149,11 @@ def probability_figure(answer: Answer) -> go.Figure:
         hoverlabel={"align": "left"},
     )
     return figure
+
+
+def in_words(answer: Answer) -> str:
+    """The nine probabilities for readers who hear the page."""
+    return ", ".join(f"{answer.classes[code].name} {percent(answer.probabilities[code])}" for code in answer.ranking)
 
 
 def certainty(answer: Answer) -> tuple[str, str]:
@@ -207,7 +217,8 @@ def to_csv(readings: Sequence[Reading]) -> str:
         if (answer := reading.answer) is not None:
             top = answer.ranking[0]
             row |= {"code": top, "name": answer.classes[top].name, "probability": answer.probabilities[top]}
-            row |= {"malignant": answer.classes[top].malignant} | answer.probabilities
+            row |= {"malignant": answer.classes[top].malignant}
+            row |= answer.probabilities
             row |= {"entropy": answer.uncertainty.entropy, "model": answer.model.name}
             row |= {"conformal_set": " ".join(answer.uncertainty.conformal_set or [])}
             row |= {"confidence_level": answer.uncertainty.confidence_level}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PORTS = ["MLFLOW_PORT", "TORCHSERVE_PORT", "TORCHSERVE_METRICS_PORT", "PROMOTER_PORT", "STREAMLIT_PORT"]
-START_SECONDS = 240  # the first start registers the shipped model too; two busy cores
+START_SECONDS = 540  # a first start takes one minute on two idle cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -144,16 +145,15 @@ class Stack:
             time.sleep(0.2)
         self.started_in = time.monotonic() - began
 
-    def processes(self) -> list[psutil.Process]:
-        """Every process of this stack: those that carry its state folder in their environment or command line."""
-        found = []
+    def processes(self) -> dict[psutil.Process, str]:
+        """Every process that carries this state folder in its environment or command, with the command."""
+        found = {}
         for process in psutil.process_iter():
-            try:
-                words = " ".join([*process.cmdline(), *process.environ().values()])
-            except psutil.Error:
-                continue
-            if re.search(rf"{re.escape(self.env['STACK_STATE'])}(?![\w.-])", words) and process.pid != os.getpid():
-                found.append(process)
+            with suppress(psutil.Error):  # it is gone, or nearly
+                command = " ".join(process.cmdline())
+                words = f"{command} {' '.join(process.environ().values())}"
+                if re.search(rf"{re.escape(self.env['STACK_STATE'])}(?![\w.-])", words) and process.pid != os.getpid():
+                    found[process] = command
         return found
 
     def stop(self, number: int = signal.SIGTERM) -> None:
@@ -164,7 +164,7 @@ class Stack:
         self.assert_gone()
 
     def assert_gone(self) -> None:
-        left = [(process.pid, process.cmdline()) for process in self.processes()]
+        left = self.processes()
         assert not left, f"left behind: {left}\n{self.output}"
         for name in PORTS:
             with socket.socket() as probe:
@@ -195,3 +195,5 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     finally:
         for process in running.processes():  # only after a failure
             process.kill()
+        if running.process is not None:
+            running.process.wait()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,19 +14,21 @@ from handlers.graph import complete
 from handlers.predictor import Predictor
 from handlers.taxonomy import CODES, KNOWN_CODES
 from tests.models import tiny_bundle
+from training import export
 
 
 @pytest.fixture(scope="module")
-def slim(tmp_path_factory) -> Bundle:
-    return tiny_bundle(tmp_path_factory.mktemp("slim") / "bundle", slim=True)
+def full(tmp_path_factory) -> Bundle:
+    return tiny_bundle(tmp_path_factory.mktemp("full") / "bundle")
 
 
 @pytest.fixture(scope="module")
-def full(slim, tmp_path_factory) -> Bundle:
-    return complete(slim.path, tmp_path_factory.mktemp("full") / "bundle")
+def slim(full, tmp_path_factory) -> Bundle:
+    return export.slim(full.path, tmp_path_factory.mktemp("slim") / "bundle")
 
 
-def test_completing_adds_the_graph_and_keeps_everything_else(slim, full):
+def test_completing_adds_the_graph_and_keeps_everything_else(slim, tmp_path):
+    full = complete(slim.path, tmp_path / "full")
     assert not slim.has_graph
     assert full.has_graph
     assert (slim.config.runtime, full.config.runtime) == ("", "openvino")
@@ -85,7 +88,7 @@ def test_something_else_is_no_bundle_and_is_not_overwritten(slim, tmp_path):
 
 def test_weights_of_another_architecture_are_refused(slim, tmp_path):
     copy = shutil.copytree(slim.path, tmp_path / "copy")
-    seal(copy, type(slim.config)(**{**vars(slim.config), "options": {**slim.config.options, "depth": 3}}))
+    seal(copy, replace(slim.config, options={**slim.config.options, "depth": 3}))
     with pytest.raises(BundleError, match="do not fit"):
         complete(copy, tmp_path / "out")
 

@@ -7,6 +7,7 @@ what a lesion's label survives, nothing else.
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,8 +64,7 @@ def test_evaluation_sees_the_pixels_of_serving(frame, tmp_path):
     assert images.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert images.lesions.tolist() == rows["lesion_id"].tolist()
     for pixels, path in zip(images.pixels, rows["path"], strict=True):
-        with open(path, "rb") as file:
-            np.testing.assert_array_equal(pixels, preprocessing(file.read())[0])
+        np.testing.assert_array_equal(pixels, preprocessing(Path(path).read_bytes())[0])
 
 
 def test_standardised_like_serving():
@@ -108,8 +108,6 @@ def test_another_size_or_another_list_is_another_cache(frame, tmp_path):
     ],
 )
 def test_a_bad_image_stops_it_with_its_name_and_leaves_nothing(frame, tmp_path, spoil, says):
-    from pathlib import Path
-
     spoil(Path(frame["path"][7]))
     with pytest.raises(DataError, match=says) as caught:
         build_cache(frame, Preprocessing(16), tmp_path / "cache")

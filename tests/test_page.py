@@ -112,8 +112,22 @@ class TestClient:
         assert not TorchServe(NOWHERE).is_up()
 
     def test_no_promoter_is_no_trouble(self, server):
-        assert client.promoter_state(NOWHERE) is None
-        assert client.promoter_state(server.url) == {}
+        assert client.promotion(NOWHERE) is None
+        assert client.promotion(server.url) is None, "a 404 is no promoter"
+
+    @pytest.mark.parametrize(
+        ("status", "words"),
+        [
+            ({"settled": True, "desired": {"champion": {"version": "3"}}, "actual": {"serving": {"version": "3"}}},
+             "version 3 is served"),
+            ({"settled": False, "desired": {"champion": {"version": "4"}}, "actual": {"serving": {"version": "3"}}},
+             "version 3 is served, version 4 is on its way"),
+            ({"settled": False, "desired": {"champion": None}, "actual": None, "errors": ["MLflow is away."]},
+             "no model is served; MLflow is away."),
+        ],
+    )  # fmt: skip
+    def test_promoter_in_words(self, status, words):
+        assert client.Promotion.model_validate(status).words == words
 
     @pytest.mark.parametrize(
         "wrong",
@@ -175,10 +189,10 @@ class TestReadings:
     def test_the_promoters_word_is_enough(self, server, jpegs):
         readings, torchserve, uploads = Readings(), TorchServe(server.url), self.uploads(jpegs)
         readings.ask_all(torchserve, uploads)
-        readings.forget_unless(None)
-        readings.forget_unless("3")
-        assert readings.model is not None
-        readings.forget_unless("4")
+        for word in (None, "3", None, "3"):
+            readings.announce(word)
+            assert readings.model is not None
+        readings.announce("4")
         assert readings.model is None
         readings.ask_all(torchserve, uploads)
         assert len(server.asked) == 6
@@ -358,7 +372,7 @@ class TestApp:
         page.selectbox[0].set_value("DF").run()
         assert "Evidence for Dermatofibroma" in text(page)
         page.slider[0].set_value(20).run()
-        page.selectbox[0].set_value(None).run()
+        page.selectbox[0].set_value("").run()
         page.selectbox[0].set_value("DF").run()
         assert server.asked == [None, "DF"]
 
@@ -366,6 +380,7 @@ class TestApp:
         server.refuse_target = "DF"
         page.run().file_uploader[0].set_value(("lesion.jpg", jpegs[0], "image/jpeg")).run()
         page.selectbox[0].set_value("DF").run()
+        assert "This class cannot be explained" in text(page)
         assert "not trained on DF" in text(page)
         assert len(page.get("image")) == 2, "the first heatmap stays"
 

@@ -14,7 +14,7 @@ from scipy.special import log_softmax, logsumexp
 
 from handlers.calibration import Calibration, Conformal, Rejection
 
-# The share of known lesions that the rejector may call unknown (p_unk > 0.5).
+# The share of known lesions that the rejector may call unknown before anything else.
 FALSE_REJECTION = 0.05
 MIN_IMAGES = 50  # below this a fit would be noise
 
@@ -39,7 +39,7 @@ def fit_calibration(
     temperature = fit_temperature(z, y)
     known = Calibration(temperature).known_probabilities(z)
     conformal = fit_conformal(known, y, classes, confidence_level)
-    return Calibration(temperature, fit_rejection(z), conformal)
+    return Calibration(temperature, fit_rejection(z, temperature), conformal)
 
 
 def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
@@ -56,23 +56,26 @@ def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> f
     return math.exp(found.x)
 
 
-def fit_rejection(logits: NDArray[np.float64], false_rejection: float = FALSE_REJECTION) -> Rejection:
+def fit_rejection(
+    logits: NDArray[np.float64], temperature: float = 1.0, false_rejection: float = FALSE_REJECTION
+) -> Rejection:
     """A first, simple rejector: how unusually low the energy of an image is, for images of known lesions.
 
-    The threshold is the `false_rejection` quantile of the known images' energy (logsumexp of the logits, Liu et al.
-    2020), so that this share of known lesions gets p_unk > 0.5. The scale is the robust standard deviation of the
-    energy (1.4826 times the median absolute deviation) over 4, so that an image at the median, about 1.64 standard
-    deviations above the threshold if energies were normal, gets p_unk = sigmoid(-6.6) = 0.001, and p_unk goes from
-    0.88 to 0.12 over one standard deviation around the threshold.
+    The scale is the robust standard deviation of the energy (logsumexp of the logits, Liu et al. 2020; 1.4826 times
+    its median absolute deviation) over 4, so that p_unk goes from 0.88 to 0.12 over one standard deviation.
+
+    UNK comes first of the nine when p_unk > (1 - p_unk) * p, with p the highest probability among the known classes,
+    which is threshold > energy + scale * log(p). The threshold is the `false_rejection` quantile of the right side, so
+    that this share of known lesions is called unknown first of all.
 
     So the ninth probability is not the chance of an unknown disease, which nobody can fit without images of one: it
     says where this image's energy stands among known lesions. The network was not trained for it; lesions of a class
     it never saw often look like one it knows, and pass.
     """
     energy = logsumexp(logits, axis=1)
-    threshold = float(np.quantile(energy, false_rejection))
-    spread = 1.4826 * float(np.median(np.abs(energy - np.median(energy))))
-    return Rejection(threshold, max(spread / 4, 1e-3))
+    scale = max(1.4826 * float(np.median(np.abs(energy - np.median(energy)))) / 4, 1e-3)
+    log_top = log_softmax(logits / temperature, axis=1).max(1)
+    return Rejection(float(np.quantile(energy + scale * log_top, false_rejection)), scale)
 
 
 def fit_conformal(

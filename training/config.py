@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 import timm
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from handlers.preprocessing import Preprocessing
 
@@ -122,6 +122,13 @@ class TrainConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = Field(0, ge=0, description="CPU threads; 0: torch's choice")
     output: str = Field("", description="folder of checkpoints and bundle; empty: runs/NAME-TIME")
+
+    @field_validator("architecture")
+    @classmethod
+    def _exists(cls, architecture: str) -> str:
+        if not timm.is_model(architecture):
+            raise ValueError(f"a timm model{_suggest(architecture, timm.list_models())}")
+        return architecture
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

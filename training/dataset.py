@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def build_cache(
     path = cache_dir / f"{size}px-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
     if not path.is_file():
         cache_dir.mkdir(parents=True, exist_ok=True)
-        needed, free = len(rows) * size * size * 3, _free_bytes(cache_dir)
+        needed, free = len(rows) * size * size * 3, shutil.disk_usage(cache_dir).free
         if needed > free:
             raise DataError(f"The image cache needs {needed >> 20:,} MiB but {cache_dir} has {free >> 20:,} MiB left.")
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -112,11 +113,6 @@ def build_cache(
         index.with_suffix(".tmp").replace(index)
     pixels: NDArray[np.uint8] = np.load(path, mmap_mode="r")
     return pixels
-
-
-def _free_bytes(folder: Path) -> int:
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
 
 
 def _fill(

@@ -1,16 +1,36 @@
-"""A trained model to a bundle: weights, calibration, evidence and golden answers, sealed by one digest."""
+"""A trained model to a bundle: weights, calibration, evidence and golden answers, sealed by one digest.
+
+Called at the end of training; from the command line it makes the slim copy of a bundle that a repository can hold:
+
+    python training/export.py runs/NAME/bundle model_store/skin_vit
+"""
 
 import io
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from safetensors.torch import save_file
 from torch import nn
 
-from handlers.bundle import GOLDEN, WEIGHTS, Bundle, BundleConfig, new_folder, seal, write_json
+from handlers.bundle import (
+    CONFIG,
+    GOLDEN,
+    GRAPH,
+    GRAPH_WEIGHTS,
+    WEIGHTS,
+    Bundle,
+    BundleConfig,
+    BundleError,
+    new_folder,
+    seal,
+    write_json,
+)
 from handlers.calibration import Calibration
 from handlers.graph import complete
 from handlers.predictor import Prediction, Predictor
@@ -33,7 +53,6 @@ def export_bundle(
     calibration: Calibration,
     evidence: dict[str, Any],
     half: bool = True,
-    slim: bool = False,
 ) -> Bundle:
     """Write the bundle of a trained backbone to the folder `out`, replacing a bundle that is there.
 
@@ -42,7 +61,6 @@ def export_bundle(
         evidence: what is known of the training: run_id, dataset_fingerprint, code_revision, metrics, ...
         half: store the weights in fp16 (a relative rounding of 5e-4; everything downstream, the golden answers
             included, is derived from the stored weights).
-        slim: leave out the serving graph, which registration derives from the weights.
 
     Raises:
         BundleError: `out` is something else, or the serving graph disagrees with the model.
@@ -60,10 +78,20 @@ def export_bundle(
         (draft / "golden").mkdir(parents=True)
         save_file(state, draft / WEIGHTS)
         _write_golden(draft, config)
-        if not slim:
-            return complete(draft, Path(out))
-        with new_folder(Path(out)) as folder:
-            shutil.copytree(draft, folder, dirs_exist_ok=True)
+        return complete(draft, Path(out))
+
+
+def slim(source: Path, out: Path) -> Bundle:
+    """Copy a bundle without its serving graph, which registration derives from the weights, and without its run id.
+
+    The copy is for other registries, which do not know the run. Raises BundleError.
+    """
+    bundle = Bundle.load(source)
+    with new_folder(Path(out)) as folder:
+        for name in bundle.files.keys() - {GRAPH, GRAPH_WEIGHTS, CONFIG}:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path / name, folder / name)
+        seal(folder, replace(bundle.config, runtime="", evidence={**bundle.config.evidence, "run_id": None}))
     return Bundle.load(out)
 
 
@@ -86,3 +114,20 @@ def _write_golden(draft: Path, config: BundleConfig) -> None:
         cases.append({"name": name, "probabilities": answer.probabilities, "grid": answer.grid})
     write_json(draft / GOLDEN, cases)
     seal(draft, config)
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, such as runs/NAME/bundle.")],
+    out: Annotated[Path, typer.Argument(help="Where to put the copy.")],
+) -> None:
+    """Copy a bundle without its serving graph: small enough for a repository, complete again once registered."""
+    try:
+        copy = slim(bundle, out)
+    except BundleError as error:
+        sys.exit(str(error))
+    size = sum(file["bytes"] for file in copy.files.values()) / 1e6
+    print(f"{out}: {size:.1f} MB, {copy.digest}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

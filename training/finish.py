@@ -94,7 +94,8 @@ def finish(
             rows["lesion_id"].tolist(),
             config.bootstrap,
         )
-        tracker.metrics({f"{split}_{name}": value for name, value in headline(reports[split]).items()})
+        prefix = "best_val" if split == "val" else split  # val_... are the metrics of each epoch, not calibrated
+        tracker.metrics({f"{prefix}_{name}": value for name, value in headline(reports[split]).items()})
         table, codes = reports[split]["confusion"], reports[split]["classes"]
         tracker.figure(confusion_figure(table, codes), f"confusion_{split}.png")
         known = calibration.known_probabilities(logits[split][labels >= 0])

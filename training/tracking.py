@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,10 @@ class Tracker:
         with self._forgiving():
             digest = fingerprint.removeprefix("sha256:")[:32]  # MLflow takes at most 36 characters
             columns = frame[["image_id", "label", "lesion_id", "split", "sha256"]].astype(str)
-            data = self._mlflow.data.from_pandas(columns, source=str(manifest), name="manifest", digest=digest)
+            with warnings.catch_warnings():
+                # a local path fits two of MLflow's source types, both with the same name and meaning
+                warnings.filterwarnings("ignore", message="The specified dataset source can be interpreted")
+                data = self._mlflow.data.from_pandas(columns, source=str(manifest), name="manifest", digest=digest)
             self._mlflow.log_input(data, context="training")
             self._mlflow.set_tag("dataset_fingerprint", fingerprint)
 
@@ -162,7 +166,9 @@ def code_revision() -> str:
     try:
         git = ["git", "-C", str(ROOT)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}-dirty" if status.strip() else commit

@@ -23,6 +23,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from handlers.backbone import BackboneError, build_backbone
+from handlers.bundle import BundleError
 from handlers.preprocessing import Preprocessing
 from training import metrics
 from training.checkpoints import BEST, LAST, CheckpointError, find, load, restore, save
@@ -71,19 +72,20 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     if config.threads:
         torch.set_num_threads(config.threads)
 
-    # ---- data
+    # ---- data and model
     frame = open_manifest(config)
     data_id, classes = fingerprint(frame), classes_in(frame)
     if checkpoint and checkpoint["dataset_fingerprint"] != data_id:
         raise TrainingError(f"{config.manifest} has changed since this run began; start a new run.")
+    # Before the images are decoded, since pretrained weights may be out of reach. A checkpoint brings its own.
+    seed_everything(config.seed, 0)
+    pretrained = config.pretrained and checkpoint is None
+    model = build_backbone(config.architecture, len(classes), config.image_size, pretrained, config.options)
     data = load_data(config, frame, classes, stop)
     counts = np.bincount(data["train"].labels, minlength=len(classes))
     steps = max(1, len(data["train"]) // config.batch_size)
 
-    # ---- model and what moves it
-    seed_everything(config.seed, 0)
-    pretrained = config.pretrained and checkpoint is None  # a checkpoint brings its own weights
-    model = build_backbone(config.architecture, len(classes), config.image_size, pretrained, config.options)
+    # ---- what moves the model
     model.to(device).to(memory_format=torch.channels_last)
     # Warm-up keeps the average from remembering the random start.
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
@@ -128,7 +130,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             save_last(0)  # so that a run killed in its first epoch can be resumed in the same MLflow run
         # ---- the loop
         for epoch in range(start, config.epochs):
-            if config.patience and best and epoch - best["epoch"] > config.patience:
+            if config.patience and best and epoch - best["epoch"] >= config.patience:
                 console.print(f"Stopping early: nothing better since epoch {best['epoch']}.")
                 break
             began = time.monotonic()
@@ -289,8 +291,9 @@ def main(
         errors.print(str(error))
         raise SystemExit(2) from None
     except Interrupted as interrupt:
+        console.print("Interrupted before training began.")
         raise SystemExit(128 + interrupt.number) from None
-    except (BackboneError, DataError, ManifestError, TrackingError, TrainingError) as error:
+    except (BackboneError, BundleError, DataError, ManifestError, TrackingError, TrainingError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None
 

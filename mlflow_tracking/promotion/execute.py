@@ -11,7 +11,7 @@ from handlers.bundle import Bundle, BundleError
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.gates import GATES, Candidate, Gate
-from mlflow_tracking.promotion.ledger import Entry, Ledger, LedgerError, Verifier
+from mlflow_tracking.promotion.ledger import Entry, Ledger, Verifier
 from mlflow_tracking.promotion.plan import Action, Actual, Loaded, Release, Step
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
 from mlflow_tracking.registry import Registry
@@ -53,7 +53,11 @@ class Executor:
         self._unready: dict[str, tuple[float, bool]] = {}
 
     def observe(self, asked: Iterable[Release] = ()) -> Actual:
-        """What is there now. `asked` are releases the ledger may not know yet. Raises TorchServeUnavailable."""
+        """What is there now. `asked` are releases the ledger may not know yet.
+
+        Raises:
+            TorchServeUnavailable, TorchServeError, LedgerError
+        """
         served = self.torchserve.versions()
         for version in [version for version in self._unready if version not in served or served[version].ready]:
             del self._unready[version]
@@ -77,11 +81,8 @@ class Executor:
         )
 
     def ledger(self) -> Ledger:
-        """The store's ledger; an empty one in place of one that cannot be read."""
-        try:
-            return ledgers.read(self.store)
-        except LedgerError:
-            return Ledger()
+        """The store's ledger. Raises LedgerError."""
+        return ledgers.read(self.store)
 
     def run(self, step: Step) -> str:
         """Do one step; returns a remark on it, possibly empty.

@@ -25,7 +25,7 @@ LOCK = ".promotion.lock"
 
 
 class LedgerError(ValueError):
-    """A ledger that cannot be read. It holds nothing that the registry does not know: deleting it is safe."""
+    """A ledger that cannot be read; a sentence."""
 
 
 class StoreBusy(TimeoutError):
@@ -114,7 +114,12 @@ def read(store: Path) -> Ledger:
     except FileNotFoundError:
         return Ledger()
     except (LedgerError, UnicodeDecodeError) as error:
-        raise LedgerError(f"The ledger {path} cannot be used: {error}. Delete it; it is made anew.") from error
+        raise LedgerError(f"The ledger {path} cannot be used: {error}.") from error
+
+
+def set_aside(store: Path) -> None:
+    """Rename a ledger that cannot be read, so that a new one takes its place: the registry knows all that was in it."""
+    (store / LEDGER).replace(store / f"{LEDGER}.damaged")
 
 
 def write(store: Path, ledger: Ledger) -> None:

@@ -84,6 +84,10 @@ class Reconciler:
         torchserve = TorchServe(settings.inference_url, settings.management)
         return cls(settings, registry, Executor(settings.store, registry, torchserve), tell)
 
+    def close(self) -> None:
+        """Close the connections to TorchServe."""
+        self.executor.torchserve.close()
+
     def reconcile(self, wait: float = 0.0) -> Pass:
         """One pass, alone on the store. Raises StoreBusy after `wait` seconds."""
         with ledgers.lock(self.settings.store, wait):
@@ -94,33 +98,44 @@ class Reconciler:
         archives.clean(self.settings.store)
         errors: list[str] = []
         done: list[Step] = []
-        actual: Actual | None = None
         waiting = False
+        try:
+            ledgers.read(self.settings.store)
+        except ledgers.LedgerError as error:
+            errors.append(f"{error} It was set aside, and is made anew.")
+            ledgers.set_aside(self.settings.store)
         desired, aliases = self._desired(errors)
         asked = [release for release in (desired.champion, desired.challenger) if release]
-        try:
-            actual = self.executor.observe(asked)
+        actual = self._observe(asked, errors)
+        if actual is not None:
             self._forget(desired, actual)
             desired = replace(desired, blocked=self._blocked())
-            for step in plan(desired, actual):
-                self._do(step)
-                done.append(step)
-        except NotYet as error:
-            errors.append(str(error))
-            waiting = True
-        except _Stopped as error:
-            errors.append(str(error))
-        except (TorchServeUnavailable, TorchServeError) as error:
-            errors.append(str(error))
-        try:
-            actual = self.executor.observe(asked)
-        except (TorchServeUnavailable, TorchServeError):
-            actual = None
+            steps = plan(desired, actual)
+            try:
+                for step in steps:
+                    self._do(step)
+                    done.append(step)
+                for step in steps:
+                    self.setbacks.pop(step.release, None)
+            except NotYet as error:
+                errors.append(str(error))
+                waiting = True
+            except _Stopped as error:
+                errors.append(str(error))
+            if steps:
+                actual = self._observe(asked, errors)
         registry_up = desired.known and self._tell_registry(aliases, actual, errors)
         for release in asked:
             if release in self.setbacks and self.setbacks[release].reason not in errors:
                 errors.append(self.setbacks[release].reason)
         return Pass(desired, actual, tuple(done), tuple(errors), registry_up, actual is not None, waiting)
+
+    def _observe(self, asked: list[Release], errors: list[str]) -> Actual | None:
+        try:
+            return self.executor.observe(asked)
+        except (TorchServeUnavailable, TorchServeError) as error:
+            errors.append(str(error))
+            return None
 
     def _desired(self, errors: list[str]) -> tuple[Desired, dict[str, RegisteredVersion | None]]:
         try:
@@ -173,7 +188,6 @@ class Reconciler:
             self._note(step.release, "refused" if final else "failed", reason)
             raise _Stopped(reason) from error
         self.tell(Event(step, "done", time.monotonic() - began, remark))
-        self.setbacks.pop(step.release, None)
         served = before.release(before.default)
         if step.action is Action.SERVE and served is not None and served != step.release:
             self._note(served, "standby", "")

@@ -1,0 +1,142 @@
+"""The ledger: what TorchServe comes back to when nobody else is there.
+
+- a reader finds the old ledger or the new one, whole, even when the writer is killed in the middle;
+- a ledger that cannot be read is an error with a sentence, a missing one is an empty one;
+- one promoter at a time has the store, and a killed one does not keep it;
+- an archive that was changed is noticed, also when its size and time were kept.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion.ledger import Entry, Ledger, LedgerError, StoreBusy, Verifier
+from mlflow_tracking.promotion.plan import Release
+
+ONE = Entry("1" * 64, "1", "sha256:" + "a" * 64, {"minWorkers": 1})
+TWO = Entry("2" * 64, "2", "sha256:" + "b" * 64, {"minWorkers": 1})
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger().stored("one.mar", ONE).stored("two.mar", TWO).serving("one.mar").serving("two.mar")
+
+
+def test_what_is_written_is_read(tmp_path, ledger):
+    assert ledgers.read(tmp_path) == Ledger()
+    ledgers.write(tmp_path, ledger)
+    assert ledgers.read(tmp_path) == ledger
+    assert ledgers.read(tmp_path).release("two.mar") == Release("2", TWO.digest)
+    assert ledgers.read(tmp_path).release("three.mar") is None
+
+
+def test_who_serves_and_who_did(ledger):
+    assert (ledger.default, ledger.last_good) == ("two.mar", "one.mar")
+    assert ledger.loaded == ("one.mar", "two.mar")
+    assert ledger.serving("two.mar") == ledger, "serving again changes nothing: else the last good would be lost"
+    assert ledger.serving("one.mar").last_good == "two.mar"
+    assert ledger.retired("one.mar").loaded == ("two.mar",)
+    assert "one.mar" in ledger.retired("one.mar").archives
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"schema": 1}', '{"schema": 2}', '{"schema": 1, "archives": {"a": {"x": 1}}}']
+)
+def test_a_damaged_ledger_is_an_error_with_a_sentence(tmp_path, text):
+    (tmp_path / ledgers.LEDGER).write_text(text)
+    with pytest.raises(LedgerError, match=r"The ledger .*ledger\.json cannot be used: .*\."):
+        ledgers.read(tmp_path)
+    ledgers.set_aside(tmp_path)
+    assert ledgers.read(tmp_path) == Ledger()
+
+
+@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace"])
+def test_a_write_that_fails_leaves_the_old_ledger_and_no_file(tmp_path, ledger, monkeypatch, where):
+    ledgers.write(tmp_path, ledger)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(where, full_disk)
+    with pytest.raises(OSError, match="No space"):
+        ledgers.write(tmp_path, Ledger())
+    monkeypatch.undo()
+    assert ledgers.read(tmp_path) == ledger
+    assert list(tmp_path.iterdir()) == [tmp_path / ledgers.LEDGER]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion.ledger import Entry, Ledger
+store = Path(sys.argv[1])
+with ledgers.lock(store):
+    print("locked", flush=True)
+    for number in range(10**9):
+        entry = Entry("0" * 64, str(number), "sha256:" + "0" * 64)
+        ledgers.write(store, Ledger({f"{i}.mar": entry for i in range(500)}, default="1.mar"))
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that holds the store's lock and writes ledgers as fast as it can."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_writer_leaves_a_whole_ledger_and_a_free_store(tmp_path, writer):
+    with pytest.raises(StoreBusy, match="Another promoter is at work"), ledgers.lock(tmp_path):
+        pass
+    end, seen = time.monotonic() + 1, set()
+    while time.monotonic() < end:
+        ledger = ledgers.read(tmp_path)  # raises if a half-written one can be seen
+        seen |= {entry.version for entry in ledger.archives.values()}
+        assert len(ledger.archives) in (0, 500)
+    assert len(seen) > 2, "the writer wrote nothing"
+    writer.kill()
+    assert len(ledgers.read(tmp_path).archives) == 500
+    with ledgers.lock(tmp_path, wait=5):
+        pass
+
+
+def test_a_lock_is_given_back_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), ledgers.lock(tmp_path):
+        raise ZeroDivisionError
+    with ledgers.lock(tmp_path):
+        pass
+
+
+def test_a_changed_archive_is_noticed(tmp_path: Path):
+    archive = tmp_path / "one.mar"
+    archive.write_bytes(b"model")
+    entry = Entry("9372c470eeadd5ecd9c3c74c2b3cb633f8e2f2fad799250a0f70d652b6b825e4", "1", ONE.digest)
+    verifier = Verifier(tmp_path)
+    assert verifier.intact("one.mar", entry)
+    assert not verifier.intact("two.mar", entry)
+    stat = archive.stat()
+    archive.write_bytes(b"m0del")
+    os.utime(archive, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not verifier.intact("one.mar", entry)
+    archive.unlink()
+    assert not verifier.intact("one.mar", entry)
+
+
+def test_an_archive_that_did_not_change_is_not_read_again(tmp_path: Path, monkeypatch):
+    archive = tmp_path / "one.mar"
+    archive.write_bytes(b"model")
+    verifier = Verifier(tmp_path)
+    first = verifier.intact("one.mar", ONE)
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
+    assert verifier.intact("one.mar", ONE) == first

@@ -1,0 +1,414 @@
+"""Promotion with a real MLflow server and a real TorchServe: moving the alias is the only act of deployment.
+
+- the alias decides what is served; the version before stays at hand, the one before that is drained and retired, and no
+  request is lost on the way;
+- a version whose files are not what was registered, or that does not give its golden answers, is refused: the old one
+  keeps serving, the reason stands in MLflow, and it is not tried again until the alias is set again;
+- TorchServe comes back to the version that served, from the model store alone;
+- an archive runs the code in it, whatever the repository's copy says;
+- the command shows every step, and says in its exit code how it ended.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from handlers.bundle import Bundle
+from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion.reconcile import Pass, Reconciler
+from mlflow_tracking.registry import Registry
+from mlflow_tracking.settings import Settings
+from tests.conftest import ROOT, free_ports
+from tests.live import Server, run_script, torchserve_server, variant
+
+pytest_plugins = ["tests.fixtures_registry"]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+@dataclass
+class Promotion:
+    """One TorchServe, its store, and promoters for it."""
+
+    folder: Path
+    server: Server
+    registry: Registry
+    bundle: Bundle
+    promoters: list[Reconciler] = field(default_factory=list)
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.env['TORCHSERVE_PORT']}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {**self.server.env, "MLFLOW_TRACKING_URI": self.registry.uri, "TORCHSERVE_URL": self.url}
+
+    def reconciler(self, registry_uri: str | None = None) -> Reconciler:
+        """A new promoter, without any memory."""
+        names = ("MODEL_STORE", "STACK_STATE", "TORCHSERVE_RUN_DIR")
+        settings = Settings(
+            mlflow_tracking_uri=registry_uri or self.registry.uri,
+            torchserve_url=self.url,
+            **{name.lower(): self.server.env[name] for name in names},
+        )
+        self.promoters.append(Reconciler.create(settings))
+        return self.promoters[-1]
+
+    def settle(self, reconciler: Reconciler | None = None) -> tuple[list[str], Pass]:
+        """Passes until nothing is left to be done or something stands in the way: the steps done, and the last pass."""
+        reconciler, steps = reconciler or self.reconciler(), []
+        while True:
+            result = reconciler.reconcile(wait=60)
+            steps += [str(step) for step in result.done]
+            if not result.waiting and (result.settled or result.errors):
+                return steps, result
+
+    def register(self, folder: Path, golden_shift: float = 0.0) -> str:
+        return self.registry.register(variant(self.bundle, folder, golden_shift).path).version.version
+
+    def champion(self, version: str) -> tuple[list[str], Pass]:
+        self.registry.set_alias("champion", version)
+        return self.settle()
+
+    def predict(self, path: str = "") -> httpx.Response:
+        image = self.bundle.golden()[0].image
+        return httpx.post(
+            f"{self.url}/predictions/skin_vit{path}",
+            content=image,
+            headers={"Content-Type": "image/jpeg"},
+            timeout=60,
+            trust_env=False,
+        )
+
+    def served(self) -> str | None:
+        """The version that answers."""
+        answer = self.predict()
+        return answer.json()["model"]["version"] if answer.is_success else None
+
+    def tag(self, version: str, name: str) -> str | None:
+        found = self.registry.version(version)
+        assert found is not None
+        return found.tags.get(f"serving.{name}")
+
+    def kill(self) -> None:
+        os.kill(self.server.process.pid, signal.SIGKILL)
+        self.server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def promotion(registry, first_registration, full_bundle, short_folder):
+    """Nothing is loaded yet; version 1 is champion."""
+    folder = short_folder / "p"
+    folder.mkdir()
+    registry.set_alias("champion", "1")
+    server = torchserve_server(folder, folder / "store").start()
+    try:
+        yield (promotion := Promotion(folder, server, registry, full_bundle))
+        for promoter in promotion.promoters:
+            promoter.close()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def second(promotion, tmp_path_factory) -> str:
+    """Another good version."""
+    return promotion.register(tmp_path_factory.mktemp("second"))
+
+
+@pytest.fixture
+def serving_first(promotion) -> Promotion:
+    """Version 1 serves, whatever the test before has done."""
+    promotion.champion("1")
+    assert promotion.served() == "1"
+    return promotion
+
+
+@pytest.fixture
+def serving_second(serving_first, second) -> Promotion:
+    serving_first.champion(second)
+    assert serving_first.served() == second
+    return serving_first
+
+
+def eventually(what: Callable[[], object], seconds: float = 60) -> object:
+    """The first true value; a server that does not answer counts as not yet."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if value := what():
+                return value
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() < end, "still not so"
+        time.sleep(0.1)
+
+
+def test_the_first_champion_is_served(promotion):
+    assert promotion.predict().status_code == 404
+    steps, result = promotion.settle()
+    assert steps == ["store version 1", "load version 1", "check version 1", "serve version 1"]
+    assert result.settled
+    answer = promotion.predict()
+    assert answer.json()["model"]["digest"] == promotion.bundle.digest
+    expected = promotion.bundle.golden()[0].probabilities
+    assert answer.json()["probabilities"] == pytest.approx(expected, abs=1e-2)
+    assert (promotion.tag("1", "status"), promotion.tag("1", "reason")) == ("serving", "")
+    ledger = ledgers.read(promotion.store)
+    assert ledger.release(ledger.default) == result.desired.champion
+    assert promotion.settle()[0] == [], "nothing is left to be done"
+
+
+def test_predictions_and_management_are_apart(serving_first):
+    for path in ("/models", "/models/skin_vit", "/metrics", "/workflows"):
+        assert httpx.get(serving_first.url + path, trust_env=False).status_code in (404, 405), path
+    assert httpx.delete(f"{serving_first.url}/models/skin_vit/1", trust_env=False).status_code in (404, 405)
+    assert serving_first.served() == "1"
+
+
+def test_two_moves_lose_no_request_and_retire_the_oldest(serving_first, second, tmp_path):
+    third = serving_first.register(tmp_path)
+    answers: list[tuple[int, str]] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            answer = serving_first.predict()
+            answers.append((answer.status_code, answer.json().get("model", {}).get("version", answer.text)))
+
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    try:
+        to_second, _ = serving_first.champion(second)
+        assert to_second[-1] == f"serve version {second}"
+        assert serving_first.predict("/1").is_success, "the version before stays"
+        to_third, result = serving_first.champion(third)
+        assert to_third[-2:] == [f"serve version {third}", "retire version 1"]
+        time.sleep(1)
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    assert result.settled
+    assert {status for status, _ in answers} == {200}
+    assert {version for _, version in answers} == {"1", second, third}
+    status = {version: serving_first.tag(version, "status") for version in ("1", second, third)}
+    assert status == {"1": "retired", second: "standby", third: "serving"}
+    assert serving_first.predict("/1").status_code == 404
+
+    back, _ = serving_first.champion(second)
+    assert back == [f"serve version {second}"], "what served before is still loaded"
+
+
+@pytest.mark.parametrize("fault", ["forged digest", "wrong answers", "no digest"])
+def test_a_bad_version_is_refused_and_the_old_one_serves(serving_first, tmp_path, monkeypatch, fault):
+    bad = serving_first.register(tmp_path, golden_shift=0.05 if fault == "wrong answers" else 0.0)
+    if fault == "forged digest":
+        serving_first.registry.tag(bad, {"digest": "sha256:" + "0" * 64})
+    if fault == "no digest":
+        serving_first.registry.tag(bad, {"digest": "../../etc"})
+    reconciler = serving_first.reconciler()
+    serving_first.registry.set_alias("champion", bad)
+    steps, result = serving_first.settle(reconciler)
+    assert result.errors
+    assert f"serve version {bad}" not in steps
+    assert serving_first.served() == "1"
+    assert bad not in {held.release.version for held in result.actual.loaded.values()}, "it is not left in memory"
+    reason = {
+        "forged digest": "is not the one that was registered",
+        "wrong answers": "golden parity: golden/MEL.jpg: a probability is off by",
+        "no digest": "has no valid digest tag",
+    }[fault]
+    assert serving_first.tag(bad, "status") == "refused"
+    assert reason in serving_first.tag(bad, "reason")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "download_bundle", lambda *_: pytest.fail("it was tried again"))
+        again = reconciler.reconcile()
+    assert again.done == ()
+    assert again.errors == result.errors, "the reason stays to be seen"
+
+    serving_first.registry.set_alias("champion", "1")
+    assert serving_first.settle(reconciler)[1].settled, "another alias counts at once"
+
+
+def test_a_challenger_stands_by(serving_first, second):
+    serving_first.registry.set_alias("challenger", second)
+    try:
+        _, result = serving_first.settle()
+        assert result.settled
+        assert serving_first.served() == "1"
+        assert serving_first.predict(f"/{second}").json()["model"]["version"] == second
+        assert serving_first.tag(second, "status") == "challenger"
+    finally:
+        serving_first.registry.client.delete_registered_model_alias("skin_vit", "challenger")
+
+
+def test_a_worker_that_is_gone_is_brought_back(serving_first):
+    reconciler = serving_first.reconciler()
+    reconciler.executor.torchserve.scale("1", 0, synchronous=True)
+    assert not serving_first.predict().is_success
+    steps, result = serving_first.settle(reconciler)
+    assert steps == ["revive version 1"]
+    assert result.actual.default == "1"
+    assert serving_first.served() == "1"
+
+
+def test_torchserve_comes_back_alone_and_the_promoter_completes_it_without_mlflow(serving_second, second):
+    serving_second.kill()
+    began = time.monotonic()
+    serving_second.server.start()
+    eventually(lambda: serving_second.served() == second)
+    print(f"TorchServe served again {time.monotonic() - began:.1f} s after its start")
+    assert serving_second.predict("/1").status_code == 404, "what served before does not delay the first answer"
+    steps, result = serving_second.settle(serving_second.reconciler(NOWHERE))
+    assert steps[-1] == "load version 1"
+    assert result.errors == (f"MLflow at {NOWHERE} does not answer.",)
+    assert serving_second.predict("/1").is_success
+
+
+def test_an_emptied_torchserve_is_filled_from_the_store_without_mlflow(serving_first):
+    reconciler = serving_first.reconciler(NOWHERE)
+    torchserve = reconciler.executor.torchserve
+    for version in sorted(torchserve.versions(), key=lambda version: version == torchserve.default()):
+        torchserve.unregister(version)
+    assert serving_first.predict().status_code == 404
+    steps, _ = serving_first.settle(reconciler)
+    assert steps[0] == "load version 1"
+    assert serving_first.served() == "1"
+
+
+def test_a_changed_archive_is_left_out_and_fetched_again(serving_second, second):
+    ledger = ledgers.read(serving_second.store)
+    archive = serving_second.store / str(ledger.default)
+    serving_second.kill()
+    archive.write_bytes(archive.read_bytes().replace(b"Research use only", b"Diagnostic device"))
+    serving_second.server.start()
+    eventually(lambda: serving_second.served() == "1")
+    assert f"Version {second} is left out" in serving_second.server.text()
+    steps, result = serving_second.settle()
+    assert result.settled
+    assert f"store version {second}" in steps
+    assert serving_second.served() == second
+
+
+def test_a_damaged_ledger_is_set_aside_and_made_anew(serving_first):
+    (serving_first.store / ledgers.LEDGER).write_text("{")
+    steps, result = serving_first.settle()
+    assert "cannot be used" in result.errors[0]
+    assert serving_first.settle()[1].settled
+    assert (serving_first.store / "ledger.json.damaged").read_text() == "{"
+    ledger = ledgers.read(serving_first.store)
+    assert ledger.release(ledger.default) == result.desired.champion
+    assert serving_first.served() == "1"
+    assert "load version 1" not in steps
+
+
+def test_an_archive_runs_its_own_code(serving_first, short_folder):
+    """From a copy of the repository whose handlers say something else, on the same store."""
+    copy = short_folder / "copy"
+    for name in ("handlers", "torchserve"):
+        shutil.copytree(ROOT / name, copy / name)
+    predictor = copy / "handlers" / "predictor.py"
+    before = predictor.read_text()
+    predictor.write_text(before.replace("Research use only.", "Changed."))
+    assert predictor.read_text() != before
+    folder = short_folder / "c"
+    folder.mkdir()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    server = torchserve_server(folder, serving_first.store, root=copy, PYTHONPATH=str(copy), PATH=path).start()
+    try:
+        other = Promotion(folder, server, serving_first.registry, serving_first.bundle)
+        answer = eventually(lambda: (found := other.predict()).is_success and found.json())
+        assert answer["disclaimer"] == "Research use only. Not a medical device."
+        assert answer["model"] == serving_first.predict().json()["model"]
+        assert serving_first.server.healthy(), "two stacks live side by side"
+    finally:
+        server.stop()
+
+
+def test_stopping_leaves_no_process(serving_first):
+    group = ["pgrep", "-g", str(serving_first.server.process.pid)]
+    serving_first.server.process.send_signal(signal.SIGTERM)
+    serving_first.server.process.wait(20)
+    eventually(lambda: subprocess.run(group, check=False, capture_output=True).returncode == 1, 15)
+    serving_first.server.start()
+    eventually(lambda: serving_first.served() == "1")
+
+
+def test_the_command_moves_the_alias_and_shows_every_step(serving_first, second):
+    done = run_script("promote.py", "--version", second, **serving_first.env)
+    assert done.returncode == 0, done.stderr
+    assert f"champion is version {second}" in done.stdout
+    assert f"serve version {second}" in done.stdout
+    assert f"Version {second} serves." in done.stdout
+    assert serving_first.served() == second
+    table = run_script("promote.py", "--status", **serving_first.env).stdout
+    [row] = [line for line in table.splitlines() if "champion" in line]
+    assert "answers" in row
+    assert "serving" in row
+
+
+def test_the_commands_errors_are_sentences_and_codes(serving_first):
+    unknown = run_script("promote.py", "--version", "99", **serving_first.env)
+    assert unknown.returncode == 1
+    assert "has no version 99" in unknown.stderr
+    away = run_script("promote.py", **serving_first.env | {"MLFLOW_TRACKING_URI": NOWHERE})
+    assert away.returncode == 3
+    assert away.stderr.strip() == f"MLflow at {NOWHERE} does not answer."
+    assert "Traceback" not in unknown.stderr + away.stderr
+    assert serving_first.served() == "1"
+
+
+def test_the_service_follows_the_alias_and_tells_of_it(serving_first, second, tmp_path):
+    [port] = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    with (tmp_path / "log").open("w") as log:
+        service = subprocess.Popen(
+            [sys.executable, "-m", "mlflow_tracking.promotion.service"],
+            env=os.environ | serving_first.env | {"PROMOTER_PORT": str(port)},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+
+        def status() -> dict:
+            return httpx.get(f"{url}/status", trust_env=False).json()
+
+        eventually(lambda: status()["settled"])
+        assert httpx.get(f"{url}/healthz", trust_env=False).json() == {"status": "ok"}
+        serving_first.registry.set_alias("champion", second)
+        began = time.monotonic()
+        eventually(lambda: serving_first.served() == second)
+        print(f"the moved alias was served after {time.monotonic() - began:.1f} s")
+        told = eventually(lambda: (now := status())["settled"] and now)
+        assert told["actual"]["serving"]["version"] == second
+        assert f"serve {second}" in [f"{step['action']} {step['version']}" for step in told["steps"]]
+        metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+        assert f"promoter_serving_version {float(second)}" in metrics
+        assert 'promoter_steps_total{action="serve",state="done"} 1.0' in metrics
+        assert httpx.get(f"{url}/nothing", trust_env=False).status_code == 404
+    finally:
+        service.send_signal(signal.SIGTERM)
+        code = service.wait(20)
+    assert code == 0
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert (lines[0]["message"], lines[-1]["message"]) == ("started", "stopped")

@@ -1,0 +1,228 @@
+"""How TorchServe is started.
+
+- it starts with the version that the ledger names, from an archive that is what the promoter wrote, or with the last
+  good one, or with none, and says so;
+- every port and folder follows the environment, so that two stacks live side by side;
+- predictions and management are apart: management is a socket in a folder of the owner alone;
+- Java becomes the process itself, with a minimal environment: no PYTHONPATH that wins over the archive's code.
+"""
+
+import ast
+import importlib.util
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from handlers.preprocessing import MAX_BYTES
+from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion.ledger import Entry, Ledger
+from mlflow_tracking.settings import Settings
+
+FOLDER = Path(__file__).parent.parent / "torchserve"
+SETTINGS = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 8, "maxBatchDelay": 2, "responseTimeout": 60}
+
+
+@pytest.fixture(scope="module")
+def render_config():
+    spec = importlib.util.spec_from_file_location("render_config", FOLDER / "render_config.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def env(tmp_path) -> Iterator[dict[str, str]]:
+    # Sockets need short paths, which pytest's folders are not everywhere.
+    with tempfile.TemporaryDirectory(prefix="ts-", dir="/tmp") as state:
+        yield {"MODEL_STORE": str(tmp_path / "store"), "STACK_STATE": state}
+
+
+def properties(path: Path) -> dict[str, str]:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def store_with(folder: Path, *versions: str) -> Ledger:
+    """A store whose ledger says that the versions served one after the other."""
+    ledger = Ledger()
+    folder.mkdir()
+    for version in versions:
+        name = f"skin_vit-{version}.mar"
+        (folder / name).write_text(f"archive {version}")
+        sha256 = ledgers.hashlib.sha256(f"archive {version}".encode()).hexdigest()
+        ledger = ledger.stored(name, Entry(sha256, version, f"sha256:{version * 64}", SETTINGS)).serving(name)
+    ledgers.write(folder, ledger)
+    return ledger
+
+
+def snapshot(path: Path) -> dict | None:
+    text = properties(path).get("model_snapshot")
+    return json.loads(text)["models"]["skin_vit"] if text else None
+
+
+def test_an_empty_store_gives_no_models(render_config, env):
+    path, remarks = render_config.render(env)
+    assert snapshot(path) is None
+    assert remarks == []
+
+
+def test_it_starts_with_what_served(render_config, env, tmp_path):
+    store_with(tmp_path / "store", "1", "2")
+    path, remarks = render_config.render(env)
+    assert snapshot(path) == {"2": {"marName": "skin_vit-2.mar", "defaultVersion": True, **SETTINGS}}
+    assert remarks == ["Starting with version 2."]
+
+
+@pytest.mark.parametrize("fault", ["changed", "missing"])
+def test_a_damaged_archive_gives_way_to_the_last_good_one(render_config, env, tmp_path, fault):
+    store_with(tmp_path / "store", "1", "2")
+    archive = tmp_path / "store" / "skin_vit-2.mar"
+    archive.write_text("forged") if fault == "changed" else archive.unlink()
+    path, remarks = render_config.render(env)
+    assert list(snapshot(path)) == ["1"]
+    assert remarks[0].startswith("Version 2 is left out: skin_vit-2.mar ")
+    assert remarks[1] == "Starting with version 1."
+    (tmp_path / "store" / "skin_vit-1.mar").unlink()
+    assert snapshot(render_config.render(env)[0]) is None, "better no model than a forged one"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "model": "skin_vit", "archives": {}}']
+)
+def test_a_damaged_ledger_is_said_and_does_not_stop_the_start(render_config, env, tmp_path, text):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ledgers.LEDGER).write_text(text)
+    path, [remark] = render_config.render(env)
+    assert snapshot(path) is None
+    assert "cannot be read" in remark
+
+
+def test_ports_and_folders_follow_the_environment(render_config, env, tmp_path):
+    ports = {"TORCHSERVE_PORT": "19080", "TORCHSERVE_METRICS_PORT": "19082"}
+    values = properties(render_config.render(env | ports | {"TORCHSERVE_RUN_DIR": env["STACK_STATE"] + "/r"})[0])
+    assert values["inference_address"] == "http://127.0.0.1:19080"
+    assert values["metrics_address"] == "http://127.0.0.1:19082"
+    assert values["management_address"] == f"unix:{env['STACK_STATE']}/r/management.sock"
+    assert values["model_store"] == str(tmp_path / "store")
+    assert (values["grpc_inference_port"], values["grpc_management_port"]) == ("0", "0")
+    assert "$" not in "".join(values.values())
+
+
+def test_the_promoter_looks_for_management_where_the_start_puts_it(render_config, env, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    for name in ("TORCHSERVE_RUN_DIR", "TORCHSERVE_MANAGEMENT"):
+        monkeypatch.delenv(name, raising=False)
+    assert Settings().management == properties(render_config.render(env)[0])["management_address"]
+
+
+def test_management_is_for_the_owner_alone(render_config, env, tmp_path):
+    path, _ = render_config.render(env)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_path_too_long_for_a_socket_is_refused_with_a_sentence(render_config, env, tmp_path):
+    with pytest.raises(render_config.StartError, match="name a shorter TORCHSERVE_RUN_DIR"):
+        render_config.render(env | {"TORCHSERVE_RUN_DIR": str(tmp_path / ("x" * 100))})
+
+
+def test_a_second_torchserve_in_the_same_folder_is_refused(render_config, env, tmp_path):
+    run = Path(env["STACK_STATE"]) / "run"
+    run.mkdir()
+    with socket.socket(socket.AF_UNIX) as alive:
+        alive.bind(str(run / "management.sock"))
+        alive.listen()
+        with pytest.raises(render_config.StartError, match="is running already"):
+            render_config.render(env)
+    render_config.render(env)  # the socket is still there, but nobody listens: a killed server left it
+
+
+def test_the_helper_needs_nothing_but_python():
+    tree = ast.parse((FOLDER / "render_config.py").read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
+
+
+def test_the_largest_allowed_image_fits_into_a_request():
+    template = properties(FOLDER / "config.properties")
+    assert int(template["max_request_size"]) > MAX_BYTES * 4 / 3 + 4096, "in base64, with the options beside it"
+
+
+def test_the_model_config_is_what_the_handler_and_torchserve_expect():
+    values = yaml.safe_load((FOLDER / "model-config.yaml").read_text())
+    assert values["handler"].keys() == {"precision", "threads"}
+    assert values["batchSize"] > 1
+
+
+@pytest.fixture
+def fake_java(tmp_path):
+    """A Java that says its version, or shows how it was called."""
+
+    def make(version: str, folder: str = "java") -> Path:
+        path = tmp_path / folder / "bin" / "java"
+        path.parent.mkdir(parents=True)
+        path.write_text(
+            f"""#!/bin/sh
+if [ "$1" = -version ]; then echo 'openjdk version "{version}" 2025-01-01' >&2; exit 0; fi
+pwd; env; for word in "$@"; do echo "argument $word"; done; echo "pid $$"
+"""
+        )
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+def start(env: dict[str, str], **more: str) -> tuple[int, list[str], str]:
+    process = subprocess.Popen(
+        [FOLDER / "start_torchserve.sh"], cwd="/", text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | env | more,
+    )  # fmt: skip
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return process.pid, out.splitlines(), err
+
+
+def test_java_takes_the_place_of_the_script_with_a_minimal_environment(env, fake_java, tmp_path):
+    java = fake_java("17.0.1")
+    run = f"{env['STACK_STATE']}/run"
+    Path(run, "models", "old").mkdir(parents=True)
+    Path(run, ".ts.sock.9000").touch()
+    more = {"JAVA_HOME": str(java.parents[1]), "PYTHONPATH": "/somewhere", "SECRET": "x", "OMP_NUM_THREADS": "2"}
+    pid, lines, _ = start(env, **more)
+    assert lines[0] == run, "a folder that holds no `handlers`"
+    assert f"pid {pid}" in lines, "a signal to the script reaches Java"
+    variables = {line.split("=", 1)[0] for line in lines[1:] if "=" in line and not line.startswith("argument ")}
+    allowed = {"PATH", "HOME", "LANG", "TMPDIR", "TEMP", "LOG_LOCATION", "METRICS_LOCATION", "STACK_STATE"}
+    assert variables - {"PWD", "SHLVL", "_", "OLDPWD"} == allowed | {"OMP_NUM_THREADS"}
+    assert "argument -Xmx512m" in lines
+    assert not Path(run, "models").exists(), "what a killed server left"
+    assert not Path(run, ".ts.sock.9000").exists()
+
+
+def test_an_old_java_is_passed_over(env, fake_java):
+    old, new = fake_java("11.0.2", "old"), fake_java("21.0.8", "new")
+    _, lines, _ = start(env, JAVA_HOME=str(old.parents[1]), PATH=f"{new.parent}:{os.environ['PATH']}")
+    assert "argument org.pytorch.serve.ModelServer" in lines
+
+
+def test_the_start_fails_with_the_helpers_sentence(env, fake_java, tmp_path):
+    java = fake_java("17.0.1")
+    env |= {"JAVA_HOME": str(java.parents[1]), "TORCHSERVE_RUN_DIR": str(tmp_path / ("x" * 100))}
+    command = [FOLDER / "start_torchserve.sh"]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "shorter TORCHSERVE_RUN_DIR" in done.stderr
+    assert "Traceback" not in done.stderr
