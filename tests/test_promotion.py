@@ -399,8 +399,8 @@ def test_the_service_follows_the_alias_and_tells_of_it(serving_first, second, tm
         began = time.monotonic()
         eventually(lambda: serving_first.served() == second)
         print(f"the moved alias was served after {time.monotonic() - began:.1f} s")
-        told = eventually(lambda: (now := status())["settled"] and now)
-        assert told["actual"]["serving"]["version"] == second
+        told = eventually(lambda: (now := status())["actual"]["serving"]["version"] == second and now)
+        assert told["desired"]["champion"] == told["actual"]["serving"]
         assert f"serve {second}" in [f"{step['action']} {step['version']}" for step in told["steps"]]
         metrics = httpx.get(f"{url}/metrics", trust_env=False).text
         assert f"promoter_serving_version {float(second)}" in metrics

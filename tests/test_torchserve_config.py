@@ -188,7 +188,7 @@ pwd; env; for word in "$@"; do echo "argument $word"; done; echo "pid $$"
 def start(env: dict[str, str], **more: str) -> tuple[int, list[str], str]:
     process = subprocess.Popen(
         [FOLDER / "start_torchserve.sh"], cwd="/", text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | env | more,
+        env={"PATH": os.environ["PATH"]} | env | more,
     )  # fmt: skip
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -387,7 +386,7 @@ def start(tmp_path):
             process = subprocess.Popen(
                 [sys.executable, "train.py", *args],
                 cwd=ROOT / "training",
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -409,7 +408,7 @@ def wait_for_epoch(process, output, epoch, log):
     pytest.fail(f"epoch {epoch} was not reached:\n{log.read_text()}")
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(900)
 def test_terminated_then_killed_then_finished_is_one_run(store, start, tmp_path):
     import mlflow
 
@@ -441,6 +440,8 @@ def test_terminated_then_killed_then_finished_is_one_run(store, start, tmp_path)
     process = start([*resume, "--epochs", str(last)])
     assert process.wait(600) == 0, log.read_text()
 
+    assert f"register_model.py --bundle {output / 'bundle'}" in log.read_text()
+
     # one run, with everything in it
     [run] = client.search_runs(["1"])
     assert run.info.status == "FINISHED"
@@ -462,7 +463,7 @@ def test_terminated_then_killed_then_finished_is_one_run(store, start, tmp_path)
         steps = {metric.step for metric in client.get_metric_history(run.info.run_id, name)}
         assert steps == set(range(1, last + 1)), name
     assert {"test_balanced_accuracy", "test_ece", "best_val_nll", "test_conformal_coverage"} <= set(run.data.metrics)
-    assert any(name.startswith("system/") for name in run.data.metrics) or last < 5
+    assert any(name.startswith("system/") for name in run.data.metrics)
 
     def artifacts(path):
         return {file.path.removeprefix(f"{path}/") for file in client.list_artifacts(run.info.run_id, path)}
@@ -487,4 +488,5 @@ def test_terminated_then_killed_then_finished_is_one_run(store, start, tmp_path)
     assert judged["images"] == trained["images"] == 18
     assert judged["summary"]["nll"] == pytest.approx(trained["summary"]["nll"], abs=0.02)
     assert {file.name for file in (tmp_path / "judged").iterdir()} >= {"confusion.png", "roc.png", "reliability.png"}
-    assert SimpleNamespace(**judged["intervals_95"]).accuracy[0] <= judged["summary"]["accuracy"]
+    low, high = judged["intervals_95"]["accuracy"]
+    assert low <= judged["summary"]["accuracy"] <= high

@@ -133,7 +133,10 @@ def finish(
     for split, report in reports.items():
         figures = "  ".join(f"{key} {value:.3f}" for key, value in headline(report).items() if value is not None)
         console.print(f"{split}  {figures}")
-    console.print(f"Bundle: {bundle.path}\nRegister it: python scripts/register_model.py --run-id {tracker.run_id}")
+    # The registry finds a run by its id only on its own server.
+    told = tracker.url and not tracker.failed
+    source = f"--run-id {tracker.run_id}" if told else f"--bundle {bundle.path}"
+    console.print(f"Bundle: {bundle.path}\nRegister it: python scripts/register_model.py {source}")
 
 
 def write_json(path: Path, value: Any) -> None:

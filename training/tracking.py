@@ -36,10 +36,10 @@ class Tracker:
     def __init__(self, uri: str, warn: Callable[[str], None]) -> None:
         self.uri = uri
         self.run_id = ""
-        self.url = ""
+        self.url = ""  # of the run's page, if a server keeps it
         self._warn = warn
         self._mlflow = _import_mlflow()
-        self._failed = False
+        self.failed = False
         self._untold: list[tuple[int, dict[str, float]]] = []
 
     def start(self, config: TrainConfig, run_id: str = "", tags: Mapping[str, str] | None = None) -> None:
@@ -136,8 +136,8 @@ class Tracker:
         try:
             yield
         except Exception as error:  # whatever the client raises, it is not worth a training run
-            if not self._failed:
-                self._failed = True
+            if not self.failed:
+                self.failed = True
                 self._warn(
                     f"MLflow at {self.uri} does not take the run's data ({_first_line(error)}); training goes on."
                 )
