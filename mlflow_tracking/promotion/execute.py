@@ -16,8 +16,6 @@ from mlflow_tracking.promotion.plan import Action, Actual, Loaded, Release, Step
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
 from mlflow_tracking.registry import Registry
 
-# TorchServe answers a registration when the worker is ready; this much longer than the worker may take.
-MARGIN = 30.0
 STARTUP = 120.0  # TorchServe's own default
 # How long a pass waits for a worker that is starting, before it looks again whether that is still wanted.
 PATIENCE = 3.0
@@ -127,15 +125,16 @@ class Executor:
 
     def _load(self, release: Release) -> str:
         settings = self.ledger().archives[release.archive].settings
-        workers, startup = settings.get("minWorkers", 1), settings.get("startupTimeout", STARTUP)
+        startup = settings.get("startupTimeout", STARTUP)
         try:
-            self.torchserve.register(release.archive, workers, timeout=startup + MARGIN)
+            self.torchserve.register(release.archive)
         except TorchServeError as error:
             if error.status != 409:  # registered already: by a call of ours that was cut off
-                with suppress(TorchServeError):  # TorchServe leaves a version without workers behind
-                    self.torchserve.unregister(release.version)
                 raise
+        self.torchserve.scale(release.version, settings.get("minWorkers", 1), synchronous=False)
         if not self.torchserve.wait_ready(release.version, startup):
+            with suppress(TorchServeError):  # TorchServe leaves a version without workers behind
+                self.torchserve.unregister(release.version)
             raise StepFailed(f"version {release.version} has no ready worker after {startup:g} s; see TorchServe's log")
         return ""
 

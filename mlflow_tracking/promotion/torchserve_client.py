@@ -77,10 +77,14 @@ class TorchServe:
                 return None
             raise
 
-    def register(self, archive: str, workers: int, timeout: float) -> None:
-        """Register an archive of the model store and wait for its workers. Raises TorchServeError when they fail."""
-        params = {"url": archive, "initial_workers": str(workers), "synchronous": "true"}
-        self._manage("POST", "/models", params=params, timeout=timeout)
+    def register(self, archive: str) -> None:
+        """Register an archive of the model store, without workers. Raises TorchServeError.
+
+        Registering with workers and waiting for them holds one of TorchServe's network threads all that time, and
+        with it every request that arrived on it.
+        """
+        params = {"url": archive, "initial_workers": "0", "synchronous": "true"}
+        self._manage("POST", "/models", params=params, timeout=60.0)
 
     def scale(self, version: str, workers: int, synchronous: bool) -> None:
         """Set the number of workers, and wait for that if asked."""
