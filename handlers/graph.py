@@ -1,5 +1,6 @@
 """The serving graph: uint8 pixels and wanted classes in, logits and Grad-CAM maps out; eager or through OpenVINO."""
 
+import logging
 import shutil
 import tempfile
 from dataclasses import replace
@@ -9,6 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, WEIGHTS, Bundle, BundleError, new_folder, seal
+
+log = logging.getLogger(__name__)
 
 # The exported graph in fp32 must give the eager model's answers to this.
 PROBABILITY_TOLERANCE = 1e-4
@@ -129,9 +132,18 @@ def complete(source: Path, out: Path) -> Bundle:
             shutil.copyfile(bundle.path / CONFIG, folder / CONFIG)
         else:
             module = serving_module(bundle)
+            runtime = "torch"
             if module.cam.exportable:
-                _export(module, bundle, folder)
-            runtime = "openvino" if module.cam.exportable else "torch"
+                try:
+                    _export(module, bundle, folder)
+                    runtime = "openvino"
+                # The exporters fail in their own many ways; whichever it is, the eager model still works.
+                except Exception as error:
+                    log.warning(
+                        "%s cannot be exported and will be served by torch, more slowly: %s",
+                        bundle.config.architecture,
+                        str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
+                    )
             sealed = seal(folder, replace(bundle.config, runtime=runtime))
             _check(sealed)
     return Bundle.load(out)

@@ -136,6 +136,16 @@ def test_a_backbone_that_cannot_be_exported_is_served_by_torch(tmp_path):
     assert answer.to_dict()["model"]["runtime"] == "torch"
 
 
+def test_a_failing_export_is_told_and_served_by_torch(slim, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(graph, "_export", fail)
+    bundle = complete(slim.path, tmp_path / "bundle")
+    assert (bundle.config.runtime, bundle.has_graph) == ("torch", False)
+    assert "served by torch, more slowly: no such operation" in caplog.text
+
+
 def full_preprocessing():
     from handlers.preprocessing import Preprocessing
     from tests.models import IMAGE_SIZE
