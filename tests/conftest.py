@@ -30,6 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (bool(item.get_closest_marker("live")), item.path.name == "test_stack.py"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_environment() -> Iterator[None]:
+    """What a test, or MLflow for it (`set_experiment`), leaves in the environment ends with the test's file."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def drawn_image() -> Callable[[str, int], bytes]:
     """`drawn_image(code, seed)`: the JPEG bytes of a drawn lesion of that class."""

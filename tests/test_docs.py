@@ -20,7 +20,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TEXTS = [*DOCUMENTS, *sorted((ROOT / "training" / "configs").glob("*.yaml"))]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 # Where programs write: not in a fresh clone.
-MADE = ("data/", "outputs/", "model_store/skin_vit-", ".stack", ".venv")
+MADE = ("data/", "runs/", "model_store/skin_vit-", ".stack", ".venv")
 # Read here, but set by the system, by a tool for its children, or by the tests for themselves.
 NOT_OURS = {"CI", "HOME", "NO_PROXY", "no_proxy", "PATH", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV", "BASH_SOURCE"}
 
