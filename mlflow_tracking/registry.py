@@ -246,9 +246,9 @@ def quiet_client(uri: str) -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if (host := urlsplit(uri).hostname) in ("127.0.0.1", "localhost"):
-        names = os.environ.get("NO_PROXY", "")
-        if host not in names.split(","):
-            os.environ["NO_PROXY"] = f"{names},{host}".lstrip(",")
+        for name in ("NO_PROXY", "no_proxy"):  # where both are there, the lower case wins
+            others = [one for one in os.environ.get(name, "").split(",") if one and one != host]
+            os.environ[name] = ",".join([*others, host])
 
 
 def _registered(one: "ModelVersion", aliases: tuple[str, ...] | None = None) -> RegisteredVersion:

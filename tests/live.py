@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from handlers.bundle import CONFIG, Bundle, BundleConfig, seal, write_json
+from handlers.bundle import CONFIG, GRAPH, Bundle, BundleConfig, seal, write_json
 from tests.conftest import ROOT, free_ports
 
 START_SECONDS = 120  # two busy cores
@@ -95,10 +95,11 @@ def run_script(name: str, *args: str, **env: str) -> subprocess.CompletedProcess
     )
 
 
-def variant(bundle: Bundle, folder: Path, golden_shift: float = 0.0) -> Bundle:
+def variant(bundle: Bundle, folder: Path, golden_shift: float = 0.0, starts: bool = True) -> Bundle:
     """Another bundle of the same model, as a training run of its own would give.
 
-    With `golden_shift`, its golden answers are wrong by that much, and all its hashes are right.
+    All its hashes are right, but with `golden_shift` its golden answers are wrong by that much, and without `starts`
+    its graph cannot be loaded.
     """
     out = folder / uuid.uuid4().hex
     shutil.copytree(bundle.path, out)
@@ -109,5 +110,7 @@ def variant(bundle: Bundle, folder: Path, golden_shift: float = 0.0) -> Bundle:
             del case["image"]
             case["probabilities"] = {code: p + golden_shift for code, p in case["probabilities"].items()}
         write_json(out / "golden.json", cases)
+    if not starts:
+        (out / GRAPH).write_text("no graph")
     config: BundleConfig = replace(bundle.config, evidence={**bundle.config.evidence, "variant": out.name})
     return seal(out, config)

@@ -250,6 +250,21 @@ def test_a_bad_version_is_refused_and_the_old_one_serves(serving_first, tmp_path
     assert serving_first.settle(reconciler)[1].settled, "another alias counts at once"
 
 
+def test_a_version_whose_worker_does_not_start_is_reported_soon(serving_first, tmp_path, monkeypatch):
+    broken = variant(serving_first.bundle, tmp_path, starts=False)
+    with pytest.raises(RuntimeError):
+        serving_first.registry.register(broken.path)
+    monkeypatch.setattr("mlflow_tracking.registry.tags", lambda bundle: {"digest": bundle.digest})  # which tried it
+    version = serving_first.registry.register(broken.path).version.version
+    began = time.monotonic()
+    _, result = serving_first.champion(version)
+    assert time.monotonic() - began < 60, "not only after the whole start-up time-out"
+    assert "could not be loaded" in result.errors[0]
+    assert version not in {held.release.version for held in result.actual.loaded.values()}
+    assert serving_first.tag(version, "status") == "failed"
+    assert serving_first.served() == "1"
+
+
 def test_a_challenger_stands_by(serving_first, second):
     serving_first.registry.set_alias("challenger", second)
     try:

@@ -127,15 +127,17 @@ class Executor:
         settings = self.ledger().archives[release.archive].settings
         startup = settings.get("startupTimeout", STARTUP)
         try:
-            self.torchserve.register(release.archive)
+            self.torchserve.register(release.archive, settings.get("minWorkers", 1))
         except TorchServeError as error:
             if error.status != 409:  # registered already: by a call of ours that was cut off
                 raise
-        self.torchserve.scale(release.version, settings.get("minWorkers", 1), synchronous=False)
         if not self.torchserve.wait_ready(release.version, startup):
-            with suppress(TorchServeError):  # TorchServe leaves a version without workers behind
+            with suppress(TorchServeError):
                 self.torchserve.unregister(release.version)
-            raise StepFailed(f"version {release.version} has no ready worker after {startup:g} s; see TorchServe's log")
+            raise StepFailed(
+                f"version {release.version} could not be loaded: its worker ends while it starts, or is not ready "
+                f"after {startup:g} s; see TorchServe's log"
+            )
         return ""
 
     def _revive(self, release: Release) -> str:

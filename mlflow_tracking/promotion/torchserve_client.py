@@ -11,6 +11,8 @@ from mlflow_tracking.settings import MODEL_NAME
 
 # A description is answered from memory; more than this means that the server hangs.
 QUICK = 10.0
+# Start-ups of a worker that may fail before its archive is taken to be at fault.
+STARTS = 2
 # A golden image on a machine that is busy loading another model.
 PREDICTION = 60.0
 
@@ -29,12 +31,16 @@ class TorchServeError(RuntimeError):
 
 @dataclass(frozen=True)
 class ServedVersion:
-    """One version as TorchServe describes it: its archive, workers that are ready, workers in all."""
+    """One version as TorchServe describes it: its archive, how many workers are ready, how many there are in all.
+
+    `starting` are the process ids of those that are not ready.
+    """
 
     version: str
     archive: str
     ready: int
     workers: int
+    starting: frozenset[int] = frozenset()
 
 
 class TorchServe:
@@ -77,13 +83,13 @@ class TorchServe:
                 return None
             raise
 
-    def register(self, archive: str) -> None:
-        """Register an archive of the model store, without workers. Raises TorchServeError.
+    def register(self, archive: str, workers: int) -> None:
+        """Register an archive of the model store and have its workers started; wait_ready tells when. TorchServeError.
 
-        Registering with workers and waiting for them holds one of TorchServe's network threads all that time, and
-        with it every request that arrived on it.
+        Not synchronously: that holds one of TorchServe's network threads until the worker is ready, and every request
+        that arrives on it. It would also do so without workers, as those of model-config.yaml are started anyway.
         """
-        params = {"url": archive, "initial_workers": "0", "synchronous": "true"}
+        params = {"url": archive, "initial_workers": str(workers), "synchronous": "false"}
         self._manage("POST", "/models", params=params, timeout=60.0)
 
     def scale(self, version: str, workers: int, synchronous: bool) -> None:
@@ -104,13 +110,15 @@ class TorchServe:
                 raise
 
     def wait_ready(self, version: str, timeout: float) -> bool:
-        """Whether a worker of the version gets ready within `timeout` seconds."""
+        """Whether a worker of the version gets ready within `timeout` seconds; False too once it died STARTS times."""
         end = time.monotonic() + timeout
+        processes: set[int] = set()
         while True:
             served = self.versions().get(version)
             if served is not None and served.ready:
                 return True
-            if time.monotonic() > end:
+            processes |= served.starting if served else set()
+            if time.monotonic() > end or len(processes) > STARTS:
                 return False
             time.sleep(0.25)
 
@@ -161,4 +169,5 @@ def _answer(client: httpx.Client, method: str, path: str, **options: Any) -> Any
 def _served(entry: dict[str, Any]) -> ServedVersion:
     workers = entry.get("workers", [])
     ready = sum(worker["status"] == "READY" for worker in workers)
-    return ServedVersion(entry["modelVersion"], entry["modelUrl"], ready, len(workers))
+    starting = frozenset(worker["pid"] for worker in workers if worker["status"] != "READY" and worker["pid"] > 0)
+    return ServedVersion(entry["modelVersion"], entry["modelUrl"], ready, len(workers), starting)
