@@ -29,6 +29,8 @@ BUNDLE_ARTIFACT = "bundle"
 PYFUNC_MODEL = Path(__file__).parent / "pyfunc_model.py"
 _MISSING = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"}
 
+DEFAULT_EXPERIMENT = "0"  # MLflow makes it with every new database
+
 
 class RegistryError(RuntimeError):
     """What was asked of the registry is not there or cannot be done; a sentence."""
@@ -195,7 +197,8 @@ class Registry:
         from mlflow.models import ModelSignature
         from mlflow.types import ColSpec, Schema
 
-        experiment = self.client.get_run(run_id).info.experiment_id if run_id else None
+        # Named always: what MLFLOW_EXPERIMENT_ID or an earlier set_experiment asks for may be of another server.
+        experiment = self.client.get_run(run_id).info.experiment_id if run_id else DEFAULT_EXPERIMENT
         # Beside the run, not inside: re-opening a finished run would move its end and its status.
         model = mlflow.initialize_logged_model(
             name=MODEL_NAME, source_run_id=run_id, experiment_id=experiment, tags=dict(card), model_type="classifier"

@@ -38,6 +38,8 @@ def own_environment() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+    if fluent := sys.modules.get("mlflow.tracking.fluent"):
+        fluent._active_experiment_id = None
 
 
 @pytest.fixture(scope="session")

@@ -302,8 +302,7 @@ def test_a_killed_process_comes_back(stack, image, program, part):
     def running() -> set[psutil.Process]:
         return {process for process, command in stack.processes().items() if program in command}
 
-    before = running()
-    assert before, f"no process of {program}"
+    before = stack.wait_for(running, 60)  # the part before it may only just be back
     for process in before:
         process.kill()
     psutil.wait_procs(before, 10)
