@@ -31,9 +31,10 @@ def build_backbone(
         num_classes: number of logits.
         image_size: input side, pixels; vision transformers are built (and their position embedding resampled) for it.
         pretrained: load timm's weights from the model hub.
-        options: further keyword arguments for timm; for vision transformers also `stem="conv"`, which replaces the
-            patch projection by stride-2 convolutions (Xiao et al. 2021, "Early Convolutions Help Transformers See
-            Better"), worth it when training from scratch on little data.
+        options: further keyword arguments for timm; for vision transformers also `stem`, worth it when training from
+            scratch on little data: "conv" replaces the patch projection by stride-2 convolutions (Xiao et al. 2021,
+            "Early Convolutions Help Transformers See Better"), "resnet" by ResNet-18 up to the same stride (the
+            hybrid of Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words").
 
     Raises:
         BackboneError: unknown architecture or options, or pretrained weights out of reach.
@@ -46,12 +47,12 @@ def build_backbone(
     if timm.models.model_entrypoint(architecture).__module__.startswith("timm.models.vision_transformer"):
         arguments["img_size"] = image_size
     stem = arguments.pop("stem", "patch")
-    if stem not in ("patch", "conv"):
-        raise BackboneError(f"stem must be 'patch' or 'conv', not {stem!r}.")
-    if stem == "conv":
+    if stem not in STEMS:
+        raise BackboneError(f"stem must be one of {', '.join(STEMS)}, not {stem!r}.")
+    if stem != "patch":
         if pretrained:
-            raise BackboneError("stem='conv' has no pretrained weights; use stem='patch' or pretrained=false.")
-        arguments["embed_layer"] = _conv_stem
+            raise BackboneError(f"stem={stem!r} has no pretrained weights; use stem='patch' or pretrained=false.")
+        arguments["embed_layer"] = STEMS[stem]
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level
     hub_log.setLevel(logging.CRITICAL)  # its retries are many lines; what matters is in the one sentence below
@@ -82,6 +83,18 @@ def _conv_stem(img_size: int, patch_size: int, in_chans: int, embed_dim: int, **
     return HybridEmbed(
         backbone=stem(in_chans=in_chans), img_size=img_size, patch_size=1, proj=False, embed_dim=embed_dim, **kwargs
     )
+
+
+def _resnet_stem(img_size: int, patch_size: int, in_chans: int, embed_dim: int, **kwargs: Any) -> nn.Module:
+    """ResNet-18 cut off where its stride is that of the patches, then a projection to the transformer's width."""
+    stage = int(math.log2(patch_size)) - 1
+    if patch_size not in (4, 8, 16, 32):
+        raise BackboneError(f"stem='resnet' needs patches of 4, 8, 16 or 32 pixels, not {patch_size}.")
+    resnet = timm.create_model("resnet18", features_only=True, out_indices=(stage,), in_chans=in_chans)
+    return HybridEmbed(backbone=resnet, img_size=img_size, patch_size=1, embed_dim=embed_dim, **kwargs)
+
+
+STEMS = {"patch": None, "conv": _conv_stem, "resnet": _resnet_stem}
 
 
 def is_vision_transformer(backbone: nn.Module) -> bool:

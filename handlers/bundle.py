@@ -11,7 +11,6 @@ Imports neither torch nor OpenVINO, so that the registry's side can check a bund
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from handlers.calibration import Calibration
+from handlers.files import atomic_file
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import CODES
 
@@ -167,14 +167,8 @@ def seal(folder: Path, config: BundleConfig) -> Bundle:
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON with sorted keys, so that the same values give the same bytes; durable and all or nothing."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        json.dump(values, file, indent=1, sort_keys=True, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary = Path(file.name)
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        file.write((json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 @contextmanager

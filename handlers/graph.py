@@ -104,14 +104,13 @@ def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is 
         def __init__(self) -> None:
             super().__init__()
             self.cam = grad_cam(backbone.eval())
-            # Preprocessing.normalize, inside the graph: there it is free.
-            self.scale = nn.Buffer(1 / (255 * torch.tensor(std)))
-            self.offset = nn.Buffer(-torch.tensor(mean) / torch.tensor(std))
+            # Inside the graph it is free.
+            scale, offset = config.preprocessing.standardisation
+            self.scale, self.offset = nn.Buffer(torch.tensor(scale)), nn.Buffer(torch.tensor(offset))
 
         def forward(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             return self.cam((pixels.float() * self.scale + self.offset).permute(0, 3, 1, 2), target)
 
-    mean, std = config.preprocessing.mean, config.preprocessing.std
     return ServingModule().eval()
 
 

@@ -150,27 +150,26 @@ class Predictor:
 
         Asked for "auto", low precision must earn its place: it is kept only if it gives the golden answers.
         """
+        if runtime == "openvino" and precision == "auto":
+            if has_bf16():
+                low = OpenVinoRuntime(self.bundle, "bf16", threads)
+                if self._golden_error(low) <= LOW_PRECISION_TOLERANCE:
+                    return low
+            precision = "f32"
+        make = TorchRuntime if runtime == "torch" else OpenVinoRuntime
+        started = make(self.bundle, precision, threads)
         size = self.config.preprocessing.image_size
-        blank = np.zeros((1, size, size, 3), np.uint8)
-        if runtime == "torch":
-            started: Runtime = TorchRuntime(self.bundle, precision, threads)
-            started(blank, np.array([-1]))
-            return started
-        if precision == "auto":
-            precision = "bf16" if has_bf16() else "f32"
-            if precision == "bf16":
-                started = OpenVinoRuntime(self.bundle, precision, threads)
-                cases = self.bundle.golden()
-                pixels = np.stack([self.config.preprocessing(case.image)[0] for case in cases])
-                logits, _ = started(pixels, np.full(len(cases), -1))
-                probabilities = self.config.calibration.probabilities(logits, self.config.classes)
-                expected = [[case.probabilities[code] for code in CODES] for case in cases]
-                if np.abs(probabilities - expected).max() <= LOW_PRECISION_TOLERANCE:
-                    return started
-                precision = "f32"
-        started = OpenVinoRuntime(self.bundle, precision, threads)
-        started(blank, np.array([-1]))
+        started(np.zeros((1, size, size, 3), np.uint8), np.array([-1]))
         return started
+
+    def _golden_error(self, runtime: Runtime) -> float:
+        """How far the runtime moves a probability of a golden answer, at most."""
+        cases = self.bundle.golden()
+        pixels = np.stack([self.config.preprocessing(case.image)[0] for case in cases])
+        logits, _ = runtime(pixels, np.full(len(cases), -1))
+        probabilities = self.config.calibration.probabilities(logits, self.config.classes)
+        expected = [[case.probabilities[code] for code in CODES] for case in cases]
+        return float(np.abs(probabilities - expected).max())
 
     def predict(self, requests: Sequence[Request | bytes]) -> list[Prediction | ImageError]:
         """Answer a batch, in order; a refused request gets its ImageError and does not disturb the others."""

@@ -152,12 +152,14 @@ class Preprocessing:
         # reducing_gap shrinks by whole boxes first, down to three times the target: same look, much faster.
         return np.asarray(image.resize((self.image_size, self.image_size), filter_, reducing_gap=3.0))
 
-    def normalize(self, pixels: np.ndarray) -> np.ndarray:
-        """Turn uint8 (..., S, S, 3) into standardised float32 (..., 3, S, S), contiguous."""
-        # (x / 255 - mean) / std as one multiplication and one addition
-        scale = (1 / (255 * np.asarray(self.std))).astype(np.float32)
-        offset = (-np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
-        return np.ascontiguousarray(np.moveaxis(pixels * scale + offset, -1, -3), dtype=np.float32)
+    @property
+    def standardisation(self) -> tuple[list[float], list[float]]:
+        """Scale and offset per channel: (x / 255 - mean) / std of a uint8 x is x * scale + offset.
+
+        Applied where the pixels are needed as floats: in the serving graph, and on the training device.
+        """
+        scale = [1 / (255 * std) for std in self.std]
+        return scale, [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
 
     def __call__(self, data: bytes) -> tuple[np.ndarray, DecodedImage]:
         """Decode, resize: uint8 (S, S, 3) and the decoded picture. Raises ImageError."""

@@ -73,6 +73,7 @@ def _ask_bundle(folder: Path, tta: bool) -> Any:
 
 def _ask_server(url: str, version: str | None, tta: bool) -> Any:
     session = requests.Session()
+    session.trust_env = False  # a proxy must not stand between the command and its server
     address = f"{url.rstrip('/')}/predictions/skin_vit" + (f"/{version}" if version else "")
 
     def ask(data: bytes) -> dict[str, Any]:

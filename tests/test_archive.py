@@ -133,7 +133,7 @@ def test_what_a_killed_archiving_left_is_removed(tmp_path, bundle, built):
 import os, shutil
 from pathlib import Path
 from mlflow_tracking.promotion import archive
-archive.os.fsync = lambda _: os.kill(os.getpid(), 9)
+os.fsync = lambda _: os.kill(os.getpid(), 9)
 archive.build(Path({str(bundle.path)!r}), Path({str(built.path)!r}), version="9")
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9

@@ -20,6 +20,7 @@ SMALL = {"channel_multiplier": 0.5, "depth_multiplier": 0.3}
 CASES = {
     "vit": (ARCHITECTURE, OPTIONS, ClassTokenVitGradCam),
     "vit-conv-stem": (ARCHITECTURE, {**OPTIONS, "stem": "conv"}, ClassTokenVitGradCam),
+    "vit-resnet-stem": (ARCHITECTURE, {**OPTIONS, "stem": "resnet"}, ClassTokenVitGradCam),
     "vit-layer-scale": (ARCHITECTURE, {**OPTIONS, "init_values": 0.3}, ClassTokenVitGradCam),
     "vit-no-qkv-bias": (ARCHITECTURE, {**OPTIONS, "qkv_bias": False}, ClassTokenVitGradCam),
     "vit-registers": (ARCHITECTURE, {**OPTIONS, "reg_tokens": 2}, ClassTokenVitGradCam),
@@ -41,7 +42,7 @@ def case(request):
     architecture, options, kind = CASES[request.param]
     backbone = tiny_backbone(architecture=architecture, options=options)
     torch.manual_seed(1)
-    return backbone, kind, torch.randn(3, 3, 64, 64), torch.tensor([-1, 3, 5])
+    return backbone, kind, torch.randn(3, 3, 64, 64), torch.tensor([-1, 4, 0])
 
 
 def test_agrees_with_autograd(case):

@@ -11,7 +11,6 @@ so of a real model's answers: `SCREENSHOT_DIR=shots pytest tests/test_page_brows
 import csv
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,20 +23,13 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
+from tests.chromium import chromium
 from tests.fake_torchserve import CLASSES, FakeTorchServe, answer_for
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parent.parent
-CHROMIUM_ARGS = [
-    "--no-sandbox",
-    "--disable-dev-shm-usage",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 WINDOWS = {
     "wide": {"width": 1440, "height": 900},
     "middle": {"width": 1024, "height": 768},
@@ -102,12 +94,8 @@ def address(shared_server) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert chromium, "Chromium is needed: apt-get install chromium"
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGS)
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ The tests run in this order and share one stack (the fixture `stack`); the later
 import base64
 import json
 import os
-import shutil
 import socket
 import threading
 import time
@@ -23,20 +22,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from handlers.taxonomy import CODES
+from tests.chromium import chromium
 from tests.models import tiny_bundle
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
-CHROMIUM = [
-    "--no-sandbox",
-    "--disable-dev-shm-usage",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SWAP_SECONDS = 20  # from moved alias to served version, on a machine that has nothing else to do
 ROOT = Path(__file__).parent.parent
 
@@ -58,14 +50,11 @@ def versions(stack) -> list[str]:
 @pytest.fixture
 def page() -> Iterator[Page]:
     """A page in headless Chromium."""
-    with sync_playwright() as playwright:
-        program = shutil.which(os.environ.get("CHROMIUM") or "chromium")
-        browser = playwright.chromium.launch(executable_path=program, args=CHROMIUM)
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
         page.set_default_timeout(60_000)
         expect.set_options(timeout=60_000)
         yield page
-        browser.close()
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """Checkpoints: written whole or not at all, read without running any code in them."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+
+from handlers.files import atomic_file
 
 LAST, BEST = "last.pt", "best.pt"
 
@@ -17,15 +18,8 @@ class CheckpointError(RuntimeError):
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values) to `path`, atomically and durably."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        torch.save(state, file)
 
 
 def load(path: Path) -> dict[str, Any]:

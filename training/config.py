@@ -68,9 +68,10 @@ class TrainConfig(BaseModel):
     # model
     architecture: str = Field("vit_small_patch16_224", description="a timm model name")
     pretrained: bool = Field(False, description="start from the model hub's weights")
-    stem: Literal["patch", "conv"] = Field(
-        "patch", description="conv: convolutions in place of a ViT's patch projection"
+    stem: Literal["patch", "conv", "resnet"] = Field(
+        "patch", description="conv, resnet: convolutions in place of a ViT's patch projection"
     )
+    depth: int = Field(0, ge=0, description="blocks of a ViT; 0: the architecture's")
     drop_rate: Probability = Field(0.0, description="dropout before the head")
     drop_path_rate: Probability = Field(0.0, description="stochastic depth")
 
@@ -132,8 +133,8 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.stem == "conv" and self.pretrained:
-            raise ValueError("stem=conv has no pretrained weights: use stem=patch or pretrained=false")
+        if self.stem != "patch" and self.pretrained:
+            raise ValueError(f"stem={self.stem} has no pretrained weights: use stem=patch or pretrained=false")
         if 0 < self.cache_size < self.image_size:
             raise ValueError(f"cache_size={self.cache_size} is smaller than image_size={self.image_size}")
         return self
@@ -141,7 +142,7 @@ class TrainConfig(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of handlers.backbone.build_backbone that differ from timm's defaults."""
-        given = {"drop_rate": self.drop_rate, "drop_path_rate": self.drop_path_rate}
+        given = {"depth": self.depth, "drop_rate": self.drop_rate, "drop_path_rate": self.drop_path_rate}
         options: dict[str, Any] = {key: value for key, value in given.items() if value}
         return options | ({"stem": self.stem} if self.stem != "patch" else {})
 

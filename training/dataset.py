@@ -185,10 +185,9 @@ def batches(
 
 
 def standardise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Preprocessing.normalize on a tensor: uint8 (N, S, S, 3) to float32 (N, 3, S, S)."""
-    std = torch.tensor(preprocessing.std, device=pixels.device)
-    mean = torch.tensor(preprocessing.mean, device=pixels.device)
-    return (pixels * (1 / (255 * std)) - mean / std).permute(0, 3, 1, 2).contiguous()
+    """Pixels as a network takes them: uint8 (N, S, S, 3) to float32 (N, 3, S, S)."""
+    scale, offset = torch.tensor(preprocessing.standardisation, device=pixels.device)
+    return (pixels * scale + offset).permute(0, 3, 1, 2).contiguous()
 
 
 class Augment:
@@ -254,8 +253,8 @@ class Augment:
         # brightness * (contrast * x + (1 - contrast) * grey): the same for all three channels
         offset = (gain / contrast * (1 - contrast) * grey)[:, None].expand(n, 3)
 
-        std, mean = torch.tensor(self.preprocessing.std), torch.tensor(self.preprocessing.mean)
-        return matrix / (255 * std)[:, None], (offset / 255 - mean) / std
+        scale, shift = torch.tensor(self.preprocessing.standardisation)
+        return matrix * scale[:, None], offset * scale + shift
 
 
 LUMA = [0.299, 0.587, 0.114]  # ITU-R BT.601

@@ -4,10 +4,8 @@ It needs nothing but the output folder and the data, so it can be run again: res
 comes straight here.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from handlers.backbone import build_backbone
+from handlers.bundle import write_json
 from training.calibration import MIN_IMAGES, fit_calibration
 from training.checkpoints import BEST, LAST, load
 from training.config import TrainConfig
@@ -137,10 +136,3 @@ def finish(
     told = tracker.url and not tracker.failed
     source = f"--run-id {tracker.run_id}" if told else f"--bundle {bundle.path}"
     console.print(f"Bundle: {bundle.path}\nRegister it: python scripts/register_model.py {source}")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, atomically."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -10,9 +10,7 @@ its files with the time and works in one shared temporary folder; a test holds t
     model-config.yaml        workers, batching, precision
 """
 
-import hashlib
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -22,7 +20,8 @@ from pathlib import Path
 import yaml
 
 import handlers
-from mlflow_tracking.promotion.ledger import sync_folder
+from handlers.bundle import file_sha256
+from handlers.files import TEMPORARY, atomic_file
 from mlflow_tracking.settings import MODEL_NAME, ROOT
 
 HANDLERS = Path(handlers.__file__).parent
@@ -40,7 +39,6 @@ START_SETTINGS = (
     "maxRetryTimeoutInSec",
 )
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip can name
-_TEMPORARY = ".mar.tmp"
 
 
 @dataclass(frozen=True)
@@ -67,27 +65,15 @@ def build(
     """
     settings = read_settings(model_config)
     sources = dict(_sources(bundle, handlers_folder, model_config))
-    temporary = out.with_name(f".{out.stem}{_TEMPORARY}")
-    try:
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr(_entry("MAR-INF/MANIFEST.json"), _manifest(version))
-                for name in sorted(sources):
-                    # zip64 in the header depends on what zipfile believes the size may be: tell it.
-                    info = _entry(name)
-                    info.file_size = sources[name].stat().st_size
-                    with sources[name].open("rb") as source, archive.open(info, "w") as target:
-                        shutil.copyfileobj(source, target, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
-        with temporary.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        temporary.replace(out)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(out.parent)
-    return Archive(out, sha256, settings)
+    with atomic_file(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_entry("MAR-INF/MANIFEST.json"), _manifest(version))
+        for name in sorted(sources):
+            # zip64 in the header depends on what zipfile believes the size may be: tell it.
+            info = _entry(name)
+            info.file_size = sources[name].stat().st_size
+            with sources[name].open("rb") as source, archive.open(info, "w") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+    return Archive(out, file_sha256(out), settings)
 
 
 def extract_bundle(archive: Path, folder: Path) -> Path:
@@ -100,8 +86,8 @@ def extract_bundle(archive: Path, folder: Path) -> Path:
 
 
 def clean(store: Path) -> list[Path]:
-    """Remove what an archiving that was cut off has left. Only for the holder of the store's lock."""
-    left = [path for path in store.glob(f".*{_TEMPORARY}") if path.is_file()]
+    """Remove what writing that was cut off has left. Only for the holder of the store's lock."""
+    left = [path for path in store.glob(f".*{TEMPORARY}") if path.is_file()]
     for path in left:
         path.unlink(missing_ok=True)
     return left

@@ -7,8 +7,6 @@ file, fsync, rename; a reader sees the old one or the new one. Promoters take tu
 import fcntl
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from handlers.files import atomic_file
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.settings import MODEL_NAME
 
@@ -124,32 +123,8 @@ def set_aside(store: Path) -> None:
 
 def write(store: Path, ledger: Ledger) -> None:
     """Replace the store's ledger."""
-    write_atomically(store / LEDGER, ledger.to_json().encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash at any moment, finds the old content or the new."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with atomic_file(store / LEDGER) as file:
+        file.write(ledger.to_json().encode())
 
 
 @contextmanager
