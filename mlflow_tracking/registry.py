@@ -236,6 +236,9 @@ class Registry:
             sentence = str(error).splitlines()[0]
             if missing:
                 raise RegistryError(f"MLflow at {self.uri}: {sentence}") from error
+            if "error responses" in sentence:
+                told = f"MLflow at {self.uri} answers with errors; its log says why (is its store's disk full?)."
+                raise RegistryUnavailable(told) from error
             if "with exception" in sentence:  # of requests, which names classes and memory addresses
                 raise RegistryUnavailable(f"MLflow at {self.uri} does not answer.") from error
             raise RegistryUnavailable(f"MLflow at {self.uri} answers with an error: {sentence}") from error
