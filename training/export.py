@@ -34,7 +34,7 @@ from handlers.bundle import (
 from handlers.calibration import Calibration
 from handlers.graph import complete
 from handlers.predictor import Prediction, Predictor
-from handlers.preprocessing import Preprocessing
+from handlers.preprocessing import Preprocessing, fingerprint
 from training.receipt import RECEIPT, Receipt
 from training.synthetic import draw_lesion
 
@@ -116,7 +116,9 @@ def _write_golden(draft: Path, config: BundleConfig) -> None:
     for name, answer in zip(names, answers, strict=True):
         if not isinstance(answer, Prediction):
             raise answer
-        cases.append({"name": name, "probabilities": answer.probabilities, "grid": answer.grid})
+        pixels, _ = config.preprocessing((draft / name).read_bytes())
+        colours = fingerprint(pixels).round(2).tolist()
+        cases.append({"name": name, "probabilities": answer.probabilities, "grid": answer.grid, "colours": colours})
     write_json(draft / GOLDEN, cases)
     seal(draft, config)
 
