@@ -143,9 +143,9 @@ class Registry:
         with self._speaking():
             self.client.log_model_artifacts(model, str(folder), name)
 
-    def download_report(self, number: str, name: str, folder: Path) -> Path:
-        """Fetch what log_report kept. Raises RegistryError, RegistryUnavailable."""
-        return self._download(f"models:/{MODEL_NAME}/{number}/{name}", folder)
+    def download(self, number: str, path: str, folder: Path) -> Path:
+        """Fetch one of a version's files or folders into `folder`. Raises RegistryError, RegistryUnavailable."""
+        return self._download(f"models:/{MODEL_NAME}/{number}/{path}", folder)
 
     def run(self, run_id: str) -> "Run | None":
         """A training run, or None. Raises RegistryUnavailable."""
@@ -226,7 +226,7 @@ class Registry:
             RegistryError: the version has no bundle.
             RegistryUnavailable
         """
-        return self._download(f"models:/{MODEL_NAME}/{number}/artifacts/{BUNDLE_ARTIFACT}", folder)
+        return self.download(number, f"artifacts/{BUNDLE_ARTIFACT}", folder)
 
     def download_run_bundle(self, run_id: str, folder: Path) -> Path:
         """Fetch the bundle that a training run logged, unverified. Raises as download_bundle."""

@@ -96,8 +96,15 @@ def promote(
         if back:
             back.note(reconciler, reason)
         elif version:
+            registered = reconciler.registry.version(version)
             reconciler.audit.append(
-                "alias moved", by, alias=alias, version=version, forced=force or None, reason=reason or None
+                "alias moved",
+                by,
+                alias=alias,
+                version=version,
+                digest=registered.digest if registered else None,
+                forced=force or None,
+                reason=reason or None,
             )
         result = settle(reconciler)
     conclude(result)

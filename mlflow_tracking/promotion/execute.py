@@ -240,7 +240,7 @@ class Executor:
     def _judgement(self, release: Release) -> Judgement:
         """The verdicts on a release that is loaded: those that were kept, or new ones."""
         champion = _champion(self.observe(), release)
-        evaluation = self._evaluation_set()
+        evaluation = self.evaluation_set()
         question = self.judge.question(
             release.digest, evaluation.digest if evaluation else None, champion.digest if champion else None
         )
@@ -263,8 +263,13 @@ class Executor:
                 )
             )
 
-    def _evaluation_set(self) -> EvaluationSet | None:
-        """The frozen set that counts now, fetched once and verified; None if there is none."""
+    def evaluation_set(self) -> EvaluationSet | None:
+        """The frozen set that counts now, fetched once and verified; None if there is none.
+
+        Raises:
+            EvaluationSetError: it is not what was frozen.
+            RegistryError, RegistryUnavailable
+        """
         registered = self.registry.evaluation_set()
         if registered is None:
             return None

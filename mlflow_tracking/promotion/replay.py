@@ -1,12 +1,16 @@
 """Shadow replay: the same pictures answered by champion and challenger, and where the two part."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from handlers.taxonomy import CODES
-from mlflow_tracking.promotion.answers import Answers
+from mlflow_tracking.promotion.answers import AnswerBook, Answers, ask
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
+from mlflow_tracking.promotion.plan import Release
+from mlflow_tracking.promotion.torchserve_client import TorchServe
 from training import metrics
 
 EXAMPLES = 20  # flips named one by one
@@ -53,3 +57,23 @@ def compare(
         if labels is not None:
             table[who]["balanced_accuracy"] = metrics.balanced_accuracy(labels, answers.probabilities)
     return table
+
+
+def replay_set(
+    torchserve: TorchServe, book: AnswerBook, evaluation: EvaluationSet, champion: Release, challenger: Release
+) -> dict[str, Any]:
+    """Both versions on the frozen set; answers that are kept are not asked again. Raises as `ask`."""
+    return compare(
+        evaluation,
+        book.complete(torchserve, champion, evaluation),
+        book.complete(torchserve, challenger, evaluation),
+    )
+
+
+def replay_samples(
+    torchserve: TorchServe, files: Sequence[Path], champion: Release, challenger: Release
+) -> dict[str, Any]:
+    """Both versions on pictures whose truth is not known. Raises as `ask`, and OSError."""
+    images = [file.read_bytes() for file in files]
+    before, after = ask(torchserve, champion, images), ask(torchserve, challenger, images)
+    return compare(None, before, after, [file.name for file in files])

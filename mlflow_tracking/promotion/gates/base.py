@@ -46,10 +46,6 @@ class Verdict:
         """Whether the gate was evaluated and is content."""
         return self.outcome is Outcome.PASSED
 
-    def __str__(self) -> str:
-        open_ = f"{self.outcome}: " if self.outcome is Outcome.NOT_EVALUATED else ""
-        return f"{self.gate}: {open_}{self.reason}"
-
 
 @dataclass
 class Candidate:

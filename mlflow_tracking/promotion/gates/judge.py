@@ -98,7 +98,12 @@ class Judgement:
     def reason(self) -> str:
         """Why it was refused, or what was left open, in a sentence without its stop."""
         told = self.blocking or tuple(one for one in self.verdicts if one.outcome is Outcome.NOT_EVALUATED)
-        return "; ".join(str(verdict) for verdict in told)
+        # Several gates lack the same thing.
+        gates: dict[str, list[str]] = {}
+        for verdict in told:
+            open_ = verdict.outcome is Outcome.NOT_EVALUATED
+            gates.setdefault(f"{'not evaluated: ' if open_ else ''}{verdict.reason}", []).append(verdict.gate)
+        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in gates.items())
 
     @property
     def id(self) -> str:

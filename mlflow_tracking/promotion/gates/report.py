@@ -24,6 +24,16 @@ def write_report(folder: Path, judgement: Judgement) -> None:
     (folder / "report.html").write_text(html(judgement), encoding="utf-8")
 
 
+def write_replay(folder: Path, champion: str, challenger: str, tables: dict[str, dict[str, Any]]) -> None:
+    """Write the report of a replay: `tables` of promotion.replay.compare by the pictures' name."""
+    values = {"champion_version": champion, "version": challenger, "tables": tables}
+    (folder / "report.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    title = f"{MODEL_NAME}: version {challenger} against version {champion}"
+    parts = (f"<h2>{escape(name)}</h2>{_comparison(table)}" for name, table in tables.items())
+    page = f"{_head(title)}<h1>{escape(title)}</h1>{''.join(parts)}</html>\n"
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
 def tags(judgement: Judgement) -> dict[str, str]:
     """The same for the version's tags: the outcome, and each verdict in a sentence."""
     told = {
@@ -57,31 +67,38 @@ def html(judgement: Judgement) -> str:
             ("champion", question.champion),
         )
     )
+    against = judgement.comparison
+    compared = (
+        f"<h2>Against version {escape(against['champion_version'])}</h2>{_comparison(against)}" if against else ""
+    )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-        f'<h1>{MODEL_NAME} version {escape(judgement.version)}: <span class="{judgement.word}">{judgement.word}</span>'
-        f"</h1>{overruled}<p>Judged {escape(judgement.at)}, in {judgement.seconds:g} s. Research use only.</p>"
+        f'{_head(title)}<h1>{MODEL_NAME} version {escape(judgement.version)}: <span class="{judgement.word}">'
+        f"{judgement.word}</span></h1>{overruled}<p>Judged {escape(judgement.at)}, in {judgement.seconds:g} s.</p>"
         f"<table><tr><th>gate</th><th>verdict</th><th>reason</th><th>figures</th></tr>{rows}</table>"
-        f"{comparison_html(judgement.comparison)}<h2>What was asked</h2><table>{asked}</table></html>\n"
+        f"{compared}<h2>What was asked</h2><table>{asked}</table></html>\n"
     )
 
 
-def comparison_html(table: dict[str, Any] | None) -> str:
-    """The part on what would change against the champion; empty without one."""
-    if not table:
-        return ""
+def _head(title: str) -> str:
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+        "<p>Research use only.</p>"
+    )
+
+
+def _comparison(table: dict[str, Any]) -> str:
     champion, challenger = table["champion"], table["challenger"]
     flips = "".join(
         f"<tr><td><code>{escape(str(flip['image']))}</code></td><td>{flip['champion']}</td><td>{flip['challenger']}</td>"
         f"<td>{flip.get('truth', '')}</td></tr>"
         for flip in table["flips"]
     )
+    named = f"<table><tr><th>picture</th><th>champion</th><th>this version</th><th>truth</th></tr>{flips}</table>"
     return (
-        f"<h2>Against version {escape(table['champion_version'])}, on {table['images']} pictures</h2>"
-        f"<p>{table['agreement']:.1%} of the answers agree; {table['into_malignant']} turn malignant, "
-        f"{table['out_of_malignant']} turn benign. 95 % of the answers took {champion['p95_milliseconds']:.0f} ms or "
-        f"less then and take {challenger['p95_milliseconds']:.0f} ms now, each asked while the other rested.</p>"
-        f"<table><tr><th>picture</th><th>champion</th><th>this version</th><th>truth</th></tr>{flips}</table>"
+        f"<p>{table['agreement']:.1%} of the answers to {table['images']} pictures agree; {table['into_malignant']} "
+        f"turn malignant, {table['out_of_malignant']} turn benign. Of the champion's answers 95 % took "
+        f"{champion['p95_milliseconds']:.0f} ms or less, of this version's "
+        f"{challenger['p95_milliseconds']:.0f} ms, each asked by itself.</p>{named if flips else ''}"
     )
 
 
