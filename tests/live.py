@@ -78,6 +78,7 @@ def torchserve_server(folder: Path, store: Path, root: Path = ROOT, **env: str) 
         "TORCHSERVE_METRICS_PORT": str(metrics),
         "TORCHSERVE_RUN_DIR": str(folder / "run"),
         "OMP_NUM_THREADS": "1",
+        "PROMOTER_GATES": "tests/gates.yaml",
     }
     script = root / "torchserve" / "start_torchserve.sh"
     return Server(script, env, folder / "torchserve.log", f"http://127.0.0.1:{port}/ping")

@@ -62,7 +62,7 @@ class Promotion:
 
     def reconciler(self, registry_uri: str | None = None) -> Reconciler:
         """A new promoter, without any memory."""
-        names = ("MODEL_STORE", "STACK_STATE", "TORCHSERVE_RUN_DIR")
+        names = ("MODEL_STORE", "STACK_STATE", "TORCHSERVE_RUN_DIR", "PROMOTER_GATES")
         settings = Settings(
             mlflow_tracking_uri=registry_uri or self.registry.uri,
             torchserve_url=self.url,
