@@ -3,26 +3,33 @@
 - killed at any call to a server and started again, a promoter finishes; what served before serves until then;
 - a failure is tried again at once, then ever more rarely; another alias counts at once;
 - a server that is away is nobody's fault, and what could not be told to the registry is told later;
-- what a gate refuses never answers, not even when it is the first.
+- what a gate refuses never answers, not even when it is the first; asked for again, by whichever promoter, it costs
+  nothing, until a person overrules the gates, which every promoter keeps to;
+- a check that nobody wants any more stops;
+- the audit log tells every step, and every move of an alias that was seen, once;
+- what a person rolled back from is no last good version; archives that nobody needs go, the youngest last.
 """
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from handlers.bundle import GOLDEN, WEIGHTS, Bundle, BundleConfig, seal
 from handlers.calibration import Calibration
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES
-from mlflow_tracking.promotion import execute, ledger, reconcile
+from mlflow_tracking.promotion import archive, execute, ledger, reconcile
 from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.audit import Head
 from mlflow_tracking.promotion.execute import Executor
 from mlflow_tracking.promotion.gates.base import Candidate
-from mlflow_tracking.promotion.gates.identity import GoldenParity
+from mlflow_tracking.promotion.gates.identity import DigestAndSignature, GoldenParity
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.reconcile import Event, Reconciler
 from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServeError, TorchServeUnavailable
@@ -392,3 +399,197 @@ def test_a_registry_that_counts_from_one_again(world):
     assert world.torchserve.loaded["1"] == Release("1", world.registry.tags["3"]["digest"]).archive
     assert old != world.registry.tags["1"]["digest"]
     assert world.status("1") == "serving", "the old model's retirement is not told of the new one"
+
+
+def refuse_second(world: World) -> Reconciler:
+    """Version 1 serves, version 2 was refused by its golden answers; another promoter than the one that did it."""
+    world.serve("1")
+    world.torchserve.shift = {"2": 0.5}
+    world.registry.aliases["champion"] = "2"
+    world.promoter().reconcile()
+    world.events.clear()
+    return world.promoter()
+
+
+def test_what_was_refused_costs_another_promoter_nothing(world):
+    promoter = refuse_second(world)
+    assert world.registry.tags["2"]["gates.outcome"] == "refused"
+    assert world.registry.tags["2"]["gates.golden_parity"].startswith("failed: golden/MEL.jpg")
+    assert world.registry.reports == [("1", {"report.json", "report.html"}), ("2", {"report.json", "report.html"})]
+    (world.torchserve.store / Release("2", world.registry.tags["2"]["digest"]).archive).unlink()
+    result = promoter.reconcile()
+    assert world.events == [], "nothing was fetched or loaded"
+    assert "golden parity: golden/MEL.jpg" in result.errors[0]
+    assert promoter.setbacks[result.desired.champion].final
+    assert len(world.registry.reports) == 2, "and the report is not written again"
+
+
+def test_a_challenger_is_not_refused_for_a_champion_it_was_not_compared_with(world):
+    world.serve("1")
+    world.registry.aliases["challenger"] = "2"
+    world.promoter().reconcile()
+    assert world.status("2") == "challenger"
+    world.events.clear()
+    world.registry.aliases = {"champion": "2"}
+    world.promoter().reconcile()
+    assert world.events == ["check version 2 done", "serve version 2 done"]
+
+
+def test_a_challenger_that_fails_as_champion_is_taken_out(world):
+    world.serve("1")
+    world.registry.aliases["challenger"] = "2"
+    world.promoter().reconcile()
+    world.torchserve.shift = {"2": 0.5}
+    world.promoter().executor.judge.forget(world.registry.tags["2"]["digest"])
+    world.registry.aliases["champion"] = "2"
+    result = world.promoter().reconcile()
+    assert "golden parity" in result.errors[0]
+    assert set(world.torchserve.loaded) == {"1"}
+    assert {release.version for release in result.actual.approved} == {"1"}
+
+
+def test_a_person_may_overrule_the_gates_and_every_promoter_keeps_to_it(world):
+    service = refuse_second(world)
+    service.reconcile()  # it knows the refusal
+    hand = world.promoter()
+    hand.executor.overruled["2"] = {"by": "ann@lab", "reason": "agreed"}
+    assert hand.reconcile().errors == ()
+    assert world.torchserve.default_version == "2"
+    assert service.reconcile().settled
+    assert world.torchserve.default_version == "2"
+    row = hand.audit.newest("check", version="2")
+    assert row["remark"].startswith("overruled by ann@lab (agreed): golden parity")
+    hand.reconcile()
+    assert world.registry.tags["2"]["gates.outcome"] == "forced"
+    assert world.registry.tags["2"]["gates.forced"] == "ann@lab: agreed"
+
+    for version in "3", "2":
+        world.registry.aliases["champion"] = version
+        world.promoter().reconcile()
+    assert world.torchserve.default_version == "2", "going back to it needs no other word"
+
+
+def test_nobody_overrules_what_is_not_what_was_registered(world):
+    world.serve("1")
+    promoter = world.promoter()
+    promoter.executor.judge.gates = (DigestAndSignature(),)
+    promoter.executor.overruled["2"] = {"by": "ann@lab", "reason": "agreed"}
+    world.registry.aliases["champion"] = "2"
+    assert "has no signature" in promoter.reconcile().errors[0]
+    assert world.torchserve.default_version == "1"
+
+
+def test_a_version_that_is_not_asked_for_any_more_is_not_checked_to_the_end(world):
+    world.serve("1")
+    world.registry.aliases["champion"] = "2"
+    promoter = world.promoter()
+
+    class Slow(Golden):
+        def evaluate(self, candidate):
+            candidate.progress("half way")
+            world.registry.aliases["champion"] = "1"
+            promoter._looked = 0.0
+            candidate.progress("nearly")
+            pytest.fail("it went on")
+
+    promoter.executor.judge.gates = (Slow(),)
+    result = promoter.reconcile()
+    assert result.waiting
+    assert result.errors == ("Version 2 is not asked for any more; its check was stopped.",)
+    assert world.status("2") is None, "nobody is at fault"
+    promoter.reconcile()
+    assert set(world.torchserve.loaded) == {"1"}
+    assert promoter.reconcile().settled
+
+
+def test_with_mlflow_away_a_check_goes_on(world):
+    world.serve("1")
+    world.registry.aliases["champion"] = "2"
+    promoter = world.promoter()
+
+    class Gone(Golden):
+        def evaluate(self, candidate):
+            world.registry.up = False
+            promoter._looked = 0.0
+            candidate.progress("half way")
+            return super().evaluate(candidate)
+
+    promoter.executor.judge.gates = (Gone(),)
+    promoter.reconcile()
+    assert world.torchserve.default_version == "2"
+
+
+def test_rolled_back_from_is_nobodys_last_good_version(world):
+    for version in "12":
+        world.serve(version)
+    promoter = world.promoter()
+    promoter.executor.withdraw(Release("2", world.registry.tags["2"]["digest"]))
+    world.registry.aliases["champion"] = "1"
+    promoter.reconcile()
+    assert world.events == ["serve version 1 done", "retire version 2 done"]
+    assert world.status("2") == "rolled back"
+    book = ledger.read(world.torchserve.store)
+    assert (book.release(book.default).version, book.last_good) == ("1", None)
+    world.serve("3")
+    world.serve("2")
+    book = ledger.read(world.torchserve.store)
+    assert book.withdrawn == (), "promoted again, it is as good as any"
+    assert book.release(book.last_good).version == "3"
+
+
+def test_the_audit_log_tells_when_an_alias_moved(world):
+    for version in "12":
+        world.serve(version)
+    del world.registry.aliases["champion"]
+    promoter = world.promoter()
+    promoter.reconcile()
+    promoter.reconcile()
+    seen = [(row["previous"], row["version"]) for row in promoter.audit.rows() if row["event"] == "alias seen"]
+    assert seen == [("", "1"), ("1", "2"), ("2", "")], "each move once"
+    serve = promoter.audit.newest("serve")
+    assert (serve["version"], serve["previous"], serve["by"]) == ("2", "1", "promoter")
+    assert world.registry.notes["audit.head"] == str(promoter.audit.head())
+
+
+def test_a_failure_is_written_down_once(world, clock):
+    world.serve("1")
+    world.torchserve.broken = {"2"}
+    world.registry.aliases["champion"] = "2"
+    promoter = world.promoter()
+    for _ in range(50):
+        promoter.reconcile()
+        clock[0] += 2
+    assert [row["event"] for row in promoter.audit.rows()].count("load failed") == 1
+
+
+def test_archives_that_nobody_needs_are_pruned_but_for_the_youngest(world):
+    for number in range(4, 9):
+        world.add(str(number))
+    world.registry.aliases["challenger"] = "3"
+    for version in "12345678":
+        world.serve(version)
+    stored = {path.name.split("-")[1] for path in world.torchserve.store.glob("*.mar")}
+    assert stored == {"8", "7", "3"} | {"4", "5", "6"}, "champion, last good, challenger, and three more"
+    assert {entry.version for entry in ledger.read(world.torchserve.store).archives.values()} == stored
+    assert [row["archive"].split("-")[1] for row in world.promoter().audit.rows() if row["event"] == "prune"] == [
+        "1",
+        "2",
+    ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_pruning_takes_nothing_that_is_needed(tmp_path_factory, data):
+    names = [f"skin_vit-{number}-{'0123456789ab'}.mar" for number in range(8)]
+    foreign = ["skin_vit-x.mar", "other.mar", "skin_vit-1-0123456789ab.mar.tmp"]
+    needed = data.draw(st.sets(st.sampled_from(names)))
+    keep = data.draw(st.integers(0, 4))
+    store = tmp_path_factory.mktemp("store")
+    for age, name in enumerate(data.draw(st.permutations(names + foreign))):
+        (store / name).touch()
+        os.utime(store / name, (age, age))
+    gone = archive.surplus(store, needed, keep)
+    assert not {path.name for path in gone} & (needed | set(foreign))
+    kept = [path for path in store.iterdir() if path.name in set(names) - needed and path not in gone]
+    assert len(kept) == min(keep, len(set(names) - needed))
+    assert all(old.stat().st_mtime < young.stat().st_mtime for old in gone for young in kept), "the youngest stay"
