@@ -62,6 +62,12 @@ class Server:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def stop_group(self) -> None:
+        """End what a killed server has left behind, and wait for it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End the server as its supervisor would, then whatever it left behind."""
         self.process.send_signal(number)
@@ -71,6 +77,16 @@ class Server:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(5)
+
+
+def mlflow_server(folder: Path) -> Server:
+    """MLflow as it starts by itself, on a free port, with all it keeps in `folder`."""
+    [port] = free_ports(1)
+    # Empty: whatever the caller's environment has, this server keeps to its folder.
+    own = ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION", "MLFLOW_SERVER_ALLOWED_HOSTS")
+    env = {"STACK_STATE": str(folder), "MLFLOW_PORT": str(port), **dict.fromkeys(own, "")}
+    script = ROOT / "mlflow_tracking" / "mlflow_server.sh"
+    return Server(script, env, folder / "mlflow.log", f"http://127.0.0.1:{port}/health")
 
 
 def torchserve_server(folder: Path, store: Path, root: Path = ROOT, **env: str) -> Server:
