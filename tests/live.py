@@ -160,13 +160,14 @@ class Promotion:
     def env(self) -> dict[str, str]:
         return {**self.server.env, "MLFLOW_TRACKING_URI": self.registry.uri, "TORCHSERVE_URL": self.url}
 
-    def reconciler(self, registry_uri: str | None = None) -> Reconciler:
-        """A new promoter, without any memory."""
+    def reconciler(self, registry_uri: str | None = None, **options: Any) -> Reconciler:
+        """A new promoter, without any memory; `options` are settings."""
         names = ("MODEL_STORE", "STACK_STATE", "TORCHSERVE_RUN_DIR", "PROMOTER_GATES")
         settings = Settings(
             mlflow_tracking_uri=registry_uri or self.registry.uri,
             torchserve_url=self.url,
             **{name.lower(): self.server.env[name] for name in names},
+            **options,
         )
         self.promoters.append(Reconciler.create(settings))
         return self.promoters[-1]

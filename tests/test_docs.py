@@ -23,6 +23,7 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MUL
 MADE = ("data/", "runs/", "model_store/skin_vit-", ".stack", ".venv")
 # Read here, but set by the system, by a tool for its children, or by the tests for themselves.
 NOT_OURS = {"CI", "HOME", "NO_PROXY", "no_proxy", "PATH", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV", "BASH_SOURCE"}
+NOT_OURS |= {"SHADOW_FILE", "SHADOW_URL"}  # by start_torchserve.sh for its workers
 
 
 def named(paths: list[Path]) -> list:

@@ -1,5 +1,6 @@
 """One pass: see what is wanted and what is there, plan, do the steps, remember what was refused, tell the registry."""
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -7,15 +8,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from handlers.files import atomic_file
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.promotion.execute import DIGEST, Executor, NotYet, Refused, StepFailed
 from mlflow_tracking.promotion.gates import report
 from mlflow_tracking.promotion.gates.judge import load_gates
-from mlflow_tracking.promotion.plan import Action, Actual, Desired, Release, Step, plan
+from mlflow_tracking.promotion.plan import Action, Actual, Desired, Loaded, Release, Step, plan
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings
@@ -23,6 +25,7 @@ from mlflow_tracking.settings import Settings
 ALIASES = ("champion", "challenger")
 # A failure is tried again at the next pass, then after 4, 8, 16 ... seconds up to this.
 LONGEST_WAIT = 300.0
+SHADOW = "shadow.json"
 HEAD_NOTE = "audit.head"  # the model's tag that holds the newest line of the audit log
 
 
@@ -152,6 +155,8 @@ class Reconciler:
         if actual is not None and desired.known:
             for name in self.executor.prune(actual, asked, self.settings.promoter_keep_archives):
                 self.audit.append("prune", self.by, archive=name)
+        if actual is not None and desired.known:
+            self._share(desired, actual)
         registry_up = desired.known and self._tell_registry(aliases, actual, errors)
         for release in asked:
             if release in self.setbacks and self.setbacks[release].reason not in errors:
@@ -196,6 +201,20 @@ class Reconciler:
         # Another promoter has brought it through since, perhaps by a person's word.
         for release in [one for one, back in self.setbacks.items() if one in actual.approved and not back.approved]:
             del self.setbacks[release]
+
+    def _share(self, desired: Desired, actual: Actual) -> None:
+        """Tell the champion's worker whether a share of its requests goes on to the challenger (handlers/shadow.py)."""
+        challenger, share = desired.wanted(desired.challenger), self.settings.promoter_shadow_share
+        path = self.settings.store / SHADOW
+        both = [one for one in (actual.serving, challenger) if one and Loaded(one, True) in actual.loaded.values()]
+        if not share or len(both) < 2 or challenger not in actual.approved or challenger == actual.serving:
+            path.unlink(missing_ok=True)
+            return
+        told = {"champion": both[0].version, "challenger": both[1].version, "share": share}
+        text = json.dumps(told).encode() + b"\n"
+        if not path.exists() or path.read_bytes() != text:
+            with atomic_file(path) as file:
+                file.write(text)
 
     def _recall(self, desired: Desired, actual: Actual) -> None:
         """Refuse at once what was refused before, by whichever promoter, with nothing fetched or loaded."""
@@ -350,37 +369,3 @@ def _status(word: str, reason: str = "") -> dict[str, str]:
 
 class _Stopped(RuntimeError):
     """A step did not succeed, and those after it have to wait; a sentence."""
-
-
-def status(result: Pass, setbacks: Mapping[Release, Setback]) -> dict[str, Any]:
-    """A pass in plain values, for /status and `promote.py --status`."""
-
-    def one(release: Release | None) -> dict[str, Any] | None:
-        return {"version": release.version, "digest": release.digest} if release else None
-
-    now, actual = time.monotonic(), result.actual
-    loaded = [{**(one(held.release) or {}), "ready": held.ready} for held in (actual.loaded if actual else {}).values()]
-    return {
-        "desired": {"champion": one(result.desired.champion), "challenger": one(result.desired.challenger)},
-        "actual": None
-        if actual is None
-        else {
-            "default": actual.default,
-            "serving": one(actual.serving),
-            "last_good": one(actual.last_good),
-            "loaded": loaded,
-        },
-        "settled": result.settled,
-        "registry_up": result.registry_up,
-        "torchserve_up": result.torchserve_up,
-        "errors": list(result.errors),
-        "refused": [
-            {
-                **(one(release) or {}),
-                "reason": setback.reason,
-                "final": setback.final,
-                "retry_in_seconds": None if setback.final else max(0, round(setback.retry_at - now)),
-            }
-            for release, setback in setbacks.items()
-        ],
-    }

@@ -22,7 +22,8 @@ from pydantic import ValidationError
 
 from mlflow_tracking.promotion.gates.judge import GateSettingsError
 from mlflow_tracking.promotion.ledger import StoreBusy
-from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler, status
+from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
+from mlflow_tracking.promotion.status import status
 from mlflow_tracking.settings import Settings
 
 log = logging.getLogger("promoter")
