@@ -50,7 +50,7 @@ class Shadow:
     def __init__(self, file: Path, url: str, version: str) -> None:
         self.file, self.url, self.version = file, url, version
         self._waiting: queue.Queue[Offer] = queue.Queue(maxsize=1)
-        self._worked = time.monotonic()
+        self._busy, self._worked = False, time.monotonic()
         self._mark: int | None = None
         self._settings: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
@@ -61,13 +61,12 @@ class Shadow:
         file, url = os.environ.get("SHADOW_FILE"), os.environ.get("SHADOW_URL")
         return cls(Path(file), f"{url}/predictions/{model}", version) if file and url else None
 
-    def working(self) -> None:
-        """The champion has something to do now."""
-        self._worked = time.monotonic()
+    def working(self, busy: bool) -> None:
+        """The champion begins a batch, or has answered it."""
+        self._busy, self._worked = busy, time.monotonic()
 
     def offer(self, offer: Offer) -> bool:
         """Have the picture sent on, perhaps; never waits. Whether it was taken."""
-        self.working()
         settings = self._read()
         if settings.get("champion") != self.version or random.random() >= settings.get("share", 0.0):
             return False
@@ -99,10 +98,10 @@ class Shadow:
     def _quiet(self) -> bool:
         """Wait until the champion rests; False when it does not for PATIENCE seconds."""
         end = time.monotonic() + PATIENCE
-        while (left := self._worked + QUIET - time.monotonic()) > 0:
+        while self._busy or time.monotonic() < self._worked + QUIET:
             if time.monotonic() > end:
                 return False
-            time.sleep(left)
+            time.sleep(QUIET / 5)
         return True
 
     def _compare(self, offer: Offer, challenger: str) -> None:

@@ -46,9 +46,15 @@ class SkinLesionHandler:
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer each request of the batch by itself; one bad request disturbs no other, and nothing escapes."""
-        assert self.predictor is not None, "TorchServe calls initialize first"
         if self.shadow:
-            self.shadow.working()
+            self.shadow.working(True)
+        responses = self._answer(data, context)
+        if self.shadow:
+            self.shadow.working(False)
+        return responses
+
+    def _answer(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
+        assert self.predictor is not None, "TorchServe calls initialize first"
         answers: list[Any] = []
         for index, row in enumerate(data):
             try:

@@ -235,6 +235,6 @@ if __name__ == "__main__":
     except RegistryUnavailable as error:
         errors.print(f"[red]{escape(str(error))}[/]\nIs it running? `make up`, or mlflow_tracking/mlflow_server.sh.")
         sys.exit(3)
-    except (RegistryError, StoreBusy, LedgerError, GateSettingsError) as error:
+    except (RegistryError, StoreBusy, LedgerError, GateSettingsError, OSError) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(1)

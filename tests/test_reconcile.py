@@ -26,7 +26,7 @@ from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking.promotion import archive, execute, ledger, reconcile
 from mlflow_tracking.promotion.answers import AnswerBook
-from mlflow_tracking.promotion.audit import Head
+from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.execute import Executor
 from mlflow_tracking.promotion.gates.base import Candidate
 from mlflow_tracking.promotion.gates.identity import DigestAndSignature, GoldenParity
@@ -593,3 +593,20 @@ def test_pruning_takes_nothing_that_is_needed(tmp_path_factory, data):
     kept = [path for path in store.iterdir() if path.name in set(names) - needed and path not in gone]
     assert len(kept) == min(keep, len(set(names) - needed))
     assert all(old.stat().st_mtime < young.stat().st_mtime for old in gone for young in kept), "the youngest stay"
+
+
+def test_a_store_that_cannot_be_written_is_told_and_nothing_is_taken_away(world, monkeypatch):
+    world.serve("1")
+    world.registry.aliases["champion"] = "2"
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AuditLog, "append", full)
+        result = world.promoter().reconcile()
+    assert "cannot be kept" in result.errors[0]
+    assert "No space left on device" in result.errors[0]
+    assert world.torchserve.default_version == "1"
+    world.promoter().reconcile()
+    assert world.torchserve.default_version == "2"

@@ -139,10 +139,13 @@ def test_the_champion_comes_first(make, challenger, monkeypatch):
     own = make()
     monkeypatch.setattr(shadow, "QUIET", 1.0)  # long enough for a machine that is busy with something else
     monkeypatch.setattr(shadow, "PATIENCE", 0.5)
+    own.working(True)
+    own.offer(OFFER)
+    time.sleep(1.2)  # one long batch
     own.offer(OFFER)
     end = time.monotonic() + 2
-    while time.monotonic() < end:
-        own.working()
+    while time.monotonic() < end:  # many short ones
+        own.working(False)
         time.sleep(0.01)
     time.sleep(1.2)
     assert challenger.asked == [], "it never rested, and the picture was given up"

@@ -119,6 +119,13 @@ class Reconciler:
 
     def reconcile_locked(self) -> Pass:
         """One pass; the caller holds the store's lock. What goes wrong is in the result's errors."""
+        try:
+            return self._pass()
+        except OSError as error:  # a full disk, or a folder that is not ours
+            sentence = f"The model store {self.settings.store} cannot be kept: {error}."
+            return Pass(Desired(known=False), None, errors=(sentence,))
+
+    def _pass(self) -> Pass:
         archives.clean(self.settings.store)
         errors: list[str] = []
         done: list[Step] = []

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -82,8 +84,9 @@ class GoldenParity(Gate):
         reason = f"probabilities differ by at most {worst:.1e} in {precision} over REST"
         if not self.checkpoint:
             return self.holds(True, reason, **figures)
-        candidate.progress("checkpoint and graph answer the golden pictures")
-        local = run_locally(candidate.bundle)
+        local = run_locally(
+            candidate.bundle, lambda: candidate.progress("checkpoint and graph answer the golden pictures")
+        )
         if local is None:
             return self.skips(f"{reason}; torch is not installed here to run the checkpoint", **figures)
         for runtime, found in local.items():
@@ -137,19 +140,33 @@ class LeakageReceipt(SetGate):
         return self.holds(not found.found, str(found).rstrip("."), **figures)
 
 
-def run_locally(bundle: Bundle) -> dict[str, float] | None:
+def run_locally(bundle: Bundle, each: Callable[[], None] = lambda: None) -> dict[str, float] | None:
     """How far checkpoint and graph, in f32, are from the golden answers; None where torch is not installed.
 
-    In a process of its own: torch would stay in the promoter's memory, and takes seconds that nobody can cut short.
+    In a process of its own: torch would stay in the promoter's memory, and takes seconds in which `each`, called a few
+    times a second, may raise to stop. OSError when it fails.
     """
     command = [sys.executable, "-m", __name__, str(bundle.path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    if done.returncode == 3:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + SECONDS
+        try:
+            while True:
+                try:
+                    out, said = process.communicate(timeout=0.25)
+                    break
+                except subprocess.TimeoutExpired:
+                    each()
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"the golden answers were not computed within {SECONDS:g} s") from None
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode == 3:
         return None
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+    if process.returncode:
+        last = said.strip().splitlines()[-1:] or ["it said nothing"]
         raise OSError(f"the golden answers could not be computed here: {last[0]}")
-    found: dict[str, float] = json.loads(done.stdout)
+    found: dict[str, float] = json.loads(out)
     return found
 
 
