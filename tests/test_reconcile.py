@@ -276,6 +276,7 @@ def test_killed_at_any_call_it_finishes_when_started_again(tmp_path, after):
         assert world.status("3") == "serving"
         assert promoter.audit.verify(Head.parse(world.registry.notes["audit.head"])) == []
         assert promoter.audit.newest("alias seen")["version"] == "3"
+        assert promoter.audit.newest("serve")["version"] == "3"
         assert not [path for path in world.torchserve.store.iterdir() if "tmp" in path.name]
     assert number > 15, "there were calls to be killed at"
 
@@ -422,6 +423,29 @@ def test_what_was_refused_costs_another_promoter_nothing(world):
     assert "golden parity: golden/MEL.jpg" in result.errors[0]
     assert promoter.setbacks[result.desired.champion].final
     assert len(world.registry.reports) == 2, "and the report is not written again"
+
+
+def test_a_promoter_that_died_before_it_took_a_refused_version_out(world):
+    world.serve("1")
+    world.torchserve.shift = {"2": 0.5}
+    world.registry.aliases["champion"] = "2"
+
+    def dies(version):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.torchserve, "unregister", dies)
+        with pytest.raises(Killed):
+            world.promoter().reconcile()
+    assert set(world.torchserve.loaded) == {"1", "2"}
+    promoter = world.promoter()
+    promoter.reconcile()
+    assert set(world.torchserve.loaded) == {"1"}
+    assert world.status("2") == "refused"
+    assert "golden parity" in world.registry.tags["2"]["serving.reason"], "the reason stays"
+    world.events.clear()
+    assert "golden parity" in promoter.reconcile().errors[0]
+    assert world.events == []
 
 
 def test_a_challenger_is_not_refused_for_a_champion_it_was_not_compared_with(world):
@@ -610,3 +634,25 @@ def test_a_store_that_cannot_be_written_is_told_and_nothing_is_taken_away(world,
     assert world.torchserve.default_version == "1"
     world.promoter().reconcile()
     assert world.torchserve.default_version == "2"
+
+
+def test_what_a_promoter_died_before_writing_down_is_written_by_the_next(world, monkeypatch):
+    world.serve("1")
+    world.registry.aliases["champion"] = "2"
+    append = AuditLog.append
+
+    def dies(self, event, by, **fields):
+        if event == "serve":
+            raise Killed
+        append(self, event, by, **fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AuditLog, "append", dies)
+        with pytest.raises(Killed):
+            world.promoter().reconcile()
+    assert world.torchserve.default_version == "2"
+    promoter = world.promoter()
+    for _ in range(2):
+        promoter.reconcile()
+    rows = [row for row in promoter.audit.rows() if row["event"] == "serve" and row["version"] == "2"]
+    assert [row["remark"] for row in rows] == ["noticed afterwards: a promoter has died"], "once"

@@ -121,6 +121,8 @@ class Reconciler:
         """One pass; the caller holds the store's lock. What goes wrong is in the result's errors."""
         try:
             return self._pass()
+        except ConnectionError:
+            raise
         except OSError as error:  # a full disk, or a folder that is not ours
             sentence = f"The model store {self.settings.store} cannot be kept: {error}."
             return Pass(Desired(known=False), None, errors=(sentence,))
@@ -142,6 +144,7 @@ class Reconciler:
             self._record_aliases(aliases)
         actual = self._observe(asked, errors)
         if actual is not None:
+            self._record_serving(actual)
             self._forget(desired, actual)
             self._recall(desired, actual)
             desired = replace(desired, blocked=self._blocked())
@@ -151,7 +154,8 @@ class Reconciler:
                     self._do(step)
                     done.append(step)
                 for step in steps:
-                    self.setbacks.pop(step.release, None)
+                    if step.action is not Action.RETIRE:
+                        self.setbacks.pop(step.release, None)
             except NotYet as error:
                 errors.append(str(error))
                 waiting = True
@@ -162,7 +166,6 @@ class Reconciler:
         if actual is not None and desired.known:
             for name in self.executor.prune(actual, asked, self.settings.promoter_keep_archives):
                 self.audit.append("prune", self.by, archive=name)
-        if actual is not None and desired.known:
             self._share(desired, actual)
         registry_up = desired.known and self._tell_registry(aliases, actual, errors)
         for release in asked:
@@ -252,6 +255,13 @@ class Reconciler:
                     previous_digest=last.get("digest", ""),
                 )
 
+    def _record_serving(self, actual: Actual) -> None:
+        """Write down what serves if a promoter died between having it serve and writing so."""
+        last = self.audit.newest("serve") or {}
+        if (now := actual.serving) and last.get("digest") != now.digest:
+            remark = "noticed afterwards: a promoter has died"
+            self.audit.append("serve", self.by, version=now.version, digest=now.digest, remark=remark)
+
     def _progress(self, step: Step, began: float, remark: str) -> None:
         """A step goes on. Raises NotYet when nobody asks for its release any more."""
         now = time.monotonic()
@@ -296,7 +306,7 @@ class Reconciler:
             if served is not None and served != step.release:
                 self._note(served, "standby", "")
             self._note(step.release, "serving", "")
-        elif step.action is Action.RETIRE:
+        elif step.action is Action.RETIRE and step.release not in self.setbacks:  # else it says why
             self._note(step.release, "rolled back" if step.release.archive in before.withdrawn else "retired", "")
 
     def _record(self, step: Step, state: str, before: ledgers.Ledger, remark: str) -> None:
