@@ -1,7 +1,9 @@
 # Everything a person does with this repository; `make` lists it. Settings: .env.example.
 .DEFAULT_GOAL := help
-.PHONY: help up down status env test test-all lint format lock clean
+.PHONY: help up down status env test test-all test-compose lint format lock clean
 PY := .venv/bin/python
+COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11
+IMAGES := prediction torchserve promoter training mlflow page
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,12 +23,17 @@ env: ## make or repair .venv (part of every command that needs it)
 test: ## run the tests: unit tests first, then the live stack and the page in Chromium
 	@scripts/setup_env.sh --browser
 	@scripts/setup_env.sh
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest -m "not slow and not containers"
 
 test-all: ## run all tests, the slow ones too (a fresh clone, set up from nothing)
 	@scripts/setup_env.sh --browser
 	@scripts/setup_env.sh
-	@$(PY) -m pytest
+	@$(PY) -m pytest -m "not containers"
+
+test-compose: ## build the images and run the stack in containers, with the Docker Engine of $DOCKER_HOST
+	@scripts/setup_env.sh --browser
+	@scripts/setup_env.sh
+	@$(PY) -m pytest -m containers -x -s
 
 lint: env ## check style, formatting and types
 	@$(PY) -m ruff check .
@@ -37,8 +44,10 @@ format: env ## put imports and layout in order
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-lock: env ## pin what pyproject.toml asks for into requirements/all.txt (make lock upgrade=--upgrade: newest versions)
-	@.venv/bin/uv pip compile --quiet $(upgrade) --universal --python-version 3.11 --extra dev pyproject.toml -o requirements/all.txt
+lock: env ## pin what pyproject.toml asks for into requirements/ (make lock upgrade=--upgrade: newest versions)
+	@$(COMPILE) $(upgrade) --group all -o requirements/all.txt
+	@for group in $(IMAGES); do \
+	  $(COMPILE) --group $$group -c requirements/all.txt -o requirements/$$group.txt || exit 1; done
 
 clean: down ## remove environment and caches; runs and models (.stack, model_store) stay
 	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

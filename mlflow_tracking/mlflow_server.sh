@@ -4,6 +4,8 @@
 #   mlflow_tracking/mlflow_server.sh                    http://127.0.0.1:5001, sqlite and files in .stack/
 #   MLFLOW_PORT=5002 mlflow_tracking/mlflow_server.sh   another port
 #
+# Options are handed on to `mlflow server`.
+#
 # The other settings are MLflow's own: MLFLOW_BACKEND_STORE_URI (postgresql://…), MLFLOW_ARTIFACTS_DESTINATION
 # (s3://…), MLFLOW_SERVER_ALLOWED_HOSTS (host:port, comma-separated; it replaces the list below). They are passed on in
 # the environment, where a database's password does not show up in the list of processes.
@@ -32,4 +34,4 @@ export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 
 exec mlflow server --host "${MLFLOW_HOST:-127.0.0.1}" --port "${MLFLOW_PORT:-5001}" \
-  --workers "${MLFLOW_WORKERS:-1}" --serve-artifacts
+  --workers "${MLFLOW_WORKERS:-1}" --serve-artifacts "$@"

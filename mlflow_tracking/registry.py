@@ -346,6 +346,9 @@ def quiet_client(uri: str) -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # Files go through MLflow: by itself the client would turn to the object store, which only the server can reach.
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     if (host := urlsplit(uri).hostname) in ("127.0.0.1", "localhost"):
         for name in ("NO_PROXY", "no_proxy"):  # where both are there, the lower case wins
             others = [one for one in os.environ.get(name, "").split(",") if one and one != host]

@@ -36,10 +36,15 @@ def register(
     run_id: str = typer.Option("", "--run-id", help="Register the bundle that this MLflow run logged."),
     bundle: Path = typer.Option(None, "--bundle", help="Register the bundle in this folder."),
     alias: str = typer.Option("", "--alias", help="Point this alias at it; champion is what is served."),
+    if_empty: bool = typer.Option(False, "--if-empty", help="Do nothing where the registry has a version already."),
 ) -> None:
     if bool(run_id) == bool(bundle):
         raise typer.BadParameter("give either --run-id or --bundle.")
     registry = Registry(Settings().registry_uri)
+    if if_empty and (known := registry.versions()) and (len(known) > 1 or known[0].aliases):
+        # A single version without an alias may be what an interrupted start has left.
+        console.print(f"{MODEL_NAME} has version {known[0].version} already: nothing to do.")
+        return
     progress = console.status("Checking the bundle, deriving its serving graph, registering …")
     with tempfile.TemporaryDirectory() as temporary, progress:
         source = bundle or registry.download_run_bundle(run_id, Path(temporary))

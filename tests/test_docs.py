@@ -22,7 +22,8 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MUL
 # Where programs write: not in a fresh clone.
 MADE = ("data/", "runs/", "model_store/skin_vit-", ".stack", ".venv")
 # Read here, but set by the system, by a tool for its children, or by the tests for themselves.
-NOT_OURS = {"CI", "HOME", "NO_PROXY", "no_proxy", "PATH", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV", "BASH_SOURCE"}
+NOT_OURS = {"CI", "HOME", "NO_PROXY", "no_proxy", "PATH", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV"}
+NOT_OURS |= {"BASH_SOURCE", "NAMED_SECRETS"}
 NOT_OURS |= {"SHADOW_FILE", "SHADOW_URL"}  # by start_torchserve.sh for its workers
 
 
@@ -108,7 +109,7 @@ def test_links_and_paths_lead_somewhere(path):
 
 def sources(*endings: str) -> list[Path]:
     """All files of the product, and conftest.py, whose settings are for people too."""
-    folders = ("handlers", "training", "mlflow_tracking", "torchserve", "streamlit_app", "scripts")
+    folders = ("handlers", "training", "mlflow_tracking", "torchserve", "streamlit_app", "scripts", "containers")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     return [path for path in [*files, *ROOT.glob("*"), ROOT / "tests/conftest.py"] if path.name.endswith(endings)]
 

@@ -42,7 +42,8 @@ fi
 config="$("$python" "$root/torchserve/render_config.py")"
 run="$(dirname "$config")"
 # What a killed server has left; that none is alive was checked just now.
-rm -rf "$run/models" "$run"/.ts.sock.* "$run/management.sock"
+management="${TORCHSERVE_MANAGEMENT:-unix:$run/management.sock}"
+rm -rf "$run/models" "$run"/.ts.sock.* "${management#unix:}"
 cd "$run"
 
 # Workers inherit everything, and a PYTHONPATH with the repository in it would win over the code in the archive.

@@ -162,7 +162,7 @@ def choose_store(output: Path, remembered: str = "") -> tuple[str, str]:
 
 
 def code_revision() -> str:
-    """Commit of the code that runs, with "-dirty" if files differ from it; "unknown" outside git."""
+    """Commit of the code that runs, with "-dirty" if files differ from it; outside git $CODE_REVISION, or "unknown"."""
     try:
         git = ["git", "-C", str(ROOT)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -170,7 +170,7 @@ def code_revision() -> str:
             [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("CODE_REVISION") or "unknown"
     return f"{commit}-dirty" if status.strip() else commit
 
 
@@ -180,6 +180,8 @@ def _import_mlflow() -> ModuleType:
     # By default a dead server is asked for minutes, during which nothing is trained.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    # Through the server, as only it can reach the object store.
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # training prints it itself
     import mlflow
 

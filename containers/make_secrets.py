@@ -1,0 +1,126 @@
+"""Write the stack's secrets into the volumes of those who use them, before anything else starts.
+
+Each secret is random and made once. `.env` may name others (.env.example lists them); what it names stays in force when
+`.env` is lost, and every start hands the present ones to database and store again, so no change locks anybody out.
+`--rotate` makes new ones.
+
+    docker compose run --rm secrets --rotate && docker compose down && docker compose up -d
+"""
+
+import argparse
+import json
+import os
+import re
+import secrets
+import sys
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+ENV_FILE = Path("/project/.env")
+SECRETS = Path("/secrets")
+KEPT = "kept/secrets.json"
+# name: bytes of randomness, written as two hex digits each; an access key of the store has 20 letters at most.
+NAMES = {
+    "POSTGRES_PASSWORD": 20,
+    "MLFLOW_DATABASE_PASSWORD": 20,
+    "MINIO_ROOT_USER": 10,
+    "MINIO_ROOT_PASSWORD": 20,
+    "MINIO_ACCESS_KEY": 10,
+    "MINIO_SECRET_KEY": 20,
+    "GRAFANA_ADMIN_PASSWORD": 16,
+}
+# No quotes, colons or blanks: the values stand in shell, INI and pgpass files.
+ALLOWED = re.compile(r"[A-Za-z0-9_.,~^*+=/@%!-]{8,40}")
+
+
+class SecretsError(Exception):
+    """A secret that cannot be used, or a file that cannot be read; a sentence."""
+
+
+def read_named(wanted: list[str], file: Path) -> dict[str, str]:
+    """The values in `.env` of the secrets that compose found set. Raises SecretsError.
+
+    Compose tells their names and not their values, as those would show in `docker inspect`.
+    """
+    try:
+        values = dotenv_values(file) if wanted else {}
+    except OSError as error:
+        raise SecretsError(f"{', '.join(wanted)}: .env cannot be read in the container ({error.strerror}).") from None
+    for name in wanted:
+        if not values.get(name):
+            raise SecretsError(
+                f"{name} is set, but not in an .env beside docker-compose.yml that the container can read: "
+                "write it there (chmod a+rx . && chmod a+r .env), or unset it."
+            )
+    return {name: str(values[name]) for name in wanted}
+
+
+def choose(named: dict[str, str], kept: dict[str, str], rotate: bool) -> dict[str, str]:
+    """The secrets from now on: what `.env` names, else what was in force, else random ones. Raises SecretsError."""
+    chosen = {}
+    for name, size in NAMES.items():
+        if given := named.get(name):
+            if not ALLOWED.fullmatch(given):
+                raise SecretsError(f"{name} in .env must have 8 to 40 letters, digits or signs of _.,~^*+=/@%!- ")
+            chosen[name] = given
+        else:
+            chosen[name] = kept[name] if name in kept and not rotate else secrets.token_hex(size)
+    return chosen
+
+
+def files(value: dict[str, str]) -> dict[str, tuple[str, int]]:
+    """Path below SECRETS: (content, mode). MLflow runs as the user who writes here, the others as users of theirs."""
+    return {
+        KEPT: (json.dumps(value), 0o600),
+        "mlflow/pgpass": (f"*:*:*:mlflow:{value['MLFLOW_DATABASE_PASSWORD']}\n", 0o600),
+        "mlflow/aws": (
+            "[default]\n"
+            f"aws_access_key_id = {value['MINIO_ACCESS_KEY']}\n"
+            f"aws_secret_access_key = {value['MINIO_SECRET_KEY']}\n",
+            0o600,
+        ),
+        "postgres/postgres": (value["POSTGRES_PASSWORD"], 0o444),
+        "postgres/mlflow": (value["MLFLOW_DATABASE_PASSWORD"], 0o444),
+        "minio/config.env": (
+            f'export MINIO_ROOT_USER="{value["MINIO_ROOT_USER"]}"\n'
+            f'export MINIO_ROOT_PASSWORD="{value["MINIO_ROOT_PASSWORD"]}"\n',
+            0o444,
+        ),
+        "grafana/admin_password": (value["GRAFANA_ADMIN_PASSWORD"], 0o444),
+    }
+
+
+def write(path: Path, content: str, mode: int) -> None:
+    """Beside its place, then renamed: an interrupted start leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    temporary.touch(0o600)
+    temporary.write_text(content)
+    temporary.chmod(mode)
+    temporary.replace(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rotate", action="store_true", help="make new secrets in place of those in force")
+    rotate = parser.parse_args().rotate
+    try:
+        named = read_named(os.environ.get("NAMED_SECRETS", "").split(), ENV_FILE)
+        kept = json.loads((SECRETS / KEPT).read_text()) if (SECRETS / KEPT).exists() else {}
+        chosen = choose(named, kept, rotate)
+    except SecretsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except ValueError:
+        print("The kept secrets are damaged; make new ones with --rotate.", file=sys.stderr)
+        return 1
+    for name, (content, mode) in files(chosen).items():
+        write(SECRETS / name, content, mode)
+    changed = [name for name in NAMES if chosen[name] != kept.get(name)]
+    print(f"Secrets are in place; new or changed: {', '.join(changed) or 'none'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

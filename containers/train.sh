@@ -1,0 +1,18 @@
+#!/bin/sh
+# `docker compose run --rm training [OPTIONS] [KEY=VALUE ...]`: training/train.py, and the model it makes is registered.
+# Anything else is run as it is: `docker compose run --rm training python scripts/prepare_data.py --help`.
+#
+# Images are read from ./data (mounted at /app/data, read-only); manifest, cache, checkpoints and bundles stay in the
+# volume at /app/runs.
+set -eu
+case "${1:-}" in
+  "" | -* | *=*) ;;
+  *) exec "$@" ;;
+esac
+
+started=$(mktemp)
+python training/train.py manifest=/app/runs/manifest.csv data_dir=/app/data "$@"
+bundle=$(find /app/runs -path '*/bundle/bundle.json' -newer "$started" | head -n 1)
+if [ -n "$bundle" ]; then
+  python scripts/register_model.py --bundle "$(dirname "$bundle")"
+fi

@@ -1,0 +1,229 @@
+"""What the container images are made of, as far as it can be told without an engine; tests/test_compose.py runs them.
+
+Each image's pinned requirements hold what its code imports, and pin nothing that the environment does not. Secrets are
+random, valid and kept; what `.env` names wins and stays; a value that cannot be used, or read, is told in a sentence.
+The health check fails where a service is not able to work.
+"""
+
+import ast
+import importlib.util
+import json
+import re
+import socket
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {"handlers", "training", "mlflow_tracking", "streamlit_app", "scripts"}
+# requirements/NAME.txt: the code that runs on it
+IMAGES = {
+    "prediction": ["handlers/*.py"],
+    "torchserve": ["handlers/*.py", "torchserve/*.py"],
+    "promoter": [
+        "handlers/*.py",
+        "mlflow_tracking/**/*.py",
+        "scripts/promote.py",
+        "scripts/register_model.py",
+        "training/metrics.py",
+    ],
+    "training": ["handlers/*.py", "training/*.py", "scripts/prepare_data.py", "scripts/register_model.py"],
+    "mlflow": ["containers/*.py"],
+    "page": ["streamlit_app/*.py"],
+}
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "containers" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def secrets(tmp_path, monkeypatch) -> ModuleType:
+    """make_secrets.py with folders of its own."""
+    module = script("make_secrets")
+    for name in ("kept", "mlflow", "postgres", "minio", "grafana"):
+        (tmp_path / "secrets" / name).mkdir(parents=True)
+    monkeypatch.setattr(module, "SECRETS", tmp_path / "secrets")
+    monkeypatch.setattr(module, "ENV_FILE", tmp_path / ".env")
+    monkeypatch.setattr(sys, "argv", ["make_secrets.py"])
+    monkeypatch.delenv("NAMED_SECRETS", raising=False)
+    return module
+
+
+def pins(name: str) -> dict[str, str]:
+    text = (ROOT / "requirements" / f"{name}.txt").read_text()
+    return dict(re.findall(r"^([\w.-]+)(?:\[.*\])?==([^ ;\n]+)", text, re.MULTILINE))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of all modules that a file imports, now or later."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_an_image_has_what_its_code_imports(image):
+    distributions, pinned = packages_distributions(), {name.lower().replace("_", "-") for name in pins(image)}
+    paths = [path for pattern in IMAGES[image] for path in ROOT.glob(pattern)]
+    assert paths
+    for path in paths:
+        for module in imported(path) - ROOMS - set(sys.stdlib_module_names):
+            given = {name.lower().replace("_", "-") for name in distributions[module]}
+            assert given & pinned, f"{path.relative_to(ROOT)} imports {module}, not in requirements/{image}.txt"
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_an_image_pins_what_the_environment_pins(image):
+    assert pins(image).items() <= pins("all").items()
+
+
+def test_the_compose_file_names_every_secret(secrets):
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    named = compose["services"]["secrets"]["environment"]["NAMED_SECRETS"]
+    assert re.findall(r"\$\{(\w+):\+\1\}", named) == list(secrets.NAMES)
+
+
+def test_secrets_are_random_kept_and_private(secrets, capsys):
+    assert secrets.main() == 0
+    folder = secrets.SECRETS
+    first = json.loads((folder / secrets.KEPT).read_text())
+    assert first.keys() == secrets.NAMES.keys()
+    assert len(set(first.values())) == len(first)
+    assert all(secrets.ALLOWED.fullmatch(value) for value in first.values())
+    assert first["MLFLOW_DATABASE_PASSWORD"] in (folder / "mlflow/pgpass").read_text()
+    assert (folder / "postgres/mlflow").read_text() == first["MLFLOW_DATABASE_PASSWORD"]
+    for private in (secrets.KEPT, "mlflow/pgpass", "mlflow/aws"):  # libpq insists, for its own
+        assert stat.S_IMODE((folder / private).stat().st_mode) == 0o600
+    assert secrets.main() == 0
+    assert json.loads((folder / secrets.KEPT).read_text()) == first
+    shown = capsys.readouterr()
+    assert not any(value in shown.out + shown.err for value in first.values())
+
+
+def test_rotation_makes_all_anew(secrets, monkeypatch):
+    secrets.main()
+    first = json.loads((secrets.SECRETS / secrets.KEPT).read_text())
+    monkeypatch.setattr(sys, "argv", ["make_secrets.py", "--rotate"])
+    assert secrets.main() == 0
+    second = json.loads((secrets.SECRETS / secrets.KEPT).read_text())
+    assert not set(first.values()) & set(second.values())
+
+
+def test_what_env_names_wins_and_stays(secrets, monkeypatch):
+    secrets.ENV_FILE.write_text("MINIO_ROOT_PASSWORD='chosen-by-me'\nSTREAMLIT_PORT=9\n")
+    monkeypatch.setenv("NAMED_SECRETS", " MINIO_ROOT_PASSWORD ")
+    assert secrets.main() == 0
+    secrets.ENV_FILE.unlink()
+    monkeypatch.setenv("NAMED_SECRETS", "")
+    assert secrets.main() == 0
+    assert 'MINIO_ROOT_PASSWORD="chosen-by-me"' in (secrets.SECRETS / "minio/config.env").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("MINIO_ROOT_PASSWORD=short\n", "must have 8 to 40 letters"),
+        ('MINIO_ROOT_PASSWORD="with a: blank"\n', "must have 8 to 40 letters"),
+        ("", "not in an .env beside docker-compose.yml"),
+        ("MINIO_ROOT_PASSWORD=\n", "not in an .env beside docker-compose.yml"),
+    ],
+)
+def test_what_cannot_be_used_is_told_and_changes_nothing(secrets, monkeypatch, capsys, text, sentence):
+    secrets.main()
+    before = (secrets.SECRETS / secrets.KEPT).read_text()
+    secrets.ENV_FILE.write_text(text)
+    monkeypatch.setenv("NAMED_SECRETS", "MINIO_ROOT_PASSWORD")
+    assert secrets.main() == 1
+    assert sentence in capsys.readouterr().err
+    assert (secrets.SECRETS / secrets.KEPT).read_text() == before
+
+
+def test_damaged_secrets_are_told(secrets, capsys):
+    (secrets.SECRETS / secrets.KEPT).write_text("{")
+    assert secrets.main() == 1
+    assert "--rotate" in capsys.readouterr().err
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Answers of a service, by path: (status, value)."""
+
+    table: dict[str, tuple[int, object]]
+
+    def do_GET(self) -> None:
+        status, value = self.table.get(self.path, (404, {}))
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def address_string(self) -> str:
+        return "client"  # a unix socket's has no address
+
+    def log_message(self, *_: object) -> None: ...
+
+
+class UnixServer(HTTPServer):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        self.socket.bind(self.server_address)
+
+
+@pytest.fixture
+def answers() -> dict[str, tuple[int, object]]:
+    return {}
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def server(request, answers, tmp_path) -> Iterator[str]:
+    kind, address = (HTTPServer, ("127.0.0.1", 0)) if request.param == "tcp" else (UnixServer, str(tmp_path / "s"))
+    server = kind(address, type("Handler", (Answers,), {"table": answers}))
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}" if request.param == "tcp" else str(server.server_address)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("server", ["tcp"], indirect=True)
+def test_a_url_must_answer_well(server, answers):
+    check = script("healthcheck")
+    answers |= {"/good": (200, {}), "/bad": (503, {})}
+    assert check.main([f"{server}/good"]) == 0
+    assert check.main([f"{server}/bad"]) == 1
+    assert check.main(["http://127.0.0.1:1/nobody"]) == 1
+
+
+@pytest.mark.parametrize("server", ["unix"], indirect=True)
+@pytest.mark.parametrize(
+    ("models", "workers", "code"),
+    [
+        ([], [], 1),
+        (["skin_vit"], [], 1),
+        (["skin_vit"], ["UNLOADING", "STARTED"], 1),
+        (["skin_vit"], ["STARTED", "READY"], 0),
+    ],
+)
+def test_torchserve_must_have_a_ready_worker(server, answers, models, workers, code):
+    answers["/models"] = (200, {"models": [{"modelName": name} for name in models]})
+    answers["/models/skin_vit"] = (200, [{"workers": [{"status": status} for status in workers]}])
+    assert script("healthcheck").main(["--torchserve", server]) == code
+    assert script("healthcheck").main(["--torchserve", f"{server}.not"]) == 1
