@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
 
 from mlflow_tracking.promotion import ledger as ledgers
@@ -76,7 +77,8 @@ def promote(
         raise typer.BadParameter("--force needs --reason: it is kept in the audit log and in MLflow.")
     settings = Settings()
     by = f"{person()} with promote.py"
-    reconciler = Reconciler.create(settings, tell=show, by=by)
+    spinner = console.status("Waiting for the promoter to finish its step …")
+    reconciler = Reconciler.create(settings, tell=lambda event: show(event, spinner), by=by)
     if status:
         raise typer.Exit(0 if show_status(reconciler) else 3)
     back = Rollback.planned(reconciler) if rollback else None
@@ -86,9 +88,7 @@ def promote(
     at_once = moved_to and not force and not again
     if at_once:  # a promoter that is busy with another version stops when it sees this
         move(reconciler, alias, moved_to)
-    waiting = console.status("Waiting for the promoter to finish its step …")
-    with waiting, ledgers.lock(settings.store, LOCK_SECONDS):
-        waiting.stop()
+    with spinner, ledgers.lock(settings.store, LOCK_SECONDS):
         if again:
             reconciler.forget(version)
         if moved_to and not at_once:
@@ -137,7 +137,9 @@ class Rollback:
         book = reconciler.executor.ledger()
         serving, last_good = book.release(book.default), book.release(book.last_good)
         champion = reconciler.registry.resolve("champion")
-        pending = champion is not None and serving is not None and champion.digest != serving.digest
+        # A roll-back that was cut off has moved the alias to the last good version already.
+        here = [one.digest for one in (serving, last_good) if one]
+        pending = champion is not None and serving is not None and champion.digest not in here
         target, left = (serving, None) if pending else (last_good, serving)
         if target is None:
             raise RegistryError(
@@ -172,8 +174,10 @@ def settle(reconciler: Reconciler) -> Pass:
             return result
 
 
-def show(event: Event) -> None:
-    """Print a step when it ends."""
+def show(event: Event, spinner: Status) -> None:
+    """Print a step when it ends; while it goes on the spinner tells."""
+    if event.state in ("begun", "running"):
+        spinner.update(escape(f"{event.step} … {event.remark}"))
     if event.state in MARKS:
         remark = f"  [dim]{escape(event.remark)}[/]" if event.remark else ""
         console.print(f"{MARKS[event.state]} {event.step}  [dim]{event.seconds:.1f} s[/]{remark}")
