@@ -329,10 +329,9 @@ class Registry:
             sentence = str(error).splitlines()[0]
             if missing:
                 raise RegistryError(f"MLflow at {self.uri}: {sentence}") from error
-            if "error responses" in sentence:  # it is there, and something behind it is not
-                raise RegistryUnavailable(
-                    f"MLflow at {self.uri} answers with errors; its log says more (is its artifact store up?)."
-                ) from error
+            if "error responses" in sentence:
+                told = f"MLflow at {self.uri} answers with errors; its log says why (is its store away, or its disk full?)."
+                raise RegistryUnavailable(told) from error
             if "with exception" in sentence:  # of requests, which names classes and memory addresses
                 raise RegistryUnavailable(f"MLflow at {self.uri} does not answer.") from error
             raise RegistryUnavailable(f"MLflow at {self.uri} answers with an error: {sentence}") from error

@@ -9,7 +9,9 @@
 """
 
 import base64
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -173,6 +175,37 @@ def test_a_server_that_is_away_is_said_soon(mlflow_uri):
         with pytest.raises(RegistryUnavailable, match=r"MLflow at http://127\.0\.0\.1:9 does not answer\."):
             ask()
     assert time.monotonic() - began < 20
+
+
+def test_a_server_with_a_fault_of_its_own_is_not_taken_for_one_that_is_away():
+    """As when the disk of its store is full."""
+
+    class Faulty(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(500)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Faulty)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        with pytest.raises(RegistryUnavailable, match="answers with errors; its log says why"):
+            Registry(f"http://127.0.0.1:{server.server_port}").versions()
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_an_empty_registry_alone_is_given_the_shipped_model(full_bundle, mlflow_uri, first_registration, registry):
+    count = len(registry.versions())
+    args = ("--bundle", str(full_bundle.path), "--alias", "challenger", "--if-empty")
+    done = run_script("register_model.py", *args, MLFLOW_TRACKING_URI=mlflow_uri)
+    assert done.returncode == 0, done.stderr
+    assert "already: nothing to do" in done.stdout
+    assert len(registry.versions()) == count
+    assert registry.resolve("challenger") is None
 
 
 def test_the_command_says_that_mlflow_is_away(full_bundle):
