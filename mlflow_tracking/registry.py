@@ -330,7 +330,7 @@ class Registry:
             if missing:
                 raise RegistryError(f"MLflow at {self.uri}: {sentence}") from error
             if "error responses" in sentence:
-                told = f"MLflow at {self.uri} answers with errors; its log says why (is its store away, or its disk full?)."
+                told = f"MLflow at {self.uri} answers with errors; its log says why (is its store away, or full?)."
                 raise RegistryUnavailable(told) from error
             if "with exception" in sentence:  # of requests, which names classes and memory addresses
                 raise RegistryUnavailable(f"MLflow at {self.uri} does not answer.") from error
