@@ -4,6 +4,7 @@
                           SHA-256 of every other file, so that the digest of this one file vouches for all
     model.safetensors     the weights (fp16 or fp32)
     golden.json, golden/  pictures with the answers this model must give, wherever it runs
+    receipt.json          what it was made from, in hashes and lesion ids, so that nobody tests it on the same images
     graph.xml, graph.bin  the serving graph (OpenVINO), derived from the weights; a slim bundle comes without
 
 Imports neither torch nor OpenVINO, so that the registry's side can check a bundle cheaply.
@@ -40,12 +41,17 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """A picture and the answer the exported model gave for it in fp32."""
+    """A picture and the answer the exported model gave for it in fp32.
+
+    `colours` are the mean colours of its pixels as training saw them (handlers.preprocessing.fingerprint); None in a
+    bundle from before these were kept.
+    """
 
     name: str
     image: bytes
     probabilities: dict[str, float]
     grid: list[list[float]]
+    colours: list[list[list[float]]] | None = None
 
     def disagreement(self, probabilities: dict[str, float], grid: list[list[float]]) -> tuple[float, float]:
         """How far an answer is from this one: largest probability difference, and 1 - correlation of the maps.
@@ -149,7 +155,13 @@ class Bundle:
     def golden(self) -> list[GoldenCase]:
         """The golden cases, in order."""
         return [
-            GoldenCase(case["name"], (self.path / case["name"]).read_bytes(), case["probabilities"], case["grid"])
+            GoldenCase(
+                case["name"],
+                (self.path / case["name"]).read_bytes(),
+                case["probabilities"],
+                case["grid"],
+                case.get("colours"),
+            )
             for case in json.loads((self.path / GOLDEN).read_bytes())
         ]
 

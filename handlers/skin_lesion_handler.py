@@ -13,8 +13,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from handlers.predictor import Predictor, Request, RequestError
+from handlers.predictor import Prediction, Predictor, Request, RequestError
 from handlers.preprocessing import MAX_BYTES, ImageError
+from handlers.shadow import Offer, Shadow
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class SkinLesionHandler:
 
     def __init__(self) -> None:
         self.predictor: Predictor | None = None
+        self.shadow: Shadow | None = None
 
     def initialize(self, context: Any) -> None:
         """Load and verify the bundle that lies in the archive. Raises BundleError, which stops the worker."""
@@ -39,9 +41,19 @@ class SkinLesionHandler:
             threads=settings.get("threads"),
             version=context.manifest["model"]["modelVersion"],
         )
+        model = context.manifest["model"]
+        self.shadow = Shadow.from_environment(model["modelVersion"], model["modelName"])
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer each request of the batch by itself; one bad request disturbs no other, and nothing escapes."""
+        if self.shadow:
+            self.shadow.working(True)
+        responses = self._answer(data, context)
+        if self.shadow:
+            self.shadow.working(False)
+        return responses
+
+    def _answer(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         assert self.predictor is not None, "TorchServe calls initialize first"
         answers: list[Any] = []
         for index, row in enumerate(data):
@@ -59,6 +71,8 @@ class SkinLesionHandler:
                 positions
             )
         for index, prediction in zip(positions, predictions, strict=True):
+            if self.shadow and isinstance(prediction, Prediction):
+                self.shadow.offer(Offer(answers[index].image, prediction.image.sha256, prediction.probabilities))
             answers[index] = prediction
         return [_respond(answer, context, index) for index, answer in enumerate(answers)]
 

@@ -23,9 +23,14 @@ from mlflow_tracking.version_card import description, requirements, tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 BUNDLE_ARTIFACT = "bundle"
+# The frozen evaluation sets are versions of a "model" of their own, so that they have numbers, tags and an alias.
+EVALUATION_SET = "skin_vit_evaluation"
+CURRENT = "current"
+Signature = tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]
 PYFUNC_MODEL = Path(__file__).parent / "pyfunc_model.py"
 _MISSING = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"}
 
@@ -50,6 +55,7 @@ class RegisteredVersion:
     tags: Mapping[str, str] = field(default_factory=dict)
     run_id: str | None = None
     created_ms: int = 0
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,93 @@ class Registry:
         ]
         return sorted(versions, key=lambda one: int(one.version), reverse=True)
 
+    def signature(self, number: str) -> Signature | None:
+        """The (name, type) of a version's inputs and of its outputs; None without. Raises RegistryUnavailable."""
+        import mlflow.models
+
+        with self._speaking(missing_is_none=True):
+            _ = self.client
+            found = mlflow.models.get_model_info(f"models:/{MODEL_NAME}/{number}").signature
+            if found is None or found.inputs is None or found.outputs is None:
+                return None
+            inputs, outputs = (
+                tuple((str(one.get("name", "")), str(one["type"])) for one in schema.to_dict())
+                for schema in (found.inputs, found.outputs)
+            )
+            return inputs, outputs
+        return None
+
+    def log_report(self, number: str, folder: Path, name: str) -> None:
+        """Keep the files of a folder with a version, under `name`. Raises RegistryError, RegistryUnavailable."""
+        version = self.version(number)
+        model = version.source.removeprefix("models:/") if version else ""
+        if not model.startswith("m-"):
+            raise RegistryError(f"Version {number} was not registered by register_model.py: it holds no reports.")
+        with self._speaking():
+            self.client.log_model_artifacts(model, str(folder), name)
+
+    def download(self, number: str, path: str, folder: Path) -> Path:
+        """Fetch one of a version's files or folders into `folder`. Raises RegistryError, RegistryUnavailable."""
+        return self._download(f"models:/{MODEL_NAME}/{number}/{path}", folder)
+
+    def run(self, run_id: str) -> "Run | None":
+        """A training run, or None. Raises RegistryUnavailable."""
+        with self._speaking(missing_is_none=True):
+            return self.client.get_run(run_id)
+        return None
+
+    def note(self, name: str) -> str | None:
+        """A tag of the model itself. Raises RegistryUnavailable."""
+        with self._speaking(missing_is_none=True):
+            return self.client.get_registered_model(MODEL_NAME).tags.get(name)
+        return None
+
+    def set_note(self, name: str, value: str) -> None:
+        """Write a tag of the model itself, if there is one. Raises RegistryUnavailable."""
+        with self._speaking(missing_is_none=True):
+            self.client.set_registered_model_tag(MODEL_NAME, name, value)
+
+    def evaluation_set(self) -> RegisteredVersion | None:
+        """The frozen evaluation set that counts now; None if there is none. Raises RegistryUnavailable."""
+        with self._speaking(missing_is_none=True):
+            return _registered(self.client.get_model_version_by_alias(EVALUATION_SET, CURRENT))
+        return None
+
+    def download_evaluation_set(self, number: str, folder: Path) -> Path:
+        """Fetch a frozen set's files, unverified. Raises RegistryError, RegistryUnavailable."""
+        return self._download(f"models:/{EVALUATION_SET}/{number}", folder)
+
+    def freeze(self, folder: Path, tags: Mapping[str, str]) -> Registration:
+        """Keep the evaluation set in `folder` and make it the one that counts; `tags` hold its digest, and more.
+
+        A set that is there already is not stored twice. Raises RegistryUnavailable.
+        """
+        from mlflow.exceptions import MlflowException
+
+        with self._speaking():
+            found = self.client.search_model_versions(f"name='{EVALUATION_SET}'")
+            existing = next((one for one in found if one.tags.get("digest") == tags["digest"]), None)
+            if existing is None:
+                experiment = self.client.get_experiment_by_name(EVALUATION_SET)
+                number = experiment.experiment_id if experiment else self.client.create_experiment(EVALUATION_SET)
+                run = self.client.create_run(number, run_name=tags["digest"].removeprefix("sha256:")[:12])
+                self.client.log_artifacts(run.info.run_id, str(folder), EVALUATION_SET)
+                self.client.set_terminated(run.info.run_id)
+                try:
+                    self.client.create_registered_model(EVALUATION_SET)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+                made = self.client.create_model_version(
+                    EVALUATION_SET,
+                    f"runs:/{run.info.run_id}/{EVALUATION_SET}",
+                    run_id=run.info.run_id,
+                    tags=dict(tags),
+                )
+            version = existing or made
+            self.client.set_registered_model_alias(EVALUATION_SET, CURRENT, str(version.version))
+        return Registration(_registered(version), created=existing is None)
+
     def set_alias(self, alias: str, number: str) -> None:
         """Point an alias at a version. Raises RegistryError if there is none, RegistryUnavailable."""
         if self.version(number) is None:
@@ -133,7 +226,7 @@ class Registry:
             RegistryError: the version has no bundle.
             RegistryUnavailable
         """
-        return self._download(f"models:/{MODEL_NAME}/{number}/artifacts/{BUNDLE_ARTIFACT}", folder)
+        return self.download(number, f"artifacts/{BUNDLE_ARTIFACT}", folder)
 
     def download_run_bundle(self, run_id: str, folder: Path) -> Path:
         """Fetch the bundle that a training run logged, unverified. Raises as download_bundle."""
@@ -237,7 +330,7 @@ class Registry:
             if missing:
                 raise RegistryError(f"MLflow at {self.uri}: {sentence}") from error
             if "error responses" in sentence:
-                told = f"MLflow at {self.uri} answers with errors; its log says why (is its store's disk full?)."
+                told = f"MLflow at {self.uri} answers with errors; its log says why (is its store away, or full?)."
                 raise RegistryUnavailable(told) from error
             if "with exception" in sentence:  # of requests, which names classes and memory addresses
                 raise RegistryUnavailable(f"MLflow at {self.uri} does not answer.") from error
@@ -251,6 +344,7 @@ def quiet_client(uri: str) -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # Files go through MLflow: by itself the client would turn to the object store, which only the server can reach.
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
@@ -268,4 +362,5 @@ def _registered(one: "ModelVersion", aliases: tuple[str, ...] | None = None) -> 
         tags=dict(one.tags),
         run_id=one.run_id or None,
         created_ms=int(one.creation_timestamp or 0),
+        source=str(one.source or ""),
     )

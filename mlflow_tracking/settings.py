@@ -29,6 +29,9 @@ class Settings(BaseSettings):
     promoter_host: str = "127.0.0.1"
     promoter_port: int = Field(8083, ge=1, le=65535)
     promoter_poll_seconds: float = Field(2.0, gt=0)
+    promoter_gates: Path = Path("mlflow_tracking/gates.yaml")
+    promoter_keep_archives: int = Field(3, ge=0)
+    promoter_shadow_share: float = Field(0.0, ge=0, le=1)
 
     @property
     def registry_uri(self) -> str:
@@ -45,6 +48,16 @@ class Settings(BaseSettings):
         """The address of TorchServe's management API: unix:PATH or http://HOST:PORT."""
         run_dir = ROOT / (self.torchserve_run_dir or self.stack_state / "run")
         return self.torchserve_management or f"unix:{run_dir / 'management.sock'}"
+
+    @property
+    def gates(self) -> Path:
+        """The gates' settings, absolute."""
+        return ROOT / self.promoter_gates
+
+    @property
+    def evaluation_cache(self) -> Path:
+        """Where the frozen evaluation set is kept once it was fetched, absolute."""
+        return ROOT / self.stack_state / "evaluation"
 
     @property
     def store(self) -> Path:

@@ -17,8 +17,15 @@ Examples:
   python scripts/prepare_data.py --data data/HAM10000 --data data/isic2019_csv --data data/isic9 --out data/manifest.csv
 
   python scripts/prepare_data.py --data my_photos --val 0.15 --calibration 0.15 --test 0.2 --seed 7
+
+  python scripts/prepare_data.py --out data/manifest.csv --freeze-eval --eval-images 400
+
+[bold]--freeze-eval[/] stores the pictures of one split in the MLflow registry, with labels and lesions: the frozen
+evaluation set, on which every version is judged before it serves (docs/promotion.md). With --data the manifest is made
+first; without, the one of --out is taken as it is. The exit code is 3 when MLflow is away.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +34,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from training.manifest import ManifestError, build_manifest, report_path
+from handlers.taxonomy import CODES
+from mlflow_tracking.promotion.evaluation_set import EvaluationSetError, freeze
+from mlflow_tracking.registry import EVALUATION_SET, Registry, RegistryUnavailable
+from mlflow_tracking.settings import Settings
+from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest, report_path
 from training.splits import DEFAULT_FRACTIONS, DEFAULT_SEED, SPLITS
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -35,7 +46,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 @app.command(help=__doc__)
 def prepare(
-    data: Annotated[list[Path], typer.Option(help="Folder of a data set; repeat for more.", metavar="DIR")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a data set; repeat for more.", metavar="DIR")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The manifest to write; its report goes beside it.")] = Path(
         "data/manifest.csv"
     ),
@@ -48,18 +61,60 @@ def prepare(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that read images.", show_default="one a core")
     ] = None,
+    freeze_eval: Annotated[bool, typer.Option("--freeze-eval", help="Store a split as the evaluation set.")] = False,
+    eval_split: Annotated[str, typer.Option(help="Which split of the manifest to freeze.")] = "test",
+    eval_images: Annotated[
+        int | None, typer.Option(min=1, help="About how many pictures to freeze.", show_default="all")
+    ] = None,
 ) -> None:
+    if not data and not freeze_eval:
+        raise typer.BadParameter("give a data set with --data, or a manifest with --out and --freeze-eval.")
     # Without a terminal rich would fold the report at 80 columns, in the middle of paths.
     console = Console(highlight=False, soft_wrap=True)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     fractions = dict(zip(SPLITS, (round(1 - val - calibration - test, 6), val, calibration, test), strict=True))
     try:
-        report = build_manifest(data, out, fractions=fractions, seed=seed, workers=workers, console=errors)
-    except ManifestError as error:
+        if data:
+            report = build_manifest(data, out, fractions=fractions, seed=seed, workers=workers, console=errors)
+            _show(console, report)
+            console.print(f"\nWritten: {escape(str(out))} and {escape(str(report_path(out)))}")
+        if freeze_eval:
+            _freeze(console, out, eval_split, eval_images)
+    except (ManifestError, EvaluationSetError) as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}")
         raise typer.Exit(2) from None
-    _show(console, report)
-    console.print(f"\nWritten: {escape(str(out))} and {escape(str(report_path(out)))}")
+    except RegistryUnavailable as error:
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}")
+        raise typer.Exit(3) from None
+
+
+def _freeze(console: Console, manifest: Path, split: str, images: int | None) -> None:
+    """Store a split of a manifest in the registry. Raises ManifestError, EvaluationSetError, RegistryUnavailable."""
+    frame = read_manifest(manifest)
+    rows = frame[frame["split"] == split]
+    if rows.empty:
+        raise ManifestError(f"{manifest} has no images in the split {split!r}; there are {', '.join(SPLITS)}.")
+    with tempfile.TemporaryDirectory() as temporary:
+        evaluation = freeze(rows, Path(temporary), images)
+        counts = evaluation.frame["label"].value_counts()
+        by_class = ", ".join(f"{code} {counts[code]}" for code in CODES if code in counts)
+        lesions = evaluation.frame["lesion_id"].nunique()
+        registry = Registry(Settings().registry_uri)
+        registration = registry.freeze(
+            Path(temporary),
+            {
+                "digest": evaluation.digest,
+                "split": split,
+                "images": str(len(evaluation)),
+                "lesions": str(lesions),
+                "classes": by_class,
+                "dataset_fingerprint": fingerprint(frame),
+            },
+        )
+    stored = "stored" if registration.created else "there already"
+    console.print(f"\nEvaluation set: {len(evaluation):,} pictures of {lesions:,} lesions ({by_class})")
+    console.print(f"Fingerprint: {evaluation.digest}")
+    console.print(f"It is {stored} as {EVALUATION_SET} version {registration.version.version} in {registry.uri}")
 
 
 def _show(console: Console, report: dict[str, Any]) -> None:

@@ -58,6 +58,8 @@ def sidebar(promoted: Promotion | None) -> None:
         entries.append(("Promoter", promoted.settled, promoted.words))
     with st.sidebar:
         st.html(cards.services(entries))
+        if promoted and promoted.refused:
+            st.html(cards.not_served(promoted.refused))
         st.html(cards.guide())
         st.link_button("Models and runs in MLflow", setting("MLFLOW_PUBLIC_URL"), icon=":material/open_in_new:")
 

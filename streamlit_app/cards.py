@@ -3,7 +3,7 @@
 from html import escape
 from urllib.parse import quote
 
-from streamlit_app.client import UNKNOWN, Answer, ServingError
+from streamlit_app.client import UNKNOWN, Answer, Refusal, ServingError
 from streamlit_app.readings import Reading
 from streamlit_app.utils import HEAT_COLOURS, NATURES, certainty, likely_set, nature, percent
 
@@ -177,6 +177,12 @@ def services(entries: list[tuple[str, bool, str]]) -> str:
         for name, well, word in entries
     )
     return f'<h4>Behind this page</h4><ul class="sl-services">{rows}</ul>'
+
+
+def not_served(refusals: list[Refusal]) -> str:
+    """Versions that were asked for and do not serve, and why; empty without any."""
+    items = "".join(f"<li>{escape(one.reason)}</li>" for one in refusals)
+    return f'<section class="sl-problem sl-mild"><h3>Not served</h3><ul>{items}</ul></section>' if refusals else ""
 
 
 def guide() -> str:

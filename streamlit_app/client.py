@@ -108,6 +108,14 @@ class Actual(BaseModel):
     serving: Release | None = None
 
 
+class Refusal(BaseModel):
+    """A version that somebody asked for and that does not serve, and why."""
+
+    version: str
+    reason: str
+    final: bool = True
+
+
 class Promotion(BaseModel):
     """What the promoter sees: whether TorchServe does as the registry asks."""
 
@@ -115,6 +123,7 @@ class Promotion(BaseModel):
     desired: Desired = Desired()
     actual: Actual | None = None
     errors: list[str] = []
+    refused: list[Refusal] = []
 
     @property
     def serving(self) -> str | None:
@@ -126,6 +135,8 @@ class Promotion(BaseModel):
         """All of it in a few words."""
         champion = self.desired.champion.version if self.desired.champion else None
         now = f"version {self.serving} is served" if self.serving else "no model is served"
+        if champion in {one.version for one in self.refused if one.final} and champion != self.serving:
+            return f"{now}, version {champion} was refused"
         if champion not in (None, self.serving):
             return f"{now}, version {champion} is on its way"
         return now if self.settled or not self.errors else f"{now}; {self.errors[0][:200]}"

@@ -13,8 +13,7 @@ import pytest
 
 from handlers.bundle import Bundle
 from mlflow_tracking.registry import Registry
-from tests.conftest import ROOT, free_ports
-from tests.live import Server, run_script
+from tests.live import mlflow_server, run_script
 from tests.models import tiny_bundle
 
 
@@ -26,20 +25,19 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real MLflow server with an empty registry."""
+def quiet_mlflow() -> None:
+    """MLflow, imported: it warns of its own type hints when that happens."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow warns of its own type hints when it is imported
+        warnings.simplefilter("ignore")
         import mlflow.pyfunc  # noqa: F401
-    folder = tmp_path_factory.mktemp("mlflow")
-    [port] = free_ports(1)
-    # Empty: whatever the caller's environment has, this server keeps to its folder.
-    own = ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION", "MLFLOW_SERVER_ALLOWED_HOSTS")
-    env = {"STACK_STATE": str(folder), "MLFLOW_PORT": str(port), **dict.fromkeys(own, "")}
-    script = ROOT / "mlflow_tracking" / "mlflow_server.sh"
-    server = Server(script, env, folder / "mlflow.log", f"http://127.0.0.1:{port}/health").start()
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(quiet_mlflow: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server with an empty registry."""
+    server = mlflow_server(tmp_path_factory.mktemp("mlflow")).start()
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield server.health.removesuffix("/health")
     finally:
         server.stop()
 

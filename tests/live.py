@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +16,13 @@ from typing import Any
 import httpx
 
 from handlers.bundle import CONFIG, GRAPH, Bundle, BundleConfig, seal, write_json
+from mlflow_tracking.promotion.reconcile import Pass, Reconciler
+from mlflow_tracking.registry import Registry
+from mlflow_tracking.settings import Settings
 from tests.conftest import ROOT, free_ports
 
 START_SECONDS = 120  # two busy cores
+NOWHERE = "http://127.0.0.1:9"
 
 
 @dataclass
@@ -57,6 +62,12 @@ class Server:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def stop_group(self) -> None:
+        """End what a killed server has left behind, and wait for it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End the server as its supervisor would, then whatever it left behind."""
         self.process.send_signal(number)
@@ -66,6 +77,16 @@ class Server:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(5)
+
+
+def mlflow_server(folder: Path) -> Server:
+    """MLflow as it starts by itself, on a free port, with all it keeps in `folder`."""
+    [port] = free_ports(1)
+    # Empty: whatever the caller's environment has, this server keeps to its folder.
+    own = ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION", "MLFLOW_SERVER_ALLOWED_HOSTS")
+    env = {"STACK_STATE": str(folder), "MLFLOW_PORT": str(port), **dict.fromkeys(own, "")}
+    script = ROOT / "mlflow_tracking" / "mlflow_server.sh"
+    return Server(script, env, folder / "mlflow.log", f"http://127.0.0.1:{port}/health")
 
 
 def torchserve_server(folder: Path, store: Path, root: Path = ROOT, **env: str) -> Server:
@@ -78,6 +99,7 @@ def torchserve_server(folder: Path, store: Path, root: Path = ROOT, **env: str) 
         "TORCHSERVE_METRICS_PORT": str(metrics),
         "TORCHSERVE_RUN_DIR": str(folder / "run"),
         "OMP_NUM_THREADS": "1",
+        "PROMOTER_GATES": "tests/gates.yaml",
     }
     script = root / "torchserve" / "start_torchserve.sh"
     return Server(script, env, folder / "torchserve.log", f"http://127.0.0.1:{port}/ping")
@@ -114,3 +136,91 @@ def variant(bundle: Bundle, folder: Path, golden_shift: float = 0.0, starts: boo
         (out / GRAPH).write_text("no graph")
     config: BundleConfig = replace(bundle.config, evidence={**bundle.config.evidence, "variant": out.name})
     return seal(out, config)
+
+
+@dataclass
+class Promotion:
+    """One TorchServe, its store, and promoters for it."""
+
+    folder: Path
+    server: Server
+    registry: Registry
+    bundle: Bundle
+    promoters: list[Reconciler] = field(default_factory=list)
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.env['TORCHSERVE_PORT']}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {**self.server.env, "MLFLOW_TRACKING_URI": self.registry.uri, "TORCHSERVE_URL": self.url}
+
+    def reconciler(self, registry_uri: str | None = None, **options: Any) -> Reconciler:
+        """A new promoter, without any memory; `options` are settings."""
+        names = ("MODEL_STORE", "STACK_STATE", "TORCHSERVE_RUN_DIR", "PROMOTER_GATES")
+        settings = Settings(
+            mlflow_tracking_uri=registry_uri or self.registry.uri,
+            torchserve_url=self.url,
+            **{name.lower(): self.server.env[name] for name in names},
+            **options,
+        )
+        self.promoters.append(Reconciler.create(settings))
+        return self.promoters[-1]
+
+    def settle(self, reconciler: Reconciler | None = None) -> tuple[list[str], Pass]:
+        """Passes until nothing is left to be done or something stands in the way: the steps done, and the last pass."""
+        reconciler, steps = reconciler or self.reconciler(), []
+        while True:
+            result = reconciler.reconcile(wait=60)
+            steps += [str(step) for step in result.done]
+            if not result.waiting and (result.settled or result.errors):
+                return steps, result
+
+    def register(self, folder: Path, golden_shift: float = 0.0) -> str:
+        return self.registry.register(variant(self.bundle, folder, golden_shift).path).version.version
+
+    def champion(self, version: str) -> tuple[list[str], Pass]:
+        self.registry.set_alias("champion", version)
+        return self.settle()
+
+    def predict(self, path: str = "") -> httpx.Response:
+        image = self.bundle.golden()[0].image
+        return httpx.post(
+            f"{self.url}/predictions/skin_vit{path}",
+            content=image,
+            headers={"Content-Type": "image/jpeg"},
+            timeout=60,
+            trust_env=False,
+        )
+
+    def served(self) -> str | None:
+        """The version that answers."""
+        answer = self.predict()
+        return answer.json()["model"]["version"] if answer.is_success else None
+
+    def tag(self, version: str, name: str) -> str | None:
+        found = self.registry.version(version)
+        assert found is not None
+        return found.tags.get(f"serving.{name}")
+
+    def kill(self) -> None:
+        os.kill(self.server.process.pid, signal.SIGKILL)
+        self.server.process.wait()
+
+
+def eventually(what: Callable[[], object], seconds: float = 60) -> object:
+    """The first true value; a server that does not answer counts as not yet."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if value := what():
+                return value
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() < end, "still not so"
+        time.sleep(0.1)

@@ -24,6 +24,7 @@ MADE = ("data/", "runs/", "model_store/skin_vit-", ".stack", ".venv")
 # Read here, but set by the system, by a tool for its children, or by the tests for themselves.
 NOT_OURS = {"CI", "HOME", "NO_PROXY", "no_proxy", "PATH", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV"}
 NOT_OURS |= {"BASH_SOURCE", "NAMED_SECRETS"}
+NOT_OURS |= {"SHADOW_FILE", "SHADOW_URL"}  # by start_torchserve.sh for its workers
 
 
 def named(paths: list[Path]) -> list:

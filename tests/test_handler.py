@@ -17,7 +17,7 @@ class FakeContext:
 
     def __init__(self, folder, explain=False):
         self.system_properties = {"model_dir": str(folder)}
-        self.manifest = {"model": {"modelVersion": "3"}}
+        self.manifest = {"model": {"modelName": "skin_vit", "modelVersion": "3"}}
         self.model_yaml_config = {"handler": {"precision": "f32", "threads": 1}}
         self.explain = explain
         self.statuses = {}

@@ -124,10 +124,22 @@ class TestClient:
              "version 3 is served, version 4 is on its way"),
             ({"settled": False, "desired": {"champion": None}, "actual": None, "errors": ["MLflow is away."]},
              "no model is served; MLflow is away."),
+            ({"settled": False, "desired": {"champion": {"version": "4"}}, "actual": {"serving": {"version": "3"}},
+              "errors": ["…"], "refused": [{"version": "4", "reason": "…", "final": True}]},
+             "version 3 is served, version 4 was refused"),
+            ({"settled": False, "desired": {"champion": {"version": "4"}}, "actual": {"serving": {"version": "3"}},
+              "errors": ["…"], "refused": [{"version": "4", "reason": "…", "final": False}]},
+             "version 3 is served, version 4 is on its way"),
         ],
     )  # fmt: skip
     def test_promoter_in_words(self, status, words):
         assert client.Promotion.model_validate(status).words == words
+
+    def test_a_refused_version_is_shown_with_its_reason(self):
+        shown = cards.not_served([client.Refusal(version="4", reason="Version 4 was refused: stress: <b>")])
+        assert "Not served" in shown
+        assert "Version 4 was refused: stress: &lt;b&gt;" in shown
+        assert cards.not_served([]) == ""
 
     @pytest.mark.parametrize(
         "wrong",

@@ -4,9 +4,9 @@ Whatever is loaded, stored, remembered, asked for or refused:
 
 - every step is one that TorchServe accepts at that moment (it drops no default that has company, holds one model under
   one number, serves only what is loaded);
-- while something answers, something keeps answering after every step; the one exception is a new registry that gives a
-  number a second time, to the very version that is alone in answering;
-- nothing serves that was not checked;
+- while something answers, something keeps answering after every step; the exceptions are a new registry that gives a
+  number a second time, to the very version that is alone in answering, and what was refused as the first of all;
+- nothing serves that was not checked, and nothing that a person took back counts as the last good version;
 - the end is what the aliases ask for, and then nothing is left to be done;
 - cut off after any step, planning again leads to the same end;
 - when any step fails, what served before serves, or serves again.
@@ -34,6 +34,7 @@ class World:
     approved: set[Release]
     serving: Release | None
     last_good: Release | None
+    withdrawn: set[Release] = field(default_factory=set)
     registry_up: bool = True
     history: list[Step] = field(default_factory=list)
 
@@ -46,6 +47,7 @@ class World:
             set(actual.approved),
             actual.serving,
             actual.last_good,
+            set(actual.withdrawn),
             registry_up,
         )
 
@@ -57,10 +59,16 @@ class World:
             frozenset(self.approved),
             self.serving,
             self.last_good,
+            frozenset(self.withdrawn),
         )
 
     def answers(self) -> bool:
         return self.default is not None and self.loaded[self.default].ready
+
+    def only_refused(self, desired: Desired) -> bool:
+        """Whether what answers was refused as the first of all: nothing before it, and nothing that passed."""
+        proven = self.approved | {self.serving, self.last_good}
+        return all(held.release in desired.blocked - proven for held in self.loaded.values())
 
     def apply(self, step: Step) -> None:
         release, held = step.release, self.loaded.get(step.release.version)
@@ -86,7 +94,10 @@ class World:
                 assert held == Loaded(release, ready=True)
                 assert release in self.approved | {self.serving, self.last_good}, "never checked"
                 if self.serving != release:
-                    self.serving, self.last_good = release, self.serving
+                    self.withdrawn.discard(release)
+                    kept = None if self.last_good == release else self.last_good
+                    self.last_good = kept if self.serving in self.withdrawn else self.serving
+                    self.serving = release
                 self.default = release.version
                 self.approved.add(release)
             case Action.RETIRE:
@@ -123,7 +134,9 @@ def situations(draw):
     }
     serving, last_good, champion, challenger = draw(st.tuples(*[st.none() | RELEASE] * 4))
     default = sorted(loaded)[draw(st.integers(0, 3)) % len(loaded)] if loaded else None
-    actual = Actual(loaded, default, draw(SUBSET), draw(SUBSET), serving, last_good if last_good != serving else None)
+    last_good = last_good if last_good != serving else None
+    withdrawn = draw(st.frozensets(RELEASE, max_size=2)) - {last_good}
+    actual = Actual(loaded, default, draw(SUBSET), draw(SUBSET), serving, last_good, withdrawn)
     known = draw(st.booleans())
     blocked = draw(st.frozensets(RELEASE, max_size=2))
     return Desired(champion if known else None, challenger if known else None, known, blocked), actual
@@ -143,13 +156,14 @@ def number_is_taken(desired: Desired, actual: Actual) -> bool:
 def test_every_plan_is_legal_and_reaches_its_end(situation):
     desired, actual = situation
     world = World.of(actual, desired.known)
-    answered = world.answers()
+    answered = world.answers() and not world.only_refused(desired)
     for step in plan(desired, actual):
         world.apply(step)
         if answered and not number_is_taken(desired, actual):
             assert world.answers(), f"a gap after {step}"
     assert plan(desired, world.actual()) == ()
 
+    assert world.last_good is None or world.last_good not in world.withdrawn
     champion = desired.wanted(desired.champion)
     if champion:
         assert world.serving == champion
@@ -161,7 +175,8 @@ def test_every_plan_is_legal_and_reaches_its_end(situation):
             assert world.loaded[challenger.version] == Loaded(challenger, ready=True)
         belong = {champion, challenger, world.last_good}
         assert {held.release for held in world.loaded.values()} <= belong
-        if actual.serving and actual.serving != champion and not number_is_taken(desired, actual):
+        moved = actual.serving and actual.serving != champion and not number_is_taken(desired, actual)
+        if moved and actual.serving not in actual.withdrawn:
             assert world.last_good is not None
 
 
@@ -261,6 +276,28 @@ def test_a_refused_champion_changes_nothing():
 def test_a_challenger_stands_by_and_never_answers_alone():
     assert steps(Desired(ONE, TWO), SERVING_ONE) == ["store version 2", "load version 2", "check version 2"]
     assert steps(Desired(None, TWO), Actual()) == [], "TorchServe would make the first version the default"
+
+
+def test_a_challenger_is_checked_anew_when_it_becomes_champion():
+    loaded = {"1": Loaded(ONE, True), "2": Loaded(TWO, True)}
+    actual = Actual(loaded, "1", frozenset({ONE, TWO}), frozenset({ONE, TWO}), serving=ONE)
+    assert steps(Desired(TWO), actual) == ["check version 2", "serve version 2"], (
+        "it was compared with another champion"
+    )
+
+
+def test_what_was_rolled_back_from_is_retired():
+    loaded = {"1": Loaded(ONE, True), "2": Loaded(TWO, True)}
+    both = frozenset({ONE, TWO})
+    actual = Actual(loaded, "2", both, both, serving=TWO, last_good=ONE, withdrawn=frozenset({TWO}))
+    assert steps(Desired(ONE), actual) == ["serve version 1", "retire version 2"]
+
+
+def test_what_was_refused_as_the_first_of_all_does_not_stay():
+    actual = Actual({"1": Loaded(ONE, True)}, "1", frozenset({ONE}))
+    assert steps(Desired(ONE, blocked=frozenset({ONE})), actual) == ["retire version 1"]
+    served = Actual({"1": Loaded(ONE, False)}, "1", frozenset({ONE}), frozenset({ONE}), ONE)
+    assert steps(Desired(ONE, blocked=frozenset({ONE})), served) == [], "what has served only waits for another try"
 
 
 def test_a_new_registry_counts_from_one_again():

@@ -17,99 +17,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
 
-from handlers.bundle import Bundle
 from mlflow_tracking.promotion import ledger as ledgers
-from mlflow_tracking.promotion.reconcile import Pass, Reconciler
 from mlflow_tracking.registry import Registry
-from mlflow_tracking.settings import Settings
 from tests.conftest import ROOT, free_ports
-from tests.live import Server, run_script, torchserve_server, variant
+from tests.live import NOWHERE, Promotion, eventually, run_script, torchserve_server, variant
 
 pytest_plugins = ["tests.fixtures_registry"]
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
-
-NOWHERE = "http://127.0.0.1:9"
-
-
-@dataclass
-class Promotion:
-    """One TorchServe, its store, and promoters for it."""
-
-    folder: Path
-    server: Server
-    registry: Registry
-    bundle: Bundle
-    promoters: list[Reconciler] = field(default_factory=list)
-
-    @property
-    def store(self) -> Path:
-        return self.folder / "store"
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.env['TORCHSERVE_PORT']}"
-
-    @property
-    def env(self) -> dict[str, str]:
-        return {**self.server.env, "MLFLOW_TRACKING_URI": self.registry.uri, "TORCHSERVE_URL": self.url}
-
-    def reconciler(self, registry_uri: str | None = None) -> Reconciler:
-        """A new promoter, without any memory."""
-        names = ("MODEL_STORE", "STACK_STATE", "TORCHSERVE_RUN_DIR")
-        settings = Settings(
-            mlflow_tracking_uri=registry_uri or self.registry.uri,
-            torchserve_url=self.url,
-            **{name.lower(): self.server.env[name] for name in names},
-        )
-        self.promoters.append(Reconciler.create(settings))
-        return self.promoters[-1]
-
-    def settle(self, reconciler: Reconciler | None = None) -> tuple[list[str], Pass]:
-        """Passes until nothing is left to be done or something stands in the way: the steps done, and the last pass."""
-        reconciler, steps = reconciler or self.reconciler(), []
-        while True:
-            result = reconciler.reconcile(wait=60)
-            steps += [str(step) for step in result.done]
-            if not result.waiting and (result.settled or result.errors):
-                return steps, result
-
-    def register(self, folder: Path, golden_shift: float = 0.0) -> str:
-        return self.registry.register(variant(self.bundle, folder, golden_shift).path).version.version
-
-    def champion(self, version: str) -> tuple[list[str], Pass]:
-        self.registry.set_alias("champion", version)
-        return self.settle()
-
-    def predict(self, path: str = "") -> httpx.Response:
-        image = self.bundle.golden()[0].image
-        return httpx.post(
-            f"{self.url}/predictions/skin_vit{path}",
-            content=image,
-            headers={"Content-Type": "image/jpeg"},
-            timeout=60,
-            trust_env=False,
-        )
-
-    def served(self) -> str | None:
-        """The version that answers."""
-        answer = self.predict()
-        return answer.json()["model"]["version"] if answer.is_success else None
-
-    def tag(self, version: str, name: str) -> str | None:
-        found = self.registry.version(version)
-        assert found is not None
-        return found.tags.get(f"serving.{name}")
-
-    def kill(self) -> None:
-        os.kill(self.server.process.pid, signal.SIGKILL)
-        self.server.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -146,19 +65,6 @@ def serving_second(serving_first, second) -> Promotion:
     serving_first.champion(second)
     assert serving_first.served() == second
     return serving_first
-
-
-def eventually(what: Callable[[], object], seconds: float = 60) -> object:
-    """The first true value; a server that does not answer counts as not yet."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            if value := what():
-                return value
-        except httpx.HTTPError:
-            pass
-        assert time.monotonic() < end, "still not so"
-        time.sleep(0.1)
 
 
 def test_the_first_champion_is_served(promotion):

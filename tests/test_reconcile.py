@@ -3,23 +3,33 @@
 - killed at any call to a server and started again, a promoter finishes; what served before serves until then;
 - a failure is tried again at once, then ever more rarely; another alias counts at once;
 - a server that is away is nobody's fault, and what could not be told to the registry is told later;
-- what a gate refuses never answers, not even when it is the first.
+- what a gate refuses never answers, not even when it is the first; asked for again, by whichever promoter, it costs
+  nothing, until a person overrules the gates, which every promoter keeps to;
+- a check that nobody wants any more stops;
+- the audit log tells every step, and every move of an alias that was seen, once;
+- what a person rolled back from is no last good version; archives that nobody needs go, the youngest last.
 """
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from handlers.bundle import GOLDEN, WEIGHTS, Bundle, BundleConfig, seal
 from handlers.calibration import Calibration
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES
-from mlflow_tracking.promotion import execute, ledger, reconcile
+from mlflow_tracking.promotion import archive, execute, ledger, reconcile
+from mlflow_tracking.promotion.answers import AnswerBook
+from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.execute import Executor
-from mlflow_tracking.promotion.gates import Candidate, GoldenParity
+from mlflow_tracking.promotion.gates.base import Candidate
+from mlflow_tracking.promotion.gates.identity import DigestAndSignature, GoldenParity
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.reconcile import Event, Reconciler
 from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServeError, TorchServeUnavailable
@@ -57,6 +67,8 @@ class FakeRegistry:
     aliases: dict[str, str] = field(default_factory=dict)
     up: bool = True
     fetched: list[str] = field(default_factory=list)
+    reports: list[tuple[str, set[str]]] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def _say(self, effect):
         if not self.up:
@@ -75,6 +87,18 @@ class FakeRegistry:
 
     def tag(self, number, tags):
         self._say(lambda: self.tags[number].update(tags))
+
+    def evaluation_set(self):
+        return self._say(lambda: None)
+
+    def signature(self, number):
+        return self._say(lambda: None)
+
+    def log_report(self, number, folder, name):
+        self._say(lambda: self.reports.append((number, {path.name for path in folder.iterdir()})))
+
+    def set_note(self, name, value):
+        self._say(lambda: self.notes.update({name: value}))
 
     def download_bundle(self, number, folder):
         self.fetched.append(number)
@@ -116,7 +140,7 @@ class FakeTorchServe:
 
         self._say(effect)
 
-    def wait_ready(self, version, timeout):
+    def wait_ready(self, version, timeout, each=None):
         return self._say(lambda: version in self.loaded and version not in self.broken)
 
     def set_default(self, version):
@@ -173,10 +197,10 @@ class World:
         self.registry.tags[version] = {"digest": seal(folder, config).digest}
 
     def promoter(self) -> Reconciler:
-        executor = Executor(self.torchserve.store, self.registry, self.torchserve, gates=(Golden(),))
+        executor = Executor(self.torchserve.store, self.registry, self.torchserve, (Golden(),), self.folder / "cache")
 
         def tell(event: Event) -> None:
-            if event.state != "begun":
+            if event.state not in ("begun", "running"):
                 self.events.append(f"{event.step} {event.state}")
 
         return Reconciler(Settings(model_store=self.torchserve.store), self.registry, executor, tell)
@@ -193,7 +217,9 @@ class World:
 
 
 class Golden(GoldenParity):
-    """With golden pictures that tell the stand-in which bundle it is to play."""
+    """With golden pictures that tell the stand-in which bundle it is to play; it has no checkpoint."""
+
+    checkpoint: bool = False
 
     def evaluate(self, candidate):
         case = _Case(candidate.release)
@@ -248,6 +274,9 @@ def test_killed_at_any_call_it_finishes_when_started_again(tmp_path, after):
         assert world.torchserve.default_version == "3"
         assert set(world.torchserve.loaded) == {"2", "3"}
         assert world.status("3") == "serving"
+        assert promoter.audit.verify(Head.parse(world.registry.notes["audit.head"])) == []
+        assert promoter.audit.newest("alias seen")["version"] == "3"
+        assert promoter.audit.newest("serve")["version"] == "3"
         assert not [path for path in world.torchserve.store.iterdir() if "tmp" in path.name]
     assert number > 15, "there were calls to be killed at"
 
@@ -300,8 +329,9 @@ def test_the_tolerance_of_golden_answers(world, precision, shift, passed):
     world.torchserve.precision, world.torchserve.shift = precision, {"1": shift}
     release = Release("1", world.registry.tags["1"]["digest"])
     bundle = Bundle.load(world.registry.bundles["1"])
-    assert Golden().evaluate(Candidate(release, bundle, world.torchserve)).passed is passed
-    assert not GoldenParity().evaluate(Candidate(release, bundle, world.torchserve)).passed, "no golden images at all"
+    candidate = Candidate(release, bundle, world.torchserve, AnswerBook(world.folder))
+    assert Golden().evaluate(candidate).passed is passed
+    assert not GoldenParity().evaluate(candidate).passed, "no golden images at all"
 
 
 def test_a_changed_bundle_is_refused(world):
@@ -370,3 +400,259 @@ def test_a_registry_that_counts_from_one_again(world):
     assert world.torchserve.loaded["1"] == Release("1", world.registry.tags["3"]["digest"]).archive
     assert old != world.registry.tags["1"]["digest"]
     assert world.status("1") == "serving", "the old model's retirement is not told of the new one"
+
+
+def refuse_second(world: World) -> Reconciler:
+    """Version 1 serves, version 2 was refused by its golden answers; another promoter than the one that did it."""
+    world.serve("1")
+    world.torchserve.shift = {"2": 0.5}
+    world.registry.aliases["champion"] = "2"
+    world.promoter().reconcile()
+    world.events.clear()
+    return world.promoter()
+
+
+def test_what_was_refused_costs_another_promoter_nothing(world):
+    promoter = refuse_second(world)
+    assert world.registry.tags["2"]["gates.outcome"] == "refused"
+    assert world.registry.tags["2"]["gates.golden_parity"].startswith("failed: golden/MEL.jpg")
+    assert world.registry.reports == [("1", {"report.json", "report.html"}), ("2", {"report.json", "report.html"})]
+    (world.torchserve.store / Release("2", world.registry.tags["2"]["digest"]).archive).unlink()
+    result = promoter.reconcile()
+    assert world.events == [], "nothing was fetched or loaded"
+    assert "golden parity: golden/MEL.jpg" in result.errors[0]
+    assert promoter.setbacks[result.desired.champion].final
+    assert len(world.registry.reports) == 2, "and the report is not written again"
+
+
+def test_a_promoter_that_died_before_it_took_a_refused_version_out(world):
+    world.serve("1")
+    world.torchserve.shift = {"2": 0.5}
+    world.registry.aliases["champion"] = "2"
+
+    def dies(version):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.torchserve, "unregister", dies)
+        with pytest.raises(Killed):
+            world.promoter().reconcile()
+    assert set(world.torchserve.loaded) == {"1", "2"}
+    promoter = world.promoter()
+    promoter.reconcile()
+    assert set(world.torchserve.loaded) == {"1"}
+    assert world.status("2") == "refused"
+    assert "golden parity" in world.registry.tags["2"]["serving.reason"], "the reason stays"
+    world.events.clear()
+    assert "golden parity" in promoter.reconcile().errors[0]
+    assert world.events == []
+
+
+def test_a_challenger_is_not_refused_for_a_champion_it_was_not_compared_with(world):
+    world.serve("1")
+    world.registry.aliases["challenger"] = "2"
+    world.promoter().reconcile()
+    assert world.status("2") == "challenger"
+    world.events.clear()
+    world.registry.aliases = {"champion": "2"}
+    world.promoter().reconcile()
+    assert world.events == ["check version 2 done", "serve version 2 done"]
+
+
+def test_a_challenger_that_fails_as_champion_is_taken_out(world):
+    world.serve("1")
+    world.registry.aliases["challenger"] = "2"
+    world.promoter().reconcile()
+    world.torchserve.shift = {"2": 0.5}
+    world.promoter().executor.judge.forget(world.registry.tags["2"]["digest"])
+    world.registry.aliases["champion"] = "2"
+    result = world.promoter().reconcile()
+    assert "golden parity" in result.errors[0]
+    assert set(world.torchserve.loaded) == {"1"}
+    assert {release.version for release in result.actual.approved} == {"1"}
+
+
+def test_a_person_may_overrule_the_gates_and_every_promoter_keeps_to_it(world):
+    service = refuse_second(world)
+    service.reconcile()  # it knows the refusal
+    hand = world.promoter()
+    hand.executor.overruled["2"] = {"by": "ann@lab", "reason": "agreed"}
+    assert hand.reconcile().errors == ()
+    assert world.torchserve.default_version == "2"
+    assert service.reconcile().settled
+    assert world.torchserve.default_version == "2"
+    row = hand.audit.newest("check", version="2")
+    assert row["remark"].startswith("overruled by ann@lab (agreed): golden parity")
+    hand.reconcile()
+    assert world.registry.tags["2"]["gates.outcome"] == "forced"
+    assert world.registry.tags["2"]["gates.forced"] == "ann@lab: agreed"
+
+    for version in "3", "2":
+        world.registry.aliases["champion"] = version
+        world.promoter().reconcile()
+    assert world.torchserve.default_version == "2", "going back to it needs no other word"
+
+
+def test_nobody_overrules_what_is_not_what_was_registered(world):
+    world.serve("1")
+    promoter = world.promoter()
+    promoter.executor.judge.gates = (DigestAndSignature(),)
+    promoter.executor.overruled["2"] = {"by": "ann@lab", "reason": "agreed"}
+    world.registry.aliases["champion"] = "2"
+    assert "has no signature" in promoter.reconcile().errors[0]
+    assert world.torchserve.default_version == "1"
+
+
+def test_a_version_that_is_not_asked_for_any_more_is_not_checked_to_the_end(world):
+    world.serve("1")
+    world.registry.aliases["champion"] = "2"
+    promoter = world.promoter()
+
+    class Slow(Golden):
+        def evaluate(self, candidate):
+            candidate.progress("half way")
+            world.registry.aliases["champion"] = "1"
+            promoter._looked = 0.0
+            candidate.progress("nearly")
+            pytest.fail("it went on")
+
+    promoter.executor.judge.gates = (Slow(),)
+    result = promoter.reconcile()
+    assert result.waiting
+    assert result.errors == ("Version 2 is not asked for any more; its check was stopped.",)
+    assert world.status("2") is None, "nobody is at fault"
+    promoter.reconcile()
+    assert set(world.torchserve.loaded) == {"1"}
+    assert promoter.reconcile().settled
+
+
+def test_with_mlflow_away_a_check_goes_on(world):
+    world.serve("1")
+    world.registry.aliases["champion"] = "2"
+    promoter = world.promoter()
+
+    class Gone(Golden):
+        def evaluate(self, candidate):
+            world.registry.up = False
+            promoter._looked = 0.0
+            candidate.progress("half way")
+            return super().evaluate(candidate)
+
+    promoter.executor.judge.gates = (Gone(),)
+    promoter.reconcile()
+    assert world.torchserve.default_version == "2"
+
+
+def test_rolled_back_from_is_nobodys_last_good_version(world):
+    for version in "12":
+        world.serve(version)
+    promoter = world.promoter()
+    promoter.executor.withdraw(Release("2", world.registry.tags["2"]["digest"]))
+    world.registry.aliases["champion"] = "1"
+    promoter.reconcile()
+    assert world.events == ["serve version 1 done", "retire version 2 done"]
+    assert world.status("2") == "rolled back"
+    book = ledger.read(world.torchserve.store)
+    assert (book.release(book.default).version, book.last_good) == ("1", None)
+    world.serve("3")
+    world.serve("2")
+    book = ledger.read(world.torchserve.store)
+    assert book.withdrawn == (), "promoted again, it is as good as any"
+    assert book.release(book.last_good).version == "3"
+
+
+def test_the_audit_log_tells_when_an_alias_moved(world):
+    for version in "12":
+        world.serve(version)
+    del world.registry.aliases["champion"]
+    promoter = world.promoter()
+    promoter.reconcile()
+    promoter.reconcile()
+    seen = [(row["previous"], row["version"]) for row in promoter.audit.rows() if row["event"] == "alias seen"]
+    assert seen == [("", "1"), ("1", "2"), ("2", "")], "each move once"
+    serve = promoter.audit.newest("serve")
+    assert (serve["version"], serve["previous"], serve["by"]) == ("2", "1", "promoter")
+    assert world.registry.notes["audit.head"] == str(promoter.audit.head())
+
+
+def test_a_failure_is_written_down_once(world, clock):
+    world.serve("1")
+    world.torchserve.broken = {"2"}
+    world.registry.aliases["champion"] = "2"
+    promoter = world.promoter()
+    for _ in range(50):
+        promoter.reconcile()
+        clock[0] += 2
+    assert [row["event"] for row in promoter.audit.rows()].count("load failed") == 1
+
+
+def test_archives_that_nobody_needs_are_pruned_but_for_the_youngest(world):
+    for number in range(4, 9):
+        world.add(str(number))
+    world.registry.aliases["challenger"] = "3"
+    for version in "12345678":
+        world.serve(version)
+    stored = {path.name.split("-")[1] for path in world.torchserve.store.glob("*.mar")}
+    assert stored == {"8", "7", "3"} | {"4", "5", "6"}, "champion, last good, challenger, and three more"
+    assert {entry.version for entry in ledger.read(world.torchserve.store).archives.values()} == stored
+    assert [row["archive"].split("-")[1] for row in world.promoter().audit.rows() if row["event"] == "prune"] == [
+        "1",
+        "2",
+    ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_pruning_takes_nothing_that_is_needed(tmp_path_factory, data):
+    names = [f"skin_vit-{number}-{'0123456789ab'}.mar" for number in range(8)]
+    foreign = ["skin_vit-x.mar", "other.mar", "skin_vit-1-0123456789ab.mar.tmp"]
+    needed = data.draw(st.sets(st.sampled_from(names)))
+    keep = data.draw(st.integers(0, 4))
+    store = tmp_path_factory.mktemp("store")
+    for age, name in enumerate(data.draw(st.permutations(names + foreign))):
+        (store / name).touch()
+        os.utime(store / name, (age, age))
+    gone = archive.surplus(store, needed, keep)
+    assert not {path.name for path in gone} & (needed | set(foreign))
+    kept = [path for path in store.iterdir() if path.name in set(names) - needed and path not in gone]
+    assert len(kept) == min(keep, len(set(names) - needed))
+    assert all(old.stat().st_mtime < young.stat().st_mtime for old in gone for young in kept), "the youngest stay"
+
+
+def test_a_store_that_cannot_be_written_is_told_and_nothing_is_taken_away(world, monkeypatch):
+    world.serve("1")
+    world.registry.aliases["champion"] = "2"
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AuditLog, "append", full)
+        result = world.promoter().reconcile()
+    assert "cannot be kept" in result.errors[0]
+    assert "No space left on device" in result.errors[0]
+    assert world.torchserve.default_version == "1"
+    world.promoter().reconcile()
+    assert world.torchserve.default_version == "2"
+
+
+def test_what_a_promoter_died_before_writing_down_is_written_by_the_next(world, monkeypatch):
+    world.serve("1")
+    world.registry.aliases["champion"] = "2"
+    append = AuditLog.append
+
+    def dies(self, event, by, **fields):
+        if event == "serve":
+            raise Killed
+        append(self, event, by, **fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AuditLog, "append", dies)
+        with pytest.raises(Killed):
+            world.promoter().reconcile()
+    assert world.torchserve.default_version == "2"
+    promoter = world.promoter()
+    for _ in range(2):
+        promoter.reconcile()
+    rows = [row for row in promoter.audit.rows() if row["event"] == "serve" and row["version"] == "2"]
+    assert [row["remark"] for row in rows] == ["noticed afterwards: a promoter has died"], "once"

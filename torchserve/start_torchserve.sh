@@ -51,6 +51,11 @@ keep=()
 for name in CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH NVIDIA_VISIBLE_DEVICES OMP_NUM_THREADS STACK_STATE; do
   if [[ -n "${!name:-}" ]]; then keep+=("$name=${!name}"); fi
 done
+# For a share of requests that the challenger answers too (handlers/shadow.py); without the file nothing happens.
+store="${MODEL_STORE:-model_store}"
+[[ "$store" == /* ]] || store="$root/$store"
+keep+=("SHADOW_FILE=$store/shadow.json")
+keep+=("SHADOW_URL=http://127.0.0.1:${TORCHSERVE_PORT:-8080}")
 # shellcheck disable=SC2086  # options are several words
 exec env -i PATH="$(dirname "$python"):/usr/local/bin:/usr/bin:/bin" HOME="$run" LANG=C.UTF-8 \
   TMPDIR="$run" TEMP="$run" LOG_LOCATION="$run/logs" METRICS_LOCATION="$run/logs" ${keep[@]+"${keep[@]}"} \

@@ -11,9 +11,10 @@ its files with the time and works in one shared temporary folder; a test holds t
 """
 
 import json
+import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ START_SETTINGS = (
     "startupTimeout",
     "maxRetryTimeoutInSec",
 )
+_OURS = re.compile(rf"{MODEL_NAME}-\d+-[0-9a-f]{{12}}\.mar")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip can name
 
 
@@ -91,6 +93,16 @@ def clean(store: Path) -> list[Path]:
     for path in left:
         path.unlink(missing_ok=True)
     return left
+
+
+def surplus(store: Path, needed: Collection[str], keep: int) -> list[Path]:
+    """The archives of our naming in the store that nobody needs, but for the `keep` youngest of them, oldest first.
+
+    A crash between writing an archive and its ledger entry leaves one that the ledger does not know; it counts too.
+    """
+    unneeded = [path for path in store.glob("*.mar") if _OURS.fullmatch(path.name) and path.name not in needed]
+    unneeded.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return unneeded[: max(0, len(unneeded) - keep)]
 
 
 def read_settings(model_config: Path) -> dict[str, int]:

@@ -1,16 +1,22 @@
 """The steps of a plan, done. Each can be repeated, and cut off anywhere: what was there before it keeps serving."""
 
+import re
+import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from handlers.bundle import Bundle, BundleError
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
-from mlflow_tracking.promotion.gates import GATES, Candidate, Gate
+from mlflow_tracking.promotion.answers import AnswerBook, short
+from mlflow_tracking.promotion.evaluation_set import EvaluationSet, EvaluationSetError
+from mlflow_tracking.promotion.gates.base import Candidate, Gate, Outcome
+from mlflow_tracking.promotion.gates.judge import Judge, Judgement
 from mlflow_tracking.promotion.ledger import Entry, Ledger, Verifier
 from mlflow_tracking.promotion.plan import Action, Actual, Loaded, Release, Step
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
@@ -19,6 +25,8 @@ from mlflow_tracking.registry import Registry
 STARTUP = 120.0  # TorchServe's own default
 # How long a pass waits for a worker that is starting, before it looks again whether that is still wanted.
 PATIENCE = 3.0
+JUDGEMENTS = "judgements"  # in the model store: what was asked of whom, and the answers
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Refused(RuntimeError):
@@ -39,13 +47,24 @@ class Executor:
     Args:
         store: the model store, the same folder that TorchServe reads.
         gates: what a release must pass before it serves.
+        cache: a folder for the frozen evaluation set; what is in it can be fetched again.
+
+    `overruled` are versions that shall serve whatever the gates say: number -> {by, reason}. `progress` hears a remark
+    now and then while a step takes its time, and may raise NotYet to stop it.
     """
 
-    def __init__(self, store: Path, registry: Registry, torchserve: TorchServe, gates: Sequence[Gate] = GATES) -> None:
+    def __init__(
+        self, store: Path, registry: Registry, torchserve: TorchServe, gates: Sequence[Gate], cache: Path
+    ) -> None:
         self.store = store
         self.registry = registry
         self.torchserve = torchserve
-        self.gates = gates
+        self.cache = cache
+        self.judge = Judge(gates, store / JUDGEMENTS)
+        self.book = AnswerBook(store / JUDGEMENTS)
+        self.overruled: dict[str, dict[str, str]] = {}
+        self.progress: Callable[[str], None] = lambda remark: None
+        self._evaluation: EvaluationSet | None = None
         self._verifier = Verifier(store)
         # Loaded versions without a ready worker: since when (monotonic seconds), and whether it was started anew.
         self._unready: dict[str, tuple[float, bool]] = {}
@@ -76,11 +95,48 @@ class Executor:
             approved=frozenset(release for name in ledger.loaded if (release := ledger.release(name))),
             serving=ledger.release(ledger.default),
             last_good=ledger.release(ledger.last_good),
+            withdrawn=frozenset(release for name in ledger.withdrawn if (release := ledger.release(name))),
         )
 
     def ledger(self) -> Ledger:
         """The store's ledger. Raises LedgerError."""
         return ledgers.read(self.store)
+
+    def refusal(self, release: Release, actual: Actual) -> Judgement | None:
+        """The judgement that keeps a release from serving, if what would be asked now was asked before.
+
+        Raises:
+            RegistryUnavailable
+        """
+        if release.version in self.overruled:
+            return None
+        found = self.registry.evaluation_set()
+        champion = _champion(actual, release)
+        question = self.judge.question(
+            release.digest, found.digest if found else None, champion.digest if champion else None
+        )
+        kept = self.judge.kept(question)
+        return kept if kept and not kept.passed else None
+
+    def withdraw(self, release: Release) -> None:
+        """Note that a person has rolled back from a release."""
+        self._write(self.ledger().rolled_back(release.archive))
+
+    def prune(self, actual: Actual, asked: Iterable[Release], keep: int) -> list[str]:
+        """Delete the archives that nobody needs, but for the `keep` youngest; returns their names.
+
+        Needed is what is loaded, what belongs in TorchServe, what served last and before, and what is asked for.
+        """
+        ledger = self.ledger()
+        needed = {release.archive for release in asked} | {*ledger.loaded, ledger.default or "", ledger.last_good or ""}
+        for held in actual.loaded.values():
+            needed |= {held.release.archive, held.release.digest}  # of something unknown this is the archive's name
+        gone = [path.name for path in archives.surplus(self.store, needed, keep)]
+        for name in gone:
+            # The ledger first: cut off between the two, the file is one that the ledger does not know, and goes later.
+            self._write(self.ledger().pruned(name))
+            (self.store / name).unlink(missing_ok=True)
+        return gone
 
     def run(self, step: Step) -> str:
         """Do one step; returns a remark on it, possibly empty.
@@ -104,7 +160,7 @@ class Executor:
             if isinstance(error, ConnectionError):
                 raise
             raise StepFailed(f"{step} failed: {error}") from error
-        except TorchServeError as error:
+        except (TorchServeError, EvaluationSetError) as error:
             raise StepFailed(f"{step} failed: {error}") from error
 
     def _store(self, release: Release) -> str:
@@ -131,7 +187,7 @@ class Executor:
         except TorchServeError as error:
             if error.status != 409:  # registered already: by a call of ours that was cut off
                 raise
-        if not self.torchserve.wait_ready(release.version, startup):
+        if not self.torchserve.wait_ready(release.version, startup, lambda: self.progress("its worker starts")):
             with suppress(TorchServeError):
                 self.torchserve.unregister(release.version)
             raise StepFailed(
@@ -161,18 +217,88 @@ class Executor:
         raise NotYet(f"The worker of version {release.version} was started anew; waiting for it.")
 
     def _check(self, release: Release) -> str:
-        with tempfile.TemporaryDirectory() as temporary:
-            try:
-                bundle = Bundle.load(archives.extract_bundle(self.store / release.archive, Path(temporary)))
-                verdicts = [gate.evaluate(Candidate(release, bundle, self.torchserve)) for gate in self.gates]
-            except BundleError as error:
-                raise Refused(f"the bundle in its archive is damaged: {error}") from error
-        if failed := [verdict for verdict in verdicts if not verdict.passed]:
+        try:
+            judgement = self._judgement(release)
+        except BundleError as error:
+            raise Refused(f"the bundle in its archive is damaged: {error}") from error
+        overruled = self.overruled.get(release.version)
+        if judgement.blocking and overruled and self.judge.may_force(judgement):
+            judgement = replace(judgement, forced=overruled)
+        self.judge.keep(judgement)
+        if not judgement.passed:
+            self._write(self.ledger().retired(release.archive))  # it may have passed before, as challenger
             with suppress(TorchServeError):  # it may even be the default, if it was the first
                 self.torchserve.unregister(release.version)
-            raise Refused("; ".join(f"{verdict.gate}: {verdict.reason}" for verdict in failed))
+            raise Refused(judgement.reason)
         self._write(self.ledger().approved(release.archive))
-        return "; ".join(f"{verdict.gate}: {verdict.reason}" for verdict in verdicts)
+        if judgement.forced:
+            return f"overruled by {judgement.forced['by']} ({judgement.forced['reason']}): {judgement.reason}"
+        passed = sum(verdict.outcome is Outcome.PASSED for verdict in judgement.verdicts)
+        left_open = f"; {judgement.reason}" if judgement.reason else ""
+        return f"{passed} of {len(judgement.verdicts)} gates passed in {judgement.seconds:g} s{left_open}"
+
+    def _judgement(self, release: Release) -> Judgement:
+        """The verdicts on a release that is loaded: those that were kept, or new ones."""
+        champion = _champion(self.observe(), release)
+        evaluation = self.evaluation_set()
+        question = self.judge.question(
+            release.digest, evaluation.digest if evaluation else None, champion.digest if champion else None
+        )
+        if kept := self.judge.kept(question):
+            return replace(kept, version=release.version)
+        registered = self.registry.version(release.version)
+        with tempfile.TemporaryDirectory() as temporary:
+            bundle = Bundle.load(archives.extract_bundle(self.store / release.archive, Path(temporary)))
+            return self.judge.judge(
+                Candidate(
+                    release,
+                    bundle,
+                    self.torchserve,
+                    self.book,
+                    registered_digest=registered.digest if registered else None,
+                    signature=self.registry.signature(release.version),
+                    champion=champion,
+                    evaluation=evaluation,
+                    progress=self.progress,
+                )
+            )
+
+    def evaluation_set(self) -> EvaluationSet | None:
+        """The frozen set that counts now, fetched once and verified; None if there is none.
+
+        Raises:
+            EvaluationSetError: it is not what was frozen.
+            RegistryError, RegistryUnavailable
+        """
+        registered = self.registry.evaluation_set()
+        if registered is None:
+            return None
+        digest = registered.digest or ""
+        if not DIGEST.fullmatch(digest):
+            raise EvaluationSetError(f"Version {registered.version} of the evaluation set has no valid digest tag.")
+        if self._evaluation is None or self._evaluation.digest != digest:
+            self._evaluation = self._fetch(registered.version, digest)
+        return self._evaluation
+
+    def _fetch(self, version: str, digest: str) -> EvaluationSet:
+        folder = self.cache / short(digest)
+        with suppress(EvaluationSetError):
+            if (found := EvaluationSet.load(folder)).digest == digest:
+                return found
+        # Other people's pictures: none of an older set stays behind.
+        shutil.rmtree(self.cache, ignore_errors=True)
+        self.cache.mkdir(parents=True)
+        with tempfile.TemporaryDirectory(dir=self.cache) as temporary:
+            place = Path(temporary) / "set"
+            place.mkdir()
+            fetched = self.registry.download_evaluation_set(version, place)
+            found = EvaluationSet.load(fetched)
+            if found.digest != digest:
+                raise EvaluationSetError(
+                    f"Version {version} of the evaluation set is not what was frozen: its digest is {found.digest}."
+                )
+            fetched.rename(folder)
+        return EvaluationSet.load(folder)
 
     def _serve(self, release: Release) -> str:
         self.torchserve.set_default(release.version)
@@ -188,3 +314,11 @@ class Executor:
 
     def _write(self, ledger: Ledger) -> None:
         ledgers.write(self.store, ledger)
+
+
+def _champion(actual: Actual, candidate: Release) -> Release | None:
+    """Whom a candidate is compared with: what serves and answers, and is another bundle."""
+    serving = actual.serving
+    held = actual.loaded.get(serving.version) if serving else None
+    answers = held is not None and held.release == serving and held.ready
+    return serving if answers and serving and serving.digest != candidate.digest else None

@@ -50,13 +50,14 @@ class Entry:
 class Ledger:
     """The archives by file name; the others name archives: `default` serves, `last_good` did before it.
 
-    `loaded` passed their gates and are to be in TorchServe.
+    `loaded` passed their gates and are to be in TorchServe; from `withdrawn` a person has rolled back.
     """
 
     archives: Mapping[str, Entry] = field(default_factory=dict)
     default: str | None = None
     last_good: str | None = None
     loaded: tuple[str, ...] = ()
+    withdrawn: tuple[str, ...] = ()
 
     def release(self, archive: str | None) -> Release | None:
         """What an archive holds, if the ledger knows it."""
@@ -72,14 +73,29 @@ class Ledger:
         return replace(self, loaded=tuple(sorted({*self.loaded, archive})))
 
     def serving(self, archive: str) -> "Ledger":
-        """With another default; the one before it becomes the last good one."""
+        """With another default; the one before it becomes the last good one, unless it was withdrawn."""
         if archive == self.default:
             return self.approved(archive)
-        return replace(self.approved(archive), default=archive, last_good=self.default)
+        withdrawn = tuple(name for name in self.withdrawn if name != archive)
+        last_good = self.last_good if self.last_good != archive else None
+        if self.default not in withdrawn:
+            last_good = self.default
+        return replace(self.approved(archive), default=archive, last_good=last_good, withdrawn=withdrawn)
+
+    def rolled_back(self, archive: str) -> "Ledger":
+        """With an archive that a person has taken back: it is nobody's last good version."""
+        last_good = None if self.last_good == archive else self.last_good
+        return replace(self, last_good=last_good, withdrawn=tuple(sorted({*self.withdrawn, archive})))
 
     def retired(self, archive: str) -> "Ledger":
         """With an archive that no longer belongs in TorchServe; the file stays in the store."""
         return replace(self, loaded=tuple(name for name in self.loaded if name != archive))
+
+    def pruned(self, archive: str) -> "Ledger":
+        """Without an archive whose file is to go."""
+        archives = {name: entry for name, entry in self.archives.items() if name != archive}
+        withdrawn = tuple(name for name in self.withdrawn if name != archive)
+        return replace(self.retired(archive), archives=archives, withdrawn=withdrawn)
 
     def to_json(self) -> str:
         """The file's text."""
@@ -98,6 +114,7 @@ class Ledger:
                 default=values["default"],
                 last_good=values["last_good"],
                 loaded=tuple(values["loaded"]),
+                withdrawn=tuple(values.get("withdrawn", ())),  # not in ledgers from before there was a roll-back
             )
         except LedgerError:
             raise

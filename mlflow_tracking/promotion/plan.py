@@ -80,7 +80,8 @@ class Actual:
     """What TorchServe holds (by version, and its default version), the model store, and the ledger.
 
     `stored` are the archives that are what the ledger says; `approved` the releases that passed their gates and
-    belong in TorchServe; `serving` and `last_good` the ones that answered last and before.
+    belong in TorchServe; `serving` and `last_good` the ones that answered last and before; `withdrawn` those that a
+    person has rolled back from.
     """
 
     loaded: Mapping[str, Loaded] = field(default_factory=dict)
@@ -89,6 +90,7 @@ class Actual:
     approved: frozenset[Release] = frozenset()
     serving: Release | None = None
     last_good: Release | None = None
+    withdrawn: frozenset[Release] = frozenset()
 
 
 def plan(desired: Desired, actual: Actual) -> tuple[Step, ...]:
@@ -104,13 +106,19 @@ def plan(desired: Desired, actual: Actual) -> tuple[Step, ...]:
     asked, challenger = desired.wanted(desired.champion), desired.wanted(desired.challenger)
     champion = asked or (proven[0] if proven else None)
     if champion is None:
-        return ()
+        # TorchServe makes the first version it gets the default: one that was refused must not stay there.
+        refused = desired.blocked - actual.approved - {actual.serving, actual.last_good}
+        if all(held.release in refused for held in draft.loaded.values()):
+            for held in sorted(draft.loaded.values(), key=lambda held: held.release.version == draft.default):
+                draft.retire(held.release)
+        return tuple(draft.steps)
     if not draft.answers() and proven and champion not in proven[:1]:
         # Fetching and loading something new takes its time and may fail: first let something proven answer.
         draft.bring(proven[0])
         draft.serve(proven[0])
     draft.bring(champion, fetch=asked is not None)
-    draft.check(champion)
+    # Who passed as challenger was compared with the champion of that day; who has served is not asked again.
+    draft.check(champion, again=champion not in (actual.serving, actual.last_good))
     draft.serve(champion)
     keep = {release for release in (champion, draft.last_good, challenger) if release}
     if not desired.known:
@@ -139,6 +147,7 @@ class _Draft:
         self.approved = set(actual.approved)
         self.serving = actual.serving
         self.last_good = actual.last_good
+        self.withdrawn = set(actual.withdrawn)
 
     def answers(self) -> bool:
         return self.default in self.loaded and self.loaded[self.default].ready
@@ -181,8 +190,8 @@ class _Draft:
                     self.retire(held.release)
         self.retire(old)
 
-    def check(self, release: Release) -> None:
-        if release not in self.approved:
+    def check(self, release: Release, again: bool = False) -> None:
+        if again or release not in self.approved:
             self._add(Action.CHECK, release)
             self.approved.add(release)
 
@@ -193,7 +202,11 @@ class _Draft:
         self.approved.add(release)
         self.default = release.version
         if self.serving != release:
-            self.last_good, self.serving = self.serving, release
+            self.withdrawn.discard(release)
+            self.last_good = None if self.last_good == release else self.last_good
+            if self.serving not in self.withdrawn:
+                self.last_good = self.serving
+            self.serving = release
 
     def retire(self, release: Release) -> None:
         self._add(Action.RETIRE, release)

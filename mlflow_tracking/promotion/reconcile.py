@@ -1,16 +1,23 @@
 """One pass: see what is wanted and what is there, plan, do the steps, remember what was refused, tell the registry."""
 
-import re
+import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
+from handlers.files import atomic_file
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
-from mlflow_tracking.promotion.execute import Executor, NotYet, Refused, StepFailed
-from mlflow_tracking.promotion.plan import Action, Actual, Desired, Release, Step, plan
+from mlflow_tracking.promotion.audit import AuditLog
+from mlflow_tracking.promotion.execute import DIGEST, Executor, NotYet, Refused, StepFailed
+from mlflow_tracking.promotion.gates import report
+from mlflow_tracking.promotion.gates.judge import load_gates
+from mlflow_tracking.promotion.plan import Action, Actual, Desired, Loaded, Release, Step, plan
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings
@@ -18,16 +25,16 @@ from mlflow_tracking.settings import Settings
 ALIASES = ("champion", "challenger")
 # A failure is tried again at the next pass, then after 4, 8, 16 ... seconds up to this.
 LONGEST_WAIT = 300.0
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_STATUS_AFTER = {Action.SERVE: "serving", Action.RETIRE: "retired"}
+SHADOW = "shadow.json"
+HEAD_NOTE = "audit.head"  # the model's tag that holds the newest line of the audit log
 
 
 @dataclass(frozen=True)
 class Event:
-    """A step that began, is done, waits, was refused or failed; `remark` says more."""
+    """A step that began, goes on, is done, waits, was refused or failed; `remark` says more."""
 
     step: Step
-    state: Literal["begun", "done", "waiting", "refused", "failed"]
+    state: Literal["begun", "running", "done", "waiting", "refused", "failed"]
     seconds: float = 0.0
     remark: str = ""
 
@@ -40,6 +47,7 @@ class Setback:
     final: bool
     attempts: int = 1
     retry_at: float = 0.0
+    approved: bool = False  # although it had passed its gates
 
 
 @dataclass(frozen=True)
@@ -67,22 +75,38 @@ class Pass:
 class Reconciler:
     """Makes TorchServe agree with the registry, one pass at a time.
 
-    `tell` hears of every step as it begins and ends.
+    `tell` hears of every step as it begins, goes on and ends; `by` is who acts, for the audit log.
     """
 
     settings: Settings
     registry: Registry
     executor: Executor
     tell: Callable[[Event], None] = lambda event: None
+    by: str = "promoter"
     setbacks: dict[Release, Setback] = field(default_factory=dict)
     _tags: dict[Release, dict[str, str]] = field(default_factory=dict)
+    _asked: tuple[Release, ...] = ()
+    _looked: float = 0.0
+    _told: str = ""
+
+    def __post_init__(self) -> None:
+        self.audit = AuditLog(self.settings.store)
 
     @classmethod
-    def create(cls, settings: Settings, tell: Callable[[Event], None] = lambda event: None) -> "Reconciler":
-        """With clients for the services of `settings`; connects to nothing yet."""
+    def create(
+        cls, settings: Settings, tell: Callable[[Event], None] = lambda event: None, by: str = "promoter"
+    ) -> "Reconciler":
+        """With clients for the services of `settings`; connects to nothing yet. Raises GateSettingsError."""
         registry = Registry(settings.registry_uri)
         torchserve = TorchServe(settings.inference_url, settings.management)
-        return cls(settings, registry, Executor(settings.store, registry, torchserve), tell)
+        gates = load_gates(settings.gates)
+        executor = Executor(settings.store, registry, torchserve, gates, settings.evaluation_cache)
+        return cls(settings, registry, executor, tell, by)
+
+    def forget(self, version: str) -> None:
+        """Have a version judged anew. Raises RegistryUnavailable."""
+        if (registered := self.registry.version(version)) and registered.digest:
+            self.executor.judge.forget(registered.digest)
 
     def close(self) -> None:
         """Close the connections to TorchServe."""
@@ -95,6 +119,15 @@ class Reconciler:
 
     def reconcile_locked(self) -> Pass:
         """One pass; the caller holds the store's lock. What goes wrong is in the result's errors."""
+        try:
+            return self._pass()
+        except ConnectionError:
+            raise
+        except OSError as error:  # a full disk, or a folder that is not ours
+            sentence = f"The model store {self.settings.store} cannot be kept: {error}."
+            return Pass(Desired(known=False), None, errors=(sentence,))
+
+    def _pass(self) -> Pass:
         archives.clean(self.settings.store)
         errors: list[str] = []
         done: list[Step] = []
@@ -106,9 +139,14 @@ class Reconciler:
             ledgers.set_aside(self.settings.store)
         desired, aliases = self._desired(errors)
         asked = [release for release in (desired.champion, desired.challenger) if release]
+        self._asked = tuple(asked)
+        if desired.known:
+            self._record_aliases(aliases)
         actual = self._observe(asked, errors)
         if actual is not None:
+            self._record_serving(actual)
             self._forget(desired, actual)
+            self._recall(desired, actual)
             desired = replace(desired, blocked=self._blocked())
             steps = plan(desired, actual)
             try:
@@ -116,7 +154,8 @@ class Reconciler:
                     self._do(step)
                     done.append(step)
                 for step in steps:
-                    self.setbacks.pop(step.release, None)
+                    if step.action is not Action.RETIRE:
+                        self.setbacks.pop(step.release, None)
             except NotYet as error:
                 errors.append(str(error))
                 waiting = True
@@ -124,6 +163,10 @@ class Reconciler:
                 errors.append(str(error))
             if steps:
                 actual = self._observe(asked, errors)
+        if actual is not None and desired.known:
+            for name in self.executor.prune(actual, asked, self.settings.promoter_keep_archives):
+                self.audit.append("prune", self.by, archive=name)
+            self._share(desired, actual)
         registry_up = desired.known and self._tell_registry(aliases, actual, errors)
         for release in asked:
             if release in self.setbacks and self.setbacks[release].reason not in errors:
@@ -149,7 +192,7 @@ class Reconciler:
             if version is None:
                 continue
             # The digest becomes part of a file's name, and anybody who reaches the registry can write a tag.
-            if version.digest and _DIGEST.fullmatch(version.digest):
+            if version.digest and DIGEST.fullmatch(version.digest):
                 releases[alias] = Release(version.version, version.digest)
                 continue
             reason = (
@@ -165,6 +208,73 @@ class Reconciler:
         if desired.known:
             matter = {desired.champion, desired.challenger, actual.serving, actual.last_good}
             self.setbacks = {release: setback for release, setback in self.setbacks.items() if release in matter}
+        # Another promoter has brought it through since, perhaps by a person's word.
+        for release in [one for one, back in self.setbacks.items() if one in actual.approved and not back.approved]:
+            del self.setbacks[release]
+
+    def _share(self, desired: Desired, actual: Actual) -> None:
+        """Tell the champion's worker whether a share of its requests goes on to the challenger (handlers/shadow.py)."""
+        challenger, share = desired.wanted(desired.challenger), self.settings.promoter_shadow_share
+        path = self.settings.store / SHADOW
+        both = [one for one in (actual.serving, challenger) if one and Loaded(one, True) in actual.loaded.values()]
+        if not share or len(both) < 2 or challenger not in actual.approved or challenger == actual.serving:
+            path.unlink(missing_ok=True)
+            return
+        told = {"champion": both[0].version, "challenger": both[1].version, "share": share}
+        text = json.dumps(told).encode() + b"\n"
+        if not path.exists() or path.read_bytes() != text:
+            with atomic_file(path) as file:
+                file.write(text)
+
+    def _recall(self, desired: Desired, actual: Actual) -> None:
+        """Refuse at once what was refused before, by whichever promoter, with nothing fetched or loaded."""
+        served = (actual.serving, actual.last_good)
+        for release in self._asked:
+            waits = release in served or release in self.setbacks
+            if waits or (release in actual.approved and release != desired.champion):
+                continue
+            with suppress(RegistryUnavailable):  # then it is asked again later
+                if kept := self.executor.refusal(release, actual):
+                    reason = f"Version {release.version} was refused: {kept.reason}."
+                    self._set_back(release, reason, final=True)
+                    self._note(release, "refused", reason)
+
+    def _record_aliases(self, aliases: Mapping[str, RegisteredVersion | None]) -> None:
+        """Write into the audit log which aliases were seen to have moved. MLflow keeps neither when nor who."""
+        for alias, version in aliases.items():
+            last = self.audit.newest("alias seen", alias=alias) or {}
+            now = (version.version, version.digest or "") if version else ("", "")
+            if now != (last.get("version", ""), last.get("digest", "")):
+                self.audit.append(
+                    "alias seen",
+                    self.by,
+                    alias=alias,
+                    version=now[0],
+                    digest=now[1],
+                    previous=last.get("version", ""),
+                    previous_digest=last.get("digest", ""),
+                )
+
+    def _record_serving(self, actual: Actual) -> None:
+        """Write down what serves if a promoter died between having it serve and writing so."""
+        last = self.audit.newest("serve") or {}
+        if (now := actual.serving) and last.get("digest") != now.digest:
+            remark = "noticed afterwards: a promoter has died"
+            self.audit.append("serve", self.by, version=now.version, digest=now.digest, remark=remark)
+
+    def _progress(self, step: Step, began: float, remark: str) -> None:
+        """A step goes on. Raises NotYet when nobody asks for its release any more."""
+        now = time.monotonic()
+        self.tell(Event(step, "running", now - began, remark))
+        if step.release not in self._asked or now - self._looked < 1.0:
+            return
+        self._looked = now
+        try:
+            wanted = [self.registry.resolve(alias) for alias in ALIASES]
+        except RegistryUnavailable:
+            return
+        if not any(one and (one.version, one.digest) == (step.release.version, step.release.digest) for one in wanted):
+            raise NotYet(f"Version {step.release.version} is not asked for any more; its {step.action} was stopped.")
 
     def _blocked(self) -> frozenset[Release]:
         now = time.monotonic()
@@ -175,6 +285,7 @@ class Reconciler:
         self.tell(Event(step, "begun"))
         began = time.monotonic()
         before = self.executor.ledger()
+        self.executor.progress = lambda remark: self._progress(step, began, remark)
         try:
             remark = self.executor.run(step)
         except NotYet as error:
@@ -184,20 +295,41 @@ class Reconciler:
             final = isinstance(error, Refused)
             reason = f"Version {step.release.version} was refused: {error}." if final else str(error)
             self.tell(Event(step, "refused" if final else "failed", time.monotonic() - began, str(error)))
-            self._set_back(step.release, reason, final)
+            if self._set_back(step.release, reason, final):
+                self._record(step, "refused" if final else "failed", before, str(error))
             self._note(step.release, "refused" if final else "failed", reason)
             raise _Stopped(reason) from error
         self.tell(Event(step, "done", time.monotonic() - began, remark))
+        self._record(step, "done", before, remark)
         served = before.release(before.default)
-        if step.action is Action.SERVE and served is not None and served != step.release:
-            self._note(served, "standby", "")
-        if step.action in _STATUS_AFTER:
-            self._note(step.release, _STATUS_AFTER[step.action], "")
+        if step.action is Action.SERVE:
+            if served is not None and served != step.release:
+                self._note(served, "standby", "")
+            self._note(step.release, "serving", "")
+        elif step.action is Action.RETIRE and step.release not in self.setbacks:  # else it says why
+            self._note(step.release, "rolled back" if step.release.archive in before.withdrawn else "retired", "")
 
-    def _set_back(self, release: Release, reason: str, final: bool) -> None:
-        attempts = self.setbacks[release].attempts + 1 if release in self.setbacks else 1
+    def _record(self, step: Step, state: str, before: ledgers.Ledger, remark: str) -> None:
+        """A line of the audit log on a step that ended."""
+        served = before.release(before.default) if step.action is Action.SERVE else None
+        self.audit.append(
+            str(step.action) if state == "done" else f"{step.action} {state}",
+            self.by,
+            version=step.release.version,
+            digest=step.release.digest,
+            previous=served.version if served else None,
+            previous_digest=served.digest if served else None,
+            remark=remark or None,
+        )
+
+    def _set_back(self, release: Release, reason: str, final: bool) -> bool:
+        """Keep a setback. Whether it is news: tried again in vain for the same reason is none."""
+        known = self.setbacks.get(release)
+        attempts = known.attempts + 1 if known else 1
         wait = 0.0 if attempts == 1 else min(LONGEST_WAIT, 2.0**attempts)
-        self.setbacks[release] = Setback(reason, final, attempts, time.monotonic() + wait)
+        approved = release.archive in self.executor.ledger().loaded
+        self.setbacks[release] = Setback(reason, final, attempts, time.monotonic() + wait, approved)
+        return known is None or known.reason != reason
 
     def _note(self, release: Release, status: str, reason: str) -> None:
         """Keep tags for the registry until it takes them."""
@@ -224,10 +356,27 @@ class Reconciler:
                 if version is not None and (version.digest or "") == release.digest:
                     self.registry.tag(release.version, self._tags[release])
                 del self._tags[release]
+            for version in aliases.values():
+                if version and version.digest:
+                    self._report(version)
+            if (head := str(self.audit.head())) != self._told:
+                self.registry.set_note(HEAD_NOTE, head)
+                self._told = head
         except RegistryUnavailable as error:
             errors.append(str(error))
             return False
         return True
+
+    def _report(self, version: RegisteredVersion) -> None:
+        """Keep the judgement on a version with it in MLflow, if it is not there yet."""
+        judgement = self.executor.judge.newest(version.digest or "")
+        if judgement is None or version.tags.get("gates.judgement") == judgement.id:
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            report.write_report(Path(temporary), judgement)
+            with suppress(RegistryError):  # registered by something else, it has no place for files
+                self.registry.log_report(version.version, Path(temporary), report.REPORT)
+        self.registry.tag(version.version, report.tags(judgement))
 
 
 def _status(word: str, reason: str = "") -> dict[str, str]:
@@ -237,37 +386,3 @@ def _status(word: str, reason: str = "") -> dict[str, str]:
 
 class _Stopped(RuntimeError):
     """A step did not succeed, and those after it have to wait; a sentence."""
-
-
-def status(result: Pass, setbacks: Mapping[Release, Setback]) -> dict[str, Any]:
-    """A pass in plain values, for /status and `promote.py --status`."""
-
-    def one(release: Release | None) -> dict[str, Any] | None:
-        return {"version": release.version, "digest": release.digest} if release else None
-
-    now, actual = time.monotonic(), result.actual
-    loaded = [{**(one(held.release) or {}), "ready": held.ready} for held in (actual.loaded if actual else {}).values()]
-    return {
-        "desired": {"champion": one(result.desired.champion), "challenger": one(result.desired.challenger)},
-        "actual": None
-        if actual is None
-        else {
-            "default": actual.default,
-            "serving": one(actual.serving),
-            "last_good": one(actual.last_good),
-            "loaded": loaded,
-        },
-        "settled": result.settled,
-        "registry_up": result.registry_up,
-        "torchserve_up": result.torchserve_up,
-        "errors": list(result.errors),
-        "refused": [
-            {
-                **(one(release) or {}),
-                "reason": setback.reason,
-                "final": setback.final,
-                "retry_in_seconds": None if setback.final else max(0, round(setback.retry_at - now)),
-            }
-            for release, setback in setbacks.items()
-        ],
-    }

@@ -20,8 +20,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import ValidationError
 
+from mlflow_tracking.promotion.gates.judge import GateSettingsError
 from mlflow_tracking.promotion.ledger import StoreBusy
-from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler, status
+from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
+from mlflow_tracking.promotion.status import status
 from mlflow_tracking.settings import Settings
 
 log = logging.getLogger("promoter")
@@ -39,6 +41,7 @@ class Promoter:
         self.metrics = Metrics()
         self._steps: deque[dict[str, Any]] = deque(maxlen=STEPS_KEPT)
         self._status: dict[str, Any] = {"settled": False, "errors": ["starting"]}
+        self._running: dict[str, Any] | None = None
         self._errors: tuple[str, ...] = ()
         self._beat = time.monotonic()
 
@@ -71,7 +74,8 @@ class Promoter:
 
     def status(self) -> dict[str, Any]:
         """What /status answers."""
-        return {**self._status, "steps": list(self._steps), "seconds_since_pass": self._silence()}
+        told = {"running": self._running, "steps": list(self._steps), "seconds_since_pass": self._silence()}
+        return {**self._status, **told}
 
     def alive(self) -> bool:
         """Whether the loop moves."""
@@ -90,7 +94,9 @@ class Promoter:
             "seconds": round(event.seconds, 2),
             "remark": event.remark,
         }
-        if event.state == "begun":
+        self._running = None
+        if event.state in ("begun", "running"):
+            self._running = fields
             return
         log.info("step", extra={"fields": fields})
         self._steps.append({"at": _now(), **fields})
@@ -194,7 +200,11 @@ def main() -> int:
         first = error.errors()[0]
         print(f"{str(first['loc'][0]).upper()}={first['input']} does not do: {first['msg']}.", file=sys.stderr)
         return 1
-    promoter = Promoter(settings)
+    try:
+        promoter = Promoter(settings)
+    except GateSettingsError as error:
+        print(error, file=sys.stderr)
+        return 1
     try:
         server = http_server(promoter)
     except OSError as error:

@@ -1,6 +1,7 @@
 """TorchServe's management and prediction APIs, as far as promotion needs them. Every call has a time-out."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -109,8 +110,11 @@ class TorchServe:
             if error.status != 404:
                 raise
 
-    def wait_ready(self, version: str, timeout: float) -> bool:
-        """Whether a worker of the version gets ready within `timeout` seconds; False too once it died STARTS times."""
+    def wait_ready(self, version: str, timeout: float, each: Callable[[], None] = lambda: None) -> bool:
+        """Whether a worker of the version gets ready within `timeout` seconds; False too once it died STARTS times.
+
+        `each` is called between two looks, and may raise to stop.
+        """
         end = time.monotonic() + timeout
         processes: set[int] = set()
         while True:
@@ -120,6 +124,7 @@ class TorchServe:
             processes |= served.starting if served else set()
             if time.monotonic() > end or len(processes) > STARTS:
                 return False
+            each()
             time.sleep(0.25)
 
     def drain(self, version: str, quiet: float = 2.0, timeout: float = 60.0) -> None:

@@ -1,0 +1,154 @@
+"""What a version answers to the frozen set, asked over REST and kept as it comes: asking that was cut off goes on.
+
+One file for a bundle and a set, one line of JSON for a picture. The answers are those of TorchServe itself, so they are
+judged with everything that serving adds: the archive's code, its preprocessing, its precision on this machine.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handlers.files import atomic_file
+from handlers.taxonomy import BY_CODE, CODES
+from mlflow_tracking.promotion.evaluation_set import EvaluationSet
+from mlflow_tracking.promotion.plan import Release
+from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
+
+# Enough to keep a worker busy, and not so many that the champion's requests wait behind a queue.
+PARALLEL = 2
+BATCH = 16  # pictures between two looks at whether the answers are still wanted
+BUSY = (503, 507)
+MALIGNANT = np.array([BY_CODE[code].malignant for code in CODES])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Probabilities (N, 9) in taxonomy order, and the milliseconds that each answer took (N,)."""
+
+    probabilities: NDArray[np.float64]
+    milliseconds: NDArray[np.float64]
+
+    @property
+    def top(self) -> NDArray[np.int64]:
+        """The most probable class of each, an index into CODES (N,)."""
+        return np.asarray(self.probabilities.argmax(1), np.int64)
+
+    @property
+    def malignant(self) -> NDArray[np.bool_]:
+        """Whether the most probable class is malignant (N,)."""
+        return np.asarray(MALIGNANT[self.top])
+
+
+def ask(
+    torchserve: TorchServe,
+    release: Release,
+    images: Sequence[bytes],
+    each: Callable[[int], None] = lambda done: None,
+    parallel: int = PARALLEL,
+) -> Answers:
+    """Ask one version about some pictures. `each` is called with the number answered, and may raise to stop.
+
+    Raises:
+        TorchServeError: a picture got no answer, or another model's.
+        TorchServeUnavailable
+    """
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(parallel) as pool:
+        for start in range(0, len(images), BATCH):
+            rows += pool.map(lambda image: _ask_one(torchserve, release, image), images[start : start + BATCH])
+            each(len(rows))
+    return _answers(rows)
+
+
+class AnswerBook:
+    """The answers of versions to the frozen set, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def kept(self, release: Release, evaluation: EvaluationSet) -> Answers | None:
+        """All answers of a bundle, if they are there."""
+        known = self._read(self._path(release, evaluation))
+        if any(digest not in known for digest in evaluation.frame["sha256"]):
+            return None
+        return _answers([known[digest] for digest in evaluation.frame["sha256"]])
+
+    def complete(
+        self,
+        torchserve: TorchServe,
+        release: Release,
+        evaluation: EvaluationSet,
+        each: Callable[[int], None] = lambda done: None,
+    ) -> Answers:
+        """All answers; what is not there yet is asked. `each` as for `ask`, which also tells what is raised."""
+        path, digests = self._path(release, evaluation), list(evaluation.frame["sha256"])
+        known = self._read(path)
+        missing = [position for position, digest in enumerate(digests) if digest not in known]
+        if missing:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as clean:  # without a line that a crash cut off
+                clean.writelines(_line(digest, row) for digest, row in known.items())
+        for start in range(0, len(missing), BATCH):
+            positions = missing[start : start + BATCH]
+            answers = ask(torchserve, release, evaluation.images(positions))
+            fresh = dict(zip((digests[position] for position in positions), _rows(answers), strict=True))
+            with path.open("ab") as file:
+                file.writelines(_line(digest, row) for digest, row in fresh.items())
+            known |= fresh
+            each(len(digests) - len(missing) + start + len(positions))
+        return _answers([known[digest] for digest in digests])
+
+    def _path(self, release: Release, evaluation: EvaluationSet) -> Path:
+        return self.folder / f"answers-{short(release.digest)}-{short(evaluation.digest)}.jsonl"
+
+    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
+        known = {}
+        try:
+            for line in path.read_bytes().splitlines():
+                row = json.loads(line)
+                known[row.pop("sha256")] = row
+        except (FileNotFoundError, ValueError):
+            pass  # none yet, or the last line was cut off
+        return known
+
+
+def short(digest: str) -> str:
+    """The first twelve letters of a digest's hash: enough for a file's name."""
+    return digest.removeprefix("sha256:")[:12]
+
+
+def _ask_one(torchserve: TorchServe, release: Release, image: bytes) -> dict[str, Any]:
+    for wait in (0.5, 2.0, None):  # a queue that is full, a worker that was killed: it passes
+        began = time.monotonic()
+        try:
+            answer = torchserve.predict(image, release.version)
+        except TorchServeError as error:
+            if error.status not in BUSY or wait is None:
+                raise
+            time.sleep(wait)
+        else:
+            break
+    if answer["model"]["digest"] != release.digest:
+        raise TorchServeError(500, f"another model answered for version {release.version}")
+    milliseconds = 1000 * (time.monotonic() - began)
+    return {"p": [answer["probabilities"][code] for code in CODES], "ms": round(milliseconds, 2)}
+
+
+def _answers(rows: list[dict[str, Any]]) -> Answers:
+    return Answers(np.array([row["p"] for row in rows], np.float64), np.array([row["ms"] for row in rows], np.float64))
+
+
+def _rows(answers: Answers) -> list[dict[str, Any]]:
+    pairs = zip(answers.probabilities.tolist(), answers.milliseconds.tolist(), strict=True)
+    return [{"p": probabilities, "ms": milliseconds} for probabilities, milliseconds in pairs]
+
+
+def _line(digest: str, row: dict[str, Any]) -> bytes:
+    return json.dumps({"sha256": digest, **row}).encode() + b"\n"

@@ -1,0 +1,146 @@
+"""The audit log: one JSON line for every act of promotion, each carrying the hash of the line before it.
+
+    {"seq": 7, "at": "2026-…Z", "event": "serve", "by": "promoter", "version": "3", …, "before": "…", "hash": "…"}
+
+`hash` is the SHA-256 of the line without it, and `before` the hash of the line above, so a changed, inserted or missing
+line breaks the chain. Lines missing at the end break nothing; therefore the registry keeps the newest hash (`Head`), in
+another place than this file. Written only by the holder of the store's lock; never rewritten.
+"""
+
+import getpass
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+AUDIT = "audit.jsonl"
+START = "0" * 64  # what the first line names as the one before it
+
+
+@dataclass(frozen=True)
+class Head:
+    """The newest line: its number (from 1) and its hash; 0 and START for an empty log."""
+
+    seq: int = 0
+    hash: str = START
+
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.hash}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Head | None":
+        """The inverse of str; None for something else."""
+        seq, _, digest = text.partition(":")
+        return cls(int(seq), digest) if seq.isdigit() and len(digest) == 64 else None
+
+
+class AuditLog:
+    """The log of one model store. What is read is kept until the file changes."""
+
+    def __init__(self, store: Path) -> None:
+        self.path = store / AUDIT
+        self._mark: tuple[int, int] | None = None
+        self._rows: list[dict[str, Any]] = []
+
+    def append(self, event: str, by: str, **fields: Any) -> None:
+        """Write one line, synced to disk. Fields that are None are left out."""
+        head = self.head()
+        row = {"seq": head.seq + 1, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
+        row |= {"by": by, **{name: value for name, value in fields.items() if value is not None}, "before": head.hash}
+        row["hash"] = line_hash(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            if self._torn:
+                # A writer died within its line. It promised nothing yet, so the line counts as never written.
+                file.truncate(self._whole)
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def head(self) -> Head:
+        """The newest line."""
+        rows = self.rows()
+        return Head(rows[-1]["seq"], rows[-1]["hash"]) if rows else Head()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines, oldest first; one that is no JSON object is given as {"damaged": its text}."""
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            self._mark, self._rows, self._torn, self._whole = None, [], False, 0
+            return []
+        if (stat.st_size, stat.st_mtime_ns) != self._mark:
+            data = self.path.read_bytes()
+            self._whole = data.rfind(b"\n") + 1
+            self._torn = self._whole < len(data)
+            self._rows = [_parse(line) for line in data[: self._whole].splitlines()]
+            self._mark = (stat.st_size, stat.st_mtime_ns)
+        return self._rows
+
+    def newest(self, event: str, **fields: Any) -> dict[str, Any] | None:
+        """The newest line of an event whose fields have these values."""
+        for row in reversed(self.rows()):
+            if row.get("event") == event and all(row.get(name) == value for name, value in fields.items()):
+                return row
+        return None
+
+    def verify(self, anchor: Head | None = None) -> list[str]:
+        """Sentences on what is wrong with the chain, none when it is whole.
+
+        Args:
+            anchor: the newest line that the registry knows of; the log must still hold it.
+        """
+        rows = self.rows()
+        faults = list(broken(rows))
+        if anchor and anchor.seq and not faults:
+            if len(rows) < anchor.seq:
+                faults.append(f"Lines {len(rows) + 1} to {anchor.seq} are missing at the end: the registry knows them.")
+            elif rows[anchor.seq - 1]["hash"] != anchor.hash:
+                faults.append(f"Line {anchor.seq} is not the one the registry knows: the log was written anew.")
+        return faults
+
+    _torn, _whole = False, 0
+
+
+def line_hash(row: dict[str, Any]) -> str:
+    """The SHA-256 of a line without its own hash, keys sorted, so that the layout does not matter."""
+    bare = {name: value for name, value in row.items() if name != "hash"}
+    return hashlib.sha256(json.dumps(bare, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def broken(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
+    """Where the chain breaks; after a break it is followed on from the line that is there."""
+    before, expected = START, 1
+    for number, row in enumerate(rows, 1):
+        if "damaged" in row or not {"seq", "hash", "before"} <= row.keys():
+            yield f"Line {number} is no line of this log: {str(row.get('damaged', row))[:60]!r}."
+            return
+        if row["hash"] != line_hash(row):
+            yield f"Line {number} was changed: its content does not give its hash."
+        elif row["seq"] != expected:
+            yield f"Line {number} has the number {row['seq']} and not {expected}: lines are missing or were moved."
+        elif row["before"] != before:
+            yield f"Line {number} does not follow the line above it: one of them was exchanged."
+        before, expected = row["hash"], row["seq"] + 1
+
+
+def person() -> str:
+    """Who runs this process, as the system knows it: user@host."""
+    name = str(os.getuid())
+    with suppress(OSError, KeyError):  # a user number without a name, as in containers
+        name = getpass.getuser()
+    return f"{name}@{socket.gethostname()}"
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    return row if isinstance(row, dict) else {"damaged": line.decode(errors="replace")}

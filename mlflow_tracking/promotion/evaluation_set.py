@@ -1,0 +1,132 @@
+"""The frozen evaluation set: the pictures about which every gate and every replay asks, wherever it runs.
+
+Two files, kept as one artifact in the registry:
+
+    rows.csv     file, image_id, label (class code), lesion_id, source, sha256, phash of each picture, sorted by sha256
+    images.zip   the pictures, byte for byte, each named after its hash
+
+Its digest is the hash of rows.csv, which holds the hashes of the pictures, so one value vouches for all of it. The
+order by hash is a random one: any first part of it is a fair sample.
+"""
+
+import hashlib
+import io
+import math
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from handlers.files import atomic_file
+from handlers.taxonomy import CODES
+
+ROWS = "rows.csv"
+IMAGES = "images.zip"
+COLUMNS = ("file", "image_id", "label", "lesion_id", "source", "sha256", "phash")
+# A class keeps at least this many pictures in a smaller set, if it has them: a recall out of two says nothing.
+FEWEST_OF_A_CLASS = 20
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+class EvaluationSetError(ValueError):
+    """An evaluation set that cannot be made, or is not what it says it is; a sentence."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A verified set in a folder. `frame` has COLUMNS; `digest` is "sha256:" and the hash of rows.csv."""
+
+    folder: Path
+    frame: pd.DataFrame
+    digest: str
+
+    @classmethod
+    def load(cls, folder: Path) -> "EvaluationSet":
+        """Read a set; each picture is checked when it is read. Raises EvaluationSetError."""
+        try:
+            text = (folder / ROWS).read_bytes()
+            frame = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False)
+            with zipfile.ZipFile(folder / IMAGES) as archive:
+                missing = set(frame["file"]) - set(archive.namelist())
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise EvaluationSetError(f"The evaluation set in {folder} cannot be read: {error}.") from error
+        if tuple(frame.columns) != COLUMNS or frame.empty or missing or set(frame["label"]) - set(CODES):
+            raise EvaluationSetError(f"The evaluation set in {folder} is incomplete, or of another kind.")
+        return cls(folder, frame, digest_of(text))
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """The true classes, as indices into CODES (N,)."""
+        return np.array([CODES.index(label) for label in self.frame["label"]], np.int64)
+
+    @cached_property
+    def lesions(self) -> NDArray[np.int64]:
+        """A number for each picture's lesion (N,), from 0."""
+        return np.asarray(pd.factorize(self.frame["lesion_id"])[0], np.int64)
+
+    def images(self, positions: Sequence[int]) -> list[bytes]:
+        """The bytes of some pictures. Raises EvaluationSetError for one that was changed."""
+        found = []
+        with zipfile.ZipFile(self.folder / IMAGES) as archive:
+            for row in self.frame.iloc[list(positions)].itertuples():
+                image = archive.read(str(row.file))
+                if hashlib.sha256(image).hexdigest() != row.sha256:
+                    raise EvaluationSetError(f"The picture {row.image_id} of the evaluation set was changed.")
+                found.append(image)
+        return found
+
+
+def freeze(rows: pd.DataFrame, folder: Path, images: int | None = None) -> EvaluationSet:
+    """Write the pictures of a manifest's rows (training.manifest.read_manifest) as an evaluation set into `folder`.
+
+    Args:
+        images: about how many to take: whole lesions, each class in its share but at least FEWEST_OF_A_CLASS pictures
+            where there are any; None for all.
+
+    Raises:
+        EvaluationSetError: there is no picture, or one cannot be read or is not the one in the manifest.
+    """
+    if rows.empty:
+        raise EvaluationSetError("There is no picture to freeze.")
+    chosen = (rows if images is None else _sample(rows, images)).drop_duplicates("sha256").sort_values("sha256")
+    files = [f"{row.sha256}{Path(str(row.path)).suffix.lower()}" for row in chosen.itertuples()]
+    frame = chosen.assign(file=files)[list(COLUMNS)]
+    with atomic_file(folder / IMAGES) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, path, digest in zip(files, chosen["path"], chosen["sha256"], strict=True):
+            try:
+                image = Path(path).read_bytes()
+            except OSError as error:
+                raise EvaluationSetError(f"{path} cannot be read: {error.strerror}.") from error
+            if hashlib.sha256(image).hexdigest() != digest:
+                raise EvaluationSetError(f"{path} is not the file in the manifest any more; make the manifest anew.")
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), image)
+    with atomic_file(folder / ROWS) as file:
+        file.write(frame.to_csv(index=False, lineterminator="\n").encode())
+    return EvaluationSet.load(folder)
+
+
+def digest_of(rows: bytes) -> str:
+    """The digest of a set with this rows.csv."""
+    return "sha256:" + hashlib.sha256(rows).hexdigest()
+
+
+def _sample(rows: pd.DataFrame, images: int) -> pd.DataFrame:
+    """Whole lesions in the order of their ids' hashes, until each class has its share."""
+    share = min(1.0, images / len(rows))
+    order = rows["lesion_id"].map(lambda lesion: hashlib.sha256(str(lesion).encode()).hexdigest())
+    taken = []
+    for _, of_class in rows.groupby("label"):
+        wanted = max(math.ceil(share * len(of_class)), min(FEWEST_OF_A_CLASS, len(of_class)))
+        lesions = of_class.assign(order=order).sort_values(["order", "sha256"])
+        ends = lesions.groupby("order", sort=False).size().cumsum()
+        last = ends.index[min(int(ends.searchsorted(wanted)), len(ends) - 1)]
+        taken.append(lesions[lesions["order"] <= last])
+    return pd.concat(taken).drop(columns="order")

@@ -1,0 +1,82 @@
+"""How does the candidate behave: do small changes of a picture turn its answer, and does it answer in time?"""
+
+import io
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+from pydantic import Field
+
+from handlers.preprocessing import decode
+from mlflow_tracking.promotion.answers import ask
+from mlflow_tracking.promotion.evaluation_set import EvaluationSet
+from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
+
+
+def _compressed(image: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=50)
+    return Image.open(buffer)
+
+
+# What the same lesion may look like from another device or hand: none of it changes the diagnosis.
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "mirrored": ImageOps.mirror,
+    "turned by a quarter": lambda image: image.transpose(Image.Transpose.ROTATE_90),
+    "darker by 15 %": lambda image: ImageEnhance.Brightness(image).enhance(0.85),
+    "compressed": _compressed,
+}
+
+
+class StressFlips(SetGate):
+    """Small changes of a picture seldom turn a malignant answer into a benign one or back."""
+
+    name: ClassVar[str] = "stress"
+
+    ceiling: float = Field(0.15, ge=0, le=1)
+    images: int = Field(48, ge=1)
+
+    def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
+        """The share of turned answers over `images` pictures and all changes."""
+        number = min(self.images, len(evaluation))  # the set's order is a random one
+        originals = [decode(image).image for image in evaluation.images(range(number))]
+        before = candidate.answers.malignant[:number]
+        flips = {}
+        for change, apply in CHANGES.items():
+            candidate.progress(f"version {candidate.release.version} is asked about pictures that are {change}")
+            changed = [_png(apply(image)) for image in originals]
+            after = ask(candidate.torchserve, candidate.release, changed, lambda done: candidate.progress("")).malignant
+            flips[change] = float((before != after).mean())
+        share = float(np.mean(list(flips.values())))
+        worst = max(flips, key=flips.__getitem__)
+        reason = (
+            f"{share:.3f} of the answers turn between malignant and benign (worst: {worst}, {flips[worst]:.3f}); "
+            f"the ceiling is {self.ceiling:g}"
+        )
+        return self.holds(share <= self.ceiling, reason, share=share, ceiling=self.ceiling, images=number, **flips)
+
+
+class LatencyBudget(Gate):
+    """On this machine, one request after another is answered within the budget: its 95th percentile, over REST."""
+
+    name: ClassVar[str] = "latency"
+
+    p95_milliseconds: float = Field(1000.0, gt=0)
+    requests: int = Field(30, ge=5)
+
+    def evaluate(self, candidate: Candidate) -> Verdict:
+        """Ask about the golden pictures in turn."""
+        cases = candidate.bundle.golden()
+        images = [cases[number % len(cases)].image for number in range(self.requests)]
+        candidate.progress(f"version {candidate.release.version} is timed")
+        times = ask(candidate.torchserve, candidate.release, images, parallel=1).milliseconds
+        p50, p95 = np.percentile(times, [50, 95]).tolist()
+        reason = f"95 % of the answers took {p95:.0f} ms or less; the budget is {self.p95_milliseconds:g} ms"
+        return self.holds(p95 <= self.p95_milliseconds, reason, p50=p50, p95=p95, budget=self.p95_milliseconds)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

@@ -1,0 +1,195 @@
+"""Is the candidate what it says it is? Its digest and signature, its answers, its pixels, and what it has seen."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from handlers.bundle import Bundle
+from handlers.predictor import Prediction, Predictor
+from handlers.preprocessing import fingerprint
+from handlers.taxonomy import CODES
+from mlflow_tracking.promotion.evaluation_set import EvaluationSet
+from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
+from mlflow_tracking.promotion.torchserve_client import TorchServeError
+from training.receipt import overlap, read_receipt
+
+SECONDS = 300.0  # for the eager model and the graph to answer a few pictures, on a machine that trains beside it
+
+
+class DigestAndSignature(Gate):
+    """The archive holds the bundle that was registered, and MLflow's signature promises what it gives.
+
+    Nobody may overrule this one: what is not the registered model is nobody's candidate.
+    """
+
+    name: ClassVar[str] = "digest and signature"
+    decisive: ClassVar[bool] = True
+
+    def evaluate(self, candidate: Candidate) -> Verdict:
+        """Compare bundle, alias and registry."""
+        found, wanted = candidate.bundle.digest, candidate.release.digest
+        if found != wanted or candidate.registered_digest != wanted:
+            return self.holds(False, f"the archive holds {found}, the registry says {candidate.registered_digest}")
+        if candidate.signature is None:
+            return self.holds(False, "the registered version has no signature: register it with register_model.py")
+        inputs, outputs = candidate.signature
+        if [kind for _, kind in inputs] != ["binary"] or outputs != tuple((code, "double") for code in CODES):
+            return self.holds(False, "its signature is not one image in, nine probabilities in taxonomy order out")
+        return self.holds(True, "archive, registry and signature agree", digest=found)
+
+
+class GoldenParity(Gate):
+    """Checkpoint, graph and TorchServe give the bundle's golden answers.
+
+    Over REST this proves the whole way at once: archive, handler, preprocessing, graph, calibration. Probabilities may
+    differ by 1e-3 where TorchServe computes in f32, by 1e-2 in a lower precision (the answer says which). The
+    checkpoint's eager model and the graph, both in f32, run in a process of their own and may differ by 1e-3.
+    """
+
+    name: ClassVar[str] = "golden parity"
+    decisive: ClassVar[bool] = True
+
+    checkpoint: bool = True
+
+    def evaluate(self, candidate: Candidate) -> Verdict:
+        """Ask about the golden pictures."""
+        release, worst, precision = candidate.release, 0.0, ""
+        cases = candidate.bundle.golden()
+        if not cases:
+            return self.holds(False, "the bundle has no golden images")
+        for case in cases:
+            try:
+                answer = candidate.torchserve.predict(case.image, release.version)
+            except TorchServeError as error:
+                return self.holds(False, f"{case.name} got no answer: {error}")
+            model = answer["model"]
+            if model["digest"] != release.digest:
+                return self.holds(False, f"another model answered: {model['digest']}")
+            precision = model.get("precision", "f32")
+            tolerance = 1e-3 if precision == "f32" else 1e-2
+            difference = max(abs(answer["probabilities"][code] - p) for code, p in case.probabilities.items())
+            worst = max(worst, difference)
+            if not difference <= tolerance:  # nor when it is no number
+                reason = (
+                    f"{case.name}: a probability is off by {difference:.2g}; {precision} may differ by {tolerance:g}"
+                )
+                return self.holds(False, reason, max_difference=difference, precision=precision)
+        figures = {"rest": worst, "precision": precision}
+        reason = f"probabilities differ by at most {worst:.1e} in {precision} over REST"
+        if not self.checkpoint:
+            return self.holds(True, reason, **figures)
+        local = run_locally(
+            candidate.bundle, lambda: candidate.progress("checkpoint and graph answer the golden pictures")
+        )
+        if local is None:
+            return self.skips(f"{reason}; torch is not installed here to run the checkpoint", **figures)
+        for runtime, found in local.items():
+            if not found <= 1e-3:
+                return self.holds(False, f"its {runtime} gives a golden probability off by {found:.2g}", **figures)
+        told = ", ".join(f"{found:.1e} in the {runtime}" for runtime, found in local.items())
+        return self.holds(True, f"{reason}, {told}", **figures, **local)
+
+
+class PreprocessingFingerprint(Gate):
+    """Serving turns the golden pictures into the pixels that training saw.
+
+    The bundle keeps the mean colours of a 4×4 grid over each golden picture as the network gets it; here they are
+    computed anew. A decoder of another version moves them by less than one level of 255.
+    """
+
+    name: ClassVar[str] = "preprocessing"
+
+    tolerance: float = Field(1.0, gt=0)
+
+    def evaluate(self, candidate: Candidate) -> Verdict:
+        """Compare the grids; `not evaluated` for a bundle that was exported without them."""
+        cases = [case for case in candidate.bundle.golden() if case.colours is not None]
+        if not cases:
+            return self.skips("the bundle was exported before fingerprints were kept")
+        preprocess = candidate.bundle.config.preprocessing
+        worst = max(
+            float(np.abs(fingerprint(preprocess(case.image)[0]) - np.array(case.colours)).max()) for case in cases
+        )
+        reason = f"the golden pictures' colours differ by {worst:.2g} of 255 from those in training"
+        return self.holds(worst <= self.tolerance, reason, max_difference=worst)
+
+
+class LeakageReceipt(SetGate):
+    """None of the evaluation set's pictures or lesions took part in the training."""
+
+    name: ClassVar[str] = "leakage"
+
+    def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
+        """Compare the bundle's receipt with the set; `not evaluated` for a bundle without one."""
+        receipt = read_receipt(candidate.bundle.path)
+        if receipt is None:
+            return self.skips("the bundle tells nothing of its training images: it has no receipt.json")
+        found = overlap(receipt, evaluation.frame)
+        figures = {
+            "same_image": len(found.same_image),
+            "same_lesion": len(found.same_lesion),
+            "near": len(found.near),
+            "dataset_fingerprint": receipt.dataset_fingerprint,
+        }
+        return self.holds(not found.found, str(found).rstrip("."), **figures)
+
+
+def run_locally(bundle: Bundle, each: Callable[[], None] = lambda: None) -> dict[str, float] | None:
+    """How far checkpoint and graph, in f32, are from the golden answers; None where torch is not installed.
+
+    In a process of its own: torch would stay in the promoter's memory, and takes seconds in which `each`, called a few
+    times a second, may raise to stop. OSError when it fails.
+    """
+    command = [sys.executable, "-m", __name__, str(bundle.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + SECONDS
+        try:
+            while True:
+                try:
+                    out, said = process.communicate(timeout=0.25)
+                    break
+                except subprocess.TimeoutExpired:
+                    each()
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"the golden answers were not computed within {SECONDS:g} s") from None
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode == 3:
+        return None
+    if process.returncode:
+        last = said.strip().splitlines()[-1:] or ["it said nothing"]
+        raise OSError(f"the golden answers could not be computed here: {last[0]}")
+    found: dict[str, float] = json.loads(out)
+    return found
+
+
+def _main(folder: str) -> int:
+    """Print the differences as JSON; exit code 3 without torch."""
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError:
+        return 3
+    bundle = Bundle.load(folder)
+    cases, differences = bundle.golden(), {}
+    for name, runtime in (("checkpoint", "torch"), ("graph", "openvino")):
+        if runtime == "openvino" and not bundle.has_graph:
+            continue
+        answers = Predictor(bundle, runtime=runtime, precision="f32").predict([case.image for case in cases])
+        differences[name] = max(
+            case.disagreement(answer.probabilities, answer.grid or [])[0]
+            for case, answer in zip(cases, answers, strict=True)
+            if isinstance(answer, Prediction)
+        )
+    print(json.dumps(differences))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1]))

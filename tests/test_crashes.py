@@ -1,0 +1,160 @@
+"""Death at every boundary of a step, with a real MLflow server and a real TorchServe.
+
+Promotion goes from version 2 to version 3 while version 1 is the last good one, so that every kind of step is in the
+plan. At one boundary the promoter, TorchServe or MLflow is killed with SIGKILL. Then:
+
+- while TorchServe lives, some good version answers every request; back from its death it answers from the store alone;
+- no partial file is left, ledger and audit log can be read, and the chain of the log is whole;
+- another promoter, started afterwards, finishes: version 3 serves.
+
+`make test` runs one of each kind of death; `make test-all` runs them all.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from handlers.bundle import Bundle
+from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion.audit import AuditLog
+from mlflow_tracking.registry import Registry
+from tests.conftest import ROOT
+from tests.live import Promotion, eventually, mlflow_server, torchserve_server
+
+pytest_plugins = ["tests.fixtures_registry"]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
+
+# A promoter that kills a process, perhaps itself, when one of its steps begins or is done.
+PROMOTER = """
+import os, signal, sys
+from contextlib import suppress
+from mlflow_tracking.promotion.reconcile import Reconciler
+from mlflow_tracking.settings import Settings
+
+action, state, victim = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def tell(event):
+    if (event.step.action, event.state) == (action, state):
+        print("reached", flush=True)
+        with suppress(ProcessLookupError):
+            os.kill(victim or os.getpid(), signal.SIGKILL)
+
+promoter = Reconciler.create(Settings(), tell)
+for _ in range(6):
+    promoter.reconcile(wait=60)
+"""
+ACTIONS = ("store", "load", "check", "serve", "retire")
+QUICK = {("promoter", "serve", "begun"), ("torchserve", "check", "begun"), ("mlflow", "load", "done")}
+CASES = [
+    pytest.param(
+        victim, action, state, marks=[] if (victim, action, state) in QUICK else [pytest.mark.slow],
+        id=f"{victim}, {action} {state}",
+    )
+    for victim in ("promoter", "torchserve", "mlflow")
+    for action in ACTIONS
+    for state in ("begun", "done")
+]  # fmt: skip
+
+
+@dataclass
+class Clients:
+    """Somebody who asks all the time; `bad` are the answers that were none."""
+
+    promotion: Promotion
+    bad: list[str] = field(default_factory=list)
+    answered: int = 0
+
+    def __enter__(self) -> "Clients":
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        while not self._stop.is_set():
+            try:
+                answer = self.promotion.predict()
+                if not answer.is_success:
+                    self.bad.append(answer.text)
+                self.answered += 1
+            except httpx.HTTPError as error:
+                self.bad.append(repr(error))
+
+
+@pytest.fixture(scope="module")
+def doomed(quiet_mlflow: None, full_bundle: Bundle, short_folder: Path, tmp_path_factory):
+    """An MLflow server and a TorchServe of their own, as both are killed; three good versions are registered."""
+    folder = short_folder / "k"
+    (folder / "mlflow").mkdir(parents=True)
+    mlflow = mlflow_server(folder / "mlflow").start()
+    server = torchserve_server(folder, folder / "store").start()
+    try:
+        promotion = Promotion(folder, server, Registry(mlflow.health.removesuffix("/health")), full_bundle)
+        for _ in range(3):
+            promotion.register(tmp_path_factory.mktemp("version"))
+        yield promotion, mlflow
+        for promoter in promotion.promoters:
+            promoter.close()
+    finally:
+        server.stop()
+        mlflow.stop()
+
+
+def second_serves_and_third_is_new(promotion: Promotion) -> None:
+    """Version 2 serves, 1 is the last good one, and of 3 nothing is there."""
+    for version in "12":
+        promotion.champion(version)
+    reconciler = promotion.reconciler()
+    reconciler.forget("3")
+    for archive in promotion.store.glob("skin_vit-3-*.mar"):
+        reconciler.executor._write(reconciler.executor.ledger().pruned(archive.name))
+        archive.unlink()
+    actual = reconciler.reconcile(wait=60).actual
+    assert (actual.serving.version, actual.last_good.version, set(actual.loaded)) == ("2", "1", {"1", "2"})
+
+
+@pytest.mark.parametrize(("victim", "action", "state"), CASES)
+def test_killed_at_a_boundary(doomed, victim, action, state):
+    promotion, mlflow = doomed
+    second_serves_and_third_is_new(promotion)
+    promotion.registry.set_alias("champion", "3")
+    process = {"promoter": 0, "torchserve": promotion.server.process.pid, "mlflow": mlflow.process.pid}[victim]
+    with Clients(promotion) as clients:
+        done = subprocess.run(
+            [sys.executable, "-c", PROMOTER, action, state, str(process)],
+            cwd=ROOT, env=os.environ | promotion.env, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.stdout == "reached\n", done.stderr
+        assert done.returncode == (-signal.SIGKILL if victim == "promoter" else 0), done.stderr
+    if victim != "torchserve":
+        assert clients.bad == []
+        assert clients.answered > 0
+    else:
+        promotion.server.stop_group()
+        promotion.server.start()
+        eventually(lambda: promotion.served() in ("2", "3"))
+    if victim == "mlflow":
+        assert promotion.served() in ("2", "3")
+        mlflow.stop_group()
+        mlflow.start()
+
+    left = [path.name for path in promotion.store.iterdir() if path.name.endswith(".tmp")]
+    assert not left or victim == "promoter", "only a dead promoter may leave one, hidden, for the next to remove"
+    assert ledgers.read(promotion.store).release(ledgers.read(promotion.store).default).version in "23"
+    _, result = promotion.settle()
+    assert promotion.settle()[1].settled, result.errors
+    assert promotion.served() == "3"
+    assert not [path.name for path in promotion.store.iterdir() if path.name.endswith(".tmp")]
+    assert AuditLog(promotion.store).verify() == []
+    assert promotion.tag("3", "status") == "serving"

@@ -1,0 +1,118 @@
+"""The frozen evaluation set: the same pictures give the same set, and no other pictures pass for it.
+
+- its digest depends on the pictures, labels and lesions, not on where the files lie or in which order they come;
+- a picture, label or lesion that was changed is noticed, when the set is made, loaded or read;
+- a smaller set takes whole lesions, keeps every class, and keeps rare ones whole as far as it can.
+"""
+
+import hashlib
+import shutil
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mlflow_tracking.promotion.evaluation_set import IMAGES, ROWS, EvaluationSet, EvaluationSetError, freeze
+
+
+@pytest.fixture
+def rows(tmp_path) -> pd.DataFrame:
+    """A manifest's rows of 300 files: MEL 60 (two of each lesion), NV 220, DF 20."""
+    labels = ["MEL"] * 60 + ["NV"] * 220 + ["DF"] * 20
+    folder = tmp_path / "images"
+    folder.mkdir()
+    made = []
+    for number, label in enumerate(labels):
+        path = folder / f"{number}.JPG"
+        path.write_bytes(f"picture {number}".encode())
+        lesion = f"L{number // 2 if label == 'MEL' else 1000 + number}"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        made.append((str(path), f"image{number}", label, lesion, "ham10000", digest, f"{number:016x}"))
+    return pd.DataFrame(made, columns=["path", "image_id", "label", "lesion_id", "source", "sha256", "phash"])
+
+
+def test_frozen_and_loaded_it_is_the_same(rows, tmp_path):
+    (tmp_path / "set").mkdir()
+    frozen = freeze(rows, tmp_path / "set")
+    assert len(frozen) == 300
+    assert frozen.digest == "sha256:" + hashlib.sha256((tmp_path / "set" / ROWS).read_bytes()).hexdigest()
+    assert sorted(
+        zip(frozen.frame["image_id"], frozen.frame["label"], frozen.frame["lesion_id"], strict=True)
+    ) == sorted(zip(rows["image_id"], rows["label"], rows["lesion_id"], strict=True))
+    [image] = frozen.images([7])
+    assert hashlib.sha256(image).hexdigest() == frozen.frame["sha256"][7]
+    assert Counter(frozen.labels.tolist()) == {0: 60, 1: 220, 5: 20}
+    assert frozen.lesions.max() + 1 == 270
+    assert not list((tmp_path / "set").glob(".*")), "nothing temporary stays"
+
+
+def test_neither_order_nor_place_matters(rows, tmp_path):
+    copy = shutil.copytree(tmp_path / "images", tmp_path / "elsewhere")
+    moved = rows.assign(path=[str(copy / f"{number}.JPG") for number in range(len(rows))]).sample(
+        frac=1, random_state=3
+    )
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first, second = freeze(rows, tmp_path / "a"), freeze(moved, tmp_path / "b")
+    assert first.digest == second.digest
+    assert (tmp_path / "a" / IMAGES).read_bytes() == (tmp_path / "b" / IMAGES).read_bytes()
+
+
+@pytest.mark.parametrize("column", ["label", "lesion_id"])
+def test_labels_and_lesions_count(rows, tmp_path, column):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    other = rows.copy()
+    other.loc[3, column] = "BCC"
+    assert freeze(rows, tmp_path / "a").digest != freeze(other, tmp_path / "b").digest
+
+
+def test_a_smaller_set_takes_whole_lesions_of_every_class(rows, tmp_path):
+    (tmp_path / "set").mkdir()
+    frozen = freeze(rows, tmp_path / "set", images=100)
+    counts = Counter(frozen.frame["label"])
+    assert counts["DF"] == 20, "a rare class stays whole"
+    assert counts["MEL"] == 20
+    assert 70 <= counts["NV"] <= 76
+    melanomas = frozen.frame[frozen.frame["label"] == "MEL"]
+    assert set(Counter(melanomas["lesion_id"]).values()) == {2}, "no lesion is divided"
+
+
+def test_what_was_changed_is_not_frozen(rows, tmp_path):
+    (tmp_path / "images" / "3.JPG").write_bytes(b"another picture")
+    with pytest.raises(EvaluationSetError, match="is not the file in the manifest any more"):
+        freeze(rows, tmp_path)
+    (tmp_path / "images" / "3.JPG").unlink()
+    with pytest.raises(EvaluationSetError, match="cannot be read"):
+        freeze(rows, tmp_path)
+    assert not (tmp_path / IMAGES).exists(), "nothing is half-written"
+    with pytest.raises(EvaluationSetError, match="no picture"):
+        freeze(rows[:0], tmp_path)
+
+
+def test_what_was_changed_later_is_noticed(rows, tmp_path):
+    frozen = freeze(rows[:30], tmp_path)
+    files = list(frozen.frame["file"])
+    with zipfile.ZipFile(tmp_path / IMAGES, "w") as archive:
+        for name in files:
+            archive.writestr(name, b"forged")
+    with pytest.raises(EvaluationSetError, match="was changed"):
+        EvaluationSet.load(tmp_path).images([0])
+    with zipfile.ZipFile(tmp_path / IMAGES, "w") as archive:
+        archive.writestr(files[0], b"alone")
+    with pytest.raises(EvaluationSetError, match="incomplete"):
+        EvaluationSet.load(tmp_path)
+    (tmp_path / IMAGES).write_bytes(b"no archive")
+    with pytest.raises(EvaluationSetError, match="cannot be read"):
+        EvaluationSet.load(tmp_path)
+    freeze(rows[:30], tmp_path)
+    (tmp_path / ROWS).write_text((tmp_path / ROWS).read_text().replace("MEL", "NV"))
+    assert EvaluationSet.load(tmp_path).digest != frozen.digest
+
+
+def test_the_order_is_a_random_one(rows, tmp_path):
+    frozen = freeze(rows, tmp_path)
+    assert len(set(frozen.labels[:60].tolist())) == 3, "any first part holds all classes"
+    assert np.all(np.diff([int(digest[:8], 16) for digest in frozen.frame["sha256"]]) >= 0)
