@@ -91,7 +91,6 @@ class Stack:
     def create(cls, folder: Path) -> "Stack":
         own = {name: str(port) for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True)}
         own |= {"STACK_STATE": str(folder / "state"), "MODEL_STORE": str(folder / "model_store")}
-        own |= {"PROMOTER_GATES": "tests/gates.yaml"}  # no evaluation set is frozen, so the real ones would refuse
         stack = cls(folder, os.environ | own)
         # As the children of `make up` have them: a test can call the scripts and the packages with this environment.
         stack.env |= {

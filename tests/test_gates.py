@@ -315,9 +315,18 @@ def test_after_a_decisive_gate_the_others_are_not_asked(case):
     assert case.server.asked == 1
 
 
-@pytest.mark.parametrize(("policy", "first", "passes"), [("first", True, True), ("first", False, False),
-                                                         ("allow", False, True), ("block", True, False)])  # fmt: skip
-def test_what_is_not_evaluated_blocks_as_the_settings_say(case, policy, first, passes):
+@pytest.mark.parametrize(
+    ("policy", "first", "passes"),
+    [
+        ("first", True, True),
+        ("first", False, False),
+        ("unfrozen", True, True),
+        ("unfrozen", False, True),
+        ("allow", False, True),
+        ("block", True, False),
+    ],
+)
+def test_without_a_set_a_gate_blocks_as_the_settings_say(case, policy, first, passes):
     case.gates = {"calibration": case.gates["calibration"].model_copy(update={"not_evaluated": policy})}
     case.candidate.evaluation = None
     case.candidate.champion = None if first else CHAMPION
@@ -328,11 +337,20 @@ def test_what_is_not_evaluated_blocks_as_the_settings_say(case, policy, first, p
     assert judgement.reason == f"calibration: not evaluated: {NO_SET}", "shown, whether it blocks or not"
 
 
-def test_the_very_first_champion_passes_without_a_set(case):
-    case.candidate.evaluation, case.candidate.champion = None, None
+@pytest.mark.parametrize("champion", [None, CHAMPION])
+def test_while_no_set_is_frozen_all_pass_and_the_reason_is_shown(case, champion):
+    case.candidate.evaluation, case.candidate.champion = None, champion
     judgement = case.judgement()
     assert judgement.passed
     assert NO_SET in judgement.reason
+
+
+@pytest.mark.parametrize(("champion", "passes"), [(None, True), (CHAMPION, False)])
+def test_once_a_set_is_frozen_what_is_not_evaluated_blocks_all_but_the_first(case, tmp_path, champion, passes):
+    case.use(tiny_bundle(tmp_path / "bare"))  # without a receipt
+    case.gates = {"leakage": case.gates["leakage"]}
+    case.candidate.champion = champion
+    assert case.judgement().passed is passes
 
 
 @pytest.mark.parametrize("lacking", ["receipt", "colours", "melanomas", "champion"])

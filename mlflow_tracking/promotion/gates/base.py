@@ -91,7 +91,7 @@ class Gate(ABC, BaseModel):
     """One question. Its fields are its limits, as gates.yaml gives them.
 
     `not_evaluated` says what a gate does that lacks what it needs: `block`; `first`: let the very first champion pass,
-    and block all others; `allow`.
+    and block all others; `unfrozen`: as `first`, but let all pass while nobody has frozen an evaluation set; `allow`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,7 +99,7 @@ class Gate(ABC, BaseModel):
     # With this one failed, the other questions have no meaning, and are not asked.
     decisive: ClassVar[bool] = False
 
-    not_evaluated: Literal["block", "first", "allow"] = "first"
+    not_evaluated: Literal["block", "first", "unfrozen", "allow"] = "unfrozen"
 
     @abstractmethod
     def evaluate(self, candidate: Candidate) -> Verdict:
@@ -113,11 +113,13 @@ class Gate(ABC, BaseModel):
         """The verdict of a question that could not be asked."""
         return Verdict(self.name, Outcome.NOT_EVALUATED, reason, figures)
 
-    def blocks(self, verdict: Verdict, first: bool) -> bool:
-        """Whether a verdict keeps the candidate from serving; `first`: nothing serves yet."""
-        if verdict.outcome is Outcome.NOT_EVALUATED:
-            return self.not_evaluated == "block" or (self.not_evaluated == "first" and not first)
-        return verdict.outcome is Outcome.FAILED
+    def blocks(self, verdict: Verdict, candidate: Candidate) -> bool:
+        """Whether a verdict keeps the candidate from serving."""
+        if verdict.outcome is not Outcome.NOT_EVALUATED:
+            return verdict.outcome is Outcome.FAILED
+        first, unfrozen = candidate.champion is None, candidate.evaluation is None
+        passes = {"allow": True, "unfrozen": first or unfrozen, "first": first, "block": False}
+        return not passes[self.not_evaluated]
 
 
 class SetGate(Gate):

@@ -153,7 +153,7 @@ class Judge:
                 continue
             candidate.progress(f"{gate.name}")
             verdict = gate.evaluate(candidate)
-            verdicts.append(replace(verdict, blocks=gate.blocks(verdict, first=candidate.champion is None)))
+            verdicts.append(replace(verdict, blocks=gate.blocks(verdict, candidate)))
             if gate.decisive and verdict.outcome is Outcome.FAILED:
                 decided = gate.name
         comparison = None
