@@ -4,6 +4,7 @@
                           SHA-256 of every other file, so that the digest of this one file vouches for all
     model.safetensors     the weights (fp16 or fp32)
     golden.json, golden/  pictures with the answers this model must give, wherever it runs
+    receipt.json          what it was made from, in hashes and lesion ids, so that nobody tests it on the same images
     graph.xml, graph.bin  the serving graph (OpenVINO), derived from the weights; a slim bundle comes without
 
 Imports neither torch nor OpenVINO, so that the registry's side can check a bundle cheaply.

@@ -35,6 +35,7 @@ from handlers.calibration import Calibration
 from handlers.graph import complete
 from handlers.predictor import Prediction, Predictor
 from handlers.preprocessing import Preprocessing
+from training.receipt import RECEIPT, Receipt
 from training.synthetic import draw_lesion
 
 MODEL_NAME = "skin_vit"
@@ -52,6 +53,7 @@ def export_bundle(
     preprocessing: Preprocessing,
     calibration: Calibration,
     evidence: dict[str, Any],
+    receipt: Receipt | None = None,
     half: bool = True,
 ) -> Bundle:
     """Write the bundle of a trained backbone to the folder `out`, replacing a bundle that is there.
@@ -59,6 +61,7 @@ def export_bundle(
     Args:
         backbone: from handlers.backbone.build_backbone(architecture, len(classes), ..., options=options).
         evidence: what is known of the training: run_id, dataset_fingerprint, code_revision, metrics, ...
+        receipt: of the images it was made from (training.receipt), for those who will test it.
         half: store the weights in fp16 (a relative rounding of 5e-4; everything downstream, the golden answers
             included, is derived from the stored weights).
 
@@ -77,6 +80,8 @@ def export_bundle(
         draft = Path(temporary) / "draft"
         (draft / "golden").mkdir(parents=True)
         save_file(state, draft / WEIGHTS)
+        if receipt:
+            write_json(draft / RECEIPT, receipt.to_dict())
         _write_golden(draft, config)
         return complete(draft, Path(out))
 

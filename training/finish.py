@@ -22,6 +22,7 @@ from training.dataset import Images, batches, standardise
 from training.evaluate import assess, headline
 from training.export import export_bundle
 from training.figures import confusion_figure, curves_figure, reliability_figure
+from training.receipt import make_receipt
 from training.terminal import console
 from training.tracking import Tracker, code_revision
 
@@ -121,6 +122,7 @@ def finish(
         preprocessing=config.preprocessing,
         calibration=calibration,
         evidence=evidence,
+        receipt=make_receipt(frame, best["dataset_fingerprint"]),
     )
     check()
     tracker.artifact(output / "bundle", "bundle")
