@@ -15,11 +15,11 @@ from torch import nn
 
 from handlers.backbone import build_backbone
 from handlers.bundle import write_json
+from training.assessment import assess, headline
 from training.calibration import MIN_IMAGES, fit_calibration
 from training.checkpoints import BEST, LAST, load
 from training.config import TrainConfig
 from training.dataset import Images, batches, standardise
-from training.evaluate import assess, headline
 from training.export import export_bundle
 from training.figures import confusion_figure, curves_figure, reliability_figure
 from training.receipt import make_receipt
