@@ -65,13 +65,13 @@ class TorchRuntime:
             torch.set_num_threads(threads)
         self.precision = "f32"
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._module = serving_module(bundle).to(self._device)
+        self.module = serving_module(bundle).to(self._device)
 
     def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
         with torch.inference_mode():
-            logits, maps = self._module(
+            logits, maps = self.module(
                 torch.tensor(pixels, device=self._device), torch.tensor(target, device=self._device)
             )
         return logits.cpu().numpy(), maps.cpu().numpy()

@@ -132,8 +132,33 @@ def examples_figure(rows: Sequence[tuple[str, Sequence[tuple[Image.Image, Image.
                 continue
             picture, heatmap, caption = cell
             line[2 * place].imshow(picture)
-            line[2 * place].set_title(f"{title}: {caption}", fontsize=8, loc="left")
+            line[2 * place].set_title(f"{title}, called {caption}", fontsize=8, loc="left")
             line[2 * place + 1].imshow(heatmap)
+    return figure
+
+
+def sheet_figure(pictures: Mapping[str, NDArray[np.uint8]], columns: int = 4) -> Figure:
+    """Pictures (H, W, 3) with their names under a common size."""
+    lines = -(-len(pictures) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.2 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (name, picture) in zip(grid.flat, pictures.items(), strict=False):
+        axes.imshow(picture)
+        axes.set_title(name, fontsize=9)
+    return figure
+
+
+def deletion_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
+    """Probability of the top class as more of the picture is hidden, by the order in which it is."""
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (name, curve), colour in zip(curves.items(), (ORANGE, GREY, BLUE), strict=False):
+        axes.plot(np.linspace(0, 1, len(curve)), curve, label=name, color=colour)
+    axes.set(xlabel="share of the cells hidden", ylabel="probability of the top class", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
     return figure
 
 
