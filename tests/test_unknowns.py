@@ -44,7 +44,8 @@ def outputs(features, known):
     return Outputs(features, features @ known.weight.T + known.bias)
 
 
-@pytest.mark.parametrize("name", [name for name in DETECTORS if name != "react"])  # which cuts off just what is large here
+# react cuts off just what is large here
+@pytest.mark.parametrize("name", [name for name in DETECTORS if name != "react"])
 def test_each_detector_tells_the_known_from_what_excites_no_class(name, known):
     rng = np.random.default_rng(1)
     fresh = outputs(known.outputs.features + 0.1 * spread(rng, len(known.labels)), known)

@@ -92,6 +92,8 @@ class Extractor:
         module = serving_module(bundle)
         self.backbone, self.module = module.cam.backbone, module
         head = self.backbone.get_classifier()
+        if not isinstance(head, torch.nn.Linear):
+            raise StudyError("Detectors need a head of one linear layer; choose a preset without head_hidden.")
         self.weight, self.bias = (t.detach().double().numpy() for t in (head.weight, head.bias))
 
     @torch.inference_mode()
