@@ -90,7 +90,7 @@ class CornerModel:
         corner = pixels[:, :8, :8].mean((1, 2, 3)) / 255
         maps = np.zeros((len(pixels), 4, 4), np.float32)
         maps[:, 0, 0] = 1
-        return np.stack([20 * (corner - 0.5), np.zeros(len(pixels))], 1).astype(np.float32), maps
+        return np.stack([20 * (corner - 0.5), np.zeros(len(pixels))], 1).astype(np.float32), maps, np.zeros(len(pixels))
 
 
 def test_a_model_that_looks_at_a_corner_is_found_out(bundle, monkeypatch):

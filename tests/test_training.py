@@ -134,10 +134,11 @@ def test_a_head_with_hidden_layers(architecture):
     assert widths == [(model.num_features, 16), (16, 8), (8, 3)]
     assert [type(layer).__name__ for layer in model.get_classifier()][1:4] == ["BatchNorm1d", "ReLU", "Dropout"]
     cam = grad_cam(model.eval())
-    logits, maps = cam(torch.randn(2, 3, 32, 32), torch.tensor([-1, 0]))
+    logits, maps, features = cam(torch.randn(2, 3, 32, 32), torch.tensor([-1, 0]))
     assert logits.shape == (2, 3)
     assert not cam.exportable
     assert maps.ndim == 3
+    assert features.shape == (2, model.num_features)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])

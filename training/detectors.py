@@ -1,12 +1,12 @@
-"""Published ways to score how unlike the training images an image is, from a network's features and logits.
+"""Published ways to score how unlike known lesions an image is, from a network's features and logits.
 
-Every detector is fitted on the training images and gives one number an image, high for what is unknown. They differ
+Every detector is fitted on images of known lesions and gives one number an image, high for what is unknown. They differ
 in what they look at: the logits alone (`max_softmax` to `standardised_logit`), the features (`mahalanobis`,
 `relative_mahalanobis`, `knn`), or both (`react`, `grad_norm`, `vim`). training/unknowns.py judges them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Known:
-    """What detectors are fitted on: the training images' outputs, their labels (N,), and the linear head."""
+    """What detectors are fitted on: outputs of images of known lesions, their labels (N,), and the linear head."""
 
     outputs: Outputs
     labels: NDArray[np.int64]
@@ -56,7 +56,7 @@ def energy(known: Known) -> Score:
 
 
 def standardised_logit(known: Known) -> Score:
-    """The largest logit, standardised among training images predicted as the same class (Jung et al. 2021)."""
+    """The largest logit, standardised among known images predicted as the same class (Jung et al. 2021)."""
     top, value = known.outputs.logits.argmax(1), known.outputs.logits.max(1)
     classes = known.outputs.logits.shape[1]
     chosen = [value[top == k] if (top == k).sum() > 1 else value for k in range(classes)]
@@ -70,7 +70,7 @@ def standardised_logit(known: Known) -> Score:
 
 
 def react(known: Known) -> Score:
-    """The energy with features clipped at a high percentile of the training images' (Sun, Guo & Li 2021)."""
+    """The energy with features clipped at a high percentile of the known images' (Sun, Guo & Li 2021)."""
     limit = np.percentile(known.outputs.features, REACT_PERCENTILE)
     return lambda out: -logsumexp(np.minimum(out.features, limit) @ known.weight.T + known.bias, axis=1)
 
@@ -91,7 +91,7 @@ def mahalanobis(known: Known) -> Score:
 
 
 def relative_mahalanobis(known: Known) -> Score:
-    """The Mahalanobis distance less that to the mean of all training images (Ren et al. 2021)."""
+    """The Mahalanobis distance less that to the mean of all known images (Ren et al. 2021)."""
     features = known.outputs.features
     mean, by_class = features.mean(0), mahalanobis(known)
     precision = _precision(features - mean)
@@ -99,7 +99,7 @@ def relative_mahalanobis(known: Known) -> Score:
 
 
 def knn(known: Known) -> Score:
-    """The distance to the NEIGHBOURS-th nearest training image, features of unit length (Sun et al. 2022)."""
+    """The distance to the NEIGHBOURS-th nearest known image, features of unit length (Sun et al. 2022)."""
     bank = _unit(known.outputs.features)
     k = min(NEIGHBOURS, len(bank)) - 1
 
@@ -110,21 +110,40 @@ def knn(known: Known) -> Score:
     return score
 
 
-def vim(known: Known) -> Score:
-    """Virtual-logit matching: what of a feature lies outside the main subspace, scaled to a logit, less the energy.
+@dataclass(frozen=True)
+class KnownSpace:
+    """What of the features' space known lesions do not take: `origin` (D,), orthonormal directions `basis` (D, R), and
+    the `weight` that makes the length along them comparable with a logit."""
 
-    Wang et al. 2022; the subspace has half the features' dimensions, and the origin is where the logits are all zero.
+    origin: Array
+    basis: Array
+    weight: float
+
+    def residuals(self, features: Array) -> Array:
+        """Length (N,) of what features (N, D) have outside the space of known lesions."""
+        return np.asarray(np.linalg.norm((features - self.origin) @ self.basis, axis=1))
+
+
+def known_space(known: Known) -> KnownSpace:
+    """The minor half of the features' principal directions, about the point where the logits are nearest to zero.
+
+    The weight makes the mean residual as large as the mean top logit (Wang et al. 2022, "ViM").
     """
     origin = -np.linalg.pinv(known.weight) @ known.bias
     shifted = known.outputs.features - origin
     _, vectors = np.linalg.eigh(shifted.T @ shifted / len(shifted))
-    residual = vectors[:, : vectors.shape[1] // 2]  # eigh sorts ascending: the minor directions come first
+    space = KnownSpace(origin, vectors[:, : vectors.shape[1] // 2], 1.0)  # eigh sorts ascending: the minor ones first
+    mean = max(float(space.residuals(known.outputs.features).mean()), 1e-9)
+    return replace(space, weight=float(known.outputs.logits.max(1).mean()) / mean)
 
-    def virtual(features: Array) -> Array:
-        return np.asarray(np.linalg.norm((features - origin) @ residual, axis=1))
 
-    scale = known.outputs.logits.max(1).mean() / max(virtual(known.outputs.features).mean(), 1e-9)
-    return lambda out: scale * virtual(out.features) - logsumexp(out.logits, axis=1)
+def vim(known: Known) -> Score:
+    """Virtual-logit matching: the residual outside the known space, as a logit, less the energy (Wang et al. 2022).
+
+    handlers.calibration.Rejection serves it.
+    """
+    space = known_space(known)
+    return lambda out: space.weight * space.residuals(out.features) - logsumexp(out.logits, axis=1)
 
 
 DETECTORS: dict[str, Callable[[Known], Score]] = {

@@ -76,7 +76,7 @@ def _run(
     parts = [
         runtime(pixels[start : start + BATCH], targets[start : start + BATCH]) for start in range(0, len(pixels), BATCH)
     ]
-    return np.concatenate([logits for logits, _ in parts]), np.concatenate([maps for _, maps in parts])
+    return np.concatenate([logits for logits, _, _ in parts]), np.concatenate([maps for _, maps, _ in parts])
 
 
 def _shuffled(bundle: Bundle, what: str, seed: int) -> TorchRuntime:

@@ -163,8 +163,8 @@ def _open(path: str) -> Pixels:
 def _ask(predictor: Predictor, pictures: list[Pixels]) -> NDArray[np.float64]:
     """Nine probabilities (N, 9), through the model's own resizing."""
     pixels = np.stack([predictor.config.preprocessing.resize(Image.fromarray(picture)) for picture in pictures])
-    logits, _ = predictor.runtime(pixels, np.full(len(pixels), -1))
-    return predictor.config.calibration.probabilities(logits, predictor.config.classes)
+    logits, _, residuals = predictor.runtime(pixels, np.full(len(pixels), -1))
+    return predictor.config.calibration.probabilities(logits, predictor.config.classes, residuals)
 
 
 def _mix(image: Pixels, over: Pixels, share: float) -> Pixels:

@@ -110,7 +110,8 @@ class Extractor:
 def judge(bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]], cache: Path) -> dict[str, Any]:
     """Every detector on one held-out model: near unknowns (the UNK rows of its manifest), and far ones by kind.
 
-    Detectors are fitted on the training split; the thresholds of `called_malignant` (the share of unknowns that pass
+    Detectors are fitted on the validation split, as in training/finish.py: on the training images a network's features
+    are closer together than on any others. The thresholds of `called_malignant` (the share of unknowns that pass
     and get a malignant class) let FALSE_ALARM of the calibration split be called unknown, as serving does.
     """
     classes, preprocessing = bundle.config.classes, bundle.config.preprocessing
@@ -120,9 +121,9 @@ def judge(bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uin
     def outputs(chosen: pd.Series) -> Outputs:
         return extract(build_cache(rows[chosen].reset_index(drop=True), preprocessing, cache))
 
-    training = (rows["split"] == "train") & ~unknown
-    labels = rows.loc[training, "label"].map(classes.index).to_numpy(np.int64)
-    known = Known(outputs(training), labels, extract.weight, extract.bias)
+    fitted = (rows["split"] == "val") & ~unknown
+    labels = rows.loc[fitted, "label"].map(classes.index).to_numpy(np.int64)
+    known = Known(outputs(fitted), labels, extract.weight, extract.bias)
     parts = {"calibration": outputs((rows["split"] == "calibration") & ~unknown)}
     parts["test"], parts["near"] = outputs((rows["split"] == "test") & ~unknown), outputs(unknown)
     kinds = {kind: extract(_squash(pictures, preprocessing)) for kind, pictures in far.items()}
