@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from scipy.special import logsumexp, softmax
 
+from handlers.predictor import Predictor
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import metrics, unknowns
@@ -144,7 +145,10 @@ def test_a_model_is_judged_near_and_far(tmp_path):
     means = unknowns.summarise({"MEL": table})
     ranking = [row["near_auroc"] for row in means.values()]
     assert ranking == sorted(ranking, reverse=True)
-    text = unknowns.markdown({"means": means, "held_out": {"MEL": table}})
+    as_served = unknowns.served(Predictor(bundle), frame[frame["split"] == "test"], far_images(2))
+    assert all(figures["images"] == 2 for figures in as_served.values())
+    text = unknowns.markdown({"means": means, "held_out": {"MEL": table}, "served": as_served})
+    assert "| noise |" in text
     assert text.count("\n| `") == len(DETECTORS)
     assert "| MEL | 48 |" in text
 

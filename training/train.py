@@ -203,12 +203,16 @@ def open_manifest(config: TrainConfig) -> pd.DataFrame:
     return read_manifest(manifest)
 
 
+def cache_preprocessing(config: TrainConfig) -> Preprocessing:
+    """How training images are resized for the cache: a little larger than the input, where the settings say so."""
+    return Preprocessing(config.cache_size or config.image_size, interpolation=config.preprocessing.interpolation)
+
+
 def load_data(
     config: TrainConfig, frame: pd.DataFrame, classes: tuple[str, ...], stop: Interruption
 ) -> dict[str, Images]:
     """Every split that has images; the training split at the cache's size, the others as serving sees them."""
-    manifest, serving = Path(config.manifest), config.preprocessing
-    larger = Preprocessing(config.cache_size or config.image_size, interpolation=serving.interpolation)
+    manifest, serving, larger = Path(config.manifest), config.preprocessing, cache_preprocessing(config)
     cache = Path(config.cache_dir) if config.cache_dir else manifest.parent / "cache"
     data = {}
     for split in ("train", "val", "calibration", "test"):

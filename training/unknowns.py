@@ -22,12 +22,15 @@ from rich.table import Table
 
 from handlers.bundle import Bundle, BundleError, write_json
 from handlers.graph import serving_module
+from handlers.predictor import Prediction, Predictor, Request
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import BY_CODE, KNOWN_CODES, UNKNOWN
 from training import metrics
+from training.assessment import unknown_figures
 from training.config import ROOT
 from training.dataset import DataError, build_cache
 from training.detectors import DETECTORS, Known, Outputs
+from training.evaluate import ask, nine_of
 from training.far_images import far_images
 from training.manifest import COLUMNS, ManifestError, fingerprint, read_manifest
 from training.terminal import console, errors
@@ -151,6 +154,21 @@ def judge(bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uin
     return table
 
 
+def served(predictor: Predictor, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]]) -> dict[str, Any]:
+    """A bundle's own ninth probability, as served: training.assessment.unknown_figures of each kind of far picture.
+
+    Args:
+        rows: of known lesions that the bundle has not seen.
+    """
+    known = nine_of(ask(predictor, rows))
+    table = {}
+    for kind, pictures in far.items():
+        encoded = [cv2.imencode(".png", picture[..., ::-1])[1].tobytes() for picture in pictures]
+        answers = predictor.predict([Request(data, gradcam="none") for data in encoded])
+        table[kind] = unknown_figures(known, nine_of([a for a in answers if isinstance(a, Prediction)]))
+    return table
+
+
 def summarise(held_out: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Means over the held-out classes (and, for far, over the kinds), best near AUROC first."""
     means = {}
@@ -190,6 +208,12 @@ def markdown(study: dict[str, Any]) -> str:
         near = [table["detectors"][name]["near"]["auroc"] for name in ("max_softmax", "energy", best)]
         figures = " | ".join(f"{value:.3f}" for value in (table["balanced_accuracy"], *near))
         lines.append(f"| {code} | {table['images']:,} | {figures} |")
+    if study["served"]:
+        lines += ["", "| far pictures, this model as served | AUROC | FPR at 95 % | called UNK | called malignant |"]
+        lines.append("| --- | --- | --- | --- | --- |")
+        for kind, row in study["served"].items():
+            shown = (row["auroc"], row["fpr_at_95"], row["recall"], row["called_malignant"])
+            lines.append(f"| {kind} | " + " | ".join(f"{value:.3f}" for value in shown) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -201,12 +225,15 @@ def main(
         list[str] | None, typer.Option(help="A class to hold out; repeat for more. Default: all.")
     ] = None,
     most: Annotated[int, typer.Option(min=0, help="Training images of a class, at most; 0: all.")] = 1500,
+    bundle: Annotated[Path | None, typer.Option(help="Also show far pictures to this bundle, as it is served.")] = None,
 ) -> None:
     """Hold out each class in turn, and see which detector best tells it from the known ones.
 
     Models that are in the folder already are not trained again, so an interrupted study goes on where it stopped.
 
     Example:
+
+    python training/unknowns.py --data data/manifest.csv --out runs/unknowns --bundle model_store/skin_vit
 
     python training/unknowns.py --data data/manifest.csv --out runs/unknowns --classes MEL --classes VASC
     """
@@ -222,14 +249,17 @@ def main(
         held_out = {}
         for code in chosen:
             folder = out / f"without_{code}"
-            bundle = train_without(frame, code, config, folder.resolve(), cache.resolve(), most)
-            held_out[code] = judge(bundle, read_manifest(folder / "manifest.csv"), far, cache)
+            trained = train_without(frame, code, config, folder.resolve(), cache.resolve(), most)
+            held_out[code] = judge(trained, read_manifest(folder / "manifest.csv"), far, cache)
             console.print(f"{code} judged.")
+        known = frame[(frame["split"] == "test") & frame["label"].isin(KNOWN_CODES)]
+        as_served = served(Predictor.load(bundle), known, far) if bundle else {}
     except (ManifestError, BundleError, DataError, StudyError, OSError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None
     means = summarise(held_out)
     study = {"data": fingerprint(frame), "config": config, "most": most, "means": means, "held_out": held_out}
+    study |= {"served": as_served}
     write_json(out / "unknowns.json", study)
     (out / "unknowns.md").write_text(markdown(study), encoding="utf-8")
     shown = Table("detector", "near AUROC", "near FPR95", "malignant", "far AUROC", "far FPR95")
