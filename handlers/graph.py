@@ -101,6 +101,8 @@ def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is 
     )
     weights = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS).items()}
     origin, basis = (weights.pop(name, None) for name in (ORIGIN, BASIS))
+    if config.calibration.rejection and config.calibration.rejection.residual_weight and basis is None:
+        raise BundleError(f"The bundle's rejection needs {BASIS} in {WEIGHTS}, which is not there.")
     try:
         missing, unexpected = backbone.load_state_dict(weights, strict=False)
     except RuntimeError as error:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from handlers.bundle import BundleError
 from handlers.graph import OpenVinoRuntime, TorchRuntime, serving_module
 from handlers.predictor import Prediction, Predictor, Request, RequestError
 from handlers.preprocessing import ImageError
@@ -181,5 +182,7 @@ def test_features_outside_the_known_space_raise_the_ninth_probability(tmp_path, 
     [tta] = Predictor(bundle, precision="f32").predict([Request(sample_images[0], tta=True)])
     [torch_tta] = Predictor(bundle, runtime="torch").predict([Request(sample_images[0], tta=True)])
     assert tta.probabilities == pytest.approx(torch_tta.probabilities, abs=1e-4)
+    with pytest.raises(BundleError, match="needs rejection.basis"):
+        tiny_bundle(tmp_path / "none", residual_weight=0.2)
     with pytest.raises(ValueError, match="needs the residuals"):
         bundle.config.calibration.probabilities(logits, bundle.config.classes)

@@ -149,6 +149,11 @@ def test_a_model_is_judged_near_and_far(tmp_path):
     assert all(figures["images"] == 2 for figures in as_served.values())
     text = unknowns.markdown({"means": means, "held_out": {"MEL": table}, "served": as_served})
     assert "| noise |" in text
+    # read again from JSON, which sorts its keys, every figure still stands under its name
+    again = json.loads(json.dumps({"means": means, "held_out": {"MEL": table}, "served": as_served}, sort_keys=True))
+    assert unknowns.markdown(again) == text
+    best = next(iter(means))
+    assert f"| `{best}` | {means[best]['near_auroc']:.3f} | {means[best]['near_fpr_at_95']:.3f} |" in text
     assert text.count("\n| `") == len(DETECTORS)
     assert "| MEL | 48 |" in text
 

@@ -122,7 +122,7 @@ def slices(rows: pd.DataFrame, probabilities: NDArray[np.float64], resamples: in
     table: dict[str, Any] = {}
     for column, cells in values.items():
         table[column] = {}
-        for value in sorted(set(cells), key=lambda text: _order(column, text)):
+        for value in sorted(set(cells), key=lambda text: slice_order(column, text)):
             chosen = np.flatnonzero(cells == value)
             lesions = rows["lesion_id"].to_numpy()[chosen]
             entry: dict[str, Any] = {"images": len(chosen), "lesions": len(set(lesions))}
@@ -152,7 +152,8 @@ def _age_band(age: float) -> str:
     return next((band for band, (low, high) in AGE_BANDS.items() if low <= age < high), "not recorded")
 
 
-def _order(column: str, value: str) -> tuple[int, str]:
+def slice_order(column: str, value: str) -> tuple[int, str]:
+    """The place of a slice among those of its column, as a key to sort by."""
     if value == "not recorded":
         return 99, value
     return (list(AGE_BANDS).index(value), value) if column == "age" else (0, value)

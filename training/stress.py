@@ -181,7 +181,8 @@ def markdown(table: dict[str, Any]) -> str:
         "| fault | change of P(MEL) | on melanomas | flips | balanced accuracy |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name, row in table.items():
+    for name in ("none", *FAULTS):  # JSON keeps no order
+        row = table[name]
         drop = "" if row["melanoma_drop"] is None else f"{row['melanoma_drop']:+.3f}"
         figures = f"{row['melanoma_change']:.3f} | {drop} | {row['flips']:.3f} | {row['balanced_accuracy']:.3f}"
         lines.append(f"| {name} | {figures} |")

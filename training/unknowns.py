@@ -39,6 +39,14 @@ BATCH = 128
 FAR_IMAGES = 40  # of each kind
 FALSE_ALARM = 0.05  # the share of known lesions that a threshold calls unknown, as in FPR at 95 %
 MIN_IMAGES = 30  # of a class to be held out
+SERVED = "vim"  # the detector that training/finish.py gives to a bundle
+FIGURES = {
+    "near AUROC": "near_auroc",
+    "near FPR at 95 %": "near_fpr_at_95",
+    "called malignant": "near_called_malignant",
+    "far AUROC": "far_auroc",
+    "far FPR at 95 %": "far_fpr_at_95",
+}
 
 
 class StudyError(RuntimeError):
@@ -182,7 +190,11 @@ def summarise(held_out: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]
             "far_auroc": float(np.mean([figures["auroc"] for figures in far])),
             "far_fpr_at_95": float(np.mean([figures["fpr_at_95"] for figures in far])),
         }
-    return dict(sorted(means.items(), key=lambda item: -item[1]["near_auroc"]))
+    return dict(_ranked(means))
+
+
+def _ranked(means: dict[str, dict[str, float]]) -> list[tuple[str, dict[str, float]]]:
+    return sorted(means.items(), key=lambda item: (-item[1]["near_auroc"], -item[1]["far_auroc"], item[0]))
 
 
 def _squash(pictures: Sequence[NDArray[np.uint8]], preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -196,25 +208,31 @@ def _malignant(out: Outputs, classes: Sequence[str]) -> NDArray[np.bool_]:
 
 
 def markdown(study: dict[str, Any]) -> str:
-    """The study as two tables for people."""
-    lines = ["| detector | near AUROC | near FPR at 95 % | called malignant | far AUROC | far FPR at 95 % |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    for name, means in study["means"].items():
-        lines.append(f"| `{name}` | " + " | ".join(f"{value:.3f}" for value in means.values()) + " |")
-    best = next(iter(study["means"]))
-    lines += ["", "| held out | images | balanced accuracy of the rest | max softmax | energy | " + f"`{best}` |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    for code, table in study["held_out"].items():
-        near = [table["detectors"][name]["near"]["auroc"] for name in ("max_softmax", "energy", best)]
-        figures = " | ".join(f"{value:.3f}" for value in (table["balanced_accuracy"], *near))
-        lines.append(f"| {code} | {table['images']:,} | {figures} |")
+    """The study as tables for people; in an order of its own, as JSON keeps none."""
+    ranked = _ranked(study["means"])
+    means = [(f"`{name}`", *(row[key] for key in FIGURES.values())) for name, row in ranked]
+    lines = _table(("detector", *FIGURES), means)
+    detectors = ("max_softmax", "energy", SERVED)
+    rows = []
+    for code in (code for code in KNOWN_CODES if code in study["held_out"]):
+        table = study["held_out"][code]
+        near = (table["detectors"][name]["near"]["auroc"] for name in detectors)
+        rows.append((code, f"{table['images']:,}", table["balanced_accuracy"], *near))
+    head = ["held out", "images", "balanced accuracy of the rest", *(f"near AUROC, `{name}`" for name in detectors)]
+    lines += ["", *_table(head, rows)]
     if study["served"]:
-        lines += ["", "| far pictures, this model as served | AUROC | FPR at 95 % | called UNK | called malignant |"]
-        lines.append("| --- | --- | --- | --- | --- |")
-        for kind, row in study["served"].items():
-            shown = (row["auroc"], row["fpr_at_95"], row["recall"], row["called_malignant"])
-            lines.append(f"| {kind} | " + " | ".join(f"{value:.3f}" for value in shown) + " |")
+        shown = [
+            (kind, row["auroc"], row["fpr_at_95"], row["recall"], row["called_malignant"])
+            for kind, row in sorted(study["served"].items())
+        ]
+        head = ["far pictures, this model as served", "AUROC", "FPR at 95 %", "called UNK", "called malignant"]
+        lines += ["", *_table(head, shown)]
     return "\n".join(lines) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> list[str]:
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells)]
 
 
 def main(
@@ -262,9 +280,9 @@ def main(
     study |= {"served": as_served}
     write_json(out / "unknowns.json", study)
     (out / "unknowns.md").write_text(markdown(study), encoding="utf-8")
-    shown = Table("detector", "near AUROC", "near FPR95", "malignant", "far AUROC", "far FPR95")
+    shown = Table("detector", *FIGURES)
     for name, figures in means.items():
-        shown.add_row(name, *(f"{value:.3f}" for value in figures.values()))
+        shown.add_row(name, *(f"{figures[key]:.3f}" for key in FIGURES.values()))
     console.print(shown)
     console.print(f"Written to {out}.")
 
