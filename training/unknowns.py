@@ -210,8 +210,8 @@ def _malignant(out: Outputs, classes: Sequence[str]) -> NDArray[np.bool_]:
 def markdown(study: dict[str, Any]) -> str:
     """The study as tables for people; in an order of its own, as JSON keeps none."""
     ranked = _ranked(study["means"])
-    means = [(f"`{name}`", *(row[key] for key in FIGURES.values())) for name, row in ranked]
-    lines = _table(("detector", *FIGURES), means)
+    means = [[f"`{name}`", *(f"{row[key]:.3f}" for key in FIGURES.values())] for name, row in ranked]
+    lines = _table(["detector", *FIGURES], means)
     detectors = ("max_softmax", "energy", SERVED)
     rows = []
     for code in (code for code in KNOWN_CODES if code in study["held_out"]):
