@@ -34,7 +34,8 @@ def build_backbone(
         options: further keyword arguments for timm; for vision transformers also `stem`, worth it when training from
             scratch on little data: "conv" replaces the patch projection by stride-2 convolutions (Xiao et al. 2021,
             "Early Convolutions Help Transformers See Better"), "resnet" by ResNet-18 up to the same stride (the
-            hybrid of Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words").
+            hybrid of Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words"). For any backbone `head_hidden`: widths
+            of hidden layers between its features and the logits, each linear, batch norm, ReLU and dropout.
 
     Raises:
         BackboneError: unknown architecture or options, or pretrained weights out of reach.
@@ -46,6 +47,7 @@ def build_backbone(
     arguments = dict(options or {})
     if timm.models.model_entrypoint(architecture).__module__.startswith("timm.models.vision_transformer"):
         arguments["img_size"] = image_size
+    hidden = arguments.pop("head_hidden", [])
     stem = arguments.pop("stem", "patch")
     if stem not in STEMS:
         raise BackboneError(f"stem must be one of {', '.join(STEMS)}, not {stem!r}.")
@@ -56,8 +58,9 @@ def build_backbone(
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level
     hub_log.setLevel(logging.CRITICAL)  # its retries are many lines; what matters is in the one sentence below
+    backbone: Any
     try:
-        return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **arguments)
+        backbone = timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **arguments)
     except (TypeError, AssertionError) as error:
         raise BackboneError(f"{architecture} cannot be built with {arguments}: {error}") from error
     except Exception as error:
@@ -69,6 +72,22 @@ def build_backbone(
         ) from error
     finally:
         hub_log.setLevel(level)
+    if hidden:
+        # timm's own name for it: `head`, `fc` or `classifier`
+        name = backbone.default_cfg["classifier"]
+        setattr(backbone, name, _deep_head(backbone.get_classifier(), hidden, arguments.get("drop_rate", 0.0)))
+    return backbone
+
+
+def _deep_head(linear: nn.Module, hidden: list[int], drop_rate: float) -> nn.Module:
+    if not isinstance(linear, nn.Linear):
+        raise BackboneError(f"head_hidden needs a backbone with one linear layer for a head, not {linear}.")
+    layers: list[nn.Module] = []
+    width = linear.in_features
+    for wide in hidden:
+        layers += [nn.Linear(width, wide), nn.BatchNorm1d(wide), nn.ReLU(), nn.Dropout(drop_rate)]
+        width = wide
+    return nn.Sequential(*layers, nn.Linear(width, linear.out_features))
 
 
 def _conv_stem(img_size: int, patch_size: int, in_chans: int, embed_dim: int, **kwargs: Any) -> nn.Module:

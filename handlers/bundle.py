@@ -2,7 +2,7 @@
 
     bundle.json           what the model is: architecture, classes, preprocessing, calibration, evidence, and the
                           SHA-256 of every other file, so that the digest of this one file vouches for all
-    model.safetensors     the weights (fp16 or fp32)
+    model.safetensors     the weights (fp16 or fp32), and what the rejection knows of the features (handlers/graph.py)
     golden.json, golden/  pictures with the answers this model must give, wherever it runs
     receipt.json          what it was made from, in hashes and lesion ids, so that nobody tests it on the same images
     graph.xml, graph.bin  the serving graph (OpenVINO), derived from the weights; a slim bundle comes without

@@ -14,19 +14,30 @@ from handlers.taxonomy import CODES, UNKNOWN
 
 @dataclass(frozen=True)
 class Rejection:
-    """A ninth probability for a model that never saw an UNK image: p_unk = sigmoid((threshold - energy) / scale).
+    """A ninth probability for a model that never saw an UNK image: p_unk = sigmoid((threshold - familiarity) / scale).
 
-    energy = logsumexp(logits) is high for what resembles the training images (Liu et al. 2020, "Energy-based
-    Out-of-distribution Detection").
+    familiarity = logsumexp(logits) - residual_weight * residual: high for what excites the classes as known lesions do
+    and whose features lie in the space that those span. With the weight of training/detectors.py it is virtual-logit
+    matching (Wang et al. 2022, "ViM"), with a weight of 0 the energy (Liu et al. 2020).
     """
 
     threshold: float
     scale: float
+    residual_weight: float = 0.0
 
-    def probability(self, logits: np.ndarray) -> np.ndarray:
-        """Logits (N, K) to the probability of "none of the above" (N,)."""
-        energy = _logsumexp(logits)[:, 0]
-        return 0.5 * (1 + np.tanh((self.threshold - energy) / (2 * self.scale)))  # a sigmoid that cannot overflow
+    def familiarity(self, logits: np.ndarray, residuals: np.ndarray | None = None) -> np.ndarray:
+        """Logits (N, K) and residuals (N,) (handlers.graph; not needed where their weight is 0) to (N,)."""
+        energy = _logsumexp(np.asarray(logits, np.float64))[:, 0]
+        if not self.residual_weight:
+            return energy
+        if residuals is None:
+            raise ValueError("This rejection needs the residuals of the features.")
+        return energy - self.residual_weight * np.asarray(residuals, np.float64)
+
+    def probability(self, logits: np.ndarray, residuals: np.ndarray | None = None) -> np.ndarray:
+        """The probability of "none of the above" (N,); arguments as for `familiarity`."""
+        away = self.threshold - self.familiarity(logits, residuals)
+        return 0.5 * (1 + np.tanh(away / (2 * self.scale)))  # a sigmoid that cannot overflow
 
 
 @dataclass(frozen=True)
@@ -53,22 +64,26 @@ class Calibration:
         scaled = np.asarray(logits, np.float64) / self.temperature
         return np.exp(scaled - _logsumexp(scaled))
 
-    def probabilities(self, logits: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    def probabilities(
+        self, logits: np.ndarray, classes: Sequence[str], residuals: np.ndarray | None = None
+    ) -> np.ndarray:
         """Logits (N, K) for `classes` (K codes) to float64 (N, 9) in taxonomy order, rows summing to 1.
 
-        Classes the model was not trained on get 0. With a rejection, UNK gets its probability and the others share
-        the rest.
+        `residuals` (N,) are the serving graph's. Classes the model was not trained on get 0. With a rejection, UNK gets
+        its probability and the others share the rest.
         """
         known = self.known_probabilities(logits)
         out = np.zeros((len(known), len(CODES)))
         out[:, [CODES.index(code) for code in classes]] = known
         if self.rejection is not None and UNKNOWN not in classes:
-            unknown = self.rejection.probability(np.asarray(logits, np.float64))
+            unknown = self.rejection.probability(logits, residuals)
             out *= (1 - unknown)[:, None]
             out[:, CODES.index(UNKNOWN)] = unknown
         return out
 
-    def conformal_sets(self, logits: np.ndarray, classes: Sequence[str]) -> list[list[str]] | None:
+    def conformal_sets(
+        self, logits: np.ndarray, classes: Sequence[str], residuals: np.ndarray | None = None
+    ) -> list[list[str]] | None:
         """For each row of logits (N, K) the codes in its conformal set, most probable first; None without conformal.
 
         UNK joins a set when it is the most probable of the nine. A set that would be empty holds the most probable
@@ -79,7 +94,7 @@ class Calibration:
         known = self.known_probabilities(logits)
         limits = np.array([self.conformal.thresholds.get(code, 1.0) for code in classes])
         unknown = (
-            self.rejection.probability(np.asarray(logits, np.float64))
+            self.rejection.probability(logits, residuals)
             if self.rejection is not None and UNKNOWN not in classes
             else np.zeros(len(known))
         )

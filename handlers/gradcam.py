@@ -28,9 +28,10 @@ from handlers.backbone import is_vision_transformer
 
 
 class GradCam(nn.Module):
-    """Base: `forward(images (N,3,S,S), target int64 (N,)) -> logits (N,K), map (N,h,w)`.
+    """Base: `forward(images (N,3,S,S), target int64 (N,)) -> logits (N,K), map (N,h,w), features (N,D)`.
 
-    A negative target means the top class. The map is not negative and not normalised.
+    A negative target means the top class. The map is not negative and not normalised. The features are the input of
+    the backbone's classifier.
     """
 
     exportable = True
@@ -56,12 +57,13 @@ class PooledConvGradCam(GradCam):
             and isinstance(backbone.get_classifier(), nn.Linear)
         )
 
-    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self.backbone.forward_features(images)
-        logits = self.backbone.forward_head(features)
+        pooled = self.backbone.forward_head(features, pre_logits=True)
+        logits = self.backbone.get_classifier()(pooled)
         weight = F.embedding(self._resolve(logits, target), self.backbone.get_classifier().weight)
         cells = features.shape[2] * features.shape[3]
-        return logits, torch.relu(torch.einsum("nchw,nc->nhw", features, weight / cells))
+        return logits, torch.relu(torch.einsum("nchw,nc->nhw", features, weight / cells)), pooled
 
 
 class AveragedVitGradCam(GradCam):
@@ -80,16 +82,17 @@ class AveragedVitGradCam(GradCam):
             and isinstance(backbone.head, nn.Linear)
         )
 
-    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         vit = self.backbone
         patches = vit.forward_features(images)[:, vit.num_prefix_tokens :]
         pooled = patches.mean(1)
-        logits = vit.head(vit.fc_norm(pooled))
+        features = vit.fc_norm(pooled)
+        logits = vit.head(features)
         gradient = F.embedding(self._resolve(logits, target), vit.head.weight)
         if isinstance(vit.fc_norm, nn.LayerNorm):
             gradient = _layer_norm_backward(gradient, pooled, vit.fc_norm)
         weight = gradient / patches.shape[1]
-        return logits, _token_map(patches, weight, vit)
+        return logits, _token_map(patches, weight, vit), features
 
 
 class ClassTokenVitGradCam(GradCam):
@@ -119,7 +122,7 @@ class ClassTokenVitGradCam(GradCam):
             and backbone.cls_token is not None
         )
 
-    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         vit = self.backbone
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         for block in vit.blocks[:-1]:
@@ -141,7 +144,8 @@ class ClassTokenVitGradCam(GradCam):
         after_attention = tokens[:, 0] + scale1 * attention.proj((weights @ value).flatten(1))
         hidden = mlp.fc1(block.norm2(after_attention))
         after_mlp = after_attention + scale2 * mlp.fc2(mlp.act(hidden))
-        logits = vit.head(vit.norm(after_mlp))
+        features = vit.norm(after_mlp)
+        logits = vit.head(features)
 
         # Backward, from the wanted logit to the mean over patches of the gradient at `normed`.
         gradient = F.embedding(self._resolve(logits, target), vit.head.weight)
@@ -155,7 +159,7 @@ class ClassTokenVitGradCam(GradCam):
         mean_at_value = (weights[..., first:].mean(-1, keepdim=True) * output).flatten(1)
         mean_at_key = (at_scores[..., first:].mean(-1, keepdim=True) * query).flatten(1)
         weight = mean_at_value @ value_weight + mean_at_key @ key_weight  # (N, D)
-        return logits, _token_map(normed[:, first:], weight, vit)
+        return logits, _token_map(normed[:, first:], weight, vit), features
 
 
 class AutogradGradCam(GradCam):
@@ -170,7 +174,7 @@ class AutogradGradCam(GradCam):
         super().__init__(backbone)
         self.layer = target_layer(backbone)
 
-    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept: list[Tensor] = []
         with torch.inference_mode(False), torch.enable_grad():
             images, target = images.clone(), target.clone()  # what inference mode made, autograd will not touch
@@ -182,16 +186,17 @@ class AutogradGradCam(GradCam):
 
             hook = self.layer.register_forward_hook(keep)
             try:
-                logits = self.backbone(images)
+                features = self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
+                logits = self.backbone.get_classifier()(features)
             finally:
                 hook.remove()
             wanted = self._resolve(logits, target)
             (gradient,) = torch.autograd.grad(logits.gather(1, wanted[:, None]).sum(), kept[0])
-        activation, logits = kept[0].detach(), logits.detach()
+        activation, logits, features = kept[0].detach(), logits.detach(), features.detach()
         if activation.ndim == 3:
             first = getattr(self.backbone, "num_prefix_tokens", 0)
-            return logits, _token_map(activation[:, first:], gradient[:, first:].mean(1), self.backbone)
-        return logits, torch.relu(torch.einsum("nchw,nc->nhw", activation, gradient.mean((2, 3))))
+            return logits, _token_map(activation[:, first:], gradient[:, first:].mean(1), self.backbone), features
+        return logits, torch.relu(torch.einsum("nchw,nc->nhw", activation, gradient.mean((2, 3)))), features
 
 
 def grad_cam(backbone: nn.Module) -> GradCam:

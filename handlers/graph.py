@@ -1,4 +1,8 @@
-"""The serving graph: uint8 pixels and wanted classes in, logits and Grad-CAM maps out; eager or through OpenVINO."""
+"""The serving graph: uint8 pixels and wanted classes in; logits, Grad-CAM maps and residuals out.
+
+It runs eagerly or through OpenVINO. The residual of an image is the length of what its features have outside the space
+that known lesions span (handlers.calibration.Rejection), 0 in a bundle without such a space.
+"""
 
 import logging
 import shutil
@@ -16,6 +20,9 @@ log = logging.getLogger(__name__)
 # The exported graph in fp32 must give the eager model's answers to this.
 PROBABILITY_TOLERANCE = 1e-4
 MAP_TOLERANCE = 0.01
+# Beside the network's tensors in the weights file: a point of the features' space (D,), and orthonormal directions out
+# of the part of it that known lesions take (D, R).
+ORIGIN, BASIS = "rejection.origin", "rejection.basis"
 
 
 def has_bf16() -> bool:
@@ -30,8 +37,9 @@ class Runtime(Protocol):
 
     precision: str
 
-    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels uint8 (N, S, S, 3), wanted classes int64 (N,) or -1, to float32 logits (N, K) and maps (N, h, w)."""
+    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pixels uint8 (N, S, S, 3), wanted classes int64 (N,) or -1, to float32 logits (N, K), maps (N, h, w) and
+        residuals (N,)."""
         ...
 
 
@@ -48,9 +56,10 @@ class OpenVinoRuntime:
         self.precision = precision
         self._request = openvino.Core().compile_model(str(bundle.path / GRAPH), "CPU", options).create_infer_request()
 
-    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         results = self._request.infer([pixels, target], share_inputs=True)
-        return results[0], results[1]
+        # A graph from before there were residuals has none.
+        return results[0], results[1], results[2] if len(results) > 2 else np.zeros(len(pixels), np.float32)
 
 
 class TorchRuntime:
@@ -65,16 +74,16 @@ class TorchRuntime:
             torch.set_num_threads(threads)
         self.precision = "f32"
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._module = serving_module(bundle).to(self._device)
+        self.module = serving_module(bundle).to(self._device)
 
-    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         import torch
 
         with torch.inference_mode():
-            logits, maps = self._module(
+            logits, maps, residuals = self.module(
                 torch.tensor(pixels, device=self._device), torch.tensor(target, device=self._device)
             )
-        return logits.cpu().numpy(), maps.cpu().numpy()
+        return logits.cpu().numpy(), maps.cpu().numpy(), residuals.cpu().numpy()
 
 
 def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is imported only when it is needed
@@ -91,6 +100,9 @@ def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is 
         config.architecture, len(config.classes), config.preprocessing.image_size, options=config.options
     )
     weights = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS).items()}
+    origin, basis = (weights.pop(name, None) for name in (ORIGIN, BASIS))
+    if config.calibration.rejection and config.calibration.rejection.residual_weight and basis is None:
+        raise BundleError(f"The bundle's rejection needs {BASIS} in {WEIGHTS}, which is not there.")
     try:
         missing, unexpected = backbone.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -108,8 +120,15 @@ def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is 
             scale, offset = config.preprocessing.standardisation
             self.scale, self.offset = nn.Buffer(torch.tensor(scale)), nn.Buffer(torch.tensor(offset))
 
-        def forward(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-            return self.cam((pixels.float() * self.scale + self.offset).permute(0, 3, 1, 2), target)
+            self.origin, self.basis = (None if t is None else nn.Buffer(t) for t in (origin, basis))
+
+        def forward(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            images = (pixels.float() * self.scale + self.offset).permute(0, 3, 1, 2)
+            logits, maps, features = self.cam(images, target)
+            if self.basis is None:
+                return logits, maps, torch.zeros_like(logits[:, 0])
+            outside = (features - self.origin) @ self.basis
+            return logits, maps, (outside * outside).sum(-1).sqrt()
 
     return ServingModule().eval()
 

@@ -166,8 +166,8 @@ class Predictor:
         """How far the runtime moves a probability of a golden answer, at most."""
         cases = self.bundle.golden()
         pixels = np.stack([self.config.preprocessing(case.image)[0] for case in cases])
-        logits, _ = runtime(pixels, np.full(len(cases), -1))
-        probabilities = self.config.calibration.probabilities(logits, self.config.classes)
+        logits, _, residuals = runtime(pixels, np.full(len(cases), -1))
+        probabilities = self.config.calibration.probabilities(logits, self.config.classes, residuals)
         expected = [[case.probabilities[code] for code in CODES] for case in cases]
         return float(np.abs(probabilities - expected).max())
 
@@ -188,8 +188,8 @@ class Predictor:
                 accepted.append((index, request, decoded))
                 pictures.append(pixels)
         if accepted:
-            logits, maps, targets = self._infer([request for _, request, _ in accepted], pictures)
-            for position, answer in enumerate(self._interpret(logits, maps, targets, accepted)):
+            outputs = self._infer([request for _, request, _ in accepted], pictures)
+            for position, answer in enumerate(self._interpret(*outputs, accepted)):
                 answers[accepted[position][0]] = answer
         return [answer for answer in answers if answer is not None]
 
@@ -205,10 +205,12 @@ class Predictor:
                 f"This model was not trained on {request.target}; it knows {', '.join(self.config.classes)}."
             )
 
-    def _infer(self, requests: list[Request], pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Logits (R, K), Grad-CAM maps (R, h, w), their class indices (R,) for R requests, in one call of the graph.
+    def _infer(
+        self, requests: list[Request], pictures: list[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Logits (R, K), residuals (R,), Grad-CAM maps (R, h, w), their class indices (R,) for R requests, in one call.
 
-        With test-time augmentation the logits are the mean over the views, and the map is that of the picture as sent;
+        With test-time augmentation logits and residuals are means over the views, the map that of the picture as sent;
         only if the views move the top class is the graph called again for the map.
         """
         classes = self.config.classes
@@ -221,26 +223,28 @@ class Predictor:
         counts = [len(of_request) for of_request in views]
         starts = np.cumsum([0, *counts[:-1]])
         rows = np.stack([view for of_request in views for view in of_request])
-        row_logits, row_maps = self.runtime(rows, np.repeat(wanted, counts))
+        row_logits, row_maps, row_residuals = self.runtime(rows, np.repeat(wanted, counts))
         logits = np.add.reduceat(row_logits, starts) / np.array(counts)[:, None]
+        residuals = np.add.reduceat(row_residuals, starts) / np.array(counts)
         maps = np.array(row_maps[starts])
         targets = np.where(wanted < 0, logits.argmax(1), wanted)
         shown = np.where(wanted < 0, row_logits[starts].argmax(1), wanted)
         moved = np.flatnonzero(shown != targets)
         if len(moved):
             maps[moved] = self.runtime(rows[starts[moved]], targets[moved])[1]
-        return logits, maps, targets
+        return logits, residuals, maps, targets
 
     def _interpret(
         self,
         logits: np.ndarray,
+        residuals: np.ndarray,
         maps: np.ndarray,
         targets: np.ndarray,
         accepted: list[tuple[int, Request, DecodedImage]],
     ) -> list[Prediction]:
         classes, calibration = self.config.classes, self.config.calibration
-        probabilities = calibration.probabilities(logits, classes)
-        sets = calibration.conformal_sets(logits, classes)
+        probabilities = calibration.probabilities(logits, classes, residuals)
+        sets = calibration.conformal_sets(logits, classes, residuals)
         # 0 * log 0 is 0
         entropy = -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1))).sum(1)
         peaks = maps.max((1, 2), keepdims=True)

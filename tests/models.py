@@ -36,7 +36,9 @@ def tiny_backbone(
     return backbone
 
 
-def tiny_bundle(out: Path, seed: int = 0, classes: tuple[str, ...] = KNOWN_CODES, **export: Any) -> Bundle:
+def tiny_bundle(
+    out: Path, seed: int = 0, classes: tuple[str, ...] = KNOWN_CODES, residual_weight: float = 0.0, **export: Any
+) -> Bundle:
     """The bundle of a tiny vision transformer with every kind of calibration."""
     return export_bundle(
         out,
@@ -46,7 +48,9 @@ def tiny_bundle(out: Path, seed: int = 0, classes: tuple[str, ...] = KNOWN_CODES
         classes=classes,
         preprocessing=Preprocessing(IMAGE_SIZE),
         calibration=Calibration(
-            0.7, Rejection(threshold=1.0, scale=0.5), Conformal(0.9, dict.fromkeys(KNOWN_CODES, 0.8))
+            0.7,
+            Rejection(threshold=1.0, scale=0.5, residual_weight=residual_weight),
+            Conformal(0.9, dict.fromkeys(KNOWN_CODES, 0.8)),
         ),
         evidence={"run_id": None, "dataset_fingerprint": "sha256:test", "metrics": {"balanced_accuracy": 0.125}},
         **export,

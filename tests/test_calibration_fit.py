@@ -51,6 +51,16 @@ def test_one_known_lesion_in_twenty_is_called_unknown():
     assert rejection.probability(np.zeros((1, 3)) - 10)[0] > 0.99  # far below every known energy
 
 
+def test_a_residual_counts_and_the_share_of_false_rejections_stays():
+    logits, _ = sample(2000, seed=3)
+    residuals = np.random.default_rng(0).gamma(4.0, size=2000)
+    rejection = fit_rejection(logits, 1.5, residuals, 0.7)
+    nine = Calibration(1.5, rejection).probabilities(logits, CLASSES, residuals)
+    assert (nine.argmax(1) == len(nine[0]) - 1).mean() == pytest.approx(0.05, abs=0.002)
+    near, far = (rejection.probability(logits[:1], np.array([residual]))[0] for residual in (4.0, 40.0))
+    assert near < 0.5 < 0.99 < far
+
+
 def test_rejection_survives_logits_that_are_all_the_same():
     rejection = fit_rejection(np.ones((100, 3)))
     assert np.isfinite(rejection.probability(np.array([[1.0, 1, 1], [9, 9, 9], [-9, -9, -9]]))).all()

@@ -50,9 +50,12 @@ def test_agrees_with_autograd(case):
     module = grad_cam(backbone)
     assert type(module) is kind
     with torch.inference_mode():
-        logits, maps = module(images, target)
+        logits, maps, features = module(images, target)
         expected_logits = backbone(images)
-    _, expected = AutogradGradCam(backbone)(images, target)
+    _, expected, expected_features = AutogradGradCam(backbone)(images, target)
+    assert torch.allclose(features, expected_features, atol=1e-5 * float(expected_features.abs().max()) + 1e-6)
+    with torch.inference_mode():
+        assert torch.allclose(backbone.get_classifier()(features), logits, atol=1e-5)
     assert torch.allclose(logits, expected_logits, atol=1e-5 * float(expected_logits.abs().max()) + 1e-6)
     assert float((maps - expected).abs().max() / expected.max()) < 1e-4
     assert (maps >= 0).all()
@@ -62,7 +65,7 @@ def test_agrees_with_autograd(case):
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")
 def test_agrees_with_the_grad_cam_package(case):
     backbone, _, images, target = case
-    logits, maps = grad_cam(backbone)(images, target)
+    logits, maps, _ = grad_cam(backbone)(images, target)
     wanted = torch.where(target < 0, logits.argmax(1), target)
 
     def to_grid(tokens):

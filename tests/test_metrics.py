@@ -7,12 +7,21 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
-from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_recall_fscore_support,
+    roc_auc_score,
+    roc_curve,
+)
 
 from handlers.taxonomy import CODES, KNOWN_CODES
 from training import metrics
-from training.evaluate import assess, conditional, headline
+from training.assessment import MIN_SLICE, assess, conditional, headline, slices
 
 # Four images, three classes: right, right, wrong (0 for 1), right.
 LABELS = np.array([0, 0, 1, 2])
@@ -62,6 +71,48 @@ def test_against_scikit_learn(drawn):
     assert metrics.balanced_accuracy(y, p) == pytest.approx(balanced_accuracy_score(y, p.argmax(1)))
     assert metrics.nll(y, p) == pytest.approx(log_loss(y, p))
     assert metrics.macro_auc(y, p) == pytest.approx(roc_auc_score(y, p, multi_class="ovr", average="macro"))
+    for average, ours in (("macro", metrics.macro_f1), ("weighted", metrics.weighted_f1)):
+        assert ours(y, p) == pytest.approx(f1_score(y, p.argmax(1), average=average))
+    assert metrics.confusion(y, p).tolist() == confusion_matrix(y, p.argmax(1)).tolist()
+    table = metrics.per_class(y, p, list("abcde"))
+    theirs = precision_recall_fscore_support(y, p.argmax(1))
+    for name, values in zip(("precision", "recall", "f1", "support"), theirs, strict=True):
+        assert [table[code][name] for code in "abcde"] == pytest.approx(values.tolist())
+
+
+def test_curves_against_scikit_learn_with_ties(drawn):
+    y, p = drawn
+    for scores in (p[:, 0], np.round(p[:, 0], 1), np.zeros(len(y))):
+        false_positive, sensitivity, _ = roc_curve(y == 0, scores, drop_intermediate=False)
+        assert np.array(metrics.roc(y == 0, scores)) == pytest.approx(np.array([false_positive, sensitivity]))
+        assert metrics.area_under_roc(y == 0, scores) == pytest.approx(roc_auc_score(y == 0, scores))
+
+
+def test_figures_of_a_roc_curve_by_hand():
+    # four of the class among five others; sensitivity .25, .5 | 1 other | .75, 1 | 1 other, ...
+    is_class = np.array([1, 1, 0, 1, 1, 0, 0, 0, 0], bool)
+    scores = np.arange(9, 0, -1) / 10
+    assert metrics.auc_above_sensitivity(is_class, scores) == pytest.approx(0.8)
+    assert metrics.specificity_at_sensitivity(is_class, scores) == pytest.approx(0.8)
+    assert metrics.specificity_at_sensitivity(is_class, scores, 0.5) == 1
+    assert metrics.auc_above_sensitivity(is_class, is_class.astype(float)) == pytest.approx(1)
+    # chance: the triangle over the axis from .8 to 1 has the corners (.8, .8), (1, 1); its area to the axis is .18
+    assert metrics.auc_above_sensitivity(is_class, np.zeros(9)) == pytest.approx(0.18)
+    assert math.isnan(metrics.auc_above_sensitivity(np.ones(3, bool), np.zeros(3)))
+
+
+def test_risk_by_coverage_by_hand():
+    coverage, risk = metrics.risk_coverage(LABELS, PROBABILITIES)
+    assert coverage.tolist() == [0.25, 0.5, 0.75, 1]
+    assert risk.tolist() == [0, 0, 0, 0.25]  # the wrong one is the least sure
+    assert metrics.area_under_risk_coverage(LABELS, PROBABILITIES) == pytest.approx(0.0625)
+
+
+def test_detection_by_hand():
+    known, unknown = np.linspace(0, 1, 101), np.array([2.0, 0.5])
+    assert metrics.detection(known, unknown)["auroc"] == pytest.approx((1 + 0.5) / 2, abs=0.01)
+    assert metrics.detection(known, unknown)["fpr_at_95"] == 0.5
+    assert math.isnan(metrics.detection(known, np.array([]))["auroc"])
 
 
 def test_per_class_by_hand():
@@ -69,7 +120,10 @@ def test_per_class_by_hand():
     assert table["a"]["precision"] == pytest.approx(2 / 3)
     assert table["a"]["specificity"] == pytest.approx(1 / 2)  # one of the two images of other classes was called a
     assert table["a"]["auc"] == pytest.approx(1.0)
-    assert table["b"] == {"support": 1, "precision": None, "recall": 0, "f1": 0, "specificity": 1, "auc": 1.0}
+    assert table["b"] == {
+        "support": 1, "precision": None, "recall": 0, "f1": 0, "specificity": 1,
+        "auc": 1, "auc_above_80": pytest.approx(1), "specificity_at_95": 1,
+    }  # fmt: skip
     assert table["c"]["f1"] == 1
 
 
@@ -117,16 +171,45 @@ def nine(*rows: dict[str, float]) -> np.ndarray:
 def test_known_lesions_are_judged_among_known_classes_and_their_rejection_apart():
     probabilities = nine({"MEL": 0.3, "NV": 0.1, "UNK": 0.6}, {"NV": 0.9, "UNK": 0.1}, {"BCC": 1.0}, {"UNK": 1.0})
     sets = [["UNK", "MEL"], ["NV"], ["NV"], ["UNK"]]
-    table = assess(["MEL", "NV", "BCC", "UNK"], probabilities, sets, ["a", "b", "c", "d"])
+    table = assess(["MEL", "NV", "BCC", "UNK"], probabilities, sets, ["a", "b", "c", "d"], 50)
     assert table["images"] == 3  # the UNK image is no lesion to be classified
     assert table["summary"]["accuracy"] == 1
     assert table["rejected"] == pytest.approx(1 / 3)
-    assert table["balanced_accuracy_9"] == pytest.approx(2 / 3)
+    assert table["balanced_accuracy_9"] == pytest.approx(3 / 4)  # MEL was called UNK; NV, BCC and UNK are right
+    assert table["unknown"] == {
+        "images": 1, "auroc": 1, "fpr_at_95": 0, "recall": 1, "called_malignant": 0,
+    }  # fmt: skip
     assert table["conformal"]["coverage"] == pytest.approx(2 / 3)
     assert table["conformal"]["mean_size"] == pytest.approx(4 / 3)
     assert table["conformal"]["coverage_per_class"] == {"MEL": 1, "NV": 1, "BCC": 0}
     json.dumps(table, allow_nan=False)
     assert headline(table)["conformal_coverage"] == pytest.approx(2 / 3)
+
+
+def test_slices_are_of_known_lesions_and_small_ones_have_no_figures():
+    n = 2 * MIN_SLICE
+    rows = pd.DataFrame(
+        {
+            "label": ["MEL", "NV"] * MIN_SLICE + ["UNK"],
+            "lesion_id": [f"l{i}" for i in range(n + 1)],
+            "source": "ham10000",
+            "site": "",
+            "sex": ["male"] * (n - 3) + ["female"] * 4,
+            "age": [25.0, 85.0] * MIN_SLICE + [float("nan")],
+        }
+    )
+    probabilities = np.array([nine({"MEL": 0.6, "NV": 0.4})[0]] * (n + 1))
+    table = slices(rows, probabilities, 20)
+    assert table["source"]["ham10000"]["images"] == n
+    assert table["source"]["ham10000"]["accuracy"] == 0.5
+    low, high = table["source"]["ham10000"]["intervals_95"]["accuracy"]
+    assert low < 0.5 < high
+    assert list(table["site"]) == ["not recorded"]
+    assert table["sex"]["female"] == {"images": 3, "lesions": 3, "classes": 2}
+    assert list(table["age"]) == ["under 30", "70 and over"]
+    assert table["age"]["under 30"]["accuracy"] == 1
+    assert table["age"]["under 30"]["macro_auc"] is None  # one class only
+    json.dumps(table, allow_nan=False)
 
 
 def test_the_probability_of_unk_is_shared_out_again():

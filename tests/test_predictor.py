@@ -5,12 +5,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from handlers.bundle import BundleError
+from handlers.graph import OpenVinoRuntime, TorchRuntime, serving_module
 from handlers.predictor import Prediction, Predictor, Request, RequestError
 from handlers.preprocessing import ImageError
 from handlers.taxonomy import CODES
 from tests.models import tiny_bundle
+from training.detectors import KnownSpace
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +149,40 @@ def test_low_precision_must_earn_its_place(bundle, monkeypatch):
 
 def test_an_empty_batch_is_answered_empty(predictor):
     assert predictor.predict([]) == []
+
+
+def test_features_outside_the_known_space_raise_the_ninth_probability(tmp_path, sample_images):
+    """ViM in serving: the graph's residual is that of the features, in both runtimes, and counts in the rejection."""
+    rng = np.random.default_rng(0)
+    width = 48  # of the tiny model's features
+    basis, _ = np.linalg.qr(rng.normal(size=(width, width // 2)))
+    space = KnownSpace(rng.normal(size=width), basis, 1.0)
+    without = tiny_bundle(tmp_path / "without")
+    bundle = tiny_bundle(tmp_path / "with", residual_weight=0.2, space=space)
+    pixels = np.stack([bundle.config.preprocessing(image)[0] for image in sample_images[:3]])
+    anything = np.full(3, -1)
+    module = serving_module(bundle)
+    with torch.inference_mode():
+        images = (torch.tensor(pixels).float() * module.scale + module.offset).permute(0, 3, 1, 2)
+        features = module.cam(images, torch.tensor(anything))[2].numpy()
+    expected = space.residuals(features)
+    for runtime in (OpenVinoRuntime(bundle), TorchRuntime(bundle)):
+        logits, _, residuals = runtime(pixels, anything)
+        assert residuals == pytest.approx(expected, rel=1e-4)
+    assert OpenVinoRuntime(without)(pixels, anything)[2].tolist() == [0, 0, 0]
+
+    plain, strict = (Predictor(one, precision="f32").predict(sample_images[:3]) for one in (without, bundle))
+    for row, (one, other) in enumerate(zip(plain, strict, strict=True)):
+        energy = float(np.log(np.exp(logits[row]).sum()))
+        p_unknown = 1 / (1 + np.exp((energy - 0.2 * expected[row] - 1.0) / 0.5))
+        assert other.probabilities["UNK"] == pytest.approx(p_unknown, abs=1e-4)
+        assert other.probabilities["UNK"] > one.probabilities["UNK"]
+        assert sum(other.probabilities.values()) == pytest.approx(1)
+    # and it is averaged over the views, as the logits are
+    [tta] = Predictor(bundle, precision="f32").predict([Request(sample_images[0], tta=True)])
+    [torch_tta] = Predictor(bundle, runtime="torch").predict([Request(sample_images[0], tta=True)])
+    assert tta.probabilities == pytest.approx(torch_tta.probabilities, abs=1e-4)
+    with pytest.raises(BundleError, match="needs rejection.basis"):
+        tiny_bundle(tmp_path / "none", residual_weight=0.2)
+    with pytest.raises(ValueError, match="needs the residuals"):
+        bundle.config.calibration.probabilities(logits, bundle.config.classes)

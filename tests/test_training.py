@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from handlers.backbone import build_backbone
+from handlers.gradcam import grad_cam
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints, tracking, train
 from training.config import ROOT, load_config
 from training.losses import ClassificationLoss, class_weights
-from training.recipe import learning_rate, make_mix, make_optimizer, seed_everything
+from training.recipe import learning_rate, make_mix, make_optimizer, seed_everything, set_trainable
 from training.tracking import Tracker, TrackingError, choose_store, code_revision
 
 # MLflow's own models of its database use an option that SQLAlchemy will drop.
@@ -86,6 +87,58 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine():
     assert rates[600] == pytest.approx((1e-3 + 1e-5) / 2)  # half way down
     assert rates[-1] == pytest.approx(1e-5, rel=0.01)
     assert learning_rate(load_config(None, ["lr=1e-3", "scheduler=constant", "warmup_epochs=0"]), 0, 100) == 1e-3
+
+
+def test_warm_restarts_begin_again_each_time_with_twice_the_period():
+    settings = ["lr=1e-3", "min_lr=1e-5", "epochs=9", "warmup_epochs=2", "scheduler=restarts", "restart_epochs=1"]
+    rates = [learning_rate(load_config(None, settings), step, 100) for step in range(900)]
+    tops = [step for step in range(201, 900) if rates[step] > rates[step - 1]]
+    assert tops == [300, 500]  # periods of 1, 2 and 4 epochs after the warm-up
+    assert [rates[step] for step in tops] == pytest.approx([1e-3] * 2)
+    assert rates[400] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rates[499] == pytest.approx(1e-5, rel=0.01)
+
+
+def test_deeper_layers_learn_faster():
+    model = build_backbone("test_vit", 3, 32)
+    groups = make_optimizer(model, load_config(None, ["layer_decay=0.5"])).param_groups
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    scales = {name: scale[id(p)] for name, p in model.named_parameters()}
+    assert scales["head.weight"] == 1
+    assert scales["patch_embed.proj.weight"] == min(scales.values()) < scales["blocks.0.attn.qkv.weight"] < 1
+    plain = make_optimizer(model, load_config(None)).param_groups
+    assert {group["lr_scale"] for group in plain} == {1.0}
+
+
+def test_a_frozen_backbone_stays_as_it_is():
+    model = build_backbone("resnet18", 3, 32)
+    optimizer = make_optimizer(model, load_config(None))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for head_only in (True, False):
+        set_trainable(model, head_only)
+        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+        if head_only:
+            assert changed == {"fc.weight", "fc.bias"}  # not even a running mean of a batch norm
+    assert {"conv1.weight", "bn1.running_mean", "bn1.weight"} <= changed
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "resnet18", "efficientnet_b0"])
+def test_a_head_with_hidden_layers(architecture):
+    model = build_backbone(architecture, 3, 32, options={"head_hidden": [16, 8], "drop_rate": 0.3})
+    widths = [
+        (layer.in_features, layer.out_features) for layer in model.get_classifier() if hasattr(layer, "in_features")
+    ]
+    assert widths == [(model.num_features, 16), (16, 8), (8, 3)]
+    assert [type(layer).__name__ for layer in model.get_classifier()][1:4] == ["BatchNorm1d", "ReLU", "Dropout"]
+    cam = grad_cam(model.eval())
+    logits, maps, features = cam(torch.randn(2, 3, 32, 32), torch.tensor([-1, 0]))
+    assert logits.shape == (2, 3)
+    assert not cam.exportable
+    assert maps.ndim == 3
+    assert features.shape == (2, model.num_features)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
@@ -196,7 +249,8 @@ class After:
 
 
 EVERYTHING = ["drop_rate=0.2", "drop_path_rate=0.2", "mixup_alpha=0.2", "cutmix_alpha=1", "sampler_power=0.5",
-              "ema_decay=0.9", "precision=bf16", "cache_size=36"]  # fmt: skip
+              "ema_decay=0.9", "precision=bf16", "cache_size=36", "head_hidden=[16]", "randaugment=5",
+              "layer_decay=0.8", "freeze_epochs=1", "scheduler=restarts", "restart_epochs=1"]  # fmt: skip
 
 
 def run(output, config, resume=False, stop=None):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax
 
 from handlers.calibration import Calibration, Conformal, Rejection
 
@@ -20,7 +20,12 @@ MIN_IMAGES = 50  # below this a fit would be noise
 
 
 def fit_calibration(
-    logits: ArrayLike, labels: ArrayLike, classes: Sequence[str], confidence_level: float = 0.9
+    logits: ArrayLike,
+    labels: ArrayLike,
+    classes: Sequence[str],
+    confidence_level: float = 0.9,
+    residuals: ArrayLike | None = None,
+    residual_weight: float = 0.0,
 ) -> Calibration:
     """Fit temperature, rejection and conformal thresholds.
 
@@ -29,17 +34,19 @@ def fit_calibration(
         labels: (N,) indices into `classes`; -1 (a class without a logit) is left out.
         classes: the K codes.
         confidence_level: of the conformal sets.
+        residuals: (N,) of the features, for the rejection; none if `residual_weight` is 0.
 
     Returns the identity if there are fewer than MIN_IMAGES images.
     """
     z, y = np.asarray(logits, np.float64), np.asarray(labels, np.int64)
+    r = None if residuals is None else np.asarray(residuals, np.float64)[y >= 0]
     z, y = z[y >= 0], y[y >= 0]
     if len(y) < MIN_IMAGES:
         return Calibration()
     temperature = fit_temperature(z, y)
     known = Calibration(temperature).known_probabilities(z)
     conformal = fit_conformal(known, y, classes, confidence_level)
-    return Calibration(temperature, fit_rejection(z, temperature), conformal)
+    return Calibration(temperature, fit_rejection(z, temperature, r, residual_weight), conformal)
 
 
 def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
@@ -57,25 +64,29 @@ def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> f
 
 
 def fit_rejection(
-    logits: NDArray[np.float64], temperature: float = 1.0, false_rejection: float = FALSE_REJECTION
+    logits: NDArray[np.float64],
+    temperature: float = 1.0,
+    residuals: NDArray[np.float64] | None = None,
+    residual_weight: float = 0.0,
+    false_rejection: float = FALSE_REJECTION,
 ) -> Rejection:
-    """A first, simple rejector: how unusually low the energy of an image is, for images of known lesions.
+    """The rejector: how unusually low the familiarity of an image is (handlers.calibration), for known lesions.
 
-    The scale is the robust standard deviation of the energy (logsumexp of the logits, Liu et al. 2020; 1.4826 times
-    its median absolute deviation) over 4, so that p_unk goes from 0.88 to 0.12 over one standard deviation.
+    The scale is the robust standard deviation of the familiarity (1.4826 times its median absolute deviation) over 4,
+    so that p_unk goes from 0.88 to 0.12 over one standard deviation.
 
     UNK comes first of the nine when p_unk > (1 - p_unk) * p, with p the highest probability among the known classes,
-    which is threshold > energy + scale * log(p). The threshold is the `false_rejection` quantile of the right side, so
-    that this share of known lesions is called unknown first of all.
+    which is threshold > familiarity + scale * log(p). The threshold is the `false_rejection` quantile of the right
+    side, so that this share of known lesions is called unknown first of all.
 
     So the ninth probability is not the chance of an unknown disease, which nobody can fit without images of one: it
-    says where this image's energy stands among known lesions. The network was not trained for it; lesions of a class
-    it never saw often look like one it knows, and pass.
+    says how strange this image is among known lesions. The network was not trained for it; lesions of a class it never
+    saw often look like one it knows, and pass (training/unknowns.py measures how often).
     """
-    energy = logsumexp(logits, axis=1)
-    scale = max(1.4826 * float(np.median(np.abs(energy - np.median(energy)))) / 4, 1e-3)
+    familiarity = Rejection(0.0, 1.0, residual_weight).familiarity(logits, residuals)
+    scale = max(1.4826 * float(np.median(np.abs(familiarity - np.median(familiarity)))) / 4, 1e-3)
     log_top = log_softmax(logits / temperature, axis=1).max(1)
-    return Rejection(float(np.quantile(energy + scale * log_top, false_rejection)), scale)
+    return Rejection(float(np.quantile(familiarity + scale * log_top, false_rejection)), scale, residual_weight)
 
 
 def fit_conformal(

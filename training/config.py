@@ -41,6 +41,10 @@ SYNONYMS = {
     "gamma": "focal_gamma",
     "early_stopping": "patience",
     "dropout": "drop_rate",
+    "hidden": "head_hidden",
+    "llrd": "layer_decay",
+    "freeze": "freeze_epochs",
+    "rand_augment": "randaugment",
     "data": "data_dir",
     "dataset": "manifest",
 }
@@ -72,7 +76,10 @@ class TrainConfig(BaseModel):
         "patch", description="conv, resnet: convolutions in place of a ViT's patch projection"
     )
     depth: int = Field(0, ge=0, description="blocks of a ViT; 0: the architecture's")
-    drop_rate: Probability = Field(0.0, description="dropout before the head")
+    head_hidden: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="widths of hidden layers in the head, each with batch norm; such a model is served by torch"
+    )
+    drop_rate: Probability = Field(0.0, description="dropout before the head, and in its hidden layers")
     drop_path_rate: Probability = Field(0.0, description="stochastic depth")
 
     # optimisation
@@ -81,7 +88,12 @@ class TrainConfig(BaseModel):
     optimizer: Literal["adamw", "adam"] = "adamw"
     lr: Positive = Field(3e-4, description="peak learning rate")
     weight_decay: NonNegative = Field(0.05, description="not applied to norms, biases, position and class tokens")
-    scheduler: Literal["cosine", "constant"] = "cosine"
+    scheduler: Literal["cosine", "restarts", "constant"] = "cosine"
+    restart_epochs: Positive = Field(10.0, description="first period of scheduler=restarts; each next is twice as long")
+    layer_decay: Probability = Field(
+        1.0, gt=0, description="discriminative learning rates: each layer's is this times that of the one above"
+    )
+    freeze_epochs: int = Field(0, ge=0, description="epochs at first in which the head alone is trained")
     warmup_epochs: NonNegative = Field(2.0, description="linear warm-up")
     min_lr: NonNegative = Field(1e-6, description="where the cosine ends")
     grad_clip: NonNegative = Field(1.0, description="largest gradient norm; 0: no clipping")
@@ -108,6 +120,9 @@ class TrainConfig(BaseModel):
     contrast: Probability = 0.2
     saturation: Probability = 0.2
     hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.03, description="share of the colour circle, up to +- this")
+    randaugment: Annotated[int, Field(ge=0, le=30)] = Field(
+        0, description="magnitude of RandAugment, two operations an image, before all others; 0: none"
+    )
     mixup_alpha: NonNegative = Field(0.0, description="Beta(alpha, alpha); 0: no mixup")
     cutmix_alpha: NonNegative = Field(0.0, description="Beta(alpha, alpha); 0: no cutmix")
     mix_probability: Probability = Field(0.5, description="share of batches that mixup or cutmix touch")
@@ -142,7 +157,12 @@ class TrainConfig(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of handlers.backbone.build_backbone that differ from timm's defaults."""
-        given = {"depth": self.depth, "drop_rate": self.drop_rate, "drop_path_rate": self.drop_path_rate}
+        given: dict[str, Any] = {
+            "depth": self.depth,
+            "drop_rate": self.drop_rate,
+            "drop_path_rate": self.drop_path_rate,
+        }
+        given |= {"head_hidden": list(self.head_hidden)}
         options: dict[str, Any] = {key: value for key, value in given.items() if value}
         return options | ({"stem": self.stem} if self.stem != "patch" else {})
 

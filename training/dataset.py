@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from handlers.preprocessing import ImageError, Preprocessing
 from handlers.taxonomy import CODES
@@ -195,18 +196,23 @@ class Augment:
 
     Flips, quarter turns, rotation, shift, crop and stretch are one affine map, hence one grid_sample; brightness,
     contrast, saturation, hue and the standardisation are one affine map of the colours, hence one matrix product.
-    Every image gets its own draw. What a lesion's label survives is allowed: dermoscopy has no upside.
+    Every image gets its own draw. What a lesion's label survives is allowed: dermoscopy has no upside. RandAugment
+    (Cubuk et al. 2020), where it is asked for, comes first, image by image and so more slowly.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.preprocessing = config.preprocessing
+        self.randaugment = v2.RandAugment(num_ops=2, magnitude=config.randaugment) if config.randaugment else None
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Augment a batch with random numbers from `generator` (on the CPU, so that every device sees the same)."""
         n, size = len(pixels), self.preprocessing.image_size
         theta = self.geometry(n, generator).to(pixels.device)
-        images = pixels.permute(0, 3, 1, 2).float()
+        channels_first = pixels.permute(0, 3, 1, 2)
+        if self.randaugment:  # draws from torch's global generator, which each epoch seeds
+            channels_first = torch.stack([self.randaugment(image) for image in channels_first])
+        images = channels_first.float()
         # Contrast turns about each image's mean grey, taken before cropping.
         grey = images.mean((2, 3)) @ images.new_tensor(LUMA)
         grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)

@@ -3,7 +3,7 @@
 The images go through handlers.predictor, byte by byte what serving does, so the figures are those of the served model.
 """
 
-import json
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,148 +11,228 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from rich.table import Table
+from sklearn.metrics import classification_report
 
-from handlers.bundle import BundleError
+from handlers.bundle import BundleError, write_json
 from handlers.predictor import Prediction, Predictor, Request
-from handlers.taxonomy import CODES, KNOWN_CODES, UNKNOWN
-from training import metrics
-from training.figures import confusion_figure, reliability_figure, roc_figure
-from training.manifest import ManifestError, read_manifest
+from handlers.taxonomy import CODES, KNOWN_CODES
+from training.assessment import assess, conditional, headline, slices
+from training.figures import (
+    class_bars_figure,
+    confusion_figure,
+    examples_figure,
+    precision_recall_figure,
+    reliability_figure,
+    risk_coverage_figure,
+    roc_figure,
+)
+from training.isic_scoring import write_submission
+from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest
+from training.receipt import overlap, read_receipt
 from training.terminal import console, errors, progress_bar
+from training.tracking import log_evaluation
 
 BATCH = 32
+THUMBNAIL = 256  # pixels, of the example sheet's pictures
+ALL = "all"
 
 
-def assess(
-    labels: Sequence[str],
-    probabilities: NDArray[np.float64],
-    sets: Sequence[Sequence[str]] | None,
-    lesions: Sequence[str],
-    resamples: int = 0,
-) -> dict[str, Any]:
-    """All figures of a model's answers, as one JSON-able table (metrics.report and a few more).
+class OverlapError(ValueError):
+    """The images are not new to the model, or nobody can tell."""
 
-    Classification is judged over the eight known classes: images whose true class is one of them, with UNK's
-    probability shared out again. What UNK does to them stands beside it: `rejected` is the share of known lesions
-    called unknown first of all, `balanced_accuracy_9` counts those as wrong.
 
-    Args:
-        labels: true class code of each image.
-        probabilities: (N, 9) in taxonomy order.
-        sets: the conformal set of each image; None if the model has none.
-        lesions: the lesion of each image, the unit of the bootstrap.
-        resamples: of the bootstrap; 0 for no intervals.
+def open_rows(data: Path, split: str | None, out: Path) -> pd.DataFrame:
+    """The rows to evaluate: of a manifest the given split (default test), of a folder with images all of them.
+
+    A folder is recognised as scripts/prepare_data.py does, and its manifest left in `out`.
 
     Raises:
-        ValueError: no image is of a known class.
+        ManifestError: nothing usable is there.
     """
-    keep = np.array([label in KNOWN_CODES for label in labels], bool)
-    if not keep.any():
-        raise ValueError("None of the images has one of the known classes as its label.")
-    y = np.array([KNOWN_CODES.index(label) for label in np.asarray(labels)[keep]])
-    nine = np.asarray(probabilities, np.float64)[keep]
-    eight = conditional(nine)
-    table = metrics.report(y, eight, KNOWN_CODES, np.asarray(lesions)[keep], resamples)
-    table["rejected"] = float((nine.argmax(1) == CODES.index(UNKNOWN)).mean())
-    table["balanced_accuracy_9"] = metrics.balanced_accuracy(y, nine)
-    if sets is not None:
-        kept = [list(chosen) for chosen, inside in zip(sets, keep, strict=True) if inside]
-        inside = np.array([KNOWN_CODES[k] in chosen for k, chosen in zip(y, kept, strict=True)])
-        table["conformal"] = {
-            "coverage": float(inside.mean()),
-            "mean_size": float(np.mean([len(chosen) for chosen in kept])),
-            "coverage_per_class": {KNOWN_CODES[k]: float(inside[y == k].mean()) for k in np.unique(y)},
-        }
-    return table
+    if data.is_dir():
+        out.mkdir(parents=True, exist_ok=True)
+        build_manifest([data], out / "manifest.csv", console=errors)
+        data, split = out / "manifest.csv", split or ALL
+    frame, split = read_manifest(data), split or "test"
+    rows = frame if split == ALL else frame[frame["split"] == split]
+    if rows.empty:
+        raise ManifestError(f"{data} has no images in the split {split!r}; it has {', '.join(set(frame['split']))}.")
+    return rows.reset_index(drop=True)
 
 
-def conditional(nine: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Probabilities over the eight known classes given that it is one of them: (N, 9) to (N, 8), rows summing to 1."""
-    known = nine[:, : len(KNOWN_CODES)]
-    total = known.sum(1, keepdims=True)
-    # an image that is certainly unknown says nothing of the others
-    return np.divide(known, total, out=np.full_like(known, 1 / known.shape[1]), where=total > 0)
-
-
-def headline(table: dict[str, Any]) -> dict[str, float | None]:
-    """The single figures of `assess`, flat, for MLflow and the bundle's evidence."""
-    figures: dict[str, float | None] = dict(table["summary"])
-    figures |= {"rejected": table["rejected"], "balanced_accuracy_9": table["balanced_accuracy_9"]}
-    if "conformal" in table:
-        figures |= {f"conformal_{key}": table["conformal"][key] for key in ("coverage", "mean_size")}
-    return figures
-
-
-def evaluate(
-    predictor: Predictor, rows: pd.DataFrame, resamples: int = 1000
-) -> tuple[dict[str, Any], NDArray[np.float64]]:
-    """Ask `predictor` about every row's image: the table of `assess`, and the probabilities (N, 9).
-
-    Args:
-        rows: of a manifest, as training.manifest.read_manifest gives them.
+def check_overlap(bundle: Path, rows: pd.DataFrame, allowed: bool) -> dict[str, Any]:
+    """Hold the images against the bundle's leakage receipt; what was found, for metrics.json.
 
     Raises:
-        ManifestError: an image cannot be read.
+        OverlapError: the model was made from some of them, or has no receipt, and this was not `allowed`.
     """
+    receipt = read_receipt(bundle)
+    if receipt is None:
+        if not allowed:
+            raise OverlapError(
+                f"{bundle} carries no receipt of the images it was made from (receipt.json), so nobody can tell "
+                "whether it has seen these; add --allow-overlap if you know that it has not."
+            )
+        return {"receipt": False}
+    found = overlap(receipt, rows)
+    if found.found and not allowed:
+        raise OverlapError(
+            f"{found} Figures on images that a model has seen say nothing of new ones (all of HAM10000 is inside ISIC "
+            "2019); leave them out, or add --allow-overlap."
+        )
+    counts = {kind: len(getattr(found, kind)) for kind in ("same_image", "same_lesion", "near")}
+    return {"receipt": True, "overlaps": found.found, **counts}
+
+
+def ask(predictor: Predictor, rows: pd.DataFrame, tta: bool = False) -> list[Prediction]:
+    """The model's answer to every row's image, without heatmaps. Raises ManifestError if one cannot be read."""
     answers: list[Prediction] = []
     with progress_bar("evaluating") as advance:
         for start in range(0, len(rows), BATCH):
-            files = [Path(path) for path in rows["path"].iloc[start : start + BATCH]]
-            try:
-                requests = [Request(file.read_bytes(), gradcam="none") for file in files]
-            except OSError as error:
-                raise ManifestError(f"{error.filename} cannot be read ({error.strerror}).") from error
-            for file, answer in zip(files, predictor.predict(requests), strict=True):
-                if not isinstance(answer, Prediction):
-                    raise ManifestError(f"{file}: {answer}")
-                answers.append(answer)
+            answers += _ask(predictor, rows["path"].iloc[start : start + BATCH], gradcam="none", tta=tta)
             advance(len(answers), len(rows))
-    probabilities = np.array([[answer.probabilities[code] for code in CODES] for answer in answers])
-    sets = [answer.conformal_set or [] for answer in answers]
+    return answers
+
+
+def _ask(predictor: Predictor, paths: Sequence[str] | pd.Series, **options: Any) -> list[Prediction]:
+    try:
+        requests = [Request(Path(path).read_bytes(), **options) for path in paths]
+    except OSError as error:
+        raise ManifestError(f"{error.filename} cannot be read ({error.strerror}).") from error
+    answers = []
+    for path, answer in zip(paths, predictor.predict(requests), strict=True):
+        if not isinstance(answer, Prediction):
+            raise ManifestError(f"{path}: {answer}")
+        answers.append(answer)
+    return answers
+
+
+def nine_of(answers: Sequence[Prediction]) -> NDArray[np.float64]:
+    """The probabilities of answers, (N, 9) in taxonomy order."""
+    return np.array([[answer.probabilities[code] for code in CODES] for answer in answers])
+
+
+def evaluate(rows: pd.DataFrame, answers: Sequence[Prediction], resamples: int = 1000) -> dict[str, Any]:
+    """The table of training.assessment.assess, with the slices beside it."""
+    probabilities = nine_of(answers)
     has_sets = bool(answers) and answers[0].conformal_set is not None
-    table = assess(
-        rows["label"].tolist(), probabilities, sets if has_sets else None, rows["lesion_id"].tolist(), resamples
-    )
-    return table, probabilities
+    sets = [answer.conformal_set or [] for answer in answers] if has_sets else None
+    table = assess(rows["label"].tolist(), probabilities, sets, rows["lesion_id"].tolist(), resamples)
+    return table | {"slices": slices(rows, probabilities, resamples)}
+
+
+def pictures(rows: pd.DataFrame, answers: Sequence[Prediction], table: dict[str, Any]) -> dict[str, Figure]:
+    """Every figure but the example sheet, by file name; over the known lesions."""
+    keep = rows["label"].isin(KNOWN_CODES).to_numpy()
+    labels = np.array([KNOWN_CODES.index(label) for label in rows["label"][keep]])
+    known = conditional(nine_of(answers)[keep])
+    return {
+        "confusion.png": confusion_figure(table["confusion"], KNOWN_CODES),
+        "roc.png": roc_figure(labels, known, KNOWN_CODES),
+        "precision_recall.png": precision_recall_figure(labels, known, KNOWN_CODES),
+        "reliability.png": reliability_figure(labels, known),
+        "classes.png": class_bars_figure(table["per_class"], table["per_class_intervals_95"]),
+        "risk_coverage.png": risk_coverage_figure(labels, known),
+    }
+
+
+def examples(predictor: Predictor, rows: pd.DataFrame, answers: Sequence[Prediction]) -> Figure:
+    """For each true class the surest right answer, the surest wrong one, and the least sure, with their heatmaps."""
+    nine = nine_of(answers)
+    top, sure = nine.argmax(1), nine.max(1)
+    truth = np.array([CODES.index(label) for label in rows["label"]])
+    sheet = []
+    for k in np.unique(truth):
+        mine, right = truth == k, top == k
+        wanted = [(mine & right, sure), (mine & ~right, sure), (mine, -sure)]
+        places = [int(np.argmax(np.where(among, score, -2))) if among.any() else None for among, score in wanted]
+        chosen = [place for place in places if place is not None]
+        drawn = dict(zip(chosen, _ask(predictor, rows["path"].iloc[chosen], gradcam="overlay"), strict=True))
+        cells = [None if place is None else _cell(drawn[place]) for place in places]
+        sheet.append((CODES[k], cells))
+    return examples_figure(sheet)
+
+
+def _cell(answer: Prediction) -> tuple[Image.Image, Image.Image, str]:
+    pair = [answer.image.image.copy(), Image.open(io.BytesIO(answer.overlay_png or b""))]
+    for picture in pair:
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return pair[0], pair[1], f"{answer.code} {answer.probabilities[answer.code]:.2f}"
+
+
+def report_text(rows: pd.DataFrame, answers: Sequence[Prediction]) -> str:
+    """scikit-learn's classification report over the codes that are in the data or in the answers."""
+    predicted = [answer.code for answer in answers]
+    codes = [code for code in CODES if code in set(rows["label"]) | set(predicted)]
+    return str(classification_report(rows["label"], predicted, labels=codes, digits=3, zero_division=0))
 
 
 def main(
     bundle: Annotated[Path, typer.Option(help="The bundle's folder.")],
-    data: Annotated[Path, typer.Option(help="A manifest.csv, as prepare_data writes it.")],
+    data: Annotated[Path, typer.Option(help="A manifest.csv, as prepare_data writes it, or a folder of images.")],
     out: Annotated[Path, typer.Option(help="Folder for metrics.json and the figures.")],
-    split: Annotated[str, typer.Option(help="Which split of the manifest: train, val, calibration or test.")] = "test",
-    bootstrap: Annotated[int, typer.Option(help="Resamplings of the lesions for the intervals; 0: none.")] = 1000,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Which split of the manifest: train, val, calibration, test or all.",
+            show_default="test; of a folder all",
+        ),
+    ] = None,
+    tta: Annotated[bool, typer.Option(help="Average over each picture and its mirror images.")] = False,
+    bootstrap: Annotated[int, typer.Option(min=0, help="Resamplings of the lesions for the intervals; 0: none.")] = (
+        1000
+    ),
+    submission: Annotated[
+        Path | None, typer.Option(help="Also write the probabilities in the ISIC 2019 challenge's form.")
+    ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Evaluate even on images that the model was made from.")
+    ] = False,
 ) -> None:
-    """Evaluate a bundle on a manifest's images, as it would be served.
+    """Evaluate a bundle on images it has not seen, as it would be served.
 
-    Example:
+    Writes metrics.json (figures with 95 % intervals by bootstrap over lesions, by class, source, site, sex and age),
+    report.txt, and pictures: confusion matrix, ROC and precision-recall curves, reliability diagram, bars by class,
+    risk against coverage, and a sheet of right and wrong examples with their heatmaps. If the bundle names the MLflow
+    run that made it, and the store (MLFLOW_TRACKING_URI, or the stack's server) knows it, they are logged there too.
+
+    Images, lesions and near duplicates that the model was made from are refused by the receipt in the bundle.
+
+    Examples:
 
     python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --out reports/test
+
+    python training/evaluate.py --bundle model_store/skin_vit --data my_clinic --tta --out reports/clinic
     """
     try:
-        frame = read_manifest(data)
-        rows = frame[frame["split"] == split].reset_index(drop=True)
-        if rows.empty:
-            raise ManifestError(f"{data} has no images in the split {split!r}.")
+        rows = open_rows(data, split, out)
+        seen = check_overlap(bundle, rows, allow_overlap)
         predictor = Predictor.load(bundle)
-        table, probabilities = evaluate(predictor, rows, bootstrap)
+        answers = ask(predictor, rows, tta)
+        table = evaluate(rows, answers, bootstrap)
+        figures = pictures(rows, answers, table) | {"examples.png": examples(predictor, rows, answers)}
     except (ManifestError, BundleError, ValueError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None
 
     out.mkdir(parents=True, exist_ok=True)
-    written = {"bundle": predictor.bundle.digest, "split": split, **table}
-    (out / "metrics.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    keep = rows["label"].isin(KNOWN_CODES).to_numpy()
-    labels = np.array([KNOWN_CODES.index(label) for label in rows["label"][keep]])
-    known = conditional(probabilities[keep])
-    confusion_figure(table["confusion"], KNOWN_CODES).savefig(out / "confusion.png", dpi=150)
-    roc_figure(labels, known, KNOWN_CODES).savefig(out / "roc.png", dpi=150)
-    reliability_figure(labels, known).savefig(out / "reliability.png", dpi=150)
+    described = {"bundle": predictor.bundle.digest, "runtime": predictor.runtime.precision, "tta": tta}
+    described |= {"data": fingerprint(rows), "split": split or "test", "overlap": seen, "resamples": bootstrap}
+    write_json(out / "metrics.json", described | table)
+    (out / "report.txt").write_text(report_text(rows, answers), encoding="utf-8")
+    for name, figure in figures.items():
+        figure.savefig(out / name, dpi=110)
+    if submission:
+        write_submission(submission, rows["image_id"], nine_of(answers))
     show(table)
     console.print(f"Written to {out}.")
+    if run_id := predictor.config.evidence.get("run_id"):
+        prefix = f"evaluation_{split or 'test'}"
+        console.print(log_evaluation(run_id, out, prefix, headline(table)))
 
 
 def show(table: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from safetensors.torch import save_file
 from torch import nn
@@ -32,9 +33,10 @@ from handlers.bundle import (
     write_json,
 )
 from handlers.calibration import Calibration
-from handlers.graph import complete
+from handlers.graph import BASIS, ORIGIN, complete
 from handlers.predictor import Prediction, Predictor
 from handlers.preprocessing import Preprocessing, fingerprint
+from training.detectors import KnownSpace
 from training.receipt import RECEIPT, Receipt
 from training.synthetic import draw_lesion
 
@@ -54,6 +56,7 @@ def export_bundle(
     calibration: Calibration,
     evidence: dict[str, Any],
     receipt: Receipt | None = None,
+    space: KnownSpace | None = None,
     half: bool = True,
 ) -> Bundle:
     """Write the bundle of a trained backbone to the folder `out`, replacing a bundle that is there.
@@ -62,6 +65,7 @@ def export_bundle(
         backbone: from handlers.backbone.build_backbone(architecture, len(classes), ..., options=options).
         evidence: what is known of the training: run_id, dataset_fingerprint, code_revision, metrics, ...
         receipt: of the images it was made from (training.receipt), for those who will test it.
+        space: where known lesions lie among the features (training.detectors), if the calibration's rejection uses it.
         half: store the weights in fp16 (a relative rounding of 5e-4; everything downstream, the golden answers
             included, is derived from the stored weights).
 
@@ -73,6 +77,8 @@ def export_bundle(
         for name, tensor in backbone.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
+    if space:  # in fp32: lengths are sums over many directions
+        state[ORIGIN], state[BASIS] = (torch.tensor(a, dtype=torch.float32) for a in (space.origin, space.basis))
     config = BundleConfig(
         MODEL_NAME, architecture, dict(options), tuple(classes), preprocessing, calibration, dict(evidence)
     )

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import roc_curve
+from PIL import Image
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
-from training.metrics import aucs, expected_calibration_error, reliability
+from training.metrics import area_under_risk_coverage, aucs, expected_calibration_error, reliability, risk_coverage
 
 BLUE, ORANGE, GREY = "#2a6f97", "#e07a1f", "#8a8f98"
 LABEL_AT = 0.5  # share of the row above which a cell's text turns white
@@ -59,6 +60,105 @@ def roc_figure(labels: NDArray[np.int64], probabilities: NDArray[np.float64], cl
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     axes.legend(frameon=False, title="AUC", loc="lower right")
+    return figure
+
+
+def precision_recall_figure(
+    labels: NDArray[np.int64], probabilities: NDArray[np.float64], classes: Sequence[str]
+) -> Figure:
+    """Precision against recall of each class against the rest, with its average precision."""
+    figure = Figure(figsize=(6, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for index, code in enumerate(classes):
+        if (labels == index).any():
+            precision, recall, _ = precision_recall_curve(labels == index, probabilities[:, index])
+            area = average_precision_score(labels == index, probabilities[:, index])
+            axes.plot(recall, precision, label=f"{code}  {area:.3f}")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.legend(frameon=False, title="average precision", loc="lower left")
+    return figure
+
+
+def class_bars_figure(table: Mapping[str, Any], intervals: Mapping[str, Any]) -> Figure:
+    """Recall, precision and specificity of each class as bars, with 95 % intervals where there are any.
+
+    Args:
+        table: `per_class` of training.metrics.report.
+        intervals: its `per_class_intervals_95`, or empty.
+    """
+    codes = [code for code, figures in table.items() if figures["support"]]
+    shown = (("recall", BLUE), ("precision", ORANGE), ("specificity", GREY))
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, colour) in enumerate(shown):
+        heights = np.array([table[code][name] or 0.0 for code in codes])
+        x = np.arange(len(codes)) + (place - 1) * 0.27
+        axes.bar(x, heights, width=0.25, color=colour, label=name)
+        ranges = [intervals.get(code, {}).get(name) for code in codes]
+        for at, height, bounds in zip(x, heights, ranges, strict=True):
+            if bounds:
+                low, high = min(bounds[0], height), max(bounds[1], height)
+                axes.errorbar(at, height, [[height - low], [high - height]], color="black", linewidth=1, capsize=2)
+    axes.set(ylim=(0, 1.02), xticks=range(len(codes)))
+    axes.set_xticklabels([f"{code}\n{table[code]['support']}" for code in codes])
+    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.1))
+    return figure
+
+
+def risk_coverage_figure(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> Figure:
+    """Error rate among the images answered, when only the most confident share of them is."""
+    coverage, risk = risk_coverage(labels, probabilities)
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(coverage, risk, color=BLUE)
+    axes.axhline(risk[-1], color=GREY, linestyle=":", label=f"all images: {risk[-1]:.3f}")
+    area = area_under_risk_coverage(labels, probabilities)
+    axes.set(xlabel="coverage", ylabel="risk", xlim=(0, 1), title=f"area under the curve {area:.3f}")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return figure
+
+
+def examples_figure(rows: Sequence[tuple[str, Sequence[tuple[Image.Image, Image.Image, str] | None]]]) -> Figure:
+    """A sheet of examples: per row its title, and for each column a picture, its heatmap and a caption, or nothing."""
+    columns = max(len(cells) for _, cells in rows)
+    figure = Figure(figsize=(4.2 * columns, 1.75 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), 2 * columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for line, (title, cells) in zip(grid, rows, strict=True):
+        for place, cell in enumerate(cells):
+            if cell is None:
+                continue
+            picture, heatmap, caption = cell
+            line[2 * place].imshow(picture)
+            line[2 * place].set_title(f"{title}, called {caption}", fontsize=8, loc="left")
+            line[2 * place + 1].imshow(heatmap)
+    return figure
+
+
+def sheet_figure(pictures: Mapping[str, NDArray[np.uint8]], columns: int = 4) -> Figure:
+    """Pictures (H, W, 3) with their names under a common size."""
+    lines = -(-len(pictures) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.2 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (name, picture) in zip(grid.flat, pictures.items(), strict=False):
+        axes.imshow(picture)
+        axes.set_title(name, fontsize=9)
+    return figure
+
+
+def deletion_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
+    """Probability of the top class as more of the picture is hidden, by the order in which it is."""
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (name, curve), colour in zip(curves.items(), (ORANGE, GREY, BLUE), strict=False):
+        axes.plot(np.linspace(0, 1, len(curve)), curve, label=name, color=colour)
+    axes.set(xlabel="share of the cells hidden", ylabel="probability of the top class", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
     return figure
 
 

@@ -6,6 +6,7 @@ comes straight here.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,16 +16,41 @@ from torch import nn
 
 from handlers.backbone import build_backbone
 from handlers.bundle import write_json
+from training.assessment import assess, headline
 from training.calibration import MIN_IMAGES, fit_calibration
 from training.checkpoints import BEST, LAST, load
 from training.config import TrainConfig
 from training.dataset import Images, batches, standardise
-from training.evaluate import assess, headline
+from training.detectors import Known, KnownSpace, Outputs, known_space
 from training.export import export_bundle
 from training.figures import confusion_figure, curves_figure, reliability_figure
 from training.receipt import make_receipt
 from training.terminal import console
 from training.tracking import Tracker, code_revision
+
+
+@torch.inference_mode()
+def outputs_of(model: nn.Module, images: Images, config: TrainConfig, device: torch.device) -> Outputs:
+    """Features (the classifier's input) and logits of a split, in its order, without augmentation, in fp32."""
+    backbone: Any = model.eval()
+    features, logits = [], []
+    for pixels, _ in batches(images, np.arange(len(images)), config.batch_size, device):
+        tokens = backbone.forward_features(standardise(pixels, config.preprocessing))
+        pooled = backbone.forward_head(tokens, pre_logits=True)
+        features.append(pooled.double().cpu().numpy())
+        logits.append(backbone.get_classifier()(pooled).double().cpu().numpy())
+    return Outputs(np.concatenate(features), np.concatenate(logits))
+
+
+def find_space(model: nn.Module, val: Outputs, labels: NDArray[np.int64]) -> KnownSpace | None:
+    """Where known lesions lie among the features, from the validation split: images that the weights were not fitted
+    to. None if the head is not one linear layer, or the images are fewer than the features' dimensions."""
+    backbone: Any = model
+    head, known = backbone.get_classifier(), labels >= 0
+    if not isinstance(head, nn.Linear) or known.sum() < val.features.shape[1]:
+        return None
+    weight, bias = (tensor.detach().double().cpu().numpy() for tensor in (head.weight, head.bias))
+    return known_space(Known(Outputs(val.features[known], val.logits[known]), labels[known], weight, bias))
 
 
 @torch.inference_mode()
@@ -63,11 +89,10 @@ def finish(
     model = build_backbone(config.architecture, len(classes), config.image_size, options=config.options)
     model.load_state_dict(best["weights"])
     model.to(device)
-    logits = {
-        split: predict(model, images, config, device, torch.float32)
-        for split, images in data.items()
-        if split != "train"
-    }
+    found = {split: outputs_of(model, images, config, device) for split, images in data.items() if split != "train"}
+    space = find_space(model, found["val"], data["val"].labels)
+    logits = {split: outputs.logits for split, outputs in found.items()}
+    residuals = {split: space.residuals(outputs.features) if space else None for split, outputs in found.items()}
     check()
 
     calibration = fit_calibration(
@@ -75,6 +100,8 @@ def finish(
         data["calibration"].labels if "calibration" in data else [],
         classes,
         config.confidence_level,
+        residuals.get("calibration"),
+        space.weight if space else 0.0,
     )
     if calibration.conformal is None:
         console.print(
@@ -89,8 +116,8 @@ def finish(
         rows, labels = frame[frame["split"] == split], data[split].labels
         reports[split] = assess(
             rows["label"].tolist(),
-            calibration.probabilities(logits[split], classes),
-            calibration.conformal_sets(logits[split], classes),
+            calibration.probabilities(logits[split], classes, residuals[split]),
+            calibration.conformal_sets(logits[split], classes, residuals[split]),
             rows["lesion_id"].tolist(),
             config.bootstrap,
         )
@@ -123,6 +150,7 @@ def finish(
         calibration=calibration,
         evidence=evidence,
         receipt=make_receipt(frame, best["dataset_fingerprint"]),
+        space=space,
     )
     check()
     tracker.artifact(output / "bundle", "bundle")

@@ -1,22 +1,26 @@
-"""Figures of merit from labels and probabilities; numpy and scikit-learn only, so that promotion can use them.
+"""Figures of merit from labels and probabilities; numpy alone, so that promotion can use them.
+
+scikit-learn has most of them, and the tests hold these against it; but checking its arguments takes it fifty times as
+long as the arithmetic, and a bootstrap asks for forty figures a thousand times.
 
 Throughout, `labels` are int (N,) indices into `classes`, `probabilities` float (N, K) with rows summing to 1, and the
 predicted class is the most probable one. A class without images in `labels` has no recall, F1 or AUC: it is left out
 of the averages over classes, and its own entry is None.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support, roc_auc_score
 
 Labels = NDArray[np.int64]
 Probabilities = NDArray[np.float64]
 
 ECE_BINS = 15  # equal widths, as in Guo et al. 2017
 TINY = 1e-12  # the floor under a probability before its logarithm
+HIGH_SENSITIVITY = 0.8  # the ISIC challenges' "AUC, sensitivity > 80 %"
+SCREENING_SENSITIVITY = 0.95  # where specificity is asked for, as for melanoma
 
 
 def accuracy(labels: Labels, probabilities: Probabilities) -> float:
@@ -39,30 +43,103 @@ def balanced_accuracy(labels: Labels, probabilities: Probabilities) -> float:
 
 def macro_f1(labels: Labels, probabilities: Probabilities) -> float:
     """Unweighted mean F1 of the classes that have images."""
-    return float(f1_score(labels, probabilities.argmax(1), labels=np.unique(labels), average="macro", zero_division=0))
+    return float(np.nanmean(f1_scores(confusion(labels, probabilities))))
 
 
 def weighted_f1(labels: Labels, probabilities: Probabilities) -> float:
     """Mean F1 weighted by the number of images of each class."""
-    return float(
-        f1_score(labels, probabilities.argmax(1), labels=np.unique(labels), average="weighted", zero_division=0)
-    )
+    table = confusion(labels, probabilities)
+    support = table.sum(1)
+    return float(f1_scores(table)[support > 0] @ support[support > 0] / support.sum())
+
+
+def f1_scores(table: NDArray[np.int64]) -> NDArray[np.float64]:
+    """F1 of each class from a confusion matrix (K, K); nan for a class without images, 0 for one never found."""
+    support, called = table.sum(1), table.sum(0)
+    return _share(2 * np.diag(table), np.where(support > 0, support + called, 0))
+
+
+def roc(is_class: NDArray[np.bool_], scores: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """False positive rate and sensitivity (P,) for each threshold, from (0, 0) to (1, 1); both kinds must be there."""
+    order = np.argsort(-scores, kind="stable")
+    ranked, found = scores[order], np.cumsum(is_class[order])
+    last_of_tie = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+    sensitivity = found[last_of_tie] / found[-1]
+    false_positive = (last_of_tie + 1 - found[last_of_tie]) / (len(ranked) - found[-1])
+    return np.append(0.0, false_positive), np.append(0.0, sensitivity)
+
+
+def area_under_roc(is_class: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+    """Area under the ROC curve; nan without both kinds."""
+    if is_class.all() or not is_class.any():
+        return float("nan")
+    false_positive, sensitivity = roc(is_class, scores)
+    return float(np.trapezoid(sensitivity, false_positive))
 
 
 def aucs(labels: Labels, probabilities: Probabilities) -> NDArray[np.float64]:
     """Area under the ROC curve of each class against the rest (K,); nan for a class with no images or nothing else."""
-    values = np.full(probabilities.shape[1], np.nan)
-    for k in range(len(values)):
-        is_k = labels == k
-        if is_k.any() and not is_k.all():
-            values[k] = roc_auc_score(is_k, probabilities[:, k])
-    return values
+    return np.array([area_under_roc(labels == k, probabilities[:, k]) for k in range(probabilities.shape[1])])
 
 
 def macro_auc(labels: Labels, probabilities: Probabilities) -> float:
     """Unweighted mean of the one-against-rest AUCs that exist; nan if none does."""
     values = aucs(labels, probabilities)
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
+def auc_above_sensitivity(is_class: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+    """Area under the ROC curve where sensitivity is over HIGH_SENSITIVITY, in [0, 1]; nan without both kinds.
+
+    As in the ISIC 2019 challenge's scorer (isic-challenge-scoring, `auc_above_sensitivity`): the area under the curve's
+    part above that sensitivity, down to the axis.
+    """
+    if is_class.all() or not is_class.any():
+        return float("nan")
+    false_positive, sensitivity = roc(is_class, scores)
+    first = int(np.searchsorted(sensitivity, HIGH_SENSITIVITY))
+    straddling = np.s_[first - 1 : first + 1]
+    start = np.interp(HIGH_SENSITIVITY, sensitivity[straddling], false_positive[straddling])
+    return float(
+        np.trapezoid(np.append(HIGH_SENSITIVITY, sensitivity[first:]), np.append(start, false_positive[first:]))
+    )
+
+
+def specificity_at_sensitivity(
+    is_class: NDArray[np.bool_], scores: NDArray[np.float64], sensitivity: float = SCREENING_SENSITIVITY
+) -> float:
+    """The best specificity of a threshold on `scores` that finds at least this share of the class; nan without both."""
+    if is_class.all() or not is_class.any():
+        return float("nan")
+    false_positive, found = roc(is_class, scores)
+    return float(1 - false_positive[np.searchsorted(found, sensitivity)])
+
+
+def risk_coverage(labels: Labels, probabilities: Probabilities) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Coverage (N,) and risk (N,): the error rate among the most confident 1, 2, ..., N images."""
+    wrong = (probabilities.argmax(1) != labels)[np.argsort(-probabilities.max(1), kind="stable")]
+    count = np.arange(1, len(wrong) + 1)
+    return count / len(wrong), np.cumsum(wrong) / count
+
+
+def area_under_risk_coverage(labels: Labels, probabilities: Probabilities) -> float:
+    """Mean risk over all coverages, lower is better (AURC; Geifman, Uziel & El-Yaniv 2019)."""
+    return float(risk_coverage(labels, probabilities)[1].mean())
+
+
+def detection(known: NDArray[np.float64], unknown: NDArray[np.float64]) -> dict[str, float]:
+    """How well scores, high for what is unknown, tell unknown images from known ones.
+
+    `auroc`; `fpr_at_95`: the share of unknown images that pass where 95 % of the known ones do (Hendrycks & Gimpel
+    2017). nan if either is empty.
+    """
+    if not len(known) or not len(unknown):
+        return {"auroc": float("nan"), "fpr_at_95": float("nan")}
+    is_unknown = np.repeat([False, True], [len(known), len(unknown)])
+    return {
+        "auroc": area_under_roc(is_unknown, np.concatenate([known, unknown])),
+        "fpr_at_95": float((unknown <= np.quantile(known, 0.95)).mean()),
+    }
 
 
 def nll(labels: Labels, probabilities: Probabilities) -> float:
@@ -103,6 +180,7 @@ SUMMARY: dict[str, Callable[[Labels, Probabilities], float]] = {
     "ece": expected_calibration_error,
     "brier": brier,
     "nll": nll,
+    "aurc": area_under_risk_coverage,
 }
 
 
@@ -113,28 +191,32 @@ def summary(labels: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
 
 
 def per_class(labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Support, precision, recall, F1, specificity and AUC of each class, by code; None where undefined."""
+    """Figures of each class, by code: support, precision, recall, F1, specificity, AUC, AUC above 80 % sensitivity,
+    specificity at 95 % sensitivity; None where undefined."""
     y, p = np.asarray(labels, np.int64), np.asarray(probabilities, np.float64)
     table = confusion(y, p)
-    precision, recall, f1, support = precision_recall_fscore_support(
-        y, p.argmax(1), labels=range(len(classes)), zero_division=np.nan
-    )
-    false_positive, negative = table.sum(0) - np.diag(table), table.sum() - table.sum(1)
-    specificity = 1 - np.divide(false_positive, negative, out=np.full(len(classes), np.nan), where=negative > 0)
-    recall = np.where(support > 0, recall, np.nan)
-    f1 = np.where(support > 0, np.nan_to_num(f1), np.nan)
-    columns = {"precision": precision, "recall": recall, "f1": f1, "specificity": specificity, "auc": aucs(y, p)}
+    right, support, called = np.diag(table), table.sum(1), table.sum(0)
+
+    columns: dict[str, ArrayLike] = {
+        "precision": _share(right, called),
+        "recall": _share(right, support),
+        "f1": f1_scores(table),
+        "specificity": 1 - _share(called - right, len(y) - support),
+        "auc": aucs(y, p),
+        "auc_above_80": [auc_above_sensitivity(y == k, p[:, k]) for k in range(len(classes))],
+        "specificity_at_95": [specificity_at_sensitivity(y == k, p[:, k]) for k in range(len(classes))],
+    }
     return {
-        code: {"support": int(support[k])} | {name: _or_none(values[k]) for name, values in columns.items()}
+        code: {"support": int(support[k])} | {name: _or_none(np.asarray(values)[k]) for name, values in columns.items()}
         for k, code in enumerate(classes)
     }
 
 
 def confusion(labels: ArrayLike, probabilities: ArrayLike) -> NDArray[np.int64]:
     """Confusion matrix (K, K): rows are the truth, columns the predicted class."""
-    p = np.asarray(probabilities)
-    table: NDArray[np.int64] = confusion_matrix(labels, p.argmax(1), labels=range(p.shape[1]))
-    return table
+    y, p = np.asarray(labels, np.int64), np.asarray(probabilities)
+    classes = p.shape[1]
+    return np.bincount(y * classes + p.argmax(1), minlength=classes * classes).reshape(classes, classes)
 
 
 def bootstrap(
@@ -151,24 +233,50 @@ def bootstrap(
     Davison & Hinkley 1997, section 3.8).
     """
     y, p = np.asarray(labels, np.int64), np.asarray(probabilities, np.float64)
+    draws: dict[str, list[float]] = {name: [] for name in metrics}
+    for chosen in resampled(groups, resamples, seed):
+        for name in metrics:
+            draws[name].append(SUMMARY[name](y[chosen], p[chosen]))
+    return {name: interval(values) for name, values in draws.items()}
+
+
+def bootstrap_per_class(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    classes: Sequence[str],
+    groups: ArrayLike,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict[str, tuple[float, float] | None]]:
+    """95 % intervals of the figures of `per_class`, by the same resampling; None for a class without images."""
+    y, p = np.asarray(labels, np.int64), np.asarray(probabilities, np.float64)
+    draws = [per_class(y[chosen], p[chosen], classes) for chosen in resampled(groups, resamples, seed)]
+    figures = [name for name in draws[0][classes[0]] if name != "support"]
+    intervals: dict[str, dict[str, tuple[float, float] | None]] = {}
+    for code in classes:
+        values = {name: [draw[code][name] for draw in draws if draw[code][name] is not None] for name in figures}
+        intervals[code] = {name: interval(drawn) if drawn else None for name, drawn in values.items()}
+    return intervals
+
+
+def resampled(groups: ArrayLike, resamples: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
+    """Indices of each resampling: as many groups as there are, drawn with replacement, each with all its members."""
     _, member = np.unique(np.asarray(groups), return_inverse=True)
     by_group = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
     rng = np.random.default_rng(seed)
-    draws: dict[str, list[float]] = {name: [] for name in metrics}
     for _ in range(resamples):
-        chosen = np.concatenate([by_group[i] for i in rng.integers(len(by_group), size=len(by_group))])
-        for name in metrics:
-            draws[name].append(SUMMARY[name](y[chosen], p[chosen]))
-    return {
-        name: (float(np.nanquantile(values, 0.025)), float(np.nanquantile(values, 0.975)))
-        for name, values in draws.items()
-    }
+        yield np.concatenate([by_group[i] for i in rng.integers(len(by_group), size=len(by_group))])
+
+
+def interval(draws: Sequence[float]) -> tuple[float, float]:
+    """The middle 95 % of bootstrap draws."""
+    return float(np.nanquantile(draws, 0.025)), float(np.nanquantile(draws, 0.975))
 
 
 def report(
     labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str], groups: ArrayLike, resamples: int = 0
 ) -> dict[str, Any]:
-    """Everything above as one JSON-able table: counts, summary, intervals, per class, confusion matrix."""
+    """Everything above as one JSON-able table: counts, summary, per class, confusion matrix, and intervals of them."""
     return {
         "images": len(np.asarray(labels)),
         "lesions": len(np.unique(np.asarray(groups))),
@@ -176,8 +284,15 @@ def report(
         "summary": {name: _or_none(value) for name, value in summary(labels, probabilities).items()},
         "intervals_95": bootstrap(labels, probabilities, groups, resamples) if resamples else {},
         "per_class": per_class(labels, probabilities, classes),
+        "per_class_intervals_95": (
+            bootstrap_per_class(labels, probabilities, classes, groups, resamples) if resamples else {}
+        ),
         "confusion": confusion(labels, probabilities).tolist(),
     }
+
+
+def _share(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
 
 
 def _or_none(value: float) -> float | None:

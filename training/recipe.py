@@ -3,10 +3,11 @@
 import math
 import random
 from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -37,22 +38,49 @@ def choose_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam; norms, biases, position and class tokens are not decayed."""
+    """AdamW or Adam; norms, biases, position and class tokens are not decayed.
+
+    Each group has `lr_scale`, the factor of its learning rate: 1, or with `layer_decay` the layer's power of it (Clark
+    et al. 2020, "ELECTRA"; layers as timm groups them).
+    """
     kept: Collection[str] = getattr(model, "no_weight_decay", tuple)()
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=kept)
+    if config.layer_decay < 1:
+        groups = param_groups_layer_decay(
+            model, config.weight_decay, no_weight_decay_list=kept, layer_decay=config.layer_decay
+        )
+    else:
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=kept)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
-    return kind(groups, lr=config.lr)
+    return kind([{"lr_scale": 1.0, **group} for group in groups], lr=config.lr)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Learning rate of optimiser step `step` (from 0) where an epoch has `steps`: linear warm-up, then the schedule."""
+    """Learning rate of optimiser step `step` (from 0) where an epoch has `steps`: linear warm-up, then the schedule.
+
+    `restarts` is the cosine begun again after `restart_epochs`, and each time with twice the period (SGDR with T_mult
+    = 2; Loshchilov & Hutter 2017).
+    """
     warmup = config.warmup_epochs * steps
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.scheduler == "constant":
         return config.lr
-    done = min(1.0, (step - warmup) / max(1.0, config.epochs * steps - warmup))
+    since, period = step - warmup, max(1.0, config.epochs * steps - warmup)
+    if config.scheduler == "restarts":
+        period = config.restart_epochs * steps
+        while since >= period:
+            since, period = since - period, 2 * period
+    done = min(1.0, since / period)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_trainable(model: nn.Module, head_only: bool) -> None:
+    """Put the model into training mode: all of it, or the head alone, with the rest as it is when it predicts."""
+    model.train(not head_only)
+    model.requires_grad_(not head_only)
+    if head_only:
+        backbone: Any = model
+        backbone.get_classifier().train().requires_grad_(True)
 
 
 def make_mix(config: TrainConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -161,6 +161,27 @@ def choose_store(output: Path, remembered: str = "") -> tuple[str, str]:
     return uri, f"No MLflow server at {DEFAULT_SERVER}: logging to {output / 'mlflow.db'}."
 
 
+def log_evaluation(run_id: str, folder: Path, name: str, values: Mapping[str, float | None]) -> str:
+    """Log an evaluation's files (under the artifact path `name`) and figures to the run that made the model.
+
+    Returns a sentence on whether it was; a store that is away, or does not know the run, is no fault of the evaluation.
+    """
+    uri, notice = choose_store(folder)
+    if notice:  # a database of its own would know no run
+        return f"Not logged: no MLflow server at {DEFAULT_SERVER}; set MLFLOW_TRACKING_URI to name another store."
+    mlflow = _import_mlflow()
+    client = mlflow.MlflowClient(uri)
+    try:
+        client.get_run(run_id)
+        for key, value in values.items():
+            if value is not None:
+                client.log_metric(run_id, f"{name}_{key}", value)
+        client.log_artifacts(run_id, str(folder), name)
+    except Exception as error:  # of MLflow, SQLAlchemy, requests
+        return f"Not logged: {uri} did not take it for run {run_id} ({_first_line(error)})."
+    return f"Logged to run {run_id} of {uri}."
+
+
 def code_revision() -> str:
     """Commit of the code that runs, with "-dirty" if files differ from it; outside git $CODE_REVISION, or "unknown"."""
     try:

@@ -32,7 +32,7 @@ from training.dataset import Augment, DataError, Images, batches, classes_in, ep
 from training.finish import finish, predict
 from training.losses import ClassificationLoss, class_weights
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest
-from training.recipe import choose_device, learning_rate, make_mix, make_optimizer, seed_everything
+from training.recipe import choose_device, learning_rate, make_mix, make_optimizer, seed_everything, set_trainable
 from training.terminal import console, errors, progress_bar
 from training.tracking import Tracker, TrackingError, choose_store, code_revision
 
@@ -137,13 +137,13 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             generator = seed_everything(config.seed, epoch)
             order = epoch_order(data["train"].labels, config.seed, epoch, config.sampler_power)
             order = order[: steps * config.batch_size]  # whole batches: batch norm cannot take a batch of one
-            model.train()
+            set_trainable(model, head_only=epoch < config.freeze_epochs)
             total = torch.zeros((), device=device)
             with progress_bar(f"epoch {epoch + 1}/{config.epochs}") as advance:
                 for step, (pixels, labels) in enumerate(batches(data["train"], order, config.batch_size, device)):
                     lr = learning_rate(config, epoch * steps + step, steps)
                     for group in optimizer.param_groups:
-                        group["lr"] = lr
+                        group["lr"] = lr * group.get("lr_scale", 1.0)  # runs begun by version 0.1 have none
                     images, targets = mix(augment(pixels, generator), labels)
                     with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
                         logits = model(images.contiguous(memory_format=torch.channels_last))
@@ -203,12 +203,16 @@ def open_manifest(config: TrainConfig) -> pd.DataFrame:
     return read_manifest(manifest)
 
 
+def cache_preprocessing(config: TrainConfig) -> Preprocessing:
+    """How training images are resized for the cache: a little larger than the input, where the settings say so."""
+    return Preprocessing(config.cache_size or config.image_size, interpolation=config.preprocessing.interpolation)
+
+
 def load_data(
     config: TrainConfig, frame: pd.DataFrame, classes: tuple[str, ...], stop: Interruption
 ) -> dict[str, Images]:
     """Every split that has images; the training split at the cache's size, the others as serving sees them."""
-    manifest, serving = Path(config.manifest), config.preprocessing
-    larger = Preprocessing(config.cache_size or config.image_size, interpolation=serving.interpolation)
+    manifest, serving, larger = Path(config.manifest), config.preprocessing, cache_preprocessing(config)
     cache = Path(config.cache_dir) if config.cache_dir else manifest.parent / "cache"
     data = {}
     for split in ("train", "val", "calibration", "test"):

@@ -1,0 +1,161 @@
+"""Evaluation of a bundle on the command line.
+
+It writes figures with intervals, slices and pictures that can be opened; takes a manifest or a folder; refuses images
+that the model was made from, and a bundle that cannot tell, unless told otherwise; logs to the run that made the model;
+and its submission is scored by the challenge's own package as it scores itself.
+"""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from handlers.taxonomy import CODES
+from tests.models import tiny_bundle
+from tests.tiny_lesions import tiny_manifest
+from training import evaluate, isic_scoring, metrics
+from training.manifest import fingerprint, read_manifest
+from training.receipt import make_receipt
+from training.synthetic import draw_dataset
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+PICTURES = {"confusion.png", "roc.png", "precision_recall.png", "reliability.png", "classes.png", "risk_coverage.png",
+            "examples.png"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return tiny_manifest(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, manifest):
+    frame = read_manifest(manifest)
+    receipt = make_receipt(frame, fingerprint(frame))
+    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle", receipt=receipt).path
+
+
+def run(main, *args):
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    return result.exit_code, " ".join((result.output + result.stderr).split())
+
+
+def test_it_writes_figures_and_pictures(bundle, manifest, tmp_path):
+    out = tmp_path / "out"
+    args = ["--bundle", bundle, "--data", manifest, "--out", out, "--bootstrap", 10, "--tta"]
+    code, output = run(evaluate.main, *args, "--submission", tmp_path / "submission.csv")
+    assert code == 0, output
+    table = json.loads((out / "metrics.json").read_text())
+    assert table["images"] == 18
+    assert table["overlap"] == {"receipt": True, "overlaps": False, "same_image": 0, "same_lesion": 0, "near": 0}
+    assert table["tta"] is True
+    for name in metrics.SUMMARY:
+        low, high = table["intervals_95"][name]
+        assert low <= high
+    assert set(table["per_class_intervals_95"]["MEL"]) == set(table["per_class"]["MEL"]) - {"support"}
+    assert set(table["slices"]) == {"source", "site", "sex", "age"}
+    assert {path.name for path in out.iterdir()} == {*PICTURES, "metrics.json", "report.txt"}
+    for name in PICTURES:
+        with Image.open(out / name) as picture:
+            picture.verify()
+    assert "precision" in (out / "report.txt").read_text()
+    submission = pd.read_csv(tmp_path / "submission.csv")
+    assert list(submission.columns) == ["image", *CODES]
+    assert submission[list(CODES)].sum(axis=1).to_numpy() == pytest.approx(np.ones(18))
+    assert "Not logged" not in output  # this bundle names no run
+
+
+@pytest.mark.parametrize("split", ["train", "val", "calibration", "all"])
+def test_what_the_model_was_made_from_is_refused(bundle, manifest, tmp_path, split):
+    args = ["--bundle", bundle, "--data", manifest, "--split", split, "--out", tmp_path / "out", "--bootstrap", 0]
+    code, output = run(evaluate.main, *args)
+    assert code == 1
+    assert "are the same image" in output
+    assert not (tmp_path / "out").exists()
+    code, output = run(evaluate.main, *args, "--allow-overlap")
+    assert code == 0, output
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["overlap"]["overlaps"] is True
+
+
+def test_a_bundle_without_a_receipt_is_refused(manifest, tmp_path):
+    bare = tiny_bundle(tmp_path / "bundle").path
+    args = ["--bundle", bare, "--data", manifest, "--out", tmp_path / "out", "--bootstrap", 0]
+    code, output = run(evaluate.main, *args)
+    assert code == 1
+    assert "carries no receipt" in output
+    assert run(evaluate.main, *args, "--allow-overlap")[0] == 0
+
+
+def test_a_folder_is_evaluated_whole(bundle, tmp_path):
+    draw_dataset(tmp_path / "data", 2, seed=3)
+    args = ["--bundle", bundle, "--data", tmp_path / "data", "--out", tmp_path / "out", "--bootstrap", 0]
+    code, output = run(evaluate.main, *args)
+    assert code == 0, output
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 16
+
+
+def test_it_logs_to_the_run_that_made_the_model(bundle, manifest, tmp_path, monkeypatch):
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())
+    run_id = client.create_run(experiment).info.run_id
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.json").write_text("{}")
+    said = evaluate.log_evaluation(run_id, tmp_path / "out", "evaluation_test", {"ece": 0.5, "macro_auc": None})
+    assert said == f"Logged to run {run_id} of {uri}."
+    assert client.get_run(run_id).data.metrics == {"evaluation_test_ece": 0.5}
+    assert [file.path for file in client.list_artifacts(run_id, "evaluation_test")] == ["evaluation_test/metrics.json"]
+    assert "Not logged" in evaluate.log_evaluation("0" * 32, tmp_path / "out", "x", {})
+
+
+# ---- the challenge's scoring
+
+
+def submissions(folder, images=300):
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, len(CODES), images)
+    logits = rng.normal(size=(images, len(CODES))) + 2 * np.eye(len(CODES))[truth]
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    names = [f"ISIC_{i:07d}" for i in range(images)]
+    isic_scoring.write_submission(folder / "truth.csv", names, np.eye(len(CODES))[truth])
+    isic_scoring.write_submission(folder / "submission.csv", names, probabilities)
+    return truth, probabilities
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("image,MEL\nISIC_1,1\n", "lacks the column NV"), (None, "cannot be read"), ("other", "no image in common")],
+)
+def test_files_that_do_not_fit_are_refused(tmp_path, text, says):
+    submissions(tmp_path)
+    if text == "other":
+        isic_scoring.write_submission(tmp_path / "submission.csv", ["x"], np.eye(9)[:1])
+    elif text is None:
+        (tmp_path / "submission.csv").unlink()
+    else:
+        (tmp_path / "submission.csv").write_text(text)
+    code, output = run(isic_scoring.main, tmp_path / "truth.csv", tmp_path / "submission.csv")
+    assert code == 1
+    assert says in output
+
+
+@pytest.mark.slow  # fetches the scorer from the package index the first time
+@pytest.mark.timeout(isic_scoring.TIMEOUT)
+def test_our_figures_are_the_challenges(tmp_path):
+    truth, probabilities = submissions(tmp_path)
+    scored = isic_scoring.score(tmp_path / "truth.csv", tmp_path / "submission.csv")
+    assert scored["images"] == 300
+    assert scored["aggregate"]["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy(truth, probabilities))
+    ours = metrics.per_class(truth, probabilities, CODES)
+    for code in CODES:
+        assert scored["per_category"]["auc"][code] == pytest.approx(ours[code]["auc"])
+        assert scored["per_category"]["auc_sens_80"][code] == pytest.approx(ours[code]["auc_above_80"])

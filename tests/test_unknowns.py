@@ -1,0 +1,176 @@
+"""The study of "none of the above".
+
+Holding a class out leaves no image of it, nor of its lesions, to train on; every detector does what its paper says on
+features where the answer is known; far pictures are what they are called, and the same each time; the study runs from
+the manifest to its tables.
+"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import logsumexp, softmax
+
+from handlers.predictor import Predictor
+from tests.models import tiny_bundle
+from tests.tiny_lesions import tiny_manifest
+from training import metrics, unknowns
+from training.config import ROOT
+from training.detectors import DETECTORS, Known, Outputs
+from training.far_images import SIDE, far_images
+from training.manifest import read_manifest
+
+DIMENSIONS, CLASSES = 12, 4
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Four classes around corners in the first four of twelve dimensions, and a head that tells them apart."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(CLASSES), 150)
+    weight = np.eye(CLASSES, DIMENSIONS) * 2
+    features = 3 * np.eye(CLASSES, DIMENSIONS)[labels] + spread(rng, len(labels))
+    return Known(Outputs(features, features @ weight.T), labels, weight, np.zeros(CLASSES))
+
+
+def spread(rng, n):
+    """Noise, smaller in the last dimensions."""
+    return rng.normal(size=(n, DIMENSIONS)) * np.r_[np.full(6, 0.5), np.full(6, 0.05)]
+
+
+def outputs(features, known):
+    return Outputs(features, features @ known.weight.T + known.bias)
+
+
+# react cuts off just what is large here
+@pytest.mark.parametrize("name", [name for name in DETECTORS if name != "react"])
+def test_each_detector_tells_the_known_from_what_excites_no_class(name, known):
+    rng = np.random.default_rng(1)
+    fresh = outputs(known.outputs.features + 0.1 * spread(rng, len(known.labels)), known)
+    strange = outputs(spread(rng, 200), known)
+    score = DETECTORS[name](known)
+    assert score(fresh).shape == (len(known.labels),)
+    assert metrics.detection(score(fresh), score(strange))["auroc"] > 0.9
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "vim"])
+def test_what_is_odd_in_a_quiet_direction_is_seen_by_features_alone(name, known):
+    """The logits are those of known images; only the dimensions that the head ignores differ."""
+    odd = known.outputs.features.copy()
+    odd[:, -1] += 1
+    logits = outputs(odd, known).logits
+    assert logits == pytest.approx(known.outputs.logits)
+    score = DETECTORS[name](known)
+    assert metrics.detection(score(known.outputs), score(outputs(odd, known)))["auroc"] > 0.95
+    assert metrics.detection(-known.outputs.logits.max(1), -logits.max(1))["auroc"] == pytest.approx(0.5)
+
+
+def test_formulas_by_hand(known):
+    out = known.outputs
+    expected = {
+        "max_softmax": 1 - softmax(out.logits, axis=1).max(1),
+        "max_logit": -out.logits.max(1),
+        "energy": -logsumexp(out.logits, axis=1),
+        "grad_norm": -np.abs(out.features).sum(1) * np.abs(0.25 - softmax(out.logits, axis=1)).sum(1),
+    }
+    for name, values in expected.items():
+        assert DETECTORS[name](known)(out) == pytest.approx(values), name
+    clipped = np.minimum(out.features, np.percentile(out.features, 90)) @ known.weight.T
+    assert DETECTORS["react"](known)(out) == pytest.approx(-logsumexp(clipped, axis=1))
+    means = np.stack([out.features[known.labels == k].mean(0) for k in range(CLASSES)])
+    centred = out.features - means[known.labels]
+    covariance = centred.T @ centred / len(centred)
+    covariance += 1e-3 * np.trace(covariance) / DIMENSIONS * np.eye(DIMENSIONS)
+    difference = out.features[0] - means
+    by_hand = min(d @ np.linalg.solve(covariance, d) for d in difference)
+    assert DETECTORS["mahalanobis"](known)(out)[0] == pytest.approx(by_hand)
+
+
+# ---- holding out
+
+
+def own_lesions(folder):
+    """The tiny manifest with a lesion for each image, since its lesions are of two classes."""
+    manifest = tiny_manifest(folder)
+    table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
+    table.assign(lesion_id=table["image_id"]).to_csv(manifest, index=False)
+    return manifest
+
+
+def test_a_class_held_out_is_nowhere_to_be_learnt_from(tmp_path):
+    frame = read_manifest(own_lesions(tmp_path))
+    # one lesion of the class also has an image of another
+    assert frame["label"][:2].tolist() == ["MEL", "NV"]
+    frame.loc[1, "lesion_id"] = frame["lesion_id"][0]
+    held = unknowns.hold_out(frame, "MEL")
+    assert "MEL" not in set(held["label"])
+    unknown = held[held["label"] == "UNK"]
+    assert set(unknown["split"]) == {"test"}
+    assert len(unknown) == (frame["label"] == "MEL").sum() - 1
+    assert not set(unknown["lesion_id"]) & set(held.loc[held["label"] != "UNK", "lesion_id"])
+    fewer = unknowns.hold_out(frame, "MEL", most=5)
+    training = fewer[fewer["split"] == "train"]
+    assert training["label"].value_counts().to_dict() == {"NV": 5, "BCC": 5}
+    with pytest.raises(unknowns.StudyError, match="No image of DF can be held out"):
+        unknowns.hold_out(frame, "DF")
+    assert (fewer["split"] == "calibration").sum() == (held["split"] == "calibration").sum()
+
+
+def test_far_pictures_are_repeatable_and_differ_in_kind(tmp_path):
+    read_manifest(tiny_manifest(tmp_path / "data"))
+    corners = sorted((tmp_path / "data").glob("*.png"))
+    first, again = far_images(3, corners), far_images(3, corners)
+    assert len(first) == 7
+    for kind, pictures in first.items():
+        assert [picture.shape for picture in pictures] == [(SIDE, SIDE, 3)] * 3, kind
+        assert all(picture.dtype == np.uint8 for picture in pictures)
+        assert all((a == b).all() for a, b in zip(pictures, again[kind], strict=True)), kind
+    assert "skin" not in far_images(1)
+
+
+def test_a_model_is_judged_near_and_far(tmp_path):
+    frame = read_manifest(own_lesions(tmp_path / "data"))
+    bundle = tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC"))
+    rows = unknowns.hold_out(frame, "MEL")
+    table = unknowns.judge(bundle, rows, far_images(2), tmp_path / "cache")
+    assert table["images"] == 48
+    assert set(table["detectors"]) == set(DETECTORS)
+    for figures in table["detectors"].values():
+        assert 0 <= figures["near"]["auroc"] <= 1
+        assert figures["near"]["called_malignant"] <= table["called_malignant_by_all"]
+        assert len(figures["far"]) == 6
+    means = unknowns.summarise({"MEL": table})
+    ranking = [row["near_auroc"] for row in means.values()]
+    assert ranking == sorted(ranking, reverse=True)
+    as_served = unknowns.served(Predictor(bundle), frame[frame["split"] == "test"], far_images(2))
+    assert all(figures["images"] == 2 for figures in as_served.values())
+    text = unknowns.markdown({"means": means, "held_out": {"MEL": table}, "served": as_served})
+    assert "| noise |" in text
+    # read again from JSON, which sorts its keys, every figure still stands under its name
+    again = json.loads(json.dumps({"means": means, "held_out": {"MEL": table}, "served": as_served}, sort_keys=True))
+    assert unknowns.markdown(again) == text
+    best = next(iter(means))
+    assert f"| `{best}` | {means[best]['near_auroc']:.3f} | {means[best]['near_fpr_at_95']:.3f} |" in text
+    assert text.count("\n| `") == len(DETECTORS)
+    assert "| MEL | 48 |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_study_trains_what_it_lacks_and_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    manifest = own_lesions(tmp_path / "data")
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("architecture: test_vit\nimage_size: 32\nbatch_size: 16\nepochs: 1\nbootstrap: 0\n")
+    command = [sys.executable, ROOT / "training" / "unknowns.py", "--data", manifest, "--out", tmp_path / "out",
+               "--config", preset, "--classes", "MEL"]  # fmt: skip
+    for trains in (True, False):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("Training without MEL" in done.stdout) is trains
+    study = json.loads((tmp_path / "out" / "unknowns.json").read_text())
+    assert list(study["held_out"]) == ["MEL"]
+    assert (tmp_path / "out" / "unknowns.md").is_file()

@@ -1,0 +1,113 @@
+"""ISIC 2019 submissions, and the challenge's own scoring of them: `python training/isic_scoring.py TRUTH SUBMISSION`.
+
+The scorer is the maintained package isic-challenge-scoring. It needs a pandas older than this project's, so it runs in
+an environment of its own, which uv makes (from the package index) and keeps.
+"""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import typer
+from numpy.typing import ArrayLike
+from rich.table import Table
+
+from handlers.files import atomic_file
+from handlers.taxonomy import CODES
+from training.terminal import console, errors
+
+SCORER = "isic-challenge-scoring==5.6"
+SCORER_NEEDS = "pandas<3"  # it calls DataFrame.applymap
+TIMEOUT = 600  # seconds; the first use fetches the scorer
+
+
+class ScoringError(ValueError):
+    """A submission that cannot be scored, with a sentence saying why."""
+
+
+def write_submission(path: Path, image_ids: Sequence[str] | pd.Series, probabilities: ArrayLike) -> None:
+    """Write probabilities (N, 9) in taxonomy order as the challenge takes them: image,MEL,NV,...,UNK."""
+    table = pd.DataFrame(np.asarray(probabilities), columns=list(CODES))
+    table.insert(0, "image", list(image_ids))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(table.to_csv(index=False, float_format="%.9g", lineterminator="\n").encode())
+
+
+def score(truth: Path, submission: Path) -> dict[str, Any]:
+    """The challenge's figures: {"per_category": {figure: {class: value}}, "macro_average": ..., "aggregate": ...}.
+
+    Images that only one of the files has are left out; the result says how many `images` are left.
+
+    Raises:
+        ScoringError: the files do not fit, or the scorer cannot be run.
+    """
+    frames = []
+    for path in (truth, submission):
+        try:
+            frame = pd.read_csv(path, encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise ScoringError(f"{path} cannot be read as a table: {error}") from error
+        if missing := [column for column in ("image", *CODES) if column not in frame]:
+            raise ScoringError(f"{path} lacks the column {', '.join(missing)}.")
+        frames.append(frame[["image", *CODES]])
+    common = set(frames[0]["image"]) & set(frames[1]["image"])
+    if not common:
+        raise ScoringError(f"{truth} and {submission} have no image in common.")
+    uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
+    if uv is None:
+        raise ScoringError("uv, which runs the challenge's scorer, is not there; `make env` installs it.")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("truth.csv", "submission.csv")]
+        for path, frame in zip(paths, frames, strict=True):
+            frame[frame["image"].isin(common)].to_csv(path, index=False)
+        command = [uv, "tool", "run", "--quiet", "--from", SCORER, "--with", SCORER_NEEDS, "isic-challenge-scoring"]
+        try:
+            done = subprocess.run(
+                [*command, "-o", "json", "classification", *map(str, paths)],
+                capture_output=True, text=True, timeout=TIMEOUT, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise ScoringError(f"The scorer did not answer in {TIMEOUT} s.") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise ScoringError(f"{SCORER} refuses: {said[-1] if said else 'it says nothing'}")
+    scored: dict[str, Any] = json.load(io.StringIO(done.stdout[done.stdout.index("{") :]))
+    return scored | {"images": len(common)}
+
+
+def main(
+    truth: Annotated[Path, typer.Argument(help="The challenge's ground truth: image,MEL,NV,BCC,AK,...,UNK.")],
+    submission: Annotated[Path, typer.Argument(help="Probabilities in the same form.")],
+) -> None:
+    """Score a submission as the ISIC 2019 challenge does.
+
+    Example:
+
+    python training/isic_scoring.py ISIC_2019_Test_GroundTruth.csv submission.csv
+    """
+    try:
+        scored = score(truth, submission)
+    except ScoringError as error:
+        errors.print(str(error))
+        raise SystemExit(1) from None
+    table = Table("figure", *CODES, "mean")
+    for name, values in scored["per_category"].items():
+        average = scored["macro_average"].get(name)
+        cells = [f"{values[code]:.3f}" if values.get(code) is not None else "" for code in CODES]
+        table.add_row(name, *cells, f"{average:.3f}" if average is not None else "")
+    console.print(f"{scored['images']:,} images")
+    console.print(table)
+    console.print(f"balanced accuracy {scored['aggregate']['balanced_accuracy']:.4f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

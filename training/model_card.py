@@ -1,0 +1,149 @@
+"""Write MODEL_CARD.md: its words from model_card.template.md, its numbers from what the evaluations wrote.
+
+    python training/model_card.py
+
+reads docs/evaluation/ (metrics.json, unknowns.json, stress.json, explanations.json) and the shipped bundle.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from handlers.bundle import Bundle, BundleError
+from handlers.files import atomic_file
+from handlers.taxonomy import KNOWN_CODES
+from training import stress, unknowns
+from training.assessment import slice_order
+from training.config import ROOT
+from training.terminal import console, errors
+
+TEMPLATE = ROOT / "training" / "model_card.template.md"
+CARD = ROOT / "MODEL_CARD.md"
+EVALUATION = ROOT / "docs" / "evaluation"
+SHIPPED = ROOT / "model_store" / "skin_vit"
+FIGURES = {
+    "accuracy": "accuracy",
+    "balanced accuracy, 8 classes": "balanced_accuracy",
+    "balanced accuracy, UNK counted as wrong": "balanced_accuracy_9",
+    "macro F1": "macro_f1",
+    "weighted F1": "weighted_f1",
+    "macro AUC": "macro_auc",
+    "expected calibration error (15 bins)": "ece",
+    "Brier score": "brier",
+    "negative log-likelihood": "nll",
+    "area under risk-coverage": "aurc",
+}
+CLASS_FIGURES = {
+    "recall": "recall",
+    "precision": "precision",
+    "specificity": "specificity",
+    "AUC": "auc",
+    "AUC above 80 % sensitivity": "auc_above_80",
+    "specificity at 95 % sensitivity": "specificity_at_95",
+}
+
+
+def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
+    """The card's text. Raises BundleError for a damaged bundle, OSError or KeyError for figures that are missing."""
+    told = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(evaluation.glob("*.json"))}
+    loaded = Bundle.load(bundle)
+    config, test, held_out = loaded.config.to_dict(), told["metrics"], told["unknowns"]["held_out"]
+    melanoma = test["per_class"]["MEL"]
+    coverage = test["conformal"]["coverage_per_class"]
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        bundle=config,
+        evidence=config["evidence"],
+        fingerprint=config["evidence"]["dataset_fingerprint"][:15],
+        megabytes=sum(file["bytes"] for file in loaded.files.values()) / 1e6,
+        all_images=sum(config["evidence"]["images"].values()),
+        test=test,
+        figures=_figures(test),
+        classes=_classes(test),
+        slices=_slices(test["slices"]),
+        missed=1 / (1 - melanoma["recall"]),
+        alarms=1 - melanoma["specificity_at_95"],
+        level=config["calibration"]["conformal"]["confidence_level"],
+        coverage=", ".join(f"{code} {coverage[code]:.0%}" for code in KNOWN_CODES if code in coverage),
+        no_rejection=sum(table["called_malignant_by_all"] for table in held_out.values()) / len(held_out),
+        unknowns=unknowns.markdown(told["unknowns"]).strip(),
+        stress=stress.markdown(told["stress"]["faults"]).strip(),
+        explanations=told["explanations"],
+    )
+
+
+def _figures(test: dict[str, Any]) -> str:
+    values = test["summary"] | {"balanced_accuracy_9": test["balanced_accuracy_9"]}
+    lines = ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
+    for name, key in FIGURES.items():
+        low, high = test["intervals_95"][key]
+        lines.append(f"| {name} | {values[key]:.3f} | {low:.3f} to {high:.3f} |")
+    return "\n".join(lines)
+
+
+def _classes(test: dict[str, Any]) -> str:
+    lines = [f"| class | images | {' | '.join(CLASS_FIGURES)} |", "| --- " * (2 + len(CLASS_FIGURES)) + "|"]
+    for code in KNOWN_CODES:  # JSON keeps no order
+        figures = test["per_class"][code]
+        cells = [
+            _with_interval(figures[key], test["per_class_intervals_95"][code][key]) for key in CLASS_FIGURES.values()
+        ]
+        lines.append(f"| {code} | {figures['support']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _slices(slices: dict[str, Any]) -> str:
+    lines = ["| slice | images | lesions | classes | accuracy | balanced accuracy | macro AUC | ECE |"]
+    lines.append("| --- " * 8 + "|")
+    for column in ("source", "site", "sex", "age"):
+        values = slices[column]
+        for value, entry in sorted(values.items(), key=lambda item: slice_order(column, item[0])):
+            drawn = entry.get("intervals_95", {})
+            names = ("accuracy", "balanced_accuracy", "macro_auc", "ece")
+            cells = [_with_interval(entry.get(name), drawn.get(name)) for name in names]
+            counts = f"{entry['images']} | {entry['lesions']} | {entry['classes']}"
+            lines.append(f"| {column}: {value} | {counts} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_interval(value: float | None, interval: list[float] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else "")
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="The bundle that the card is of.")] = SHIPPED,
+    evaluation: Annotated[Path, typer.Option(help="Folder with the evaluations' JSON files.")] = EVALUATION,
+    out: Annotated[Path, typer.Option(help="The card.")] = CARD,
+) -> None:
+    """Write the model card of a bundle from its evaluations.
+
+    Example, after training, for a model to ship:
+
+    python training/export.py runs/NAME/bundle model_store/skin_vit
+
+    python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --out docs/evaluation
+
+    python training/stress.py --bundle model_store/skin_vit --data data/manifest.csv --out docs/evaluation
+
+    python training/explanations.py --bundle model_store/skin_vit --data data/manifest.csv --out docs/evaluation
+
+    python training/model_card.py
+    """
+    try:
+        text = render(bundle, evaluation)
+    except (BundleError, OSError, ValueError) as error:
+        errors.print(str(error))
+        raise SystemExit(1) from None
+    except KeyError as error:
+        errors.print(f"The evaluations in {evaluation} lack {error}; run them again (--help says how).")
+        raise SystemExit(1) from None
+    with atomic_file(out) as file:
+        file.write(text.encode())
+    console.print(f"Written: {out}.")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,291 @@
+"""How well a model says "none of the above": `python training/unknowns.py --data MANIFEST --out DIR`.
+
+ISIC 2019 has no training images of UNK, so the question is asked of models that were never shown a class: each class
+is held out in turn, a small network trained on the rest (training/configs/held_out.yaml), and the images of the class
+are its unknowns. These near unknowns are the headline; far ones (training/far_images.py) are easy and stand apart.
+Every detector of training/detectors.py is judged on the same features and logits.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.table import Table
+
+from handlers.bundle import Bundle, BundleError, write_json
+from handlers.graph import serving_module
+from handlers.predictor import Prediction, Predictor, Request
+from handlers.preprocessing import Preprocessing
+from handlers.taxonomy import BY_CODE, KNOWN_CODES, UNKNOWN
+from training import metrics
+from training.assessment import unknown_figures
+from training.config import ROOT
+from training.dataset import DataError, build_cache
+from training.detectors import DETECTORS, Known, Outputs
+from training.evaluate import ask, nine_of
+from training.far_images import far_images
+from training.manifest import COLUMNS, ManifestError, fingerprint, read_manifest
+from training.terminal import console, errors
+
+BATCH = 128
+FAR_IMAGES = 40  # of each kind
+FALSE_ALARM = 0.05  # the share of known lesions that a threshold calls unknown, as in FPR at 95 %
+MIN_IMAGES = 30  # of a class to be held out
+SERVED = "vim"  # the detector that training/finish.py gives to a bundle
+FIGURES = {
+    "near AUROC": "near_auroc",
+    "near FPR at 95 %": "near_fpr_at_95",
+    "called malignant": "near_called_malignant",
+    "far AUROC": "far_auroc",
+    "far FPR at 95 %": "far_fpr_at_95",
+}
+
+
+class StudyError(RuntimeError):
+    """A class that cannot be held out, or a model that was not trained, with a sentence saying why."""
+
+
+def hold_out(frame: pd.DataFrame, code: str, most: int = 0) -> pd.DataFrame:
+    """The manifest without a class: its images become UNK and test, whatever split they were in.
+
+    Images that share a lesion with another class are dropped, since the model may see that lesion.
+
+    Args:
+        most: keep at most this many training images of a class (those with the smallest hashes); 0: all.
+
+    Raises:
+        StudyError: nothing of the class is left.
+    """
+    others = set(frame.loc[frame["label"] != code, "lesion_id"])
+    frame = frame[(frame["label"] != code) | ~frame["lesion_id"].isin(others)].copy()
+    mine = frame["label"] == code
+    if not mine.any():
+        raise StudyError(f"No image of {code} can be held out: there is none, or each shares its lesion with another.")
+    frame.loc[mine, ["label", "split"]] = [UNKNOWN, "test"]
+    if most:
+        training = frame[frame["split"] == "train"].sort_values("sha256")
+        frame = frame.drop(training.index[training.groupby("label").cumcount() >= most])
+    return frame.reset_index(drop=True)
+
+
+def train_without(frame: pd.DataFrame, code: str, config: str, folder: Path, cache: Path, most: int) -> Bundle:
+    """The bundle of a model that never saw `code`, trained now unless `folder` holds it. Raises StudyError."""
+    if not (folder / "bundle").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = hold_out(frame, code, most)
+        rows.assign(image=rows["path"])[list(COLUMNS)].to_csv(folder / "manifest.csv", index=False)
+        command = [sys.executable, str(ROOT / "training" / "train.py")]
+        if (folder / "last.pt").is_file():
+            command += ["--resume", str(folder)]
+        else:
+            command += ["--config", config, "--output", str(folder), f"name=without_{code}"]
+            command += [f"manifest={folder / 'manifest.csv'}", f"cache_dir={cache}"]
+        console.print(f"Training without {code}: {int((rows['split'] == 'train').sum()):,} images, {folder}.")
+        if subprocess.run(command, check=False).returncode:
+            raise StudyError(
+                f"The model without {code} was not trained; its messages are above, its files in {folder}."
+            )
+    return Bundle.load(folder / "bundle")
+
+
+class Extractor:
+    """Features and logits of a bundle's network: pixels uint8 (N, S, S, 3) to Outputs."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        module = serving_module(bundle)
+        self.backbone, self.module = module.cam.backbone, module
+        head = self.backbone.get_classifier()
+        if not isinstance(head, torch.nn.Linear):
+            raise StudyError("Detectors need a head of one linear layer; choose a preset without head_hidden.")
+        self.weight, self.bias = (t.detach().double().numpy() for t in (head.weight, head.bias))
+
+    @torch.inference_mode()
+    def __call__(self, pixels: NDArray[np.uint8]) -> Outputs:
+        features = []
+        for start in range(0, len(pixels), BATCH):
+            batch = torch.tensor(pixels[start : start + BATCH]).float() * self.module.scale + self.module.offset
+            tokens = self.backbone.forward_features(batch.permute(0, 3, 1, 2))
+            features.append(self.backbone.forward_head(tokens, pre_logits=True).double().numpy())
+        together = np.concatenate(features)
+        return Outputs(together, together @ self.weight.T + self.bias)
+
+
+def judge(bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]], cache: Path) -> dict[str, Any]:
+    """Every detector on one held-out model: near unknowns (the UNK rows of its manifest), and far ones by kind.
+
+    Detectors are fitted on the validation split, as in training/finish.py: on the training images a network's features
+    are closer together than on any others. The thresholds of `called_malignant` (the share of unknowns that pass
+    and get a malignant class) let FALSE_ALARM of the calibration split be called unknown, as serving does.
+    """
+    classes, preprocessing = bundle.config.classes, bundle.config.preprocessing
+    extract = Extractor(bundle)
+    unknown = rows["label"] == UNKNOWN
+
+    def outputs(chosen: pd.Series) -> Outputs:
+        return extract(build_cache(rows[chosen].reset_index(drop=True), preprocessing, cache))
+
+    fitted = (rows["split"] == "val") & ~unknown
+    labels = rows.loc[fitted, "label"].map(classes.index).to_numpy(np.int64)
+    known = Known(outputs(fitted), labels, extract.weight, extract.bias)
+    parts = {"calibration": outputs((rows["split"] == "calibration") & ~unknown)}
+    parts["test"], parts["near"] = outputs((rows["split"] == "test") & ~unknown), outputs(unknown)
+    kinds = {kind: extract(_squash(pictures, preprocessing)) for kind, pictures in far.items()}
+    y = rows.loc[(rows["split"] == "test") & ~unknown, "label"].map(classes.index).to_numpy(np.int64)
+
+    table: dict[str, Any] = {
+        "images": int(unknown.sum()),
+        "known_images": len(y),
+        "balanced_accuracy": metrics.balanced_accuracy(y, parts["test"].logits),
+        "called_malignant_by_all": float(_malignant(parts["near"], classes).mean()),
+        "detectors": {},
+    }
+    for name, fit in DETECTORS.items():
+        score = fit(known)
+        limit, at_test, at_near = (
+            np.quantile(score(parts["calibration"]), 1 - FALSE_ALARM),
+            *map(score, (parts["test"], parts["near"])),
+        )
+        passes = at_near <= limit
+        table["detectors"][name] = {
+            "near": metrics.detection(at_test, at_near)
+            | {"called_malignant": float((passes & _malignant(parts["near"], classes)).mean())},
+            "far": {kind: metrics.detection(at_test, score(out)) for kind, out in kinds.items()},
+        }
+    return table
+
+
+def served(predictor: Predictor, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]]) -> dict[str, Any]:
+    """A bundle's own ninth probability, as served: training.assessment.unknown_figures of each kind of far picture.
+
+    Args:
+        rows: of known lesions that the bundle has not seen.
+    """
+    known = nine_of(ask(predictor, rows))
+    table = {}
+    for kind, pictures in far.items():
+        encoded = [cv2.imencode(".png", picture[..., ::-1])[1].tobytes() for picture in pictures]
+        answers = predictor.predict([Request(data, gradcam="none") for data in encoded])
+        table[kind] = unknown_figures(known, nine_of([a for a in answers if isinstance(a, Prediction)]))
+    return table
+
+
+def summarise(held_out: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over the held-out classes (and, for far, over the kinds), best near AUROC first."""
+    means = {}
+    for name in DETECTORS:
+        tables = [table["detectors"][name] for table in held_out.values()]
+        far = [figures for table in tables for figures in table["far"].values()]
+        means[name] = {
+            "near_auroc": float(np.mean([table["near"]["auroc"] for table in tables])),
+            "near_fpr_at_95": float(np.mean([table["near"]["fpr_at_95"] for table in tables])),
+            "near_called_malignant": float(np.mean([table["near"]["called_malignant"] for table in tables])),
+            "far_auroc": float(np.mean([figures["auroc"] for figures in far])),
+            "far_fpr_at_95": float(np.mean([figures["fpr_at_95"] for figures in far])),
+        }
+    return dict(_ranked(means))
+
+
+def _ranked(means: dict[str, dict[str, float]]) -> list[tuple[str, dict[str, float]]]:
+    return sorted(means.items(), key=lambda item: (-item[1]["near_auroc"], -item[1]["far_auroc"], item[0]))
+
+
+def _squash(pictures: Sequence[NDArray[np.uint8]], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    side = (preprocessing.image_size, preprocessing.image_size)
+    return np.stack([np.asarray(cv2.resize(picture, side, interpolation=cv2.INTER_AREA)) for picture in pictures])
+
+
+def _malignant(out: Outputs, classes: Sequence[str]) -> NDArray[np.bool_]:
+    malignant = np.array([BY_CODE[code].malignant for code in classes])
+    return np.asarray(malignant[out.logits.argmax(1)])
+
+
+def markdown(study: dict[str, Any]) -> str:
+    """The study as tables for people; in an order of its own, as JSON keeps none."""
+    ranked = _ranked(study["means"])
+    means = [[f"`{name}`", *(f"{row[key]:.3f}" for key in FIGURES.values())] for name, row in ranked]
+    lines = _table(["detector", *FIGURES], means)
+    detectors = ("max_softmax", "energy", SERVED)
+    rows = []
+    for code in (code for code in KNOWN_CODES if code in study["held_out"]):
+        table = study["held_out"][code]
+        near = (table["detectors"][name]["near"]["auroc"] for name in detectors)
+        rows.append((code, f"{table['images']:,}", table["balanced_accuracy"], *near))
+    head = ["held out", "images", "balanced accuracy of the rest", *(f"near AUROC, `{name}`" for name in detectors)]
+    lines += ["", *_table(head, rows)]
+    if study["served"]:
+        shown = [
+            (kind, row["auroc"], row["fpr_at_95"], row["recall"], row["called_malignant"])
+            for kind, row in sorted(study["served"].items())
+        ]
+        head = ["far pictures, this model as served", "AUROC", "FPR at 95 %", "called UNK", "called malignant"]
+        lines += ["", *_table(head, shown)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> list[str]:
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells)]
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="A manifest.csv, as prepare_data writes it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the held-out models, unknowns.json and unknowns.md.")],
+    config: Annotated[str, typer.Option(help="Preset of the held-out models.")] = "held_out",
+    classes: Annotated[
+        list[str] | None, typer.Option(help="A class to hold out; repeat for more. Default: all.")
+    ] = None,
+    most: Annotated[int, typer.Option(min=0, help="Training images of a class, at most; 0: all.")] = 1500,
+    bundle: Annotated[Path | None, typer.Option(help="Also show far pictures to this bundle, as it is served.")] = None,
+) -> None:
+    """Hold out each class in turn, and see which detector best tells it from the known ones.
+
+    Models that are in the folder already are not trained again, so an interrupted study goes on where it stopped.
+
+    Example:
+
+    python training/unknowns.py --data data/manifest.csv --out runs/unknowns --bundle model_store/skin_vit
+
+    python training/unknowns.py --data data/manifest.csv --out runs/unknowns --classes MEL --classes VASC
+    """
+    try:
+        frame = read_manifest(data)
+        counts = frame["label"].value_counts()
+        chosen = classes or [code for code in KNOWN_CODES if counts.get(code, 0) >= MIN_IMAGES]
+        if wrong := [code for code in chosen if code not in KNOWN_CODES or code not in counts]:
+            raise ManifestError(f"{data} has no class {', '.join(wrong)} to hold out.")
+        cache = out / "cache"
+        test = frame.loc[frame["split"] == "test", "path"].tolist()
+        far = far_images(FAR_IMAGES, corners=test)
+        held_out = {}
+        for code in chosen:
+            folder = out / f"without_{code}"
+            trained = train_without(frame, code, config, folder.resolve(), cache.resolve(), most)
+            held_out[code] = judge(trained, read_manifest(folder / "manifest.csv"), far, cache)
+            console.print(f"{code} judged.")
+        known = frame[(frame["split"] == "test") & frame["label"].isin(KNOWN_CODES)]
+        as_served = served(Predictor.load(bundle), known, far) if bundle else {}
+    except (ManifestError, BundleError, DataError, StudyError, OSError) as error:
+        errors.print(str(error))
+        raise SystemExit(1) from None
+    means = summarise(held_out)
+    study = {"data": fingerprint(frame), "config": config, "most": most, "means": means, "held_out": held_out}
+    study |= {"served": as_served}
+    write_json(out / "unknowns.json", study)
+    (out / "unknowns.md").write_text(markdown(study), encoding="utf-8")
+    shown = Table("detector", *FIGURES)
+    for name, figures in means.items():
+        shown.add_row(name, *(f"{figures[key]:.3f}" for key in FIGURES.values()))
+    console.print(shown)
+    console.print(f"Written to {out}.")
+
+
+if __name__ == "__main__":
+    typer.run(main)
