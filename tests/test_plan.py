@@ -134,9 +134,10 @@ def situations(draw):
     }
     serving, last_good, champion, challenger = draw(st.tuples(*[st.none() | RELEASE] * 4))
     default = sorted(loaded)[draw(st.integers(0, 3)) % len(loaded)] if loaded else None
-    last_good = last_good if last_good != serving else None
+    last_good = last_good if serving and last_good != serving else None  # nothing served before nothing
     withdrawn = draw(st.frozensets(RELEASE, max_size=2)) - {last_good}
-    actual = Actual(loaded, default, draw(SUBSET), draw(SUBSET), serving, last_good, withdrawn)
+    approved = draw(SUBSET) | ({serving} if serving else set())  # what serves was approved
+    actual = Actual(loaded, default, draw(SUBSET), approved, serving, last_good, withdrawn)
     known = draw(st.booleans())
     blocked = draw(st.frozensets(RELEASE, max_size=2))
     return Desired(champion if known else None, challenger if known else None, known, blocked), actual
@@ -190,6 +191,10 @@ def test_cut_off_after_any_step_it_comes_to_the_same_end(situation, cut):
     for step in plan(desired, actual)[:cut]:
         world.apply(step)
     world.reach(desired)
+    if number_is_taken(desired, actual) and not desired.wanted(desired.champion):
+        # Nobody says what shall serve, so the stand-in of a moment may stay.
+        assert world.answers() == whole.answers()
+        return
     assert (world.serving, world.default) == (whole.serving, whole.default)
 
 
