@@ -77,6 +77,8 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     --mount=type=bind,source=requirements/mlflow.txt,target=/requirements/mlflow.txt \
     --mount=type=bind,source=containers/install.sh,target=/install.sh \
     sh /install.sh mlflow
+ENV PYTHONPATH=/app
+COPY --chown=app handlers/__init__.py handlers/files.py handlers/
 COPY --chown=app containers/healthcheck.py containers/make_secrets.py containers/make_bucket.py containers/
 COPY --chown=app mlflow_tracking/mlflow_server.sh mlflow_tracking/
 USER app

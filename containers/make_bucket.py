@@ -5,12 +5,11 @@ Runs at every start with the root keys, which nobody else holds. Can be repeated
 
 import configparser
 import json
-import re
 import sys
 import time
-from pathlib import Path
 
 import urllib3
+from dotenv import dotenv_values
 from minio import Minio, MinioAdmin
 from minio.credentials import StaticProvider
 from minio.error import MinioAdminException, MinioException
@@ -44,8 +43,8 @@ ALLOWED = {
 
 def root_keys() -> tuple[str, str]:
     """User and password out of the store's own settings file."""
-    values = dict(re.findall(r'^export (\w+)="(.*)"$', Path("/secrets/minio/config.env").read_text(), re.MULTILINE))
-    return values["MINIO_ROOT_USER"], values["MINIO_ROOT_PASSWORD"]
+    values = dotenv_values("/secrets/minio/config.env")
+    return str(values["MINIO_ROOT_USER"]), str(values["MINIO_ROOT_PASSWORD"])
 
 
 def mlflow_keys() -> tuple[str, str]:

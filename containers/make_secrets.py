@@ -17,6 +17,8 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
+from handlers.files import atomic_file
+
 ENV_FILE = Path("/project/.env")
 SECRETS = Path("/secrets")
 KEPT = "kept/secrets.json"
@@ -91,16 +93,6 @@ def files(value: dict[str, str]) -> dict[str, tuple[str, int]]:
     }
 
 
-def write(path: Path, content: str, mode: int) -> None:
-    """Beside its place, then renamed: an interrupted start leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    temporary.touch(0o600)
-    temporary.write_text(content)
-    temporary.chmod(mode)
-    temporary.replace(path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rotate", action="store_true", help="make new secrets in place of those in force")
@@ -116,7 +108,9 @@ def main() -> int:
         print("The kept secrets are damaged; make new ones with --rotate.", file=sys.stderr)
         return 1
     for name, (content, mode) in files(chosen).items():
-        write(SECRETS / name, content, mode)
+        with atomic_file(SECRETS / name) as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(content.encode())
     changed = [name for name in NAMES if chosen[name] != kept.get(name)]
     print(f"Secrets are in place; new or changed: {', '.join(changed) or 'none'}.")
     return 0

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from handlers.bundle import Bundle, write_json
 from handlers.graph import serving_module
+from mlflow_tracking.settings import MODEL_NAME, Settings
 from training.checkpoints import LAST, load
 from training.config import PRESETS, ROOT, load_config
 from training.dataset import build_cache
@@ -106,12 +107,10 @@ def gradcam_difference(bundle: Bundle, rows: pd.DataFrame, cache: Path) -> float
 
 def promote(bundle: Bundle) -> float:
     """Register, promote and ask over REST; the largest difference of a golden probability. Raises CheckError."""
-    from mlflow_tracking.settings import Settings
-
     command = [sys.executable, str(ROOT / "scripts" / "register_model.py"), "--bundle", str(bundle.path)]
     if subprocess.run([*command, "--alias", "champion"], check=False, stdout=subprocess.DEVNULL).returncode:
         raise CheckError("The stack did not register it; is it running (`make up`)?")
-    url = f"{Settings().torchserve_url}/predictions/skin_vit"
+    url = f"{Settings().inference_url}/predictions/{MODEL_NAME}"
     cases, end = bundle.golden(), time.monotonic() + PROMOTION_SECONDS
     header = {"Content-Type": "application/octet-stream"}
     while time.monotonic() < end:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from tests.conftest import ROOT, free_ports
+from tests.waiting import eventually
 
 PORTS = ("STREAMLIT_PORT", "MLFLOW_PORT", "TORCHSERVE_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
 PROJECT = "skin-lesion-test"
@@ -95,13 +96,7 @@ class Compose:
         return httpx.request(method, address, timeout=30, trust_env=False, **given).raise_for_status().json()
 
     def wait_for(self, what: Callable[[], object], seconds: float = 120) -> float:
-        """Wait until `what()` is true; HTTP that fails counts as not yet. Seconds that it took."""
+        """Wait until `what()` is true (tests.waiting.eventually); seconds that it took."""
         began = time.monotonic()
-        while True:
-            try:
-                if what():
-                    return time.monotonic() - began
-            except httpx.HTTPError:
-                pass
-            assert time.monotonic() - began < seconds, f"still not so after {seconds} s:\n{self('ps', '--all').stdout}"
-            time.sleep(0.5)
+        eventually(what, seconds, lambda: self("ps", "--all").stdout)
+        return time.monotonic() - began

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
@@ -181,18 +180,6 @@ class Stack:
         for name in PORTS:
             with socket.socket() as probe:
                 assert probe.connect_ex(("127.0.0.1", int(self.env[name]))), f"{name} still answers"
-
-    def wait_for(self, what: Callable[[], object], seconds: float = 60, every: float = 0.25) -> object:
-        """The first true value of `what()`; HTTP that fails counts as not yet."""
-        end = time.monotonic() + seconds
-        while True:
-            try:
-                if value := what():
-                    return value
-            except httpx.HTTPError:
-                pass
-            assert time.monotonic() < end, f"still not so after {seconds} s"
-            time.sleep(every)
 
 
 @pytest.fixture(scope="session")

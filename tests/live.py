@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -211,16 +210,3 @@ class Promotion:
     def kill(self) -> None:
         os.kill(self.server.process.pid, signal.SIGKILL)
         self.server.process.wait()
-
-
-def eventually(what: Callable[[], object], seconds: float = 60) -> object:
-    """The first true value; a server that does not answer counts as not yet."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            if value := what():
-                return value
-        except httpx.HTTPError:
-            pass
-        assert time.monotonic() < end, "still not so"
-        time.sleep(0.1)

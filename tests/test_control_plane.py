@@ -23,8 +23,9 @@ from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.status import status
 from mlflow_tracking.registry import CURRENT, EVALUATION_SET
 from streamlit_app.client import Promotion as Page
-from tests.live import NOWHERE, Promotion, eventually, run_script, torchserve_server, variant
+from tests.live import NOWHERE, Promotion, run_script, torchserve_server, variant
 from tests.models import tiny_bundle
+from tests.waiting import eventually
 from training.synthetic import draw_lesion
 
 pytest_plugins = ["tests.fixtures_registry"]

@@ -26,7 +26,8 @@ from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.registry import Registry
 from tests.conftest import ROOT
-from tests.live import Promotion, eventually, mlflow_server, torchserve_server
+from tests.live import Promotion, mlflow_server, torchserve_server
+from tests.waiting import eventually
 
 pytest_plugins = ["tests.fixtures_registry"]
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]

@@ -25,7 +25,8 @@ import pytest
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.registry import Registry
 from tests.conftest import ROOT, free_ports
-from tests.live import NOWHERE, Promotion, eventually, run_script, torchserve_server, variant
+from tests.live import NOWHERE, Promotion, run_script, torchserve_server, variant
+from tests.waiting import eventually
 
 pytest_plugins = ["tests.fixtures_registry"]
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]

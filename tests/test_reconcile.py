@@ -10,229 +10,21 @@
 - what a person rolled back from is no last good version; archives that nobody needs go, the youngest last.
 """
 
-import json
 import os
-import shutil
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.bundle import GOLDEN, WEIGHTS, Bundle, BundleConfig, seal
-from handlers.calibration import Calibration
-from handlers.preprocessing import Preprocessing
-from handlers.taxonomy import KNOWN_CODES
+from handlers.bundle import WEIGHTS, Bundle
 from mlflow_tracking.promotion import archive, execute, ledger, reconcile
 from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.audit import AuditLog, Head
-from mlflow_tracking.promotion.execute import Executor
 from mlflow_tracking.promotion.gates.base import Candidate
 from mlflow_tracking.promotion.gates.identity import DigestAndSignature, GoldenParity
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.reconcile import Event, Reconciler
-from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServeError, TorchServeUnavailable
-from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable
-from mlflow_tracking.settings import Settings
-
-
-class Killed(BaseException):
-    """The promoter dies here."""
-
-
-@dataclass
-class Doors:
-    """Counts calls to the servers; at number `kill_at` the promoter dies, before the call or after its effect."""
-
-    kill_at: float = float("inf")
-    after: bool = False
-    calls: int = 0
-
-    def call(self, effect):
-        self.calls += 1
-        if self.calls == self.kill_at and not self.after:
-            raise Killed
-        result = effect()
-        if self.calls == self.kill_at:
-            raise Killed
-        return result
-
-
-@dataclass
-class FakeRegistry:
-    doors: Doors
-    bundles: dict[str, Path] = field(default_factory=dict)
-    tags: dict[str, dict[str, str]] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    up: bool = True
-    fetched: list[str] = field(default_factory=list)
-    reports: list[tuple[str, set[str]]] = field(default_factory=list)
-    notes: dict[str, str] = field(default_factory=dict)
-
-    def _say(self, effect):
-        if not self.up:
-            raise RegistryUnavailable("MLflow is away.")
-        return self.doors.call(effect)
-
-    def resolve(self, alias):
-        return self._say(lambda: self._version(self.aliases[alias]) if alias in self.aliases else None)
-
-    def version(self, number):
-        return self._say(lambda: self._version(number))
-
-    def _version(self, number):
-        tags = dict(self.tags[number])
-        return RegisteredVersion(number, tags.get("digest"), tags=tags)
-
-    def tag(self, number, tags):
-        self._say(lambda: self.tags[number].update(tags))
-
-    def evaluation_set(self):
-        return self._say(lambda: None)
-
-    def signature(self, number):
-        return self._say(lambda: None)
-
-    def log_report(self, number, folder, name):
-        self._say(lambda: self.reports.append((number, {path.name for path in folder.iterdir()})))
-
-    def set_note(self, name, value):
-        self._say(lambda: self.notes.update({name: value}))
-
-    def download_bundle(self, number, folder):
-        self.fetched.append(number)
-        return self._say(lambda: Path(shutil.copytree(self.bundles[number], folder / "bundle")))
-
-
-@dataclass
-class FakeTorchServe:
-    """TorchServe's rules, as the live tests have found them."""
-
-    doors: Doors
-    store: Path
-    loaded: dict[str, str] = field(default_factory=dict)
-    default_version: str | None = None
-    up: bool = True
-    broken: set[str] = field(default_factory=set)  # versions whose workers do not start
-    shift: dict[str, float] = field(default_factory=dict)  # versions that answer wrongly
-    precision: str = "f32"
-
-    def _say(self, effect):
-        if not self.up:
-            raise TorchServeUnavailable("TorchServe is away.")
-        return self.doors.call(effect)
-
-    def versions(self):
-        return self._say(lambda: {v: ServedVersion(v, a, 1, 1) for v, a in self.loaded.items()})
-
-    def default(self):
-        return self._say(lambda: self.default_version)
-
-    def register(self, archive, workers):
-        def effect():
-            version = archive.split("-")[1]
-            assert (self.store / archive).exists()
-            if version in self.loaded:
-                raise TorchServeError(409, "registered already")
-            self.loaded[version] = archive
-            self.default_version = self.default_version or version
-
-        self._say(effect)
-
-    def wait_ready(self, version, timeout, each=None):
-        return self._say(lambda: version in self.loaded and version not in self.broken)
-
-    def set_default(self, version):
-        def effect():
-            assert version in self.loaded
-            self.default_version = version
-
-        self._say(effect)
-
-    def drain(self, version):
-        assert version != self.default_version or len(self.loaded) == 1
-
-    def unregister(self, version):
-        def effect():
-            if version == self.default_version and len(self.loaded) > 1:
-                raise TorchServeError(403, "Cannot remove default version")
-            self.loaded.pop(version, None)
-            self.default_version = self.default_version if self.loaded else None
-
-        self._say(effect)
-
-    def predict(self, image, version):
-        def effect():
-            bundle = json.loads(image)
-            shift = self.shift.get(version, 0.0)
-            return {
-                "model": {"version": version, "digest": bundle["digest"], "precision": self.precision},
-                "probabilities": {"MEL": 0.5 + shift, "NV": 0.5 - shift},
-            }
-
-        return self._say(effect)
-
-
-@dataclass
-class World:
-    folder: Path
-    doors: Doors = field(default_factory=Doors)
-    events: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.registry = FakeRegistry(self.doors)
-        self.torchserve = FakeTorchServe(self.doors, self.folder / "store")
-        self.torchserve.store.mkdir(parents=True)
-        for version in "123":
-            self.add(version)
-
-    def add(self, version: str) -> None:
-        folder = self.folder / f"bundle{version}"
-        (folder / "golden").mkdir(parents=True)
-        (folder / WEIGHTS).write_bytes(version.encode())
-        (folder / GOLDEN).write_text("[]")
-        config = BundleConfig("skin_vit", "vit", {}, KNOWN_CODES, Preprocessing(64), Calibration(), {"v": version})
-        self.registry.bundles[version] = folder
-        self.registry.tags[version] = {"digest": seal(folder, config).digest}
-
-    def promoter(self) -> Reconciler:
-        executor = Executor(self.torchserve.store, self.registry, self.torchserve, (Golden(),), self.folder / "cache")
-
-        def tell(event: Event) -> None:
-            if event.state not in ("begun", "running"):
-                self.events.append(f"{event.step} {event.state}")
-
-        return Reconciler(Settings(model_store=self.torchserve.store), self.registry, executor, tell)
-
-    def serve(self, version: str) -> None:
-        self.registry.aliases["champion"] = version
-        self.promoter().reconcile()
-        assert self.torchserve.default_version == version
-        assert self.promoter().reconcile().settled
-        self.events.clear()
-
-    def status(self, version: str) -> str | None:
-        return self.registry.tags[version].get("serving.status")
-
-
-class Golden(GoldenParity):
-    """With golden pictures that tell the stand-in which bundle it is to play; it has no checkpoint."""
-
-    checkpoint: bool = False
-
-    def evaluate(self, candidate):
-        case = _Case(candidate.release)
-        bundle = type("Golden", (), {"golden": lambda self: [case]})()
-        return super().evaluate(replace(candidate, bundle=bundle))
-
-
-class _Case:
-    name = "golden/MEL.jpg"
-    probabilities = {"MEL": 0.5, "NV": 0.5}  # noqa: RUF012
-
-    def __init__(self, release: Release) -> None:
-        self.image = json.dumps({"digest": release.digest}).encode()
+from mlflow_tracking.promotion.reconcile import Reconciler
+from tests.reconcile_world import Golden, Killed, World, full_disk
 
 
 @pytest.fixture
@@ -348,11 +140,8 @@ def test_a_full_disk_is_a_failure_with_its_reason(world, monkeypatch):
     world.serve("1")
     world.registry.aliases["champion"] = "2"
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(execute.archives, "build", full)
+        patch.setattr(execute.archives, "build", full_disk)
         promoter = world.promoter()
         assert "No space left on device" in promoter.reconcile().errors[0]
     assert "No space left" in world.registry.tags["2"]["serving.reason"]
@@ -623,11 +412,8 @@ def test_a_store_that_cannot_be_written_is_told_and_nothing_is_taken_away(world,
     world.serve("1")
     world.registry.aliases["champion"] = "2"
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(AuditLog, "append", full)
+        patch.setattr(AuditLog, "append", full_disk)
         result = world.promoter().reconcile()
     assert "cannot be kept" in result.errors[0]
     assert "No space left on device" in result.errors[0]

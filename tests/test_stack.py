@@ -27,6 +27,7 @@ from playwright.sync_api import Page, expect
 from handlers.taxonomy import CODES
 from tests.chromium import chromium
 from tests.models import tiny_bundle
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 SWAP_SECONDS = 20  # from moved alias to served version, on a machine that has nothing else to do
@@ -103,7 +104,7 @@ def assert_swaps(stack, image: bytes, version: str, move: Callable[[], object]) 
     with steady_requests(stack, image) as results:
         move()
         moved = time.monotonic()
-        stack.wait_for(lambda: results and results[-1] == (200, version), allowed)
+        eventually(lambda: results and results[-1] == (200, version), allowed)
         print(f"served {time.monotonic() - moved:.1f} s after the alias was moved")
         time.sleep(3)  # the older version is drained and retired in this time
     assert {status for status, _ in results} == {200}
@@ -291,22 +292,22 @@ def test_a_killed_process_comes_back(stack, image, program, part):
     def running() -> set[psutil.Process]:
         return {process for process, command in stack.processes().items() if program in command}
 
-    before = stack.wait_for(running, 60)  # the part before it may only just be back
+    before = eventually(running, 60)  # the part before it may only just be back
     for process in before:
         process.kill()
     psutil.wait_procs(before, 10)
     began = time.monotonic()
-    stack.wait_for(lambda: running() - before, 120)
+    eventually(lambda: running() - before, 120)
     for answers in [ready(stack, image)[part]] if program != "supervisor.supervisord" else ready(stack, image).values():
-        stack.wait_for(answers, 120)
+        eventually(answers, 120)
     print(f"{program} was back after {time.monotonic() - began:.0f} s")
-    stack.wait_for(lambda: stack.run("scripts/stack.py", "status").returncode == 0, 60)
+    eventually(lambda: stack.run("scripts/stack.py", "status").returncode == 0, 60)
 
 
 def test_nothing_is_left_when_up_itself_is_killed(stack):
     stack.process.kill()
     stack.process.wait()
-    stack.wait_for(lambda: not stack.processes(), 30)
+    eventually(lambda: not stack.processes(), 30)
     assert "Nothing was running" in stack.run("scripts/stack.py", "down").stdout
     stack.assert_gone()
 

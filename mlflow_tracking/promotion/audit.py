@@ -47,6 +47,8 @@ class AuditLog:
         self.path = store / AUDIT
         self._mark: tuple[int, int] | None = None
         self._rows: list[dict[str, Any]] = []
+        # Bytes of whole lines, and whether half a line follows them.
+        self._whole, self._torn = 0, False
 
     def append(self, event: str, by: str, **fields: Any) -> None:
         """Write one line, synced to disk. Fields that are None are left out."""
@@ -104,8 +106,6 @@ class AuditLog:
             elif rows[anchor.seq - 1]["hash"] != anchor.hash:
                 faults.append(f"Line {anchor.seq} is not the one the registry knows: the log was written anew.")
         return faults
-
-    _torn, _whole = False, 0
 
 
 def line_hash(row: dict[str, Any]) -> str:

@@ -151,7 +151,7 @@ class Judge:
                 verdict = gate.skips(f"not asked, since {decided} failed")
                 verdicts.append(verdict)
                 continue
-            candidate.progress(f"{gate.name}")
+            candidate.progress(gate.name)
             verdict = gate.evaluate(candidate)
             verdicts.append(replace(verdict, blocks=gate.blocks(verdict, candidate)))
             if gate.decisive and verdict.outcome is Outcome.FAILED:
