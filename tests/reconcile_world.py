@@ -143,7 +143,7 @@ class FakeTorchServe:
 
         self._say(effect)
 
-    def predict(self, image, version):
+    def predict(self, image, version, metadata=None):
         def effect():
             bundle = json.loads(image)
             shift = self.shift.get(version, 0.0)

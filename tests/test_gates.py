@@ -81,14 +81,14 @@ class Server:
     asked: int = 0
     fail: list[int] = field(default_factory=list)  # statuses of the next answers
 
-    def predict(self, image: bytes, version: str) -> dict:
+    def predict(self, image: bytes, version: str, metadata: dict | None = None) -> dict:
         self.asked += 1
         if self.fail:
             raise TorchServeError(self.fail.pop(0), "busy")
         time.sleep(self.seconds)
         model = {"digest": self.digests[version], "precision": "f32"}
         for case in self.bundle.golden():
-            if case.image == image:
+            if (case.image, case.metadata) == (image, metadata):
                 top = max(case.probabilities, key=case.probabilities.__getitem__)
                 shifted = case.probabilities | {top: case.probabilities[top] + self.golden_shift}
                 return {"model": model, "probabilities": shifted}
