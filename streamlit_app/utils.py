@@ -208,7 +208,8 @@ def to_csv(readings: Sequence[Reading]) -> str:
     """All readings, the refused ones too; no cell can start a formula in a spreadsheet."""
     codes = next((list(r.answer.probabilities) for r in readings if r.answer), [])
     head = ["file", "sha256", "code", "name", "probability", "malignant", *codes]
-    head += ["entropy", "conformal_set", "confidence_level", "model", "version", "digest", "problem"]
+    told = next((list(r.answer.metadata) for r in readings if r.answer), [])
+    head += ["entropy", "conformal_set", "confidence_level", "model", "version", "digest", *told, "problem"]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, head, restval="")
     writer.writeheader()
@@ -222,7 +223,7 @@ def to_csv(readings: Sequence[Reading]) -> str:
             row |= {"entropy": answer.uncertainty.entropy, "model": answer.model.name}
             row |= {"conformal_set": " ".join(answer.uncertainty.conformal_set or [])}
             row |= {"confidence_level": answer.uncertainty.confidence_level}
-            row |= {"version": answer.model.version, "digest": answer.model.digest}
+            row |= {"version": answer.model.version, "digest": answer.model.digest, **answer.metadata}
         row["problem"] = str(reading.problem or "")
         writer.writerow({key: _harmless(value) for key, value in row.items()})
     return stream.getvalue()
