@@ -112,7 +112,7 @@ class BundleConfig:
                 runtime=values["runtime"],
                 metadata=Metadata.from_dict(values.get("metadata", {})),
             )
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise BundleError(f"{CONFIG} lacks or garbles an entry: {error}") from error
         if unknown := [code for code in config.classes if code not in CODES]:
             raise BundleError(f"{CONFIG} names classes that the taxonomy does not know: {', '.join(unknown)}.")

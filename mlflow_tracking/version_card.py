@@ -69,6 +69,7 @@ def description(bundle: Bundle) -> str:
     lines = [
         f"**{config.architecture}**, {config.preprocessing.image_size} px, {len(config.classes)} classes"
         f" ({', '.join(config.classes)}); research use only, not a medical device.",
+        f"Beside the picture it takes {', '.join(config.metadata.fields)}." if config.metadata.fields else "",
         f"Balanced accuracy: {accuracy}." if accuracy else "",
         f"Trained on data set `{evidence['dataset_fingerprint']}`." if evidence.get("dataset_fingerprint") else "",
         "The alias `champion` on this version makes TorchServe serve it.",
