@@ -348,7 +348,7 @@ def test_a_model_that_takes_metadata_is_promoted_and_told_over_rest(serving_firs
     bundle = tiny_bundle(tmp_path / "bundle", metadata=Metadata.of(FIELDS))
     version = serving_first.registry.register(bundle.path).version.version
     steps, result = serving_first.champion(version)
-    assert steps[-1] == f"serve version {version}", result.errors
+    assert f"serve version {version}" in steps, result.errors
     for case in bundle.golden():
         answer = serving_first.tell("", case.image, **{name: str(v) for name, v in (case.metadata or {}).items()})
         assert answer.json()["probabilities"] == pytest.approx(case.probabilities, abs=1e-2)
