@@ -3,6 +3,10 @@
 A request is the image's bytes as the body; or a multipart form with the file in `data`, `file` or `image` and options
 as fields; or JSON with the image in base64 under `image` and options beside it. See README.md for the contract.
 
+Every prediction is one line on standard output, `prediction {...}`, which TorchServe keeps in a file of its own
+(torchserve/log4j2.xml): when, request id, the picture's SHA-256, version and digest, probabilities, milliseconds in
+here; neither pixels nor names. Where LOG_PREDICTIONS is not set there is none.
+
 TorchServe takes the one class in this module; keep it one.
 """
 
@@ -10,6 +14,9 @@ import base64
 import binascii
 import json
 import logging
+import os
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +38,7 @@ class SkinLesionHandler:
     def __init__(self) -> None:
         self.predictor: Predictor | None = None
         self.shadow: Shadow | None = None
+        self.logs_predictions = "LOG_PREDICTIONS" in os.environ
 
     def initialize(self, context: Any) -> None:
         """Load and verify the bundle that lies in the archive. Raises BundleError, which stops the worker."""
@@ -55,6 +63,7 @@ class SkinLesionHandler:
 
     def _answer(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         assert self.predictor is not None, "TorchServe calls initialize first"
+        began = time.perf_counter()
         answers: list[Any] = []
         for index, row in enumerate(data):
             try:
@@ -74,7 +83,13 @@ class SkinLesionHandler:
             if self.shadow and isinstance(prediction, Prediction):
                 self.shadow.offer(Offer(answers[index].image, prediction.image.sha256, prediction.probabilities))
             answers[index] = prediction
-        return [_respond(answer, context, index) for index, answer in enumerate(answers)]
+        responses = [_respond(answer, context, index) for index, answer in enumerate(answers)]
+        if self.logs_predictions:
+            milliseconds = round(1000 * (time.perf_counter() - began), 1)
+            for index, answer in enumerate(answers):
+                if isinstance(answer, Prediction):
+                    log.info("prediction %s", _line(answer, context.get_request_id(index), milliseconds))
+        return responses
 
 
 def _respond(answer: Any, context: Any, index: int) -> bytes:
@@ -85,6 +100,21 @@ def _respond(answer: Any, context: Any, index: int) -> bytes:
     else:
         body = answer.to_dict()
     return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _line(answer: Prediction, request_id: str | None, milliseconds: float) -> str:
+    """The prediction log's line; `milliseconds` are those of the whole batch, which every request in it waits for."""
+    row = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "request_id": request_id,
+        "image_sha256": answer.image.sha256,
+        "model": answer.model["name"],
+        "version": answer.model["version"],
+        "digest": answer.model["digest"],
+        "probabilities": {code: round(probability, 6) for code, probability in answer.probabilities.items()},
+        "milliseconds": milliseconds,
+    }
+    return json.dumps(row, separators=(",", ":"))
 
 
 def _parse(row: dict[str, Any], explain: bool) -> Request:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,9 @@ class FakeContext:
 
     def get_request_header(self, index, key):
         return "True" if self.explain and key == "explain" else None
+
+    def get_request_id(self, index):
+        return f"request-{index}"
 
     def set_response_status(self, code=200, phrase="", idx=0):
         self.statuses[idx] = code
@@ -133,6 +137,31 @@ def test_refusals_are_the_requests_own(ask, sample_images, row, status, code, wo
     assert refused[0] == status
     assert refused[1]["error"]["code"] == code
     assert words in refused[1]["error"]["message"]
+
+
+def test_a_prediction_is_one_line_for_the_log(folder, sample_images, monkeypatch, caplog):
+    monkeypatch.setenv("LOG_PREDICTIONS", "1")
+    handler = SkinLesionHandler()
+    context = FakeContext(folder)
+    handler.initialize(context)
+    with caplog.at_level("INFO"):
+        _, answer = handler.handle([{"body": bytearray(b"bad")}, {"body": bytearray(sample_images[0])}], context)
+    [line] = [record.message for record in caplog.records if record.message.startswith("prediction {")]
+    row, told = json.loads(line.removeprefix("prediction ")), json.loads(answer)
+    assert row["request_id"] == "request-1"
+    assert row["image_sha256"] == told["image"]["sha256"]
+    assert (row["model"], row["version"], row["digest"]) == ("skin_vit", "3", told["model"]["digest"])
+    assert row["probabilities"] == pytest.approx(told["probabilities"], abs=1e-6)
+    assert row["milliseconds"] > 0
+    assert datetime.fromisoformat(row["time"]).tzinfo
+    assert len(row) == 8, "nothing else about the picture or its sender"
+
+    caplog.clear()
+    monkeypatch.delenv("LOG_PREDICTIONS")
+    silent = SkinLesionHandler()
+    silent.initialize(context)
+    silent.handle([{"body": bytearray(sample_images[0])}], context)
+    assert "prediction {" not in caplog.text
 
 
 def test_an_exception_inside_is_answered_and_logged_without_content(
