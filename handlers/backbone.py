@@ -1,4 +1,4 @@
-"""Building a timm backbone with a linear classification head, the one way for training and serving."""
+"""Building a timm backbone with a classification head, and late fusion; the one way for training and serving."""
 
 import difflib
 import logging
@@ -10,7 +10,9 @@ import timm
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
-from torch import nn
+from torch import Tensor, nn
+
+METADATA_HIDDEN = 32  # more than the 12 numbers that age, sex and site are; next to nothing beside any backbone
 
 
 class BackboneError(ValueError):
@@ -23,6 +25,7 @@ def build_backbone(
     image_size: int,
     pretrained: bool = False,
     options: dict[str, Any] | None = None,
+    metadata_width: int = 0,
 ) -> nn.Module:
     """Build a timm model with `num_classes` outputs for square inputs of `image_size` pixels.
 
@@ -36,6 +39,8 @@ def build_backbone(
             "Early Convolutions Help Transformers See Better"), "resnet" by ResNet-18 up to the same stride (the
             hybrid of Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words"). For any backbone `head_hidden`: widths
             of hidden layers between its features and the logits, each linear, batch norm, ReLU and dropout.
+        metadata_width: D of the encoded metadata (handlers.metadata) that the model takes; its `metadata_head` is for
+            `fuse`. 0: none.
 
     Raises:
         BackboneError: unknown architecture or options, or pretrained weights out of reach.
@@ -76,7 +81,36 @@ def build_backbone(
         # timm's own name for it: `head`, `fc` or `classifier`
         name = backbone.default_cfg["classifier"]
         setattr(backbone, name, _deep_head(backbone.get_classifier(), hidden, arguments.get("drop_rate", 0.0)))
+    if metadata_width:
+        backbone.metadata_head = MetadataHead(metadata_width, num_classes)
     return backbone
+
+
+class MetadataHead(nn.Module):
+    """Encoded metadata (N, D) to what they add to the picture's logits (N, K).
+
+    Without biases, so that zeros, which mean that nothing is known, add exactly nothing; the ones in the encoding do
+    what biases would. It begins by adding nothing to anything.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, METADATA_HIDDEN, bias=False)
+        self.logits = nn.Linear(METADATA_HIDDEN, num_classes, bias=False)
+        nn.init.zeros_(self.logits.weight)
+
+    def forward(self, metadata: Tensor) -> Tensor:
+        logits: Tensor = self.logits(self.hidden(metadata).relu())
+        return logits
+
+
+def fuse(backbone: Any, logits: Tensor, metadata: Tensor | None) -> Tensor:
+    """Late fusion: the picture's logits (N, K), with those of the encoded metadata (N, D) where the model takes them.
+
+    A sum, so the gradients that Grad-CAM needs are those of the picture's logits.
+    """
+    head = getattr(backbone, "metadata_head", None)
+    return logits if head is None or metadata is None else logits + head(metadata)
 
 
 def _deep_head(linear: nn.Module, hidden: list[int], drop_rate: float) -> nn.Module:

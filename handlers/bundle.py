@@ -24,6 +24,7 @@ import numpy as np
 
 from handlers.calibration import Calibration
 from handlers.files import atomic_file
+from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import CODES
 
@@ -44,7 +45,7 @@ class GoldenCase:
     """A picture and the answer the exported model gave for it in fp32.
 
     `colours` are the mean colours of its pixels as training saw them (handlers.preprocessing.fingerprint); None in a
-    bundle from before these were kept.
+    bundle from before these were kept. `metadata` are the values that it was asked with beside the picture.
     """
 
     name: str
@@ -52,6 +53,7 @@ class GoldenCase:
     probabilities: dict[str, float]
     grid: list[list[float]]
     colours: list[list[list[float]]] | None = None
+    metadata: dict[str, Any] | None = None
 
     def disagreement(self, probabilities: dict[str, float], grid: list[list[float]]) -> tuple[float, float]:
         """How far an answer is from this one: largest probability difference, and 1 - correlation of the maps.
@@ -71,7 +73,8 @@ class GoldenCase:
 class BundleConfig:
     """The content of bundle.json but for the file list.
 
-    `classes` are the codes of the head's outputs in order; `options` go to build_backbone; `evidence` is what is known
+    `classes` are the codes of the head's outputs in order; `options` go to build_backbone; `metadata` is what the model
+    takes beside the picture, and is left out of bundle.json where that is nothing; `evidence` is what is known
     of the training (run_id, dataset_fingerprint, code_revision, metrics, ...); `runtime` says what serves the model:
     "openvino" once the graph is there, "torch" when it cannot be exported, "" while that is undecided.
     """
@@ -84,10 +87,13 @@ class BundleConfig:
     calibration: Calibration
     evidence: dict[str, Any] = field(default_factory=dict)
     runtime: str = ""
+    metadata: Metadata = field(default_factory=Metadata)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as kept in bundle.json."""
-        return {"schema": SCHEMA, **asdict(self), "classes": list(self.classes)}
+        values = {"schema": SCHEMA, **asdict(self), "classes": list(self.classes)}
+        del values["metadata"]
+        return values | ({"metadata": self.metadata.to_dict()} if self.metadata.fields else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BundleConfig":
@@ -104,8 +110,9 @@ class BundleConfig:
                 calibration=Calibration.from_dict(values["calibration"]),
                 evidence=values["evidence"],
                 runtime=values["runtime"],
+                metadata=Metadata.from_dict(values.get("metadata", {})),
             )
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise BundleError(f"{CONFIG} lacks or garbles an entry: {error}") from error
         if unknown := [code for code in config.classes if code not in CODES]:
             raise BundleError(f"{CONFIG} names classes that the taxonomy does not know: {', '.join(unknown)}.")
@@ -161,6 +168,7 @@ class Bundle:
                 case["probabilities"],
                 case["grid"],
                 case.get("colours"),
+                case.get("metadata"),
             )
             for case in json.loads((self.path / GOLDEN).read_bytes())
         ]

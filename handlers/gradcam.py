@@ -24,14 +24,15 @@ from timm.layers import Attention, SelectAdaptivePool2d
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from handlers.backbone import is_vision_transformer
+from handlers.backbone import fuse, is_vision_transformer
 
 
 class GradCam(nn.Module):
-    """Base: `forward(images (N,3,S,S), target int64 (N,)) -> logits (N,K), map (N,h,w), features (N,D)`.
+    """Base: `forward(images (N,3,S,S), target int64 (N,), metadata) -> logits (N,K), map (N,h,w), features (N,D)`.
 
-    A negative target means the top class. The map is not negative and not normalised. The features are the input of
-    the backbone's classifier.
+    A negative target means the top class. Metadata are encoded (handlers.metadata) or None; the logits hold what they
+    add, which does not depend on the picture, so the map is that of the picture's own logit. The map is not negative
+    and not normalised. The features are the input of the backbone's classifier.
     """
 
     exportable = True
@@ -57,10 +58,10 @@ class PooledConvGradCam(GradCam):
             and isinstance(backbone.get_classifier(), nn.Linear)
         )
 
-    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         features = self.backbone.forward_features(images)
         pooled = self.backbone.forward_head(features, pre_logits=True)
-        logits = self.backbone.get_classifier()(pooled)
+        logits = fuse(self.backbone, self.backbone.get_classifier()(pooled), metadata)
         weight = F.embedding(self._resolve(logits, target), self.backbone.get_classifier().weight)
         cells = features.shape[2] * features.shape[3]
         return logits, torch.relu(torch.einsum("nchw,nc->nhw", features, weight / cells)), pooled
@@ -82,12 +83,12 @@ class AveragedVitGradCam(GradCam):
             and isinstance(backbone.head, nn.Linear)
         )
 
-    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         vit = self.backbone
         patches = vit.forward_features(images)[:, vit.num_prefix_tokens :]
         pooled = patches.mean(1)
         features = vit.fc_norm(pooled)
-        logits = vit.head(features)
+        logits = fuse(vit, vit.head(features), metadata)
         gradient = F.embedding(self._resolve(logits, target), vit.head.weight)
         if isinstance(vit.fc_norm, nn.LayerNorm):
             gradient = _layer_norm_backward(gradient, pooled, vit.fc_norm)
@@ -122,7 +123,7 @@ class ClassTokenVitGradCam(GradCam):
             and backbone.cls_token is not None
         )
 
-    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         vit = self.backbone
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         for block in vit.blocks[:-1]:
@@ -145,7 +146,7 @@ class ClassTokenVitGradCam(GradCam):
         hidden = mlp.fc1(block.norm2(after_attention))
         after_mlp = after_attention + scale2 * mlp.fc2(mlp.act(hidden))
         features = vit.norm(after_mlp)
-        logits = vit.head(features)
+        logits = fuse(vit, vit.head(features), metadata)
 
         # Backward, from the wanted logit to the mean over patches of the gradient at `normed`.
         gradient = F.embedding(self._resolve(logits, target), vit.head.weight)
@@ -174,7 +175,7 @@ class AutogradGradCam(GradCam):
         super().__init__(backbone)
         self.layer = target_layer(backbone)
 
-    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         kept: list[Tensor] = []
         with torch.inference_mode(False), torch.enable_grad():
             images, target = images.clone(), target.clone()  # what inference mode made, autograd will not touch
@@ -187,7 +188,7 @@ class AutogradGradCam(GradCam):
             hook = self.layer.register_forward_hook(keep)
             try:
                 features = self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
-                logits = self.backbone.get_classifier()(features)
+                logits = fuse(self.backbone, self.backbone.get_classifier()(features), metadata)
             finally:
                 hook.remove()
             wanted = self._resolve(logits, target)

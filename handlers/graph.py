@@ -1,5 +1,7 @@
 """The serving graph: uint8 pixels and wanted classes in; logits, Grad-CAM maps and residuals out.
 
+A model that takes metadata (handlers.metadata) has their encoding for a third input.
+
 It runs eagerly or through OpenVINO. The residual of an image is the length of what its features have outside the space
 that known lesions span (handlers.calibration.Rejection), 0 in a bundle without such a space.
 """
@@ -37,9 +39,11 @@ class Runtime(Protocol):
 
     precision: str
 
-    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(
+        self, pixels: np.ndarray, target: np.ndarray, metadata: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pixels uint8 (N, S, S, 3), wanted classes int64 (N,) or -1, to float32 logits (N, K), maps (N, h, w) and
-        residuals (N,)."""
+        residuals (N,). Encoded metadata (N, D) count where the model takes them; None: nothing is known."""
         ...
 
 
@@ -54,10 +58,16 @@ class OpenVinoRuntime:
         if threads:
             options["INFERENCE_NUM_THREADS"] = str(threads)
         self.precision = precision
+        self._width = len(bundle.config.metadata.columns)
         self._request = openvino.Core().compile_model(str(bundle.path / GRAPH), "CPU", options).create_infer_request()
 
-    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        results = self._request.infer([pixels, target], share_inputs=True)
+    def __call__(
+        self, pixels: np.ndarray, target: np.ndarray, metadata: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        inputs = [pixels, target]
+        if self._width:
+            inputs.append(np.zeros((len(pixels), self._width), np.float32) if metadata is None else metadata)
+        results = self._request.infer(inputs, share_inputs=True)
         # A graph from before there were residuals has none.
         return results[0], results[1], results[2] if len(results) > 2 else np.zeros(len(pixels), np.float32)
 
@@ -76,13 +86,14 @@ class TorchRuntime:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module = serving_module(bundle).to(self._device)
 
-    def __call__(self, pixels: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(
+        self, pixels: np.ndarray, target: np.ndarray, metadata: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         import torch
 
+        inputs = [pixels, target] if metadata is None else [pixels, target, metadata]
         with torch.inference_mode():
-            logits, maps, residuals = self.module(
-                torch.tensor(pixels, device=self._device), torch.tensor(target, device=self._device)
-            )
+            logits, maps, residuals = self.module(*(torch.tensor(array, device=self._device) for array in inputs))
         return logits.cpu().numpy(), maps.cpu().numpy(), residuals.cpu().numpy()
 
 
@@ -97,7 +108,11 @@ def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is 
 
     config = bundle.config
     backbone = build_backbone(
-        config.architecture, len(config.classes), config.preprocessing.image_size, options=config.options
+        config.architecture,
+        len(config.classes),
+        config.preprocessing.image_size,
+        options=config.options,
+        metadata_width=len(config.metadata.columns),
     )
     weights = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS).items()}
     origin, basis = (weights.pop(name, None) for name in (ORIGIN, BASIS))
@@ -122,9 +137,11 @@ def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is 
 
             self.origin, self.basis = (None if t is None else nn.Buffer(t) for t in (origin, basis))
 
-        def forward(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def forward(
+            self, pixels: Tensor, target: Tensor, metadata: Tensor | None = None
+        ) -> tuple[Tensor, Tensor, Tensor]:
             images = (pixels.float() * self.scale + self.offset).permute(0, 3, 1, 2)
-            logits, maps, features = self.cam(images, target)
+            logits, maps, features = self.cam(images, target, metadata)
             if self.basis is None:
                 return logits, maps, torch.zeros_like(logits[:, 0])
             # Not a matrix product: in bf16 its error, weighed, would move the ninth probability.
@@ -174,12 +191,15 @@ def _export(module, bundle: Bundle, folder: Path) -> None:  # type: ignore[no-un
 
     size = bundle.config.preprocessing.image_size
     # Two rows, as torch.export takes a batch of one for a constant.
-    example = (torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.tensor([-1, 0]))
+    example = [torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.tensor([-1, 0])]
+    if width := len(bundle.config.metadata.columns):
+        example.append(torch.zeros(2, width))
     batch = torch.export.Dim("batch", min=1, max=1024)
+    shapes = tuple({0: batch} for _ in example)
     with torch.no_grad():
-        program = torch.export.export(module, example, dynamic_shapes=({0: batch}, {0: batch}), strict=False)
+        program = torch.export.export(module, tuple(example), dynamic_shapes=shapes, strict=False)
     graph = openvino.convert_model(program)
-    graph.reshape({graph.inputs[0]: [-1, size, size, 3], graph.inputs[1]: [-1]})
+    graph.reshape({given: [-1, *one.shape[1:]] for given, one in zip(graph.inputs, example, strict=True)})
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         openvino.save_model(graph, Path(temporary) / GRAPH, compress_to_fp16=False)
         for name in (GRAPH, GRAPH_WEIGHTS):
@@ -188,11 +208,12 @@ def _export(module, bundle: Bundle, folder: Path) -> None:  # type: ignore[no-un
 
 def _check(bundle: Bundle) -> None:
     """Hold the graph, in fp32, against the answers that the eager model gave at export. Raises BundleError."""
-    from handlers.predictor import Predictor
+    from handlers.predictor import Predictor, Request
 
     cases = bundle.golden()
     predictor = Predictor(bundle, precision="f32")
-    for case, answer in zip(cases, predictor.predict([case.image for case in cases]), strict=True):
+    requests = [Request(case.image, metadata=case.metadata) for case in cases]
+    for case, answer in zip(cases, predictor.predict(requests), strict=True):
         if isinstance(answer, Exception):
             raise BundleError(f"The golden image {case.name} is refused: {answer}") from answer
         probability, cam = case.disagreement(answer.probabilities, answer.grid or [])

@@ -7,8 +7,8 @@ answer.probabilities["MEL"], answer.grid
 """
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from handlers.bundle import Bundle
 from handlers.graph import OpenVinoRuntime, Runtime, TorchRuntime, has_bf16
+from handlers.metadata import MetadataError
 from handlers.preprocessing import DecodedImage, ImageError
 from handlers.taxonomy import BY_CODE, CODES, TAXONOMY, UNKNOWN
 
@@ -42,18 +43,23 @@ class Request:
     """One picture and what is wanted of it.
 
     `gradcam` is "grid", "overlay" (a PNG as well) or "none"; `target` is the class code whose map is wanted (default:
-    the most probable); `tta` averages the logits over the picture and its mirror images.
+    the most probable); `tta` averages the logits over the picture and its mirror images; `metadata` are the patient's
+    age in years, sex, and site of the lesion, any of them missing, for a model that takes them (handlers.metadata).
     """
 
     image: bytes
     gradcam: str = "grid"
     target: str | None = None
     tta: bool = False
+    metadata: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer. `probabilities` has nine entries summing to 1; `grid` holds rows of values in [0, 1]."""
+    """One answer. `probabilities` has nine entries summing to 1; `grid` holds rows of values in [0, 1].
+
+    `metadata` are the values that were used, None for those missing; empty for a model that takes none.
+    """
 
     probabilities: dict[str, float]
     grid: list[list[float]] | None
@@ -64,6 +70,7 @@ class Prediction:
     confidence_level: float | None
     image: DecodedImage
     model: dict[str, Any]
+    metadata: Mapping[str, float | str | None]
 
     @property
     def code(self) -> str:
@@ -99,6 +106,7 @@ class Prediction:
                 "overlay_png": base64.b64encode(self.overlay_png).decode() if self.overlay_png else None,
             },
             "image": {"width": self.image.width, "height": self.image.height, "sha256": self.image.sha256},
+            **({"metadata": dict(self.metadata)} if self.metadata else {}),
             "disclaimer": DISCLAIMER,
         }
 
@@ -139,6 +147,8 @@ class Predictor:
             "runtime": runtime,
             "precision": self.runtime.precision,
         }
+        if takes := self.config.metadata.choices:
+            self._model["takes"] = takes
 
     @classmethod
     def load(cls, path: Path | str, **options: Any) -> "Predictor":
@@ -166,7 +176,8 @@ class Predictor:
         """How far the runtime moves a probability of a golden answer, at most."""
         cases = self.bundle.golden()
         pixels = np.stack([self.config.preprocessing(case.image)[0] for case in cases])
-        logits, _, residuals = runtime(pixels, np.full(len(cases), -1))
+        metadata = np.stack([self.config.metadata.encode(case.metadata or {}) for case in cases])
+        logits, _, residuals = runtime(pixels, np.full(len(cases), -1), metadata)
         probabilities = self.config.calibration.probabilities(logits, self.config.classes, residuals)
         expected = [[case.probabilities[code] for code in CODES] for case in cases]
         return float(np.abs(probabilities - expected).max())
@@ -180,7 +191,7 @@ class Predictor:
             if not isinstance(request, Request):
                 request = Request(bytes(request))
             try:
-                self._check(request)
+                request = self._checked(request)
                 pixels, decoded = self.config.preprocessing(request.image)
             except ImageError as error:
                 answers[index] = error
@@ -193,17 +204,20 @@ class Predictor:
                 answers[accepted[position][0]] = answer
         return [answer for answer in answers if answer is not None]
 
-    def _check(self, request: Request) -> None:
+    def _checked(self, request: Request) -> Request:
+        """The request with its metadata parsed. Raises RequestError."""
         if request.gradcam not in GRADCAM_FORMS:
             raise RequestError(f"gradcam must be one of {', '.join(GRADCAM_FORMS)}, not {request.gradcam!r}.")
-        if request.target is None:
-            return
-        if request.target not in CODES:
+        if request.target is not None and request.target not in CODES:
             raise RequestError(f"target must be one of {', '.join(CODES)}, not {request.target!r}.")
-        if request.target != UNKNOWN and request.target not in self.config.classes:
+        if request.target not in (None, UNKNOWN, *self.config.classes):
             raise RequestError(
                 f"This model was not trained on {request.target}; it knows {', '.join(self.config.classes)}."
             )
+        try:
+            return replace(request, metadata=self.config.metadata.parse(request.metadata or {}))
+        except MetadataError as error:
+            raise RequestError(str(error)) from error
 
     def _infer(
         self, requests: list[Request], pictures: list[np.ndarray]
@@ -223,7 +237,10 @@ class Predictor:
         counts = [len(of_request) for of_request in views]
         starts = np.cumsum([0, *counts[:-1]])
         rows = np.stack([view for of_request in views for view in of_request])
-        row_logits, row_maps, row_residuals = self.runtime(rows, np.repeat(wanted, counts))
+        metadata = np.stack([self.config.metadata.encode(r.metadata or {}) for r in requests])
+        row_logits, row_maps, row_residuals = self.runtime(
+            rows, np.repeat(wanted, counts), np.repeat(metadata, counts, axis=0)
+        )
         logits = np.add.reduceat(row_logits, starts) / np.array(counts)[:, None]
         residuals = np.add.reduceat(row_residuals, starts) / np.array(counts)
         maps = np.array(row_maps[starts])
@@ -231,7 +248,7 @@ class Predictor:
         shown = np.where(wanted < 0, row_logits[starts].argmax(1), wanted)
         moved = np.flatnonzero(shown != targets)
         if len(moved):
-            maps[moved] = self.runtime(rows[starts[moved]], targets[moved])[1]
+            maps[moved] = self.runtime(rows[starts[moved]], targets[moved], metadata[moved])[1]
         return logits, residuals, maps, targets
 
     def _interpret(
@@ -263,6 +280,7 @@ class Predictor:
                     confidence_level=calibration.conformal.confidence_level if calibration.conformal else None,
                     image=decoded,
                     model=self._model,
+                    metadata=request.metadata or {},
                 )
             )
         return predictions

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from handlers.metadata import FIELDS
 from handlers.predictor import Prediction, Predictor, Request, RequestError
 from handlers.preprocessing import MAX_BYTES, ImageError
 from handlers.shadow import Offer, Shadow
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 
 IMAGE_FIELDS = ("data", "file", "image")
 OPTIONS = ("gradcam", "target", "tta")
-# Options of models with a metadata branch; no released architecture has one yet.
-METADATA = ("age", "sex", "site")
 
 
 class SkinLesionHandler:
@@ -80,7 +79,8 @@ class SkinLesionHandler:
                 positions
             )
         for index, prediction in zip(positions, predictions, strict=True):
-            if self.shadow and isinstance(prediction, Prediction):
+            # The challenger is shown the picture alone; an answer that used more cannot be compared with its.
+            if self.shadow and isinstance(prediction, Prediction) and not answers[index].metadata:
                 self.shadow.offer(Offer(answers[index].image, prediction.image.sha256, prediction.probabilities))
             answers[index] = prediction
         responses = [_respond(answer, context, index) for index, answer in enumerate(answers)]
@@ -133,21 +133,28 @@ def _parse(row: dict[str, Any], explain: bool) -> Request:
     image = _image(fields)
     options = {name: _text(name, value) for name, value in fields.items()}
     for name in options:
-        if name in METADATA:
-            raise RequestError(f"This model takes no {name}; leave it out.")
-        if name not in OPTIONS:
-            raise RequestError(f"{name[:40]!r} is not an option; there are {', '.join(OPTIONS)}.")
+        if name not in (*OPTIONS, *FIELDS):
+            raise RequestError(f"{name[:40]!r} is not an option; there are {', '.join((*OPTIONS, *FIELDS))}.")
     default = "overlay" if explain else "grid"
-    return Request(image, options.get("gradcam", default), options.get("target"), _flag(options.get("tta", "false")))
+    return Request(
+        image,
+        options.get("gradcam", default),
+        options.get("target"),
+        _flag(options.get("tta", "false")),
+        {name: options[name] for name in FIELDS if name in options},
+    )
 
 
 def _from_json(fields: dict[str, Any]) -> dict[str, Any]:
-    """The image out of its base64, and true or false as form fields have them."""
+    """The image out of its base64; true, false, an age and a null that stands for one as form fields have them."""
     for name, value in fields.items():
         if isinstance(value, bool):
             fields[name] = str(value).lower()
+        elif name in FIELDS and (value is None or isinstance(value, int | float)):
+            fields[name] = "" if value is None else str(value)
         elif not isinstance(value, str):
-            raise RequestError(f"{name[:40]!r} in JSON must be a string or a boolean.")
+            other = "number" if name in FIELDS else "boolean"
+            raise RequestError(f"{name[:40]!r} in JSON must be a string or a {other}.")
     for name in IMAGE_FIELDS:
         if name in fields:
             encoded = fields[name]

@@ -3,6 +3,8 @@
     model = mlflow.pyfunc.load_model("models:/skin_vit@champion")
     model.predict([Path("lesion.jpg").read_bytes()])
 
+A model that takes metadata wants a table: `pd.DataFrame({"image": [...], "age": [55.0], "sex": ["female"]})`.
+
 MLflow keeps this file itself with the model (models-from-code): nothing is pickled. TorchServe does not go this way; it
 gets the same bundle in an archive.
 """
@@ -14,6 +16,7 @@ import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from handlers.metadata import FIELDS
 from handlers.predictor import Predictor, Request
 from handlers.preprocessing import ImageError
 from handlers.taxonomy import CODES
@@ -36,15 +39,19 @@ class SkinLesionModel(PythonModel):
 
         Args:
             model_input: a DataFrame with the column `image`, or one column of any name; MLflow makes one of a list.
-                Images are bytes, or base64.
+                Images are bytes, or base64. The columns `age`, `sex` and `site`, with blanks or not there at all,
+                count for a model that takes them.
 
         Raises:
             ValueError: an image cannot be used; the message names its row.
         """
-        images = _images(model_input)
+        images, told = _images(model_input), _metadata(model_input)
         rows: list[dict[str, float]] = []
         for start in range(0, len(images), BATCH):
-            requests = [Request(image, gradcam="none") for image in images[start : start + BATCH]]
+            requests = [
+                Request(image, gradcam="none", metadata=values)
+                for image, values in zip(images[start : start + BATCH], told[start : start + BATCH], strict=True)
+            ]
             for offset, answer in enumerate(self.predictor.predict(requests)):
                 if isinstance(answer, ImageError):
                     raise ValueError(f"image {start + offset}: {answer}") from answer
@@ -61,6 +68,14 @@ def _images(model_input: Any) -> list[bytes]:
         else:
             raise ValueError("The table has several columns, and none is called `image`.")
     return [_bytes(value) for value in model_input]
+
+
+def _metadata(model_input: Any) -> list[dict[str, Any]]:
+    """What each row tells beside the image."""
+    if not isinstance(model_input, pd.DataFrame) or "image" not in model_input.columns:
+        return [{} for _ in range(len(model_input))]
+    rows = model_input[[name for name in FIELDS if name in model_input.columns]].to_dict("records")
+    return [{str(name): value for name, value in row.items() if not pd.isna(value)} for row in rows]
 
 
 def _bytes(value: bytes | str) -> bytes:

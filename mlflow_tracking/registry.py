@@ -17,9 +17,8 @@ from urllib.parse import urlsplit
 import handlers
 from handlers.bundle import Bundle
 from handlers.graph import complete
-from handlers.taxonomy import CODES
 from mlflow_tracking.settings import MODEL_NAME
-from mlflow_tracking.version_card import description, requirements, tags
+from mlflow_tracking.version_card import description, requirements, signature_types, tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -296,8 +295,11 @@ class Registry:
         model = mlflow.initialize_logged_model(
             name=MODEL_NAME, source_run_id=run_id, experiment_id=experiment, tags=dict(card), model_type="classifier"
         )
-        image = Schema([ColSpec("binary")])  # with a name, MLflow would refuse a plain list of images
-        probabilities = Schema([ColSpec("double", code) for code in CODES])
+        inputs, outputs = signature_types(bundle)
+        table = Schema([ColSpec(kind, name, required=name == "image") for name, kind in inputs])
+        # A column with a name would make MLflow refuse a plain list of images.
+        taken = table if len(inputs) > 1 else Schema([ColSpec("binary")])
+        given = Schema([ColSpec(kind, name) for name, kind in outputs])
         with warnings.catch_warnings():
             # An example input would be a picture in each version's files, run at every registration: the golden
             # images are that already.
@@ -308,7 +310,7 @@ class Registry:
                 python_model=str(PYFUNC_MODEL),
                 artifacts={BUNDLE_ARTIFACT: str(bundle.path)},
                 code_paths=[str(Path(handlers.__file__).parent)],
-                signature=ModelSignature(inputs=image, outputs=probabilities),
+                signature=ModelSignature(inputs=taken, outputs=given),
                 pip_requirements=requirements(bundle),
                 registered_model_name=MODEL_NAME,
                 tags=dict(card),

@@ -5,7 +5,8 @@ from importlib.metadata import version as installed
 from typing import Any
 
 from handlers.bundle import Bundle
-from handlers.predictor import Predictor
+from handlers.predictor import Predictor, Request
+from handlers.taxonomy import CODES
 
 # What the registered model needs to run; torch only where there is no exported graph.
 _SERVING = ("mlflow", "numpy", "opencv-python-headless", "openvino", "pandas", "pillow")
@@ -42,11 +43,19 @@ def balanced_accuracy(metrics: Mapping[str, Any]) -> str | None:
     return None
 
 
+def signature_types(bundle: Bundle) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """The (name, type) of what the registered model takes and gives, in MLflow's words; all but the image may be left
+    out."""
+    metadata = ((name, "double" if name == "age" else "string") for name in bundle.config.metadata.fields)
+    return (("image", "binary"), *metadata), tuple((code, "double") for code in CODES)
+
+
 def golden_result(bundle: Bundle) -> str:
     """How the bundle does on its golden images on this machine, in the precision that it would serve in."""
     predictor, cases = Predictor(bundle), bundle.golden()
     worst = 0.0
-    for case, answer in zip(cases, predictor.predict([case.image for case in cases]), strict=True):
+    requests = [Request(case.image, metadata=case.metadata) for case in cases]
+    for case, answer in zip(cases, predictor.predict(requests), strict=True):
         if isinstance(answer, Exception):
             raise answer
         worst = max(worst, case.disagreement(answer.probabilities, answer.grid or [])[0])
@@ -60,6 +69,7 @@ def description(bundle: Bundle) -> str:
     lines = [
         f"**{config.architecture}**, {config.preprocessing.image_size} px, {len(config.classes)} classes"
         f" ({', '.join(config.classes)}); research use only, not a medical device.",
+        f"Beside the picture it takes {', '.join(config.metadata.fields)}." if config.metadata.fields else "",
         f"Balanced accuracy: {accuracy}." if accuracy else "",
         f"Trained on data set `{evidence['dataset_fingerprint']}`." if evidence.get("dataset_fingerprint") else "",
         "The alias `champion` on this version makes TorchServe serve it.",

@@ -91,7 +91,8 @@ def from_memory(batch: int, side: int, classes: int) -> Batches:
 def from_cache(images: Images, batch: int, device: torch.device, seed: int) -> Batches:
     """As training reads: whole batches of a shuffled epoch."""
     order = epoch_order(images.labels, seed, 0)
-    yield from batches(images, np.resize(order, max(len(order), 10_000 * batch)), batch, device)
+    for pixels, labels, _ in batches(images, np.resize(order, max(len(order), 10_000 * batch)), batch, device):
+        yield pixels, labels
 
 
 def from_files(root: Path, side: int, batch: int, workers: int) -> Batches:

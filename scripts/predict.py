@@ -22,6 +22,8 @@ Examples:
   python scripts/predict.py *.jpg --bundle model_store/skin_vit     # no server needed
 
   python scripts/predict.py lesion.jpg --json | jq .probabilities
+
+  python scripts/predict.py lesion.jpg --age 71 --sex female --site head/neck   # for a model that takes them
 """
 TIMEOUT_S = 60.0
 
@@ -33,10 +35,15 @@ def main(
     version: Annotated[str | None, typer.Option(help="With --url: a version other than the served default.")] = None,
     tta: Annotated[bool, typer.Option("--tta", help="Average over the picture and its mirror images.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON answer a line instead of a table.")] = False,
+    age: Annotated[str | None, typer.Option(help="The patient's age in years; the same for all images.")] = None,
+    sex: Annotated[str | None, typer.Option(help="female or male.")] = None,
+    site: Annotated[str | None, typer.Option(help="Where on the body, such as 'anterior torso'.")] = None,
 ) -> None:
     """Nine class probabilities for each image. Exit code 1 when any image was refused, 2 when nothing could run."""
     console = Console(stderr=as_json)
-    ask = _ask_bundle(bundle, tta) if bundle else _ask_server(url, version, tta)
+    given = {"age": age, "sex": sex, "site": site}
+    metadata = {name: value for name, value in given.items() if value is not None}
+    ask = _ask_bundle(bundle, tta, metadata) if bundle else _ask_server(url, version, tta, metadata)
     refused = False
     answers: list[tuple[Path, dict[str, Any]]] = []
     for path in images:
@@ -54,7 +61,7 @@ def main(
     raise typer.Exit(1 if refused else 0)
 
 
-def _ask_bundle(folder: Path, tta: bool) -> Any:
+def _ask_bundle(folder: Path, tta: bool, metadata: dict[str, str]) -> Any:
     from handlers.predictor import Predictor, Request
 
     try:
@@ -63,7 +70,7 @@ def _ask_bundle(folder: Path, tta: bool) -> Any:
         _stop(str(error))
 
     def ask(data: bytes) -> dict[str, Any]:
-        [answer] = predictor.predict([Request(data, tta=tta)])
+        [answer] = predictor.predict([Request(data, tta=tta, metadata=metadata)])
         if isinstance(answer, ImageError):
             return {"error": {"code": answer.code, "message": str(answer)}}
         return answer.to_dict()
@@ -71,16 +78,16 @@ def _ask_bundle(folder: Path, tta: bool) -> Any:
     return ask
 
 
-def _ask_server(url: str, version: str | None, tta: bool) -> Any:
+def _ask_server(url: str, version: str | None, tta: bool, metadata: dict[str, str]) -> Any:
     session = requests.Session()
     session.trust_env = False  # a proxy must not stand between the command and its server
     address = f"{url.rstrip('/')}/predictions/skin_vit" + (f"/{version}" if version else "")
 
+    options = {"tta": str(tta).lower(), **metadata}
+
     def ask(data: bytes) -> dict[str, Any]:
         try:
-            response = session.post(
-                address, files={"data": ("image", data)}, data={"tta": str(tta).lower()}, timeout=TIMEOUT_S
-            )
+            response = session.post(address, files={"data": ("image", data)}, data=options, timeout=TIMEOUT_S)
             answer = response.json()
         except requests.RequestException as error:
             _stop(

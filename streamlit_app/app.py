@@ -5,6 +5,7 @@
 Settings, all from the environment: TORCHSERVE_URL, PROMOTER_URL, MLFLOW_PUBLIC_URL.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import streamlit as st
@@ -87,7 +88,8 @@ def chosen_uploads() -> list[Upload]:
     known: dict[str, Upload] = st.session_state.setdefault("uploads", {})
     now = {file.file_id: known.get(file.file_id) or Upload.of(file.name, file.getvalue()) for file in files[:MOST]}
     st.session_state.uploads = now  # what was removed is let go
-    return list(now.values())
+    told = st.session_state.setdefault("told", {})
+    return [replace(upload, told=dict(told.get(upload.sha256, {}))) for upload in now.values()]
 
 
 def read(uploads: list[Upload], readings: Readings) -> list[Reading]:
@@ -121,6 +123,34 @@ def choose(answered: list[Reading], everything: list[Reading]) -> Reading:
     )  # fmt: skip
     rows = event.selection.rows
     return answered[rows[0] if rows and rows[0] < len(answered) else 0]
+
+
+def patient(reading: Reading, answer: Answer) -> None:
+    """Fields for what the model takes beside the picture; all of it may be left open."""
+    sha256, takes = reading.upload.sha256, answer.model.takes
+
+    def tell(name: str) -> None:
+        # Streamlit forgets a field that a run does not draw, such as that of another picture; this is kept.
+        told = st.session_state.told.setdefault(sha256, {})
+        told.pop(name, None)
+        if (value := st.session_state[f"{name}-{sha256}"]) not in (None, ""):
+            told[name] = value
+
+    st.html(cards.patient())
+    for place, (name, choices) in zip(st.columns(len(takes), gap="medium"), takes.items(), strict=True):
+        key, known = f"{name}-{sha256}", reading.upload.told.get(name)
+        if known is not None and answer.model.knows(name, known):
+            st.session_state.setdefault(key, known)
+        if name == "age":
+            low, high = (int(float(end)) for end in choices)
+            place.number_input(
+                "Age in years", low, high, None, key=key, placeholder="not known", on_change=tell, args=(name,)
+            )
+        else:
+            place.selectbox(
+                name.capitalize(), ["", *choices], key=key, on_change=tell, args=(name,),
+                format_func=lambda word: word or "not known",
+            )  # fmt: skip
 
 
 @st.fragment
@@ -191,6 +221,8 @@ reading = choose(answered, everything) if len(uploads) > 1 else answered[0]
 answer = reading.answer
 assert answer is not None
 st.html(cards.verdict(answer, reading.upload.name))
+if answer.model.takes:
+    patient(reading, answer)
 left, right = st.columns([7, 5], gap="large")
 with left:
     heatmap(reading, answer, readings)

@@ -77,6 +77,14 @@ def verdict(answer: Answer, name: str) -> str:
     )
 
 
+def patient() -> str:
+    """What stands above the fields for age, sex and site."""
+    return (
+        "<h4>What is known of the patient</h4>"
+        "<p>This model also takes what is filled in here. What is left open counts for nothing.</p>"
+    )
+
+
 def legend(answer: Answer) -> str:
     """What the bars' colours mean."""
     kinds = dict.fromkeys(nature(answer, code) for code in answer.probabilities)

@@ -5,6 +5,7 @@ Every call has a time-out, follows no redirect and ignores proxy settings: the s
 
 import os
 import time
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import requests
@@ -13,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from requests.adapters import HTTPAdapter
 
 UNKNOWN = "UNK"  # the ninth class: none of the above
+METADATA = ("age", "sex", "site")  # what a model may take beside the picture
 PARALLEL = 4  # enough to fill TorchServe's batches without filling its queue
 CONNECT_SECONDS, READ_SECONDS = 3.0, 30.0
 BUSY_WAITS = (0.3, 0.7, 1.5)  # seconds before each further try
@@ -23,13 +25,31 @@ Kind = Literal["unreachable", "timeout", "busy", "no_model", "refused", "unexpec
 
 
 class Model(BaseModel):
-    """Which model answered."""
+    """Which model answered, and what it takes beside the picture: age from and to, the words of sex and site."""
 
     name: str
     version: str | None = None
     architecture: str | None = None
     digest: str | None = None
     run_id: str | None = None
+    takes: dict[str, list[float | str]] = {}
+
+    @field_validator("takes")
+    @classmethod
+    def _can_be_asked_for(cls, takes: dict[str, list[float | str]]) -> dict[str, list[float | str]]:
+        known = {name: choices for name, choices in takes.items() if name in METADATA}
+        if "age" in known and not (len(known["age"]) == 2 and all(isinstance(end, float) for end in known["age"])):
+            raise ValueError("age must be given as the youngest and the oldest")
+        if not all(isinstance(word, str) for name in ("sex", "site") for word in known.get(name, [])):
+            raise ValueError("sex and site must be given as words")
+        return known
+
+    def knows(self, name: str, value: float | str) -> bool:
+        """Whether the model can be told this."""
+        choices = self.takes.get(name, [])
+        if name == "age":
+            return bool(choices) and choices[0] <= value <= choices[1]  # type: ignore[operator]  # numbers, as checked
+        return value in choices
 
 
 class LesionClass(BaseModel):
@@ -71,6 +91,7 @@ class Answer(BaseModel):
     classes: dict[str, LesionClass]
     uncertainty: Uncertainty
     gradcam: Heat
+    metadata: dict[str, float | str | None] = {}
     disclaimer: str
 
     @model_validator(mode="after")
@@ -161,15 +182,17 @@ class TorchServe:
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=4 * PARALLEL))
 
-    def predict(self, image: bytes, target: str | None = None) -> Answer:
-        """Ask for nine probabilities and the heatmap of class `target` (default: the most probable).
+    def predict(self, image: bytes, target: str | None = None, told: Mapping[str, float | str] | None = None) -> Answer:
+        """Ask for nine probabilities and the heatmap of class `target` (default: the most probable), with what is
+        `told` of the patient to a model that takes it.
 
         Raises:
             ServingError: no usable answer; one that is busy has been asked again a few times.
         """
+        fields = {name: str(value) for name, value in (told or {}).items()} | ({"target": target} if target else {})
         for wait in (*BUSY_WAITS, None):
             try:
-                response = self._post(image, target)
+                response = self._post(image, fields)
             except requests.ConnectionError as error:
                 # A kept-alive connection may be closed just when it is used again: try again on a new one.
                 cut_off = error.args and isinstance(error.args[0], urllib3.exceptions.ProtocolError)
@@ -190,15 +213,13 @@ class TorchServe:
         except requests.RequestException:
             return False
 
-    def _post(self, image: bytes, target: str | None) -> requests.Response:
+    def _post(self, image: bytes, fields: dict[str, str]) -> requests.Response:
         url = f"{self.url}/predictions/{self.model}"
-        if target is None:
+        if not fields:
             headers = {"Content-Type": "application/octet-stream"}
             return self.session.post(url, image, headers=headers, timeout=self.timeouts, allow_redirects=False)
         files = {"data": ("image", image, "application/octet-stream")}
-        return self.session.post(
-            url, data={"target": target}, files=files, timeout=self.timeouts, allow_redirects=False
-        )
+        return self.session.post(url, data=fields, files=files, timeout=self.timeouts, allow_redirects=False)
 
     def _translate(self, error: requests.RequestException) -> ServingError:
         if isinstance(error, requests.ConnectTimeout | requests.ConnectionError):

@@ -1,20 +1,24 @@
-"""What one browser session has asked and been told: each picture once for each class, as long as the model stays."""
+"""What one browser session has asked and been told: each picture once for each class and for what is said of the
+patient, as long as the model stays."""
 
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from streamlit_app.client import PARALLEL, Answer, ServingError, TorchServe
+from streamlit_app.client import PARALLEL, Answer, Model, ServingError, TorchServe
+
+Key = tuple[str, str | None, tuple[tuple[str, float | str], ...]]  # hash of the picture, class, what was told
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One picture as it came from the browser, not decoded."""
+    """One picture as it came from the browser, not decoded, and what the reader says of the patient."""
 
     name: str
     image: bytes
     sha256: str
+    told: dict[str, float | str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, image: bytes) -> "Upload":
@@ -37,7 +41,8 @@ class Readings:
     def __init__(self) -> None:
         self.announced: str | None = None  # the version that the promoter named last
         self.model: tuple[str | None, str | None] | None = None  # version and digest of all that is remembered
-        self._known: dict[tuple[str, str | None], Answer | ServingError] = {}
+        self._says: Model | None = None  # the same model in its own words: what it takes
+        self._known: dict[Key, Answer | ServingError] = {}
 
     def announce(self, version: str | None) -> None:
         """Forget everything when the promoter names another version than before; None: it names none."""
@@ -51,21 +56,24 @@ class Readings:
         Raises:
             ServingError: there is none.
         """
-        key = (upload.sha256, target)
+        key = self._key(upload, target)
         if key not in self._known:
-            self._remember(key, _ask(server, upload, target))
+            self._remember(key, _ask(server, upload, key))
         return _raised(self._known[key])
 
     def ask_all(
         self, server: TorchServe, uploads: Sequence[Upload], progress: Callable[[float], object] = lambda _: None
     ) -> list[Reading]:
-        """A reading of each upload, in order, all by one model; after an outage the rest is not asked."""
-        for _ in range(3):  # again when the model was changed in between
+        """A reading of each upload, in order, all by one model; after an outage the rest is not asked.
+
+        A model is told of patients once it has said, in its first answer, what it takes.
+        """
+        for _ in range(4):  # again when that is known, and when the model was changed in between
             outage = self._ask_missing(server, uploads, progress)
-            if outage or all((upload.sha256, None) in self._known for upload in uploads):
+            if outage or all(self._key(upload) in self._known for upload in uploads):
                 break
         otherwise = outage or ServingError("busy", "The model was changed while it was being asked.")
-        results = [self._known.get((upload.sha256, None), otherwise) for upload in uploads]
+        results = [self._known.get(self._key(upload), otherwise) for upload in uploads]
         return [
             Reading(upload, problem=result) if isinstance(result, ServingError) else Reading(upload, answer=result)
             for upload, result in zip(uploads, results, strict=True)
@@ -75,37 +83,46 @@ class Readings:
         self, server: TorchServe, uploads: Sequence[Upload], progress: Callable[[float], object]
     ) -> ServingError | None:
         """Ask what is not known yet, several at a time; returns the first outage."""
-        missing = {u.sha256: u for u in uploads if (u.sha256, None) not in self._known}
+        missing = {key: upload for upload in uploads if (key := self._key(upload)) not in self._known}
         with ThreadPoolExecutor(PARALLEL) as pool:
-            asked = {pool.submit(_ask, server, upload, None): sha for sha, upload in missing.items()}
+            asked = {pool.submit(_ask, server, upload, key): key for key, upload in missing.items()}
             for number, done in enumerate(as_completed(asked), 1):
                 result = done.result()
                 if isinstance(result, ServingError) and result.kind != "refused":
                     pool.shutdown(wait=False, cancel_futures=True)
                     return result
-                self._remember((asked[done], None), result)
+                self._remember(asked[done], result)
                 progress(number / len(missing))
         return None
 
-    def _remember(self, key: tuple[str, str | None], result: Answer | ServingError) -> None:
+    def _key(self, upload: Upload, target: str | None = None) -> Key:
+        """What to ask: with as much of what the reader says as the model takes."""
+        says = self._says
+        told = [(name, value) for name, value in sorted(upload.told.items()) if says and says.knows(name, value)]
+        return upload.sha256, target, tuple(told)
+
+    def _remember(self, key: Key, result: Answer | ServingError) -> None:
         if isinstance(result, ServingError):
             if result.kind != "refused":
                 raise result
+            if key[2]:
+                self._forget()  # perhaps another model answers now, which takes less: the picture alone will tell
         else:
             model = (result.model.version, result.model.digest)
             if self.model not in (None, model):
                 self._forget()
-            self.model = model
+            self.model, self._says = model, result.model
         self._known[key] = result
 
     def _forget(self) -> None:
-        self.model = None
+        self.model = self._says = None
         self._known.clear()
 
 
-def _ask(server: TorchServe, upload: Upload, target: str | None) -> Answer | ServingError:
+def _ask(server: TorchServe, upload: Upload, key: Key) -> Answer | ServingError:
+    _, target, told = key
     try:
-        return server.predict(upload.image, target)
+        return server.predict(upload.image, target, dict(told))
     except ServingError as error:
         return error
 

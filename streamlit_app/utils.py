@@ -16,7 +16,7 @@ import plotly.colors
 import plotly.graph_objects as go
 from PIL import Image, ImageOps
 
-from streamlit_app.client import UNKNOWN, Answer
+from streamlit_app.client import METADATA, UNKNOWN, Answer
 from streamlit_app.readings import Reading
 
 log = logging.getLogger(__name__)
@@ -208,7 +208,8 @@ def to_csv(readings: Sequence[Reading]) -> str:
     """All readings, the refused ones too; no cell can start a formula in a spreadsheet."""
     codes = next((list(r.answer.probabilities) for r in readings if r.answer), [])
     head = ["file", "sha256", "code", "name", "probability", "malignant", *codes]
-    head += ["entropy", "conformal_set", "confidence_level", "model", "version", "digest", "problem"]
+    told = [name for name in METADATA if any(name in r.answer.metadata for r in readings if r.answer)]
+    head += ["entropy", "conformal_set", "confidence_level", "model", "version", "digest", *told, "problem"]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, head, restval="")
     writer.writeheader()
@@ -223,6 +224,7 @@ def to_csv(readings: Sequence[Reading]) -> str:
             row |= {"conformal_set": " ".join(answer.uncertainty.conformal_set or [])}
             row |= {"confidence_level": answer.uncertainty.confidence_level}
             row |= {"version": answer.model.version, "digest": answer.model.digest}
+            row |= {name: answer.metadata.get(name) for name in told}
         row["problem"] = str(reading.problem or "")
         writer.writerow({key: _harmless(value) for key, value in row.items()})
     return stream.getvalue()

@@ -29,10 +29,21 @@ CLASSES = {
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 
 
-def answer_for(image: bytes, target: str | None = None, version: str = "3") -> dict[str, Any]:
-    """The answer of schema 1 for these bytes."""
+# What a model with metadata says of itself.
+TAKES = {"age": [0, 120], "sex": ["female", "male"], "site": ["anterior torso", "head/neck"]}
+
+
+def answer_for(
+    image: bytes,
+    target: str | None = None,
+    version: str = "3",
+    takes: dict[str, list] | None = None,
+    told: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """The answer of schema 1 for these bytes; of a model that `takes` metadata, for what it was `told` as well."""
     digest = hashlib.sha256(image).hexdigest()
-    rng = np.random.default_rng(int(digest[:12], 16))
+    seed = hashlib.sha256(image + json.dumps(told, sort_keys=True).encode()).hexdigest() if told else digest
+    rng = np.random.default_rng(int(seed[:12], 16))
     logits = np.append(rng.normal(0, 1, 8), -1.5)
     logits[rng.integers(8)] += 2.5
     p = np.exp(logits) / np.exp(logits).sum()
@@ -51,6 +62,7 @@ def answer_for(image: bytes, target: str | None = None, version: str = "3") -> d
             "architecture": "vit_small_patch16_224",
             "digest": "sha256:" + hashlib.sha256(version.encode()).hexdigest(),
             "run_id": "0123456789abcdef0123456789abcdef",
+            **({"takes": takes} if takes else {}),
         },
         "prediction": {
             "code": ranking[0],
@@ -70,6 +82,7 @@ def answer_for(image: bytes, target: str | None = None, version: str = "3") -> d
         },
         "gradcam": {"target": target, "grid": np.round(heat / heat.max(), 4).tolist(), "overlay_png": None},
         "image": {"width": 600, "height": 450, "sha256": digest},
+        **({"metadata": {name: (told or {}).get(name) for name in takes}} if takes else {}),
         "disclaimer": "Research use only. Not a medical device.",
     }
 
@@ -87,13 +100,15 @@ class FakeTorchServe:
     """`with FakeTorchServe() as server:` listens on a free port of the loopback until the block ends.
 
     mode: "ok"; "refuse", "too_large", "no_model", "busy", "broken", "redirect", "garbage", "hang" for every prediction.
-    Options of the answers: `version`; `refuse_target`, a class that counts as not trained.
+    Options of the answers: `version`; `refuse_target`, a class that counts as not trained; `takes`, metadata.
     """
 
     def __init__(self, port: int = 0) -> None:
         self.mode, self.busy_for, self.version = "ok", 0, "3"
         self.refuse_target: str | None = None
+        self.takes: dict[str, list] = {}
         self.asked: list[str | None] = []  # the target of every prediction, in order of arrival
+        self.told: list[dict[str, str]] = []  # what else came with it
         self._ended = threading.Event()
         self._httpd = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self._httpd.daemon_threads = True
@@ -111,9 +126,10 @@ class FakeTorchServe:
         self._httpd.shutdown()
         self._httpd.server_close()
 
-    def reply(self, image: bytes, target: str | None) -> tuple[int, Any]:
+    def reply(self, image: bytes, target: str | None, told: dict[str, str]) -> tuple[int, Any]:
         """Status and body for one prediction."""
         self.asked.append(target)
+        self.told.append(told)
         if self.mode == "hang":
             self._ended.wait(60)
         if self.busy_for > 0 or self.mode == "busy":
@@ -135,7 +151,9 @@ class FakeTorchServe:
             return 415, {"error": {"code": "unsupported_media_type", "message": "This is not a JPEG or PNG image."}}
         if target is not None and (target not in CLASSES or target == self.refuse_target):
             return 400, {"error": {"code": "invalid_request", "message": f"The model was not trained on {target}."}}
-        return 200, answer_for(image, target, self.version)
+        if extra := set(told) - set(self.takes):
+            return 400, {"error": {"code": "invalid_request", "message": f"This model takes no {min(extra)}."}}
+        return 200, answer_for(image, target, self.version, self.takes, told)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         fake = self
@@ -150,8 +168,9 @@ class FakeTorchServe:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 kind = self.headers["Content-Type"]
                 fields = _form(kind, body) if kind.startswith("multipart/form-data") else {"data": body}
-                target = fields.get("target")
-                self._send(*fake.reply(fields["data"], target.decode() if target else None))
+                image = fields.pop("data")
+                told = {name: value.decode() for name, value in fields.items()}
+                self._send(*fake.reply(image, told.pop("target", None), told))
 
             def _send(self, status: int, body: Any) -> None:
                 content = json.dumps(body).encode()

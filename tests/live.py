@@ -197,6 +197,11 @@ class Promotion:
             trust_env=False,
         )
 
+    def tell(self, path: str, image: bytes, **fields: str) -> httpx.Response:
+        """A form with an image and further fields."""
+        url = f"{self.url}/predictions/skin_vit{path}"
+        return httpx.post(url, data=fields, files={"data": image}, timeout=60, trust_env=False)
+
     def served(self) -> str | None:
         """The version that answers."""
         answer = self.predict()

@@ -8,6 +8,7 @@ import torch
 from handlers.backbone import build_backbone
 from handlers.bundle import Bundle
 from handlers.calibration import Calibration, Conformal, Rejection
+from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES
 from training.export import export_bundle
@@ -23,26 +24,34 @@ def tiny_backbone(
     options: dict[str, Any] | None = None,
     image_size: int = IMAGE_SIZE,
     seed: int = 0,
+    metadata_width: int = 0,
 ) -> torch.nn.Module:
-    """A backbone in eval mode with random norms and head, so that no gradient is trivially zero."""
+    """A backbone in eval mode with random norms and heads, so that no gradient is trivially zero."""
     torch.manual_seed(seed)
     options = OPTIONS if options is None and architecture == ARCHITECTURE else options
-    backbone = build_backbone(architecture, classes, image_size, options=options).eval()
+    backbone = build_backbone(architecture, classes, image_size, options=options, metadata_width=metadata_width).eval()
     with torch.no_grad():
         for parameter in backbone.parameters():
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
         backbone.get_classifier().weight.normal_(std=backbone.num_features**-0.5)
+        if metadata_width:
+            backbone.metadata_head.logits.weight.normal_()
     return backbone
 
 
 def tiny_bundle(
-    out: Path, seed: int = 0, classes: tuple[str, ...] = KNOWN_CODES, residual_weight: float = 0.0, **export: Any
+    out: Path,
+    seed: int = 0,
+    classes: tuple[str, ...] = KNOWN_CODES,
+    residual_weight: float = 0.0,
+    metadata: Metadata | None = None,
+    **export: Any,
 ) -> Bundle:
     """The bundle of a tiny vision transformer with every kind of calibration."""
     return export_bundle(
         out,
-        backbone=tiny_backbone(len(classes), seed=seed),
+        backbone=tiny_backbone(len(classes), seed=seed, metadata_width=len((metadata or Metadata()).columns)),
         architecture=ARCHITECTURE,
         options=OPTIONS,
         classes=classes,
@@ -53,5 +62,6 @@ def tiny_bundle(
             Conformal(0.9, dict.fromkeys(KNOWN_CODES, 0.8)),
         ),
         evidence={"run_id": None, "dataset_fingerprint": "sha256:test", "metrics": {"balanced_accuracy": 0.125}},
+        metadata=metadata,
         **export,
     )

@@ -143,7 +143,7 @@ class FakeTorchServe:
 
         self._say(effect)
 
-    def predict(self, image, version):
+    def predict(self, image, version, metadata=None):
         def effect():
             bundle = json.loads(image)
             shift = self.shift.get(version, 0.0)
@@ -211,6 +211,7 @@ class Golden(GoldenParity):
 class _Case:
     name = "golden/MEL.jpg"
     probabilities = {"MEL": 0.5, "NV": 0.5}  # noqa: RUF012
+    metadata = None
 
     def __init__(self, release: Release) -> None:
         self.image = json.dumps({"digest": release.digest}).encode()

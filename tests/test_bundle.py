@@ -66,6 +66,8 @@ def test_a_changed_description_changes_the_digest(full, tmp_path):
         (lambda v: v["files"].update({"../outside": {"sha256": ""}}), "outside"),
         (lambda v: v["files"].update({"more.bin": {"sha256": ""}}), "lacks more.bin"),
         (lambda v: v["files"].pop(WEIGHTS), "does not list"),
+        (lambda v: v.update(metadata=["age"]), "garbles"),
+        (lambda v: v.update(metadata={"height": [1]}), "garbles"),
     ],
 )
 def test_a_wrong_description_is_refused_with_a_sentence(slim, tmp_path, change, message):

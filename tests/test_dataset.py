@@ -164,12 +164,14 @@ def test_the_sampler_draws_by_frequency_to_the_power(power, expected):
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
 def test_batches_hold_the_images_asked_for(batch_size):
     pixels = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 4, 4, 3))
-    images = Images(pixels, np.arange(20) * 10, np.arange(20).astype(str))
+    told = np.arange(40, dtype=np.float32).reshape(20, 2)
+    images = Images(pixels, np.arange(20) * 10, np.arange(20).astype(str), told)
     order = epoch_order(images.labels // 10, 0, 0)
     seen = list(batches(images, order, batch_size, CPU))
-    assert [len(labels) for _, labels in seen] == [min(batch_size, 20 - start) for start in range(0, 20, batch_size)]
-    np.testing.assert_array_equal(torch.cat([labels for _, labels in seen]), order * 10)
-    np.testing.assert_array_equal(torch.cat([p[:, 0, 0, 0] for p, _ in seen]), order)
+    assert [len(labels) for _, labels, _ in seen] == [min(batch_size, 20 - start) for start in range(0, 20, batch_size)]
+    np.testing.assert_array_equal(torch.cat([labels for _, labels, _ in seen]), order * 10)
+    np.testing.assert_array_equal(torch.cat([p[:, 0, 0, 0] for p, _, _ in seen]), order)
+    np.testing.assert_array_equal(torch.cat([m for _, _, m in seen]), told[order])
 
 
 # ---- augmentation

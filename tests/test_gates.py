@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 
 from handlers.bundle import CONFIG, WEIGHTS, Bundle, seal, write_json
+from handlers.metadata import Metadata
 from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.answers import AnswerBook, Answers
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet, freeze
@@ -80,15 +81,16 @@ class Server:
     digests: dict[str, str] = field(default_factory=dict)
     asked: int = 0
     fail: list[int] = field(default_factory=list)  # statuses of the next answers
+    deaf: bool = False  # to metadata
 
-    def predict(self, image: bytes, version: str) -> dict:
+    def predict(self, image: bytes, version: str, metadata: dict | None = None) -> dict:
         self.asked += 1
         if self.fail:
             raise TorchServeError(self.fail.pop(0), "busy")
         time.sleep(self.seconds)
         model = {"digest": self.digests[version], "precision": "f32"}
         for case in self.bundle.golden():
-            if case.image == image:
+            if (case.image, case.metadata) == (image, None if self.deaf else metadata):
                 top = max(case.probabilities, key=case.probabilities.__getitem__)
                 shifted = case.probabilities | {top: case.probabilities[top] + self.golden_shift}
                 return {"model": model, "probabilities": shifted}
@@ -293,6 +295,20 @@ def test_a_fault_fails_one_gate_and_no_other(case, fault):
     assert failed(judgement) == {FAULTS[fault]}
     assert not judgement.passed
     assert judgement.reason.startswith(FAULTS[fault])
+
+
+def test_a_model_that_takes_metadata_is_asked_with_and_without(case, tmp_path):
+    takes = Metadata.of(["age", "sex"])
+    case.use(tiny_bundle(tmp_path / "takes", metadata=takes, receipt=receipt("f" * 64)))
+    [verdict] = [one for one in case.judgement().verdicts if one.gate == "digest and signature"]
+    assert verdict.reason == (
+        "its signature is not one image and age and sex in, nine probabilities in taxonomy order out"
+    )
+    inputs = (("image", "binary"), ("age", "double"), ("sex", "string"))
+    case.candidate.signature = (inputs, SIGNATURE[1])
+    assert failed(case.judgement()) == set()
+    case.server.deaf = True
+    assert failed(case.judgement()) == {"golden parity"}
 
 
 def test_a_checkpoint_that_is_another_model_fails_golden_parity(case, tmp_path):

@@ -8,6 +8,7 @@ app: reads downwards, and stops with a clear word when it cannot go on.
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from streamlit.testing.v1 import AppTest
 from streamlit_app import cards, client, utils
 from streamlit_app.client import Answer, ServingError, TorchServe
 from streamlit_app.readings import Reading, Readings, Upload
-from tests.fake_torchserve import CLASSES, FakeTorchServe, answer_for
+from tests.fake_torchserve import CLASSES, TAKES, FakeTorchServe, answer_for
 
 APP = str(Path(__file__).parent.parent / "streamlit_app" / "app.py")
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
@@ -209,6 +210,32 @@ class TestReadings:
         readings.ask_all(torchserve, uploads)
         assert len(server.asked) == 6
 
+    def test_a_model_is_told_only_what_it_takes(self, server, jpegs):
+        torchserve, told = TorchServe(server.url), {"age": 55, "sex": "female", "site": "palms/soles", "hobby": "x"}
+        uploads = [replace(upload, told=told) for upload in self.uploads(jpegs[:1])]
+        readings = Readings()
+        [alone] = readings.ask_all(torchserve, uploads)
+        assert server.told == [{}], "it has said of nothing that it takes it"
+        server.takes, server.version = TAKES, "4"
+        readings.announce("3")
+        readings.announce("4")
+        [reading] = readings.ask_all(torchserve, uploads)
+        assert server.told[1:] == [{}, {"age": "55", "sex": "female"}], "it does not know that site"
+        assert reading.answer.metadata == {"age": "55", "sex": "female", "site": None}
+        assert reading.answer.probabilities != alone.answer.probabilities
+        readings.ask(torchserve, uploads[0], "DF")
+        assert server.told[-1] == {"age": "55", "sex": "female"}
+        # The model is changed, nobody says so, and the new one takes less.
+        server.takes, server.version = {}, "5"
+        [reading] = readings.ask_all(torchserve, [replace(uploads[0], told={"age": 56})])
+        assert reading.answer.model.version == "5"
+        assert reading.answer.metadata == {}
+
+    @pytest.mark.parametrize("takes", [{"age": [0]}, {"age": ["0", "x"]}, {"sex": [1, 2]}, {"site": "head"}])
+    def test_fields_that_cannot_be_drawn_are_no_answer(self, takes):
+        with pytest.raises(ValueError, match="takes"):
+            answer(model={"name": "skin_vit", "takes": takes})
+
 
 class TestPictures:
     def test_heat_lies_where_the_grid_says(self):
@@ -337,6 +364,12 @@ class TestTable:
         assert first["file"].startswith("'=")
         assert (first["version"], first["problem"]) == ("3", "")
         assert (second["file"], second["problem"], second["MEL"]) == ("ä,\n.jpg", "'@SUM(1)", "")
+        assert "age" not in first
+
+    def test_csv_says_what_the_model_was_told(self):
+        told = Answer.model_validate(answer_for(b"1", takes=TAKES, told={"age": "55"}))
+        [row] = csv.DictReader(io.StringIO(utils.to_csv([Reading(Upload.of("a", b"1"), told)])))
+        assert (row["age"], row["sex"], row["site"]) == ("55", "", "")
 
     def test_csv_of_refusals_alone(self):
         [row] = csv.DictReader(io.StringIO(utils.to_csv(self.readings()[1:])))
@@ -450,6 +483,32 @@ class TestApp:
         page.selectbox[0].set_value("DF").run()
         assert "skin_vit version 4" in text(page)
         assert "Evidence for Dermatofibroma" in text(page)
+
+    def test_no_fields_for_a_model_that_takes_nothing(self, page, jpegs):
+        page.run().file_uploader[0].set_value(("lesion.jpg", jpegs[0], "image/jpeg")).run()
+        assert "What is known of the patient" not in text(page)
+        assert not page.number_input
+
+    def test_what_is_filled_in_is_used(self, page, server, jpegs):
+        server.takes = TAKES
+        files = [(f"{i}.jpg", data, "image/jpeg") for i, data in enumerate(jpegs[:2])]
+        page.run().file_uploader[0].set_value(files).run()
+        assert "What is known of the patient" in text(page)
+        sex, site = (page.selectbox[place] for place in (0, 1))
+        assert (sex.label, sex.options, site.label) == ("Sex", ["not known", "female", "male"], "Site")
+        before = text(page)
+        page.number_input[0].set_value(71).run()
+        page.selectbox[1].set_value("head/neck").run()
+        assert server.told == [{}, {}, {"age": "71"}, {"age": "71", "site": "head/neck"}], "the other picture is not"
+        told = answer_for(jpegs[0], takes=TAKES, told=server.told[-1])
+        assert f"<h2>{told['prediction']['name']}" in text(page)
+        assert f"Evidence for {told['prediction']['name']}" in text(page)
+        assert text(page) != before
+        assert (page.number_input[0].value, page.selectbox[1].value) == (71, "head/neck")
+        page.number_input[0].set_value(None).run()
+        page.selectbox[1].set_value("").run()
+        assert text(page) == before
+        assert len(server.told) == 5, "what was asked already is remembered"
 
     def test_too_many(self, page, monkeypatch, server):
         files = [(f"{i}.jpg", b"\xff\xd8\xff%d" % i, "image/jpeg") for i in range(52)]

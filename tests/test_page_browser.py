@@ -26,7 +26,7 @@ import requests
 from playwright.sync_api import Browser, Page, expect
 
 from tests.chromium import chromium
-from tests.fake_torchserve import CLASSES, FakeTorchServe, answer_for
+from tests.fake_torchserve import CLASSES, TAKES, FakeTorchServe, answer_for
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,9 @@ def shared_server() -> Iterator[FakeTorchServe]:
 @pytest.fixture
 def server(shared_server) -> FakeTorchServe:
     shared_server.mode, shared_server.busy_for, shared_server.version = "ok", 0, "3"
+    shared_server.takes = {}
     shared_server.asked.clear()
+    shared_server.told.clear()
     return shared_server
 
 
@@ -240,6 +242,37 @@ def test_many_pictures_and_their_csv(page, files, tmp_path):
     expected = answer_for(files["bcc"].read_bytes())["probabilities"]
     assert {code: float(rows["bcc.jpg"][code]) for code in CLASSES} == pytest.approx(expected)
     assert rows["notes.jpg"]["problem"] == "This is not a JPEG or PNG image."
+
+
+def test_what_is_known_of_each_patient(page, server, files, tmp_path):
+    server.takes = TAKES
+    upload(page, files["mel"], files["nv"])
+    age = page.get_by_role("spinbutton", name="Age in years")
+    age.fill("71")
+    age.press("Enter")
+    choose(page, "Sex", "female")
+    told = {"age": "71", "sex": "female"}
+    mel = answer_for(files["mel"].read_bytes(), takes=TAKES, told=told)
+    expect(page.get_by_alt_text(f"Heatmap for {mel['prediction']['name']}")).to_be_visible()
+    expect(page.locator(".sl-verdict")).to_contain_text(mel["prediction"]["name"])
+    settled(page)
+    if folder := os.environ.get("SCREENSHOT_DIR"):
+        page.screenshot(path=Path(folder) / "patient.png")
+
+    def open_row(number: int, name: str) -> None:
+        table = page.get_by_test_id("stDataFrame").bounding_box()
+        assert table
+        page.mouse.click(table["x"] + 17, table["y"] + 35 + 52 * number + 26)
+        expect(page.locator(".sl-verdict")).to_contain_text(name)
+        settled(page)
+
+    open_row(1, "nv.jpg")
+    expect(age).to_have_value("")
+    open_row(0, "mel.jpg")
+    expect(age).to_have_value("71")
+    expect(page.locator(".sl-verdict")).to_contain_text(mel["prediction"]["name"])
+    assert told in server.told
+    assert len(server.told) == 4, "two pictures, and two fields of one of them"
 
 
 def test_a_row_of_the_table_shows_its_picture(page, files):

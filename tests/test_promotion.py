@@ -5,10 +5,12 @@
 - a version whose files are not what was registered, or that does not give its golden answers, is refused: the old one
   keeps serving, the reason stands in MLflow, and it is not tried again until the alias is set again;
 - TorchServe comes back to the version that served, from the model store alone;
+- a model that takes age, sex and site is promoted on its golden answers with them, and told them in forms and JSON;
 - an archive runs the code in it, whatever the repository's copy says;
 - the command shows every step, and says in its exit code how it ended.
 """
 
+import base64
 import json
 import os
 import shutil
@@ -20,12 +22,15 @@ import time
 from pathlib import Path
 
 import httpx
+import pandas as pd
 import pytest
 
+from handlers.metadata import FIELDS, Metadata
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.registry import Registry
 from tests.conftest import ROOT, free_ports
 from tests.live import NOWHERE, Promotion, run_script, torchserve_server, variant
+from tests.models import tiny_bundle
 from tests.waiting import eventually
 
 pytest_plugins = ["tests.fixtures_registry"]
@@ -334,3 +339,39 @@ def test_the_service_follows_the_alias_and_tells_of_it(serving_first, second, tm
     assert code == 0
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert (lines[0]["message"], lines[-1]["message"]) == ("started", "stopped")
+
+
+def test_a_model_that_takes_metadata_is_promoted_and_told_over_rest(serving_first, tmp_path, sample_images):
+    refused = serving_first.tell("/1", sample_images[0], age="71")
+    assert (refused.status_code, "takes no age" in refused.text) == (400, True)
+
+    bundle = tiny_bundle(tmp_path / "bundle", metadata=Metadata.of(FIELDS))
+    version = serving_first.registry.register(bundle.path).version.version
+    steps, result = serving_first.champion(version)
+    assert steps[-1] == f"serve version {version}", result.errors
+    for case in bundle.golden():
+        answer = serving_first.tell("", case.image, **{name: str(v) for name, v in (case.metadata or {}).items()})
+        assert answer.json()["probabilities"] == pytest.approx(case.probabilities, abs=1e-2)
+    told = serving_first.tell("", sample_images[0], age="71", sex="", site="Head/Neck").json()
+    assert told["metadata"] == {"age": 71.0, "sex": None, "site": "head/neck"}
+    assert told["model"]["takes"] == Metadata.of(FIELDS).choices
+    body = {"image": base64.b64encode(sample_images[0]).decode(), "age": 71, "site": "head/neck", "sex": None}
+    as_json = httpx.post(f"{serving_first.url}/predictions/skin_vit", json=body, timeout=60, trust_env=False)
+    assert as_json.json()["probabilities"] == pytest.approx(told["probabilities"], abs=1e-6)
+    for field, value in (("age", "-1"), ("age", "1e400"), ("sex", "\x00"), ("site", "../../etc/passwd")):
+        refused = serving_first.tell("", sample_images[0], **{field: value})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_request")
+        assert refused.json()["error"]["message"].startswith(f"{field} must be")
+    assert serving_first.tell("", sample_images[0], age="71", site="head/neck").json() == told
+
+    # As MLflow runs it.
+    import mlflow
+
+    model = mlflow.pyfunc.load_model(f"models:/skin_vit/{version}")
+    table = pd.DataFrame({"image": sample_images[:2], "age": [71.0, None], "site": ["head/neck", None]})
+    answers = model.predict(table)
+    assert answers.iloc[0].to_dict() == pytest.approx(told["probabilities"], abs=1e-2)
+    alone = serving_first.tell("", sample_images[1]).json()["probabilities"]
+    assert answers.iloc[1].to_dict() == pytest.approx(alone, abs=1e-2)
+    with pytest.raises(ValueError, match="image 0: age must be years"):
+        model.predict(pd.DataFrame({"image": sample_images[:1], "age": [500.0]}))

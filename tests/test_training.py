@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import typer
@@ -266,7 +268,9 @@ def strip(history):
 
 def test_a_resumed_run_is_the_uninterrupted_run(bare, tmp_path):
     manifest = tiny_manifest(tmp_path / "data")
-    config = load_config(None, [*TINY, *EVERYTHING, f"manifest={manifest}", "epochs=3"])
+    frame = pd.read_csv(manifest, keep_default_na=False)
+    frame.assign(age=np.arange(len(frame)) % 90).to_csv(manifest, index=False)
+    config = load_config(None, [*TINY, *EVERYTHING, f"manifest={manifest}", "epochs=3", "metadata=[age]"])
     whole = run(tmp_path / "whole", config)
 
     # The cache is there by now, so only batches and epochs are checked: 3 + 1 an epoch. The 6th is inside the second.

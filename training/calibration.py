@@ -26,6 +26,7 @@ def fit_calibration(
     confidence_level: float = 0.9,
     residuals: ArrayLike | None = None,
     residual_weight: float = 0.0,
+    alone: ArrayLike | None = None,
 ) -> Calibration:
     """Fit temperature, rejection and conformal thresholds.
 
@@ -35,16 +36,22 @@ def fit_calibration(
         classes: the K codes.
         confidence_level: of the conformal sets.
         residuals: (N,) of the features, for the rejection; none if `residual_weight` is 0.
+        alone: (N, K) of the same pictures without the metadata that `logits` hold, for a model that takes them and may
+            be asked without. All is then fitted on both, and the conformal sets keep their promise either way: an
+            image's score is the larger of its two.
 
     Returns the identity if there are fewer than MIN_IMAGES images.
     """
-    z, y = np.asarray(logits, np.float64), np.asarray(labels, np.int64)
-    r = None if residuals is None else np.asarray(residuals, np.float64)[y >= 0]
-    z, y = z[y >= 0], y[y >= 0]
+    labelled = np.asarray(labels, np.int64)
+    kept = labelled >= 0
+    y = labelled[kept]
     if len(y) < MIN_IMAGES:
         return Calibration()
-    temperature = fit_temperature(z, y)
-    known = Calibration(temperature).known_probabilities(z)
+    ways = [np.asarray(z, np.float64)[kept] for z in (logits, alone) if z is not None]
+    z = np.concatenate(ways)
+    r = None if residuals is None else np.tile(np.asarray(residuals, np.float64)[kept], len(ways))
+    temperature = fit_temperature(z, np.tile(y, len(ways)))
+    known = np.min([Calibration(temperature).known_probabilities(way) for way in ways], axis=0)
     conformal = fit_conformal(known, y, classes, confidence_level)
     return Calibration(temperature, fit_rejection(z, temperature, r, residual_weight), conformal)
 

@@ -14,6 +14,7 @@ import timm
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +82,10 @@ class TrainConfig(BaseModel):
     )
     drop_rate: Probability = Field(0.0, description="dropout before the head, and in its hidden layers")
     drop_path_rate: Probability = Field(0.0, description="stochastic depth")
+    metadata: list[Literal["age", "sex", "site"]] = Field([], description="what the model takes beside the picture")
+    metadata_drop: Probability = Field(
+        0.25, description="share of training images that all of it is withheld from, and of each value of the others"
+    )
 
     # optimisation
     epochs: int = Field(30, ge=1)
@@ -152,6 +157,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"stem={self.stem} has no pretrained weights: use stem=patch or pretrained=false")
         if 0 < self.cache_size < self.image_size:
             raise ValueError(f"cache_size={self.cache_size} is smaller than image_size={self.image_size}")
+        if self.metadata and (self.mixup_alpha or self.cutmix_alpha) and self.mix_probability == 1:
+            raise ValueError("metadata is learnt from pictures that are not mixed: use mix_probability below 1")
         return self
 
     @property
@@ -165,6 +172,11 @@ class TrainConfig(BaseModel):
         given |= {"head_hidden": list(self.head_hidden)}
         options: dict[str, Any] = {key: value for key, value in given.items() if value}
         return options | ({"stem": self.stem} if self.stem != "patch" else {})
+
+    @property
+    def metadata_inputs(self) -> Metadata:
+        """What the model takes beside the picture, as its bundle keeps it."""
+        return Metadata.of(self.metadata)
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from handlers.metadata import Metadata
 from handlers.preprocessing import ImageError, Preprocessing
 from handlers.taxonomy import CODES
 from training.config import TrainConfig
@@ -42,11 +43,13 @@ def classes_in(frame: pd.DataFrame) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Images:
-    """A split: `pixels` uint8 (N, S, S, 3), memory-mapped; `labels` int64 (N,), -1 for a class without a logit."""
+    """A split: `pixels` uint8 (N, S, S, 3), memory-mapped; `labels` int64 (N,), -1 for a class without a logit;
+    `metadata` float32 (N, D), encoded."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
     lesions: NDArray[np.str_]
+    metadata: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,6 +62,7 @@ def load_split(
     preprocessing: Preprocessing,
     cache_dir: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    metadata: Metadata | None = None,
 ) -> Images:
     """The images of one split, through the cache.
 
@@ -66,6 +70,7 @@ def load_split(
         frame: the manifest, as training.manifest.read_manifest gives it.
         preprocessing: its image_size is the size cached; its decode and resize are those of serving.
         progress: called with (images done, images in all); may raise to stop.
+        metadata: what the model takes beside the picture; None: nothing.
 
     Raises:
         DataError: an image that is missing, damaged, or not the one the manifest speaks of.
@@ -76,7 +81,14 @@ def load_split(
         build_cache(rows, preprocessing, cache_dir, progress),
         rows["label"].map(lambda code: index.get(code, -1)).to_numpy(np.int64),
         rows["lesion_id"].to_numpy(str),
+        encode_rows(rows, metadata or Metadata()),
     )
+
+
+def encode_rows(rows: pd.DataFrame, metadata: Metadata) -> NDArray[np.float32]:
+    """The manifest's age, sex and site as the network takes them, (N, D); a word it does not know counts as missing."""
+    given = rows[list(metadata.fields)].to_dict("records")
+    return np.array([metadata.encode(metadata.understood(row)) for row in given], np.float32).reshape(len(rows), -1)
 
 
 def build_cache(
@@ -164,25 +176,41 @@ def epoch_order(labels: NDArray[np.int64], seed: int, epoch: int, sampler_power:
 
 def batches(
     images: Images, order: NDArray[np.int64], batch_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (uint8 (N, S, S, 3), int64 (N,)) on `device`, in `order`; one is gathered while another is used."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of (uint8 (N, S, S, 3), int64 (N,), float32 (N, D)) on `device`, in `order`: pixels, labels, metadata.
 
-    def gather(start: int) -> tuple[Tensor, Tensor]:
+    One is gathered while another is used.
+    """
+
+    def gather(start: int) -> tuple[Tensor, ...]:
         chosen = order[start : start + batch_size]
         # reading the rows in file order is kinder to a disk that has to fetch them
         by_place = np.argsort(chosen)
         pixels = np.empty((len(chosen), *images.pixels.shape[1:]), np.uint8)
         pixels[by_place] = images.pixels[chosen[by_place]]
-        tensors = torch.from_numpy(pixels), torch.from_numpy(images.labels[chosen])
-        return (tensors[0].pin_memory(), tensors[1].pin_memory()) if device.type == "cuda" else tensors
+        arrays = (pixels, images.labels[chosen], images.metadata[chosen])
+        tensors = tuple(torch.from_numpy(array) for array in arrays)
+        return tuple(tensor.pin_memory() for tensor in tensors) if device.type == "cuda" else tensors
 
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(gather, 0)
         for start in range(0, len(order), batch_size):
-            pixels, labels = coming.result()
+            pixels, labels, metadata = (tensor.to(device, non_blocking=True) for tensor in coming.result())
             if start + batch_size < len(order):
                 coming = pool.submit(gather, start + batch_size)
-            yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            yield pixels, labels, metadata
+
+
+def withhold(encoded: Tensor, metadata: Metadata, share: float, generator: torch.Generator) -> Tensor:
+    """Encoded metadata (N, D) with values taken away, so that a network learns to do without.
+
+    An image loses all of them with probability `share`, else each value by itself.
+    """
+    if not metadata.fields:
+        return encoded
+    whole = torch.rand(len(encoded), 1, generator=generator) >= share
+    each = torch.rand(len(encoded), len(metadata.fields), generator=generator) >= share
+    return encoded * (whole & each)[:, list(metadata.columns)].to(encoded)
 
 
 def standardise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:

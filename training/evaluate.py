@@ -88,19 +88,26 @@ def check_overlap(bundle: Path, rows: pd.DataFrame, allowed: bool) -> dict[str, 
     return {"receipt": True, "overlaps": found.found, **counts}
 
 
-def ask(predictor: Predictor, rows: pd.DataFrame, tta: bool = False) -> list[Prediction]:
-    """The model's answer to every row's image, without heatmaps. Raises ManifestError if one cannot be read."""
+def ask(predictor: Predictor, rows: pd.DataFrame, tta: bool = False, picture_alone: bool = False) -> list[Prediction]:
+    """The model's answer to every row's image, without heatmaps, told what it takes of the row's age, sex and site
+    unless asked for the `picture_alone`. Raises ManifestError if an image cannot be read."""
     answers: list[Prediction] = []
     with progress_bar("evaluating") as advance:
         for start in range(0, len(rows), BATCH):
-            answers += _ask(predictor, rows["path"].iloc[start : start + BATCH], gradcam="none", tta=tta)
+            part = rows.iloc[start : start + BATCH]
+            answers += _ask(predictor, part, picture_alone, gradcam="none", tta=tta)
             advance(len(answers), len(rows))
     return answers
 
 
-def _ask(predictor: Predictor, paths: Sequence[str] | pd.Series, **options: Any) -> list[Prediction]:
+def _ask(predictor: Predictor, rows: pd.DataFrame, picture_alone: bool, **options: Any) -> list[Prediction]:
+    takes, paths = predictor.config.metadata, rows["path"]
+    told = [{} if picture_alone else takes.understood(row) for row in rows[list(takes.fields)].to_dict("records")]
     try:
-        requests = [Request(Path(path).read_bytes(), **options) for path in paths]
+        requests = [
+            Request(Path(path).read_bytes(), metadata=values, **options)
+            for path, values in zip(paths, told, strict=True)
+        ]
     except OSError as error:
         raise ManifestError(f"{error.filename} cannot be read ({error.strerror}).") from error
     answers = []
@@ -140,7 +147,9 @@ def pictures(rows: pd.DataFrame, answers: Sequence[Prediction], table: dict[str,
     }
 
 
-def examples(predictor: Predictor, rows: pd.DataFrame, answers: Sequence[Prediction]) -> Figure:
+def examples(
+    predictor: Predictor, rows: pd.DataFrame, answers: Sequence[Prediction], picture_alone: bool = False
+) -> Figure:
     """For each true class the surest right answer, the surest wrong one, and the least sure, with their heatmaps."""
     nine = nine_of(answers)
     top, sure = nine.argmax(1), nine.max(1)
@@ -151,7 +160,7 @@ def examples(predictor: Predictor, rows: pd.DataFrame, answers: Sequence[Predict
         wanted = [(mine & right, sure), (mine & ~right, sure), (mine, -sure)]
         places = [int(np.argmax(np.where(among, score, -2))) if among.any() else None for among, score in wanted]
         chosen = [place for place in places if place is not None]
-        drawn = dict(zip(chosen, _ask(predictor, rows["path"].iloc[chosen], gradcam="overlay"), strict=True))
+        drawn = dict(zip(chosen, _ask(predictor, rows.iloc[chosen], picture_alone, gradcam="overlay"), strict=True))
         cells = [None if place is None else _cell(drawn[place]) for place in places]
         sheet.append((CODES[k], cells))
     return examples_figure(sheet)
@@ -183,6 +192,9 @@ def main(
         ),
     ] = None,
     tta: Annotated[bool, typer.Option(help="Average over each picture and its mirror images.")] = False,
+    picture_alone: Annotated[
+        bool, typer.Option("--picture-alone", help="Do not tell a model that takes them age, sex and site.")
+    ] = False,
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamplings of the lesions for the intervals; 0: none.")] = (
         1000
     ),
@@ -212,15 +224,17 @@ def main(
         rows = open_rows(data, split, out)
         seen = check_overlap(bundle, rows, allow_overlap)
         predictor = Predictor.load(bundle)
-        answers = ask(predictor, rows, tta)
+        answers = ask(predictor, rows, tta, picture_alone)
         table = evaluate(rows, answers, bootstrap)
-        figures = pictures(rows, answers, table) | {"examples.png": examples(predictor, rows, answers)}
+        sheet = examples(predictor, rows, answers, picture_alone)
+        figures = pictures(rows, answers, table) | {"examples.png": sheet}
     except (ManifestError, BundleError, ValueError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None
 
     out.mkdir(parents=True, exist_ok=True)
     described = {"bundle": predictor.bundle.digest, "runtime": predictor.runtime.precision, "tta": tta}
+    described["metadata"] = [] if picture_alone else list(predictor.config.metadata.fields)
     described |= {"data": fingerprint(rows), "split": split or "test", "overlap": seen, "resamples": bootstrap}
     write_json(out / "metrics.json", described | table)
     (out / "report.txt").write_text(report_text(rows, answers), encoding="utf-8")
@@ -231,7 +245,7 @@ def main(
     show(table)
     console.print(f"Written to {out}.")
     if run_id := predictor.config.evidence.get("run_id"):
-        prefix = f"evaluation_{split or 'test'}"
+        prefix = f"evaluation_{split or 'test'}" + ("_picture_alone" if picture_alone else "")
         console.print(log_evaluation(run_id, out, prefix, headline(table)))
 
 

@@ -34,7 +34,8 @@ from handlers.bundle import (
 )
 from handlers.calibration import Calibration
 from handlers.graph import BASIS, ORIGIN, complete
-from handlers.predictor import Prediction, Predictor
+from handlers.metadata import Metadata
+from handlers.predictor import Prediction, Predictor, Request
 from handlers.preprocessing import Preprocessing, fingerprint
 from training.detectors import KnownSpace
 from training.receipt import RECEIPT, Receipt
@@ -43,6 +44,13 @@ from training.synthetic import draw_lesion
 MODEL_NAME = "skin_vit"
 # One picture a class, drawn, so that they can be shipped and read by anybody.
 GOLDEN_CODES = ("MEL", "NV", "BCC", "VASC")
+# What else is told of them, to a model that takes it; each is asked without as well.
+GOLDEN_METADATA: tuple[dict[str, Any], ...] = (
+    {"age": 71.0, "sex": "male", "site": "head/neck"},
+    {"age": 24.0, "sex": "female", "site": "posterior torso"},
+    {"age": 85.0, "site": "upper extremity"},
+    {"age": 5.0, "sex": "female"},
+)
 
 
 def export_bundle(
@@ -58,6 +66,7 @@ def export_bundle(
     receipt: Receipt | None = None,
     space: KnownSpace | None = None,
     half: bool = True,
+    metadata: Metadata | None = None,
 ) -> Bundle:
     """Write the bundle of a trained backbone to the folder `out`, replacing a bundle that is there.
 
@@ -68,6 +77,7 @@ def export_bundle(
         space: where known lesions lie among the features (training.detectors), if the calibration's rejection uses it.
         half: store the weights in fp16 (a relative rounding of 5e-4; everything downstream, the golden answers
             included, is derived from the stored weights).
+        metadata: what the backbone takes beside the picture (it has a metadata_head for that); None: nothing.
 
     Raises:
         BundleError: `out` is something else, or the serving graph disagrees with the model.
@@ -80,7 +90,14 @@ def export_bundle(
     if space:  # in fp32: lengths are sums over many directions
         state[ORIGIN], state[BASIS] = (torch.tensor(a, dtype=torch.float32) for a in (space.origin, space.basis))
     config = BundleConfig(
-        MODEL_NAME, architecture, dict(options), tuple(classes), preprocessing, calibration, dict(evidence)
+        MODEL_NAME,
+        architecture,
+        dict(options),
+        tuple(classes),
+        preprocessing,
+        calibration,
+        dict(evidence),
+        metadata=metadata or Metadata(),
     )
     with tempfile.TemporaryDirectory() as temporary:
         draft = Path(temporary) / "draft"
@@ -117,14 +134,19 @@ def _write_golden(draft: Path, config: BundleConfig) -> None:
         names.append(name)
     write_json(draft / GOLDEN, [])
     predictor = Predictor(seal(draft, config), runtime="torch", precision="f32")
-    answers = predictor.predict([(draft / name).read_bytes() for name in names])
+    asked: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in names]
+    if fields := config.metadata.fields:
+        told = [{field: values[field] for field in fields if field in values} for values in GOLDEN_METADATA]
+        asked += [(name, values) for name, values in zip(names, told, strict=True) if values]
+    answers = predictor.predict([Request((draft / name).read_bytes(), metadata=values) for name, values in asked])
     cases = []
-    for name, answer in zip(names, answers, strict=True):
+    for (name, values), answer in zip(asked, answers, strict=True):
         if not isinstance(answer, Prediction):
             raise answer
         pixels, _ = config.preprocessing((draft / name).read_bytes())
         colours = fingerprint(pixels).round(2).tolist()
-        cases.append({"name": name, "probabilities": answer.probabilities, "grid": answer.grid, "colours": colours})
+        case = {"name": name, "probabilities": answer.probabilities, "grid": answer.grid, "colours": colours}
+        cases.append(case | ({"metadata": values} if values else {}))
     write_json(draft / GOLDEN, cases)
     seal(draft, config)
 

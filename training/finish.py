@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from handlers.backbone import build_backbone
+from handlers.backbone import build_backbone, fuse
 from handlers.bundle import write_json
 from training.assessment import assess, headline
 from training.calibration import MIN_IMAGES, fit_calibration
@@ -30,16 +30,21 @@ from training.tracking import Tracker, code_revision
 
 
 @torch.inference_mode()
-def outputs_of(model: nn.Module, images: Images, config: TrainConfig, device: torch.device) -> Outputs:
-    """Features (the classifier's input) and logits of a split, in its order, without augmentation, in fp32."""
+def outputs_of(
+    model: nn.Module, images: Images, config: TrainConfig, device: torch.device
+) -> tuple[Outputs, NDArray[np.float64]]:
+    """Features (the classifier's input) and logits of a split's pictures alone, and its logits (N, K) with the metadata
+    that are recorded; in its order, without augmentation, in fp32."""
     backbone: Any = model.eval()
-    features, logits = [], []
-    for pixels, _ in batches(images, np.arange(len(images)), config.batch_size, device):
+    features, logits, told = [], [], []
+    for pixels, _, metadata in batches(images, np.arange(len(images)), config.batch_size, device):
         tokens = backbone.forward_features(standardise(pixels, config.preprocessing))
         pooled = backbone.forward_head(tokens, pre_logits=True)
+        alone = backbone.get_classifier()(pooled)
         features.append(pooled.double().cpu().numpy())
-        logits.append(backbone.get_classifier()(pooled).double().cpu().numpy())
-    return Outputs(np.concatenate(features), np.concatenate(logits))
+        logits.append(alone.double().cpu().numpy())
+        told.append(fuse(backbone, alone, metadata).double().cpu().numpy())
+    return Outputs(np.concatenate(features), np.concatenate(logits)), np.concatenate(told)
 
 
 def find_space(model: nn.Module, val: Outputs, labels: NDArray[np.int64]) -> KnownSpace | None:
@@ -57,12 +62,12 @@ def find_space(model: nn.Module, val: Outputs, labels: NDArray[np.int64]) -> Kno
 def predict(
     model: nn.Module, images: Images, config: TrainConfig, device: torch.device, precision: torch.dtype
 ) -> NDArray[np.float32]:
-    """Logits (N, K) of a split, in its order, without augmentation."""
+    """Logits (N, K) of a split with its metadata, in its order, without augmentation."""
     model.eval()
     found = []
-    for pixels, _ in batches(images, np.arange(len(images)), config.batch_size, device):
+    for pixels, _, metadata in batches(images, np.arange(len(images)), config.batch_size, device):
         with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
-            logits = model(standardise(pixels, config.preprocessing))
+            logits = fuse(model, model(standardise(pixels, config.preprocessing)), metadata)
         found.append(logits.float().cpu())
     return torch.cat(found).numpy()
 
@@ -86,13 +91,17 @@ def finish(
     """
     best = load(output / BEST)
     classes: list[str] = best["classes"]
-    model = build_backbone(config.architecture, len(classes), config.image_size, options=config.options)
+    inputs, options = config.metadata_inputs, config.options
+    width = len(inputs.columns)
+    model = build_backbone(config.architecture, len(classes), config.image_size, options=options, metadata_width=width)
     model.load_state_dict(best["weights"])
     model.to(device)
     found = {split: outputs_of(model, images, config, device) for split, images in data.items() if split != "train"}
-    space = find_space(model, found["val"], data["val"].labels)
-    logits = {split: outputs.logits for split, outputs in found.items()}
-    residuals = {split: space.residuals(outputs.features) if space else None for split, outputs in found.items()}
+    pictures = {split: outputs for split, (outputs, _) in found.items()}
+    space = find_space(model, pictures["val"], data["val"].labels)
+    residuals = {split: space.residuals(outputs.features) if space else None for split, outputs in pictures.items()}
+    alone = {split: outputs.logits for split, outputs in pictures.items()}
+    logits = {split: told for split, (_, told) in found.items()}
     check()
 
     calibration = fit_calibration(
@@ -102,6 +111,7 @@ def finish(
         config.confidence_level,
         residuals.get("calibration"),
         space.weight if space else 0.0,
+        alone.get("calibration") if inputs.fields else None,
     )
     if calibration.conformal is None:
         console.print(
@@ -114,15 +124,18 @@ def finish(
         if split not in data:
             continue
         rows, labels = frame[frame["split"] == split], data[split].labels
-        reports[split] = assess(
-            rows["label"].tolist(),
-            calibration.probabilities(logits[split], classes, residuals[split]),
-            calibration.conformal_sets(logits[split], classes, residuals[split]),
-            rows["lesion_id"].tolist(),
-            config.bootstrap,
-        )
-        prefix = "best_val" if split == "val" else split  # val_... are the metrics of each epoch, not calibrated
-        tracker.metrics({f"{prefix}_{name}": value for name, value in headline(reports[split]).items()})
+        ways = {split: logits[split]} | ({f"{split}_picture_alone": alone[split]} if inputs.fields else {})
+        for name, asked in ways.items():
+            reports[name] = assess(
+                rows["label"].tolist(),
+                calibration.probabilities(asked, classes, residuals[split]),
+                calibration.conformal_sets(asked, classes, residuals[split]),
+                rows["lesion_id"].tolist(),
+                config.bootstrap,
+            )
+            # val_... are the metrics of each epoch, not calibrated
+            prefix = f"best_{name}" if split == "val" else name
+            tracker.metrics({f"{prefix}_{figure}": value for figure, value in headline(reports[name]).items()})
         table, codes = reports[split]["confusion"], reports[split]["classes"]
         tracker.figure(confusion_figure(table, codes), f"confusion_{split}.png")
         known = calibration.known_probabilities(logits[split][labels >= 0])
@@ -144,7 +157,8 @@ def finish(
         output / "bundle",
         backbone=model,
         architecture=config.architecture,
-        options=config.options,
+        options=options,
+        metadata=inputs,
         classes=classes,
         preprocessing=config.preprocessing,
         calibration=calibration,

@@ -75,12 +75,14 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def set_trainable(model: nn.Module, head_only: bool) -> None:
-    """Put the model into training mode: all of it, or the head alone, with the rest as it is when it predicts."""
+    """Put the model into training mode: all of it, or the heads alone, with the rest as it is when it predicts."""
     model.train(not head_only)
     model.requires_grad_(not head_only)
     if head_only:
         backbone: Any = model
-        backbone.get_classifier().train().requires_grad_(True)
+        for head in (backbone.get_classifier(), getattr(backbone, "metadata_head", None)):
+            if head is not None:
+                head.train().requires_grad_(True)
 
 
 def make_mix(config: TrainConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

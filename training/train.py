@@ -22,13 +22,13 @@ from scipy.special import softmax
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from handlers.backbone import BackboneError, build_backbone
+from handlers.backbone import BackboneError, build_backbone, fuse
 from handlers.bundle import BundleError
 from handlers.preprocessing import Preprocessing
 from training import metrics
 from training.checkpoints import BEST, LAST, CheckpointError, find, load, restore, save
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
-from training.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split
+from training.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split, withhold
 from training.finish import finish, predict
 from training.losses import ClassificationLoss, class_weights
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest
@@ -80,7 +80,10 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     # Before the images are decoded, since pretrained weights may be out of reach. A checkpoint brings its own.
     seed_everything(config.seed, 0)
     pretrained = config.pretrained and checkpoint is None
-    model = build_backbone(config.architecture, len(classes), config.image_size, pretrained, config.options)
+    inputs = config.metadata_inputs
+    model = build_backbone(
+        config.architecture, len(classes), config.image_size, pretrained, config.options, len(inputs.columns)
+    )
     data = load_data(config, frame, classes, stop)
     counts = np.bincount(data["train"].labels, minlength=len(classes))
     steps = max(1, len(data["train"]) // config.batch_size)
@@ -140,13 +143,16 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             set_trainable(model, head_only=epoch < config.freeze_epochs)
             total = torch.zeros((), device=device)
             with progress_bar(f"epoch {epoch + 1}/{config.epochs}") as advance:
-                for step, (pixels, labels) in enumerate(batches(data["train"], order, config.batch_size, device)):
+                for step, batch in enumerate(batches(data["train"], order, config.batch_size, device)):
                     lr = learning_rate(config, epoch * steps + step, steps)
                     for group in optimizer.param_groups:
                         group["lr"] = lr * group.get("lr_scale", 1.0)  # runs begun by version 0.1 have none
+                    pixels, labels, metadata = batch
                     images, targets = mix(augment(pixels, generator), labels)
+                    # A mixed picture is of no one patient: it is learnt from by itself.
+                    told = withhold(metadata, inputs, config.metadata_drop, generator) if targets.ndim == 1 else None
                     with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
-                        logits = model(images.contiguous(memory_format=torch.channels_last))
+                        logits = fuse(model, model(images.contiguous(memory_format=torch.channels_last)), told)
                     loss = criterion(logits, targets)
                     optimizer.zero_grad()
                     scaler.scale(loss).backward()
@@ -163,8 +169,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             if not math.isfinite(train_loss):
                 raise TrainingError(f"The loss is {train_loss} in epoch {epoch + 1}; try a lower lr or precision=fp32.")
 
-            logits = predict(ema.module, data["val"], config, device, precision)
-            row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": lr, **validation(data["val"].labels, logits)}
+            found = predict(ema.module, data["val"], config, device, precision)
+            row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": lr, **validation(data["val"].labels, found)}
             row["seconds"] = time.monotonic() - began
             history.append(row)
             score = -row["val_loss"] if config.monitor == "loss" else row["val_balanced_accuracy"]
@@ -214,6 +220,10 @@ def load_data(
     """Every split that has images; the training split at the cache's size, the others as serving sees them."""
     manifest, serving, larger = Path(config.manifest), config.preprocessing, cache_preprocessing(config)
     cache = Path(config.cache_dir) if config.cache_dir else manifest.parent / "cache"
+    inputs, training = config.metadata_inputs, frame[frame["split"] == "train"]
+    for name in inputs.fields:
+        if all(inputs.understood({name: value})[name] is None for value in training[name]):
+            raise DataError(f"No training image in {manifest} has a known {name}; leave {name} out of metadata.")
     data = {}
     for split in ("train", "val", "calibration", "test"):
         if not (frame["split"] == split).any():
@@ -227,7 +237,7 @@ def load_data(
                 advance(done, total)
 
             preprocessing = larger if split == "train" else serving
-            data[split] = load_split(frame, split, classes, preprocessing, cache, show)
+            data[split] = load_split(frame, split, classes, preprocessing, cache, show, inputs)
     return data
 
 

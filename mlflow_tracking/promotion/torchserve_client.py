@@ -1,7 +1,7 @@
 """TorchServe's management and prediction APIs, as far as promotion needs them. Every call has a time-out."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -144,10 +144,22 @@ class TorchServe:
                 return  # no answer in all this time: the others will not get theirs either
         time.sleep(quiet)
 
-    def predict(self, image: bytes, version: str, timeout: float = PREDICTION) -> dict[str, Any]:
-        """The REST answer of one version to one image. Raises TorchServeError or TorchServeUnavailable."""
-        headers = {"Content-Type": "application/octet-stream"}
+    def predict(
+        self,
+        image: bytes,
+        version: str,
+        timeout: float = PREDICTION,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The REST answer of one version to one image, sent as a form if there are `metadata` to tell.
+
+        Raises TorchServeError or TorchServeUnavailable.
+        """
         path = f"/predictions/{MODEL_NAME}/{version}"
+        if metadata:
+            data = {name: str(value) for name, value in metadata.items()}
+            return _answer(self._inference, "POST", path, data=data, files={"data": image}, timeout=timeout)
+        headers = {"Content-Type": "application/octet-stream"}
         return _answer(self._inference, "POST", path, content=image, headers=headers, timeout=timeout)
 
     def _manage(self, method: str, path: str, **options: Any) -> Any:

@@ -11,12 +11,12 @@ import numpy as np
 from pydantic import Field
 
 from handlers.bundle import Bundle
-from handlers.predictor import Prediction, Predictor
+from handlers.predictor import Prediction, Predictor, Request
 from handlers.preprocessing import fingerprint
-from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
+from mlflow_tracking.version_card import signature_types
 from training.receipt import overlap, read_receipt
 
 SECONDS = 300.0  # for the eager model and the graph to answer a few pictures, on a machine that trains beside it
@@ -39,8 +39,10 @@ class DigestAndSignature(Gate):
         if candidate.signature is None:
             return self.holds(False, "the registered version has no signature: register it with register_model.py")
         inputs, outputs = candidate.signature
-        if [kind for _, kind in inputs] != ["binary"] or outputs != tuple((code, "double") for code in CODES):
-            return self.holds(False, "its signature is not one image in, nine probabilities in taxonomy order out")
+        takes, gives = signature_types(candidate.bundle)
+        if [kind for _, kind in inputs] != [kind for _, kind in takes] or outputs != gives:
+            told = " and ".join(["one image", *candidate.bundle.config.metadata.fields])
+            return self.holds(False, f"its signature is not {told} in, nine probabilities in taxonomy order out")
         return self.holds(True, "archive, registry and signature agree", digest=found)
 
 
@@ -65,7 +67,7 @@ class GoldenParity(Gate):
             return self.holds(False, "the bundle has no golden images")
         for case in cases:
             try:
-                answer = candidate.torchserve.predict(case.image, release.version)
+                answer = candidate.torchserve.predict(case.image, release.version, metadata=case.metadata)
             except TorchServeError as error:
                 return self.holds(False, f"{case.name} got no answer: {error}")
             model = answer["model"]
@@ -181,7 +183,8 @@ def _main(folder: str) -> int:
     for name, runtime in (("checkpoint", "torch"), ("graph", "openvino")):
         if runtime == "openvino" and not bundle.has_graph:
             continue
-        answers = Predictor(bundle, runtime=runtime, precision="f32").predict([case.image for case in cases])
+        requests = [Request(case.image, metadata=case.metadata) for case in cases]
+        answers = Predictor(bundle, runtime=runtime, precision="f32").predict(requests)
         differences[name] = max(
             case.disagreement(answer.probabilities, answer.grid or [])[0]
             for case, answer in zip(cases, answers, strict=True)

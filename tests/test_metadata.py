@@ -1,0 +1,491 @@
+"""Age, sex and site beside the picture.
+
+Encoding: each value has a place of its own, a missing one is zeros, and what no patient is is refused in one sentence.
+Network: nothing known adds exactly nothing; the heatmap is that of autograd on the fused logits; a model trained where
+site alone tells two classes apart learns it, and keeps its calibration's promise when it is not told.
+Serving: bundle, graph, form and JSON give one answer; other requests of a batch do not notice; a model that takes none
+of it refuses it and has the bundle it always had.
+"""
+
+import base64
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from handlers.backbone import MetadataHead, build_backbone
+from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, seal, write_json
+from handlers.gradcam import AutogradGradCam, grad_cam, target_layer
+from handlers.graph import _check
+from handlers.metadata import FIELDS, SEXES, SITES, Metadata, MetadataError
+from handlers.predictor import Prediction, Predictor, Request, RequestError
+from handlers.skin_lesion_handler import SkinLesionHandler
+from scripts import predict as predict_script
+from tests.models import ARCHITECTURE, OPTIONS, tiny_backbone, tiny_bundle
+from tests.test_handler import FakeContext
+from tests.test_training import command
+from tests.tiny_lesions import COLOURS, tiny_manifest
+from training import evaluate
+from training.calibration import fit_calibration
+from training.config import ConfigError, load_config
+from training.dataset import DataError, encode_rows, withhold
+from training.manifest import read_manifest
+from training.recipe import make_optimizer, set_trainable
+from training.train import load_data
+
+ALL = Metadata.of(FIELDS)
+TOLD = {"age": 71, "sex": "male", "site": "head/neck"}
+
+ages = st.none() | st.floats(0, 120).map(lambda years: round(years, 2))
+values = st.fixed_dictionaries({"age": ages, "sex": st.sampled_from([None, *SEXES]),
+                                "site": st.sampled_from([None, *SITES])})  # fmt: skip
+
+
+# ---- encoding
+
+
+@given(values)
+def test_checked_values_are_checked_already(one):
+    as_text = {name: "" if value is None else str(value) for name, value in one.items()}
+    assert ALL.parse(one) == one == ALL.parse(as_text)
+
+
+@given(values, st.sampled_from(FIELDS))
+def test_a_missing_value_is_zeros_and_touches_no_other(one, name):
+    encoded, without = ALL.encode(one), ALL.encode(one | {name: None})
+    mine = np.array([FIELDS[index] == name for index in ALL.columns])
+    assert encoded.dtype == np.float32
+    assert len(encoded) == len(ALL.columns) == 2 + len(SEXES) + len(SITES)
+    assert not without[mine].any()
+    assert np.array_equal(without[~mine], encoded[~mine])
+    assert encoded[mine].any() == (one[name] is not None)
+
+
+@given(values, values)
+def test_different_values_are_encoded_differently(one, other):
+    assert (one == other) == np.array_equal(ALL.encode(one), ALL.encode(other))
+
+
+@pytest.mark.parametrize("fields", [(), ("age",), ("site", "sex"), FIELDS])
+def test_what_a_model_takes_survives_its_bundle(fields):
+    some = Metadata.of(fields)
+    assert Metadata.from_dict(json.loads(json.dumps(some.to_dict()))) == some
+    assert some.fields == tuple(name for name in FIELDS if name in fields) == tuple(some.choices)
+    assert len(some.encode({})) == len(some.columns)
+
+
+@pytest.mark.parametrize("missing", [None, "", " ", "unknown", "Unknown", float("nan")])
+def test_ways_to_know_nothing(missing):
+    assert ALL.parse(dict.fromkeys(FIELDS, missing)) == dict.fromkeys(FIELDS)
+
+
+@pytest.mark.parametrize(("given_", "years"), [("55", 55), (" 55.5 ", 55.5), (0, 0), (120.0, 120), (np.float64(7), 7)])
+def test_ages(given_, years):
+    assert ALL.parse({"age": given_})["age"] == years
+
+
+HOSTILE_AGES = [
+    "-1", "121", "1e1", "1_0", "inf", "nan", "0x10", "٣", "5 5", "5,5", "55 years", "1" * 400, True, [5], {},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*(("age", value) for value in HOSTILE_AGES), ("sex", "f"), ("sex", 1), ("site", "elbow"), ("site", "<b>" * 999)],
+)
+def test_what_no_patient_is_is_refused_in_a_short_sentence(name, value):
+    with pytest.raises(MetadataError, match=rf"^{name} must be .*, or unknown, not .*\.$") as caught:
+        ALL.parse({name: value})
+    assert len(str(caught.value)) < 220
+    assert ALL.understood({name: value, "sex": "male"} if name != "sex" else {name: value})[name] is None
+
+
+def test_a_field_that_the_model_does_not_take_is_refused():
+    with pytest.raises(MetadataError, match="This model takes no age; leave it out"):
+        Metadata.of(["sex"]).parse({"sex": "male", "age": 5})
+
+
+def test_a_manifests_rows(tmp_path):
+    frame = pd.DataFrame({"age": [55.0, np.nan], "sex": ["male", ""], "site": ["elbow", "head/neck"]})
+    encoded = encode_rows(frame, ALL)
+    assert np.array_equal(encoded[0], ALL.encode({"age": 55, "sex": "male"})), "a word it does not know is missing"
+    assert np.array_equal(encoded[1], ALL.encode({"site": "head/neck"}))
+    assert encode_rows(frame, Metadata()).shape == (2, 0)
+
+
+# ---- network
+
+
+def test_nothing_known_adds_exactly_nothing():
+    head = MetadataHead(len(ALL.columns), 8)
+    torch.nn.init.normal_(head.logits.weight)
+    assert not head(torch.zeros(3, len(ALL.columns))).any()
+    assert head(torch.tensor(ALL.encode({"sex": "male"}))).any()
+    assert not MetadataHead(5, 8)(torch.randn(3, 5)).any(), "it begins with the picture alone"
+
+
+CAMS = {
+    "vit": (ARCHITECTURE, OPTIONS),
+    "vit-average-pooling": (ARCHITECTURE, {**OPTIONS, "global_pool": "avg"}),
+    "vit-query-key-norm": (ARCHITECTURE, {**OPTIONS, "qk_norm": True}),
+    "resnet18": ("resnet18", {}),
+}
+
+
+@pytest.mark.parametrize("name", CAMS)
+def test_the_heatmap_is_autograds_on_the_fused_logits(name):
+    architecture, options = CAMS[name]
+    backbone = tiny_backbone(architecture=architecture, options=options, metadata_width=len(ALL.columns))
+    torch.manual_seed(1)
+    images, target = torch.randn(4, 3, 64, 64), torch.tensor([-1, -1, 4, -1])
+    told = torch.tensor(np.stack([ALL.encode(v) for v in (TOLD, {"sex": "female"}, TOLD, {})]))
+    with torch.no_grad():
+        backbone.metadata_head.logits.weight.mul_(5)  # so that what is told decides
+    logits, maps, _ = grad_cam(backbone)(images, target, told)
+    alone, maps_alone, _ = AutogradGradCam(backbone)(images, target)
+    wanted = torch.where(target < 0, logits.argmax(1), target)
+
+    kept = []
+    hook = target_layer(backbone).register_forward_hook(lambda module, inputs, output: kept.append(output))
+    fused = backbone(images) + backbone.metadata_head(told)  # what is tested, by hand
+    hook.remove()
+    (gradient,) = torch.autograd.grad(fused.gather(1, wanted[:, None]).sum(), kept[0])
+    activation, fused, maps, maps_alone = (tensor.detach() for tensor in (kept[0], fused, maps, maps_alone))
+    if activation.ndim == 3:
+        first = backbone.num_prefix_tokens
+        expected = (activation[:, first:] @ gradient[:, first:].mean(1)[:, :, None]).relu().reshape(maps.shape)
+    else:
+        expected = torch.einsum("nchw,nc->nhw", activation, gradient.mean((2, 3))).relu()
+    torch.testing.assert_close(logits.detach(), fused, atol=1e-4, rtol=1e-4)
+    assert float((maps - expected).abs().max() / expected.max()) < 1e-4
+    torch.testing.assert_close(logits[3].detach(), alone[3], atol=1e-5, rtol=1e-4)
+    assert (logits.argmax(1) != alone.argmax(1))[:2].any(), "the metadata move the top class, and the map with it"
+    torch.testing.assert_close(maps[2:], maps_alone[2:], atol=1e-4 * float(maps.max()), rtol=1e-3)
+
+
+def test_values_are_withheld_together_and_one_by_one():
+    encoded = torch.tensor(ALL.encode(TOLD)).repeat(20_000, 1)
+    kept = withhold(encoded, ALL, 0.25, torch.Generator().manual_seed(0))
+    assert ((kept == encoded) | (kept == 0)).all()
+    known = torch.stack([kept[:, torch.tensor(ALL.columns) == index].any(1) for index in range(3)], 1)
+    assert (~known.any(1)).float().mean() == pytest.approx(0.25 + 0.75 * 0.25**3, abs=0.02)
+    for index in range(3):
+        assert known[:, index].float().mean() == pytest.approx(0.75**2, abs=0.02)
+    assert torch.equal(withhold(encoded, ALL, 0.0, torch.Generator()), encoded)
+
+
+def test_a_model_without_metadata_draws_no_random_number_more():
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    withhold(torch.zeros(4, 0), Metadata(), 0.5, generator)
+    assert torch.equal(generator.get_state(), before)
+    assert not hasattr(build_backbone("test_vit", 3, 32), "metadata_head")
+
+
+def test_the_metadata_head_is_optimised_and_not_frozen_with_the_backbone():
+    model = build_backbone("test_vit", 3, 32, metadata_width=len(ALL.columns))
+    groups = make_optimizer(model, load_config(None, ["layer_decay=0.5"])).param_groups
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert {scales[id(p)] for p in model.metadata_head.parameters()} == {1.0}, "it learns as fast as the head"
+    set_trainable(model, head_only=True)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"head.weight", "head.bias", "metadata_head.hidden.weight", "metadata_head.logits.weight"}
+
+
+# ---- calibration
+
+
+def test_the_conformal_promise_holds_with_and_without_metadata():
+    rng = np.random.default_rng(0)
+    classes, level = ["MEL", "NV", "BCC"], 0.9
+
+    def draw(n):
+        labels = rng.integers(3, size=n)
+        alone = rng.normal(0, 1, (n, 3)) + 1.0 * np.eye(3)[labels]
+        return labels, alone, alone + 1.5 * np.eye(3)[labels] + rng.normal(0, 0.5, (n, 3))
+
+    labels, alone, told = draw(3000)
+    calibration = fit_calibration(told, labels, classes, level, alone=alone)
+    fresh, *ways = draw(6000)
+    for way in ways:
+        sets = calibration.conformal_sets(way, classes)
+        for k, code in enumerate(classes):
+            inside = [code in chosen for chosen, label in zip(sets, fresh, strict=True) if label == k]
+            assert np.mean(inside) > level - 0.02
+    # Fitted on what is told alone, it would break the promise to whoever tells nothing.
+    narrow = fit_calibration(told, labels, classes, level).conformal_sets(ways[0], classes)
+    assert np.mean([classes[k] in chosen for k, chosen in zip(fresh, narrow, strict=True)]) < level - 0.05
+    assert fit_calibration(told, labels, classes, level, alone=told).temperature == pytest.approx(
+        fit_calibration(told, labels, classes, level).temperature, rel=1e-3
+    )
+
+
+# ---- bundle and predictor
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    return tiny_bundle(tmp_path_factory.mktemp("metadata") / "bundle", metadata=ALL)
+
+
+@pytest.fixture(scope="module")
+def predictor(bundle) -> Predictor:
+    return Predictor(bundle, precision="f32", version="7")
+
+
+def test_the_bundle_says_what_it_takes_and_answers_with_and_without(bundle):
+    assert bundle.has_graph
+    assert bundle.config.metadata == ALL
+    cases = bundle.golden()
+    assert [case.metadata is None for case in cases] == [True] * 4 + [False] * 4
+    assert [case.name for case in cases[:4]] == [case.name for case in cases[4:]]
+    moved = [
+        case.disagreement(other.probabilities, other.grid)[0] for case, other in zip(cases[:4], cases[4:], strict=True)
+    ]
+    assert min(moved) > 0.01
+
+
+@pytest.mark.parametrize("options", [{"runtime": "torch"}, {"runtime": "openvino", "precision": "f32"}])
+def test_golden_answers_in_both_runtimes(bundle, options):
+    cases = bundle.golden()
+    answers = Predictor(bundle, **options).predict([Request(case.image, metadata=case.metadata) for case in cases])
+    for case, answer in zip(cases, answers, strict=True):
+        probability, cam = case.disagreement(answer.probabilities, answer.grid)
+        assert probability < 1e-4
+        assert cam < 1e-3
+
+
+def test_a_graph_that_forgets_the_metadata_is_not_sealed(bundle, tmp_path):
+    swapped = [dict(vars(case)) for case in bundle.golden()]
+    for case in swapped:
+        del case["image"]
+        case["metadata"] = None
+    copy = shutil.copytree(bundle.path, tmp_path / "copy")
+    (copy / CONFIG).unlink()
+    write_json(copy / "golden.json", swapped)
+    with pytest.raises(BundleError, match="disagrees with the model"):
+        _check(seal(copy, bundle.config))
+
+
+def test_a_model_without_it_keeps_its_bundle(tmp_path):
+    plain = tiny_bundle(tmp_path / "bundle")
+    assert "metadata" not in json.loads((plain.path / CONFIG).read_text())
+    assert not any("metadata" in case for case in json.loads((plain.path / "golden.json").read_text()))
+    assert plain.config.metadata == Metadata()
+
+
+def test_told_nothing_it_is_the_picture_alone(predictor, tmp_path, sample_images):
+    asked = [
+        Request(sample_images[0], metadata=told)
+        for told in (None, {}, {"age": ""}, dict.fromkeys(FIELDS, "unknown"), TOLD)
+    ]
+    *nothing, told = predictor.predict(asked)
+    # The same network without the metadata head.
+    bundle = predictor.bundle
+    weights = {name: t for name, t in load_file(bundle.path / WEIGHTS).items() if not name.startswith("metadata_head")}
+    copy = shutil.copytree(bundle.path, tmp_path / "alone")
+    (copy / CONFIG).unlink()
+    save_file(weights, copy / WEIGHTS)
+    config = replace(bundle.config, metadata=Metadata())
+    [alone] = Predictor(seal(copy, config), runtime="torch").predict(sample_images[:1])
+    assert nothing[0].probabilities == pytest.approx(alone.probabilities, abs=1e-4)
+    assert alone.metadata == {}
+    for answer in nothing:
+        assert answer.probabilities == pytest.approx(nothing[0].probabilities, abs=1e-6)
+        assert answer.metadata == dict.fromkeys(FIELDS)
+    assert told.metadata == {"age": 71.0, "sex": "male", "site": "head/neck"}
+    assert max(abs(told.probabilities[code] - p) for code, p in nothing[0].probabilities.items()) > 0.01
+
+
+def test_each_request_of_a_batch_has_its_own(predictor, sample_images):
+    told = [{}, TOLD, {"age": "24"}, {"sex": "elf"}, {"sex": "female", "site": "Lower Extremity"}]
+    requests = [
+        Request(image, tta=place % 2 == 0, metadata=values)
+        for place, (image, values) in enumerate(zip(sample_images, told, strict=False))
+    ]
+    together = predictor.predict(requests)
+    assert isinstance(together[3], RequestError)
+    for request, answer in zip(requests, together, strict=True):
+        [alone] = predictor.predict([request])
+        if isinstance(answer, Prediction):
+            assert answer.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+            assert answer.grid == pytest.approx(np.array(alone.grid), abs=1e-3)
+
+
+def test_the_answer_says_what_the_model_takes_and_what_was_used(predictor, sample_images):
+    [answer] = predictor.predict([Request(sample_images[0], metadata={"age": "55"})])
+    told = answer.to_dict()
+    assert told["metadata"] == {"age": 55.0, "sex": None, "site": None}
+    assert told["model"]["takes"] == {"age": [0, 120], "sex": list(SEXES), "site": list(SITES)}
+    json.dumps(told, allow_nan=False)
+
+
+# ---- handler
+
+
+@pytest.fixture(scope="module")
+def ask(bundle):
+    handler = SkinLesionHandler()
+    handler.initialize(FakeContext(bundle.path.parent))
+
+    def ask(*rows):
+        context = FakeContext(bundle.path.parent)
+        answers = [json.loads(answer) for answer in handler.handle(list(rows), context)]
+        return [(context.statuses.get(index, 200), answer) for index, answer in enumerate(answers)]
+
+    ask.handler = handler
+    return ask
+
+
+def test_form_and_json_give_the_same_answer(ask, sample_images):
+    image = sample_images[0]
+    encoded = base64.b64encode(image).decode()
+    told = {"age": bytearray(b"71"), "sex": bytearray(b"male"), "site": bytearray(b"head/neck")}
+    answers = ask(
+        {"data": bytearray(image), **told},
+        {"body": {"image": encoded, "age": 71, "sex": "male", "site": "head/neck"}},
+        {"body": {"image": encoded, "age": "71.0", "sex": "Male", "site": " head/neck "}},
+        {"body": {"image": encoded, "age": None}},
+        {"body": bytearray(image)},
+    )
+    assert [status for status, _ in answers] == [200] * 5
+    first, *others = (answer for _, answer in answers)
+    assert first["metadata"] == {"age": 71.0, "sex": "male", "site": "head/neck"}
+    for answer in others[:2]:
+        assert answer["probabilities"] == pytest.approx(first["probabilities"], abs=1e-6)
+    assert others[2]["probabilities"] == pytest.approx(others[3]["probabilities"], abs=1e-6)
+    assert others[2]["probabilities"] != pytest.approx(first["probabilities"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"age": "old"}, "age must be years"),
+        ({"age": -3}, "age must be years"),
+        ({"age": float("inf")}, "age must be years"),
+        ({"age": float("nan")}, "age must be years"),
+        ({"age": 10**400}, "age must be years"),
+        ({"age": True}, "age must be years"),
+        ({"age": [55]}, "'age' in JSON must be a string or a number"),
+        ({"sex": {"$ne": 1}}, "'sex' in JSON must be a string or a number"),
+        ({"site": "'; DROP TABLE"}, "site must be one of anterior torso"),
+        ({"site": "\u0000" * 5000}, "site must be one of anterior torso"),
+        ({"ages": "5"}, "'ages' is not an option"),
+    ],
+)
+def test_hostile_values_are_their_own_requests_400(ask, sample_images, fields, words):
+    encoded = base64.b64encode(sample_images[0]).decode()
+    good = {"body": {"image": encoded, "age": 50}}
+    before, refused, after = ask(good, {"body": {"image": encoded, **fields}}, good)
+    assert (before[0], refused[0], after[0]) == (200, 400, 200)
+    assert refused[1]["error"]["code"] == "invalid_request"
+    assert words in refused[1]["error"]["message"]
+    assert len(refused[1]["error"]["message"]) < 350
+
+
+def test_the_challenger_is_shown_only_what_the_picture_alone_decided(ask, sample_images, monkeypatch):
+    offered = []
+    monkeypatch.setattr(
+        ask.handler, "shadow", SimpleNamespace(working=lambda busy: None, offer=lambda o: offered.append(o.sha256))
+    )
+    first, second = sample_images[:2]
+    told, alone = ask({"data": bytearray(first), "age": bytearray(b"5")}, {"body": bytearray(second)})
+    assert (told[0], alone[0]) == (200, 200)
+    assert offered == [alone[1]["image"]["sha256"]]
+
+
+# ---- training
+
+
+def test_settings():
+    assert load_config(None, ["metadata=[age, site]"]).metadata_inputs == Metadata.of(["age", "site"])
+    assert load_config(None).metadata_inputs == Metadata()
+    with pytest.raises(ConfigError, match="metadata must be one of age, sex, site, not 'colour'"):
+        load_config(None, ["metadata=[colour]"])
+    with pytest.raises(ConfigError, match="mix_probability below 1"):
+        load_config(None, ["metadata=[age]", "mixup_alpha=1", "mix_probability=1"])
+
+
+def test_metadata_that_nobody_recorded_are_refused(tmp_path):
+    manifest = tiny_manifest(tmp_path / "data")
+    config = load_config(None, ["metadata=[sex]", f"manifest={manifest}"])
+    with pytest.raises(DataError, match="has a known sex; leave sex out"):
+        load_data(config, read_manifest(manifest), tuple(COLOURS), SimpleNamespace(check=lambda: None))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on pictures that tell MEL from the others, where only the site tells NV from BCC."""
+    folder = tmp_path_factory.mktemp("trained")
+    counts = {"train": 192, "val": 36, "calibration": 60, "test": 60}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COLOURS, "BCC", COLOURS["NV"])
+        manifest = tiny_manifest(folder / "data", counts)
+    frame = pd.read_csv(manifest, keep_default_na=False, dtype=str)
+    rng = np.random.default_rng(0)
+    place = {"MEL": "lower extremity", "NV": "posterior torso", "BCC": "head/neck"}
+    frame["site"] = [place[label] for label in frame["label"]]
+    frame["age"] = rng.integers(20, 80, len(frame)).astype(str)
+    frame.loc[rng.random(len(frame)) < 0.1, "age"] = ""
+    frame.to_csv(manifest, index=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        code, output = command(
+            "architecture=test_vit", "image_size=32", "batch_size=16", "lr=3e-3", "warmup_epochs=1", "bootstrap=0",
+            "pretrained=false", "metadata=[age, site]", f"manifest={manifest}", "epochs=12", "ema_decay=0.9",
+            "mixup_alpha=0.2", "mix_probability=0.2", "--output", folder / "run",
+        )  # fmt: skip
+    assert code == 0, output
+    return SimpleNamespace(run=folder / "run", manifest=manifest, bundle=Bundle.load(folder / "run" / "bundle"))
+
+
+# MLflow's own models of its database use an option that SQLAlchemy will drop.
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+def test_a_model_learns_what_only_the_site_tells(trained):
+    reports = json.loads((trained.run / "metrics.json").read_text())
+    assert set(reports) == {"val", "val_picture_alone", "test", "test_picture_alone"}
+    assert reports["test"]["summary"]["balanced_accuracy"] > 0.9
+    assert reports["test_picture_alone"]["summary"]["balanced_accuracy"] < 0.85
+    assert reports["test_picture_alone"]["per_class"]["MEL"]["recall"] > 0.8, "the picture still counts"
+    assert trained.bundle.config.metadata == Metadata.of(["age", "site"])
+    assert "test_picture_alone" in trained.bundle.config.evidence["metrics"]
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+def test_evaluation_tells_what_the_manifest_knows(trained):
+    rows = evaluate.open_rows(trained.manifest, "test", trained.run)
+    predictor = Predictor(trained.bundle, precision="f32")
+    answers, alone = evaluate.ask(predictor, rows), evaluate.ask(predictor, rows, picture_alone=True)
+    right, right_alone = (np.mean([a.code == label for a, label in zip(some, rows["label"], strict=True)])
+                          for some in (answers, alone))  # fmt: skip
+    assert right > right_alone + 0.1
+    reports = json.loads((trained.run / "metrics.json").read_text())
+    assert evaluate.evaluate(rows, answers, 0)["summary"]["balanced_accuracy"] == pytest.approx(
+        reports["test"]["summary"]["balanced_accuracy"], abs=0.05
+    )
+
+
+# ---- the command line
+
+
+def test_predict_tells_what_it_is_given(bundle, tmp_path, sample_images):
+    (tmp_path / "lesion.jpg").write_bytes(sample_images[0])
+    app = typer.Typer()
+    app.command()(predict_script.main)
+    args = [str(tmp_path / "lesion.jpg"), "--bundle", str(bundle.path), "--json"]
+    told = CliRunner().invoke(app, [*args, "--age", "71", "--site", "head/neck"])
+    assert told.exit_code == 0
+    assert json.loads(told.stdout)["metadata"] == {"age": 71.0, "sex": None, "site": "head/neck"}
+    refused = CliRunner().invoke(app, [*args, "--sex", "x"])
+    assert refused.exit_code == 1
+    assert "sex must be one of female, male" in json.loads(refused.stdout)["error"]["message"]
