@@ -19,10 +19,10 @@ import pytest
 
 from scripts.serving_bench import report
 from scripts.serving_bench.load import LoadError, ask, form, measure
+from tests.models import tiny_bundle
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, str(ROOT / "scripts" / "bench_serving.py"), "--quick", "--clients", "1", "--seconds", "0.2"]
-TINY = ["--architecture", "vit_tiny_patch16_224", "--size", "32"]
 
 
 class Slow(BaseHTTPRequestHandler):
@@ -100,7 +100,8 @@ def results(**changed) -> dict:
     graph = {"joint": 10.0, "plain": 10.0, "ratio": 1.0}
     found = {
         "command": "python scripts/bench_serving.py", "machine": {"cpu": "a", "cores": 2, "load": 0.0}, "versions": {},
-        "model": {"architecture": "v", "size": 224, "classes": 8, "weights": "untrained"}, "images": {"600×450": [1]},
+        "model": {"architecture": "v", "size": 224, "classes": 8, "weights": "untrained"},
+        "images": [{"name": "600×450", "bytes": [1]}],
         "agreement": {"ours auto": 1e-3}, "cells": cells, "tried": [], "handler": {}, "peaks": {},
         "flops": {"joint": 8.5, "plain": 9.2}, "start": {"fresh": 1.0, "again": 0.5},
         "graph": {
@@ -147,7 +148,8 @@ def test_a_wrong_architecture_is_refused_in_a_sentence():
 def test_it_measures_real_servers(tmp_path):
     systems = ["--system", "onnxruntime", "--system", "fastapi", "--system", "ours", "--precision", "f32"]
     out = tmp_path / "out"
-    done = subprocess.run([*COMMAND, *TINY, *systems, "--out", out], capture_output=True, text=True, check=False)
+    command = [*COMMAND, *systems, "--bundle", tiny_bundle(tmp_path / "bundle").path, "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((out / "results.json").read_text())
     measured = {(row["system"], row["answer"]) for row in found["cells"]}
@@ -165,9 +167,15 @@ def test_it_measures_real_servers(tmp_path):
 @pytest.mark.live
 @pytest.mark.timeout(180)
 def test_it_ends_its_servers_when_it_is_stopped(tmp_path):
-    own = os.environ | {"TMPDIR": str(tmp_path), "BENCH_MARK": str(tmp_path)}
+    bundle, temporary = tiny_bundle(tmp_path / "bundle"), tmp_path / "temporary"
+    temporary.mkdir()
+    own = os.environ | {"TMPDIR": str(temporary), "BENCH_MARK": str(tmp_path)}
     running = subprocess.Popen(
-        [*COMMAND, *TINY, "--system", "fastapi"], env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*COMMAND, "--system", "fastapi", "--bundle", bundle.path],
+        env=own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert running.stdout is not None
     for line in running.stdout:
@@ -175,8 +183,8 @@ def test_it_ends_its_servers_when_it_is_stopped(tmp_path):
             break
     time.sleep(1)  # its server is starting
     running.send_signal(signal.SIGINT)
-    running.stdout.read()
-    assert running.wait(60) != 0
+    running.communicate(timeout=60)
+    assert running.returncode != 0
 
     def left() -> list[psutil.Process]:
         found = []
@@ -189,4 +197,4 @@ def test_it_ends_its_servers_when_it_is_stopped(tmp_path):
         return found
 
     assert not left()
-    assert not list(tmp_path.iterdir()), "the temporary folder stayed"
+    assert not list(temporary.iterdir()), "the temporary folder stayed"

@@ -251,30 +251,27 @@ def _graph_product(size: int, precision: str) -> Callable[[], object]:
 def worker_start(bundle: Bundle, precision: str, times: int) -> dict[str, float]:
     """Median seconds of a worker's start that are ours: from after TorchServe's own imports to a warm model.
 
-    `fresh` is the first start of an archive, when its code is not compiled yet, `again` any later one.
+    `fresh` is the first start of an archive, whose code is compiled then, `again` the next one.
     """
     config = yaml.safe_load(archive.MODEL_CONFIG.read_text())
     config["handler"]["precision"] = precision
-    with tempfile.TemporaryDirectory() as temporary:
-        made = archive.build(bundle.path, Path(temporary) / "worker.mar", version="1")
-        folder = Path(temporary) / "model"
-        with zipfile.ZipFile(made.path) as file:
-            file.extractall(folder)
-        env = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
-
-        def once(write_bytecode: bool) -> float:
-            compiled = {} if write_bytecode else {"PYTHONDONTWRITEBYTECODE": "1"}
-            done = subprocess.run(
-                [sys.executable, "-c", START, str(folder), json.dumps(config)],
-                env=env | compiled,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise RuntimeError(f"The handler did not start: {done.stderr.strip()}")
-            return float(done.stdout.rsplit("SECONDS", 1)[1])
-
-        fresh = statistics.median(once(write_bytecode=False) for _ in range(times))
-        once(write_bytecode=True)
-        return {"fresh": fresh, "again": statistics.median(once(write_bytecode=True) for _ in range(times))}
+    env = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    fresh: list[float] = []
+    again: list[float] = []
+    for _ in range(times):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            with zipfile.ZipFile(archive.build(bundle.path, Path(temporary) / "a.mar", version="1").path) as file:
+                file.extractall(folder)
+            for seconds in (fresh, again):
+                done = subprocess.run(
+                    [sys.executable, "-c", START, str(folder), json.dumps(config)],
+                    env=env,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode:
+                    raise RuntimeError(f"The handler did not start: {done.stderr.strip()}")
+                seconds.append(float(done.stdout.rsplit("SECONDS", 1)[1]))
+    return {"fresh": statistics.median(fresh), "again": statistics.median(again)}

@@ -75,7 +75,7 @@ def targets(results: dict[str, Any]) -> list[Target]:
     def ratio(above: float | None, below: float | None) -> float | None:
         return above / below if above is not None and below else None
 
-    small, *others = results["images"]
+    small, *others = _images(results)
     found = []
     for precision, wanted in (("auto", 16.0), ("f32", 10.0)):
         for clients in (4, 16):
@@ -85,7 +85,7 @@ def targets(results: dict[str, Any]) -> list[Target]:
     slow, fast = cell(NAIVE, small, "overlay", 1, "p95"), cell("ours auto", small, "grid", 1, "p95")
     found.append(Target("p95 of the stock handler by ours, 1 client", ratio(slow, fast), 11.0))
     graph = results["graph"].get("auto", {})
-    for batch, row in graph.get("batches", {}).items():
+    for batch, row in sorted(graph.get("batches", {}).items()):
         found.append(Target(f"joint graph by plain forward, batch {batch}", row.get("ratio"), 1.05, at_least=False))
     served = cell("ours auto", small, "grid", 16, "rps")
     found.append(Target("served, 16 clients, of what the graph does alone", ratio(served, graph.get("bare")), 0.88))
@@ -114,7 +114,7 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     if results["cells"]:
         yield Table("Targets", ["ratio", "measured", "aim", "verdict"], rows)
     headers = ["server", "settings", "answer", "clients", "req/s", "× stock", "p50 ms", "p95 ms", "p99 ms", "MB"]
-    for image in results["images"]:
+    for image in _images(results):
         for kind, answers in (("with Grad-CAM", ("grid", "overlay")), ("probabilities alone", ("none",))):
             chosen = [r for r in results["cells"] if r["image"] == image and r["answer"] in answers]
             stock = {row["clients"]: row["rps"] for row in chosen if row["system"] == NAIVE}
@@ -123,6 +123,10 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     if results["tried"]:
         yield Table("Settings tried, 600×450 JPEG", headers, [_cell(row, {}) for row in results["tried"]])
     yield from _pieces(results)
+
+
+def _images(results: dict[str, Any]) -> list[str]:
+    return [image["name"] for image in results["images"]]
 
 
 def title(row: dict[str, Any]) -> str:
@@ -143,17 +147,17 @@ def _pieces(results: dict[str, Any]) -> Iterator[Table]:
     names = ["decode", "graph", "encode", "rest", "handler", "overlay"]
     if results["handler"]:
         rows = []
-        for image, of_image in results["handler"].items():
-            for precision, row in of_image.items():
-                for batch, figures in row["batches"].items():
+        for image in _images(results):
+            for precision, row in sorted(results["handler"].get(image, {}).items()):
+                for batch, figures in sorted(row["batches"].items()):
                     times = [f"{figures[name]:.2f}" for name in names]
                     rows.append([image, f"{precision} ({row['precision']})", batch, *times])
         what = "Inside the handler, ms an image (overlay only where it is asked for)"
         yield Table(what, ["image", "precision", "batch", *names], rows)
     if results["graph"]:
         rows = []
-        for precision, row in results["graph"].items():
-            for batch, figures in row["batches"].items():
+        for precision, row in sorted(results["graph"].items()):
+            for batch, figures in sorted(row["batches"].items()):
                 plain = [f"{figures['plain']:.2f}", f"{figures['ratio']:.3f}"] if "plain" in figures else ["", ""]
                 rate = f"{row['images_per_second'][batch]:.1f}"
                 gflops = row["images_per_second"][batch] * results["flops"]["joint"]
@@ -164,7 +168,7 @@ def _pieces(results: dict[str, Any]) -> Iterator[Table]:
         what = f"The graph alone ({work['joint']:.2f} GFLOP an image, the plain forward {work['plain']:.2f})"
         yield Table(what, headers, rows)
     if results["peaks"]:
-        rows = [[kind, f"{peak['gflops']:.0f}", peak["by"]] for kind, peak in results["peaks"].items()]
+        rows = [[kind, f"{peak['gflops']:.0f}", peak["by"]] for kind, peak in sorted(results["peaks"].items())]
         yield Table("The best matrix product", ["precision", "GFLOP/s", "by, and its side"], rows)
     if results["start"]:
         start = results["start"]
@@ -191,7 +195,7 @@ def markdown(results: dict[str, Any]) -> str:
         command=results["command"],
         machine=results["machine"],
         model=results["model"],
-        versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        versions=", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items())),
         agreement="not compared" if agreement is None else f"{agreement:.1g}",
         client=max((row["client_cores"] for row in results["cells"] + results["tried"]), default=0.0),
     )
@@ -204,7 +208,7 @@ def markdown(results: dict[str, Any]) -> str:
 def figure(results: dict[str, Any]) -> go.Figure:
     """Requests per second and p95 by number of clients: a row for each picture, with and without Grad-CAM."""
     kinds = [("with Grad-CAM", ("grid", "overlay")), ("probabilities alone", ("none",))]
-    rows = [(image, *kind) for image in results["images"] for kind in kinds]
+    rows = [(image, *kind) for image in _images(results) for kind in kinds]
     titles = [f"{image}, {kind}: {what}" for image, kind, _ in rows for what in ("requests/s", "p95 ms")]
     drawn = make_subplots(rows=len(rows), cols=2, subplot_titles=titles)
     names = sorted({(title(row), row["answer"]) for row in results["cells"]})
