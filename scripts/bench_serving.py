@@ -227,7 +227,7 @@ class Bench:
     def pieces(self, precisions: list[str], folder: Path, quick: bool) -> None:
         """What is timed without a server."""
         console.print("The handler's pieces, the graph, the processor's peak, a worker's start")
-        seconds, found = (0.3 if quick else 2.0), self.results
+        seconds, found = (0.2 if quick else 1.0), self.results
         for image in self.images:
             found["handler"][image] = {
                 each: pieces.stages(self.bundle, each, self.images[image], seconds / 2) for each in precisions
