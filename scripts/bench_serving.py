@@ -12,9 +12,9 @@ the joint graph against the plain forward, the processor's best matrix
 product, and our part of a worker's start.
 
 Leave the machine alone meanwhile: figures of a busy one are worth
-nothing. The default takes about 12 minutes on two cores (2.5 s for each
-of about 120 figures, and 25 starts of a server), --quick two, --tune
-three. Slowness is reported, not an error.
+nothing. The default takes about 12 minutes on two cores (2 s or more for
+each of 136 figures, and 27 starts of a server), --quick two, --tune four.
+Slowness is reported, not an error.
 """
 
 import io
@@ -48,6 +48,7 @@ from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES
 from scripts.serving_bench import naive_model, pieces, report, servers
 from scripts.serving_bench.load import LoadError, ask, form, measure
+from scripts.serving_bench.pieces import PieceError
 from scripts.serving_bench.servers import Server, ServerError, Settings
 from training.export import export_bundle
 from training.synthetic import draw_lesion
@@ -139,18 +140,21 @@ class Bench:
         softmax = Calibration().known_probabilities(logits)[0]
         self.expected_plain = dict(zip(self.bundle.config.classes, softmax.tolist(), strict=True))
 
-    def cell(self, server: Server, system: str, settings: str, image: str, answer: str, clients: int) -> dict[str, Any]:
+    def cell(
+        self,
+        server: Server,
+        system: str,
+        settings: Settings,
+        image: str,
+        answer: str,
+        clients: int,
+        seconds: float | None = None,
+    ) -> dict[str, Any]:
         """Load a running server in one way; the row for the results, and a line for who waits."""
         bodies = [form(file, answer) for file in self.images[image]]
-        load = measure(server.port, servers.PATH, bodies, clients, self.seconds)
-        row: dict[str, Any] = {
-            "system": system,
-            "precision": "",
-            "settings": settings,
-            "image": image,
-            "answer": answer,
-        }
-        row |= {"memory": server.memory(), "ready_seconds": server.ready_seconds, **asdict(load)}
+        load = measure(server.port, servers.PATH, bodies, clients, seconds or self.seconds)
+        row: dict[str, Any] = {"system": system, "precision": "", "settings": str(settings), "image": image}
+        row |= {"answer": answer, "memory": server.memory(), "ready_seconds": server.ready_seconds, **asdict(load)}
         console.print(f"  {image}, {answer}, {clients} clients: {load.rps:.1f} requests/s, p95 {load.p95:.0f} ms")
         return row
 
@@ -183,7 +187,7 @@ class Bench:
                 for image in self.images:
                     for answer, clients in cases:
                         if best[answer, clients] == settings:
-                            rows.append(self.cell(server, system, str(settings), image, answer, clients))
+                            rows.append(self.cell(server, system, settings, image, answer, clients))
         self.results["cells"] += sorted(rows, key=lambda row: (row["answer"] == "none", row["clients"]))
 
     def search(self, system: str, opens: Opens, cores: int) -> dict[tuple[str, int], Settings]:
@@ -195,7 +199,8 @@ class Bench:
             with opens(settings) as server:
                 for answer in BASELINE_ANSWERS:
                     for clients in SEARCH_CLIENTS:
-                        tried.append((settings, self.cell(server, system, str(settings), SMALL, answer, clients)))
+                        row = self.cell(server, system, settings, SMALL, answer, clients, self.seconds / 2)
+                        tried.append((settings, row))
 
         def best(answer: str, clients: int) -> Settings:
             rows = [each for each in tried if (each[1]["answer"], each[1]["clients"]) == (answer, clients)]
@@ -212,16 +217,16 @@ class Bench:
         loads = {n: SEARCH_CLIENTS[n > 1] for n in self.clients}
         return {(answer, n): best(answer, loads[n]) for answer in BASELINE_ANSWERS for n in self.clients}
 
-    def ours(self, precision: str, settings: Settings | None, answers: tuple[str, ...], into: str) -> None:
-        """Measure this project's server; `settings` None is what the repository ships."""
-        system, told = f"ours {precision}", str(settings) if settings else "as shipped"
-        console.print(f"{system}: {told}")
+    def ours(self, precision: str, settings: Settings, answers: tuple[str, ...], into: str) -> None:
+        """Measure this project's server, its rows going `into` "cells" or "tried" (the small picture alone)."""
+        system = f"ours {precision}"
+        console.print(f"{system}: {settings}")
         with servers.ours(self.bundle, precision, settings) as server:
             computed = self.agree(server, system)["model"]["precision"]
             for image in self.images if into == "cells" else [SMALL]:
                 for answer in answers:
                     for clients in self.clients:
-                        row = self.cell(server, system, told, image, answer, clients)
+                        row = self.cell(server, system, settings, image, answer, clients)
                         self.results[into].append(row | {"precision": computed})
 
     def pieces(self, precisions: list[str], folder: Path, quick: bool) -> None:
@@ -284,7 +289,7 @@ def bench(
     system: list[str] = typer.Option([], help="torchserve, onnxruntime, fastapi, ours; repeat for more. Default: all."),
     precision: list[str] = typer.Option(["auto", "f32"], help="Of this project's handler; repeat for more."),
     clients: list[int] = typer.Option([1, 4, 16], min=1, help="Clients at once; repeat for more."),
-    seconds: float = typer.Option(2.5, min=0.1, help="For each figure; slow servers take three answers a client."),
+    seconds: float = typer.Option(2.0, min=0.1, help="For each figure; slow servers take three answers a client."),
     quick: bool = typer.Option(False, help="Two minutes: small picture, 1 and 4 clients, half a second, one setting."),
     tune: bool = typer.Option(False, help="Try batch sizes, delays and workers of this project's server, that alone."),
 ) -> None:
@@ -301,9 +306,8 @@ def bench(
         with tempfile.TemporaryDirectory(prefix="bench-serving-") as temporary:
             folder = Path(temporary)
             console.print("Making the model")
-            made = (
-                complete(bundle, folder / "bundle") if bundle else random_bundle(folder / "bundle", architecture, size)
-            )
+            place = folder / "bundle"
+            made = complete(bundle, place) if bundle else random_bundle(place, architecture, size)
             images = pictures(quick or tune)
             run = Bench(made, images, clients, seconds, _empty(made, images, before, bundle is not None))
             if tune:
@@ -322,8 +326,8 @@ def bench(
                         run.baseline(name, model, quick)
                 if "ours" in wanted:
                     for each in precision:
-                        run.ours(each, None, ("grid", "overlay", "none"), "cells")
-    except (BackboneError, BundleError, LoadError, ServerError, OSError) as error:
+                        run.ours(each, servers.shipped(), ("grid", "overlay", "none"), "cells")
+    except (BackboneError, BundleError, LoadError, PieceError, ServerError, OSError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None
     report.show(console, run.results)

@@ -57,6 +57,10 @@ print("SECONDS", seconds)
 """
 
 
+class PieceError(RuntimeError):
+    """The handler does not start or refuses a picture; says why."""
+
+
 def timed(call: Callable[[], object], seconds: float) -> list[float]:
     """Milliseconds of each call, for `seconds` and twice at least, after one that is not timed."""
     call()
@@ -114,7 +118,7 @@ def _draw(picture: tuple[tuple[np.ndarray, DecodedImage], np.ndarray]) -> bytes:
 
 
 def _handler(bundle: Bundle, precision: str) -> Callable[[list[dict[str, bytearray]]], list[bytes]]:
-    """The handler as TorchServe's worker calls it, without TorchServe. Raises RuntimeError if it refuses a picture."""
+    """The handler as TorchServe's worker calls it, without TorchServe. Raises PieceError if it refuses a picture."""
     config = yaml.safe_load(archive.MODEL_CONFIG.read_text())
     config["handler"]["precision"] = precision
     manifest = {"model": {"modelName": MODEL_NAME, "modelVersion": "1"}}
@@ -129,7 +133,7 @@ def _handler(bundle: Bundle, precision: str) -> Callable[[list[dict[str, bytearr
         context.request_processor = [RequestProcessor({}) for _ in rows]
         answers = handler.handle(rows, context)
         if context.get_response_status(0)[0] != 200:
-            raise RuntimeError(f"The handler answered {answers[0][:300]!r}.")
+            raise PieceError(f"The handler answered {answers[0][:300]!r}.")
         return answers
 
     return handle
@@ -255,7 +259,7 @@ def worker_start(bundle: Bundle, precision: str, times: int) -> dict[str, float]
     """
     config = yaml.safe_load(archive.MODEL_CONFIG.read_text())
     config["handler"]["precision"] = precision
-    env = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "PYTHONPATH"))}
     fresh: list[float] = []
     again: list[float] = []
     for _ in range(times):
@@ -272,6 +276,6 @@ def worker_start(bundle: Bundle, precision: str, times: int) -> dict[str, float]
                     check=False,
                 )
                 if done.returncode:
-                    raise RuntimeError(f"The handler did not start: {done.stderr.strip()}")
+                    raise PieceError(f"The handler did not start: {done.stderr.strip()}")
                 seconds.append(float(done.stdout.rsplit("SECONDS", 1)[1]))
     return {"fresh": statistics.median(fresh), "again": statistics.median(again)}

@@ -73,21 +73,26 @@ class Server:
         return sums
 
 
-@contextmanager
-def ours(bundle: Bundle, precision: str, settings: Settings | None = None) -> Iterator[Server]:
-    """This project's handler, as promotion archives it; without `settings`, as torchserve/model-config.yaml has it."""
+def shipped() -> Settings:
+    """The settings of torchserve/model-config.yaml."""
     config = yaml.safe_load(archive.MODEL_CONFIG.read_text())
-    config["handler"]["precision"] = precision
-    if settings:
-        config |= _torchserve_numbers(settings)
-        config["handler"]["threads"] = settings.threads or None
+    return Settings(
+        config["minWorkers"], config["handler"]["threads"] or 0, config["batchSize"], config["maxBatchDelay"]
+    )
+
+
+@contextmanager
+def ours(bundle: Bundle, precision: str, settings: Settings) -> Iterator[Server]:
+    """This project's handler, as promotion archives it, but for these settings."""
+    config = yaml.safe_load(archive.MODEL_CONFIG.read_text()) | _torchserve_numbers(settings)
+    config["handler"] |= {"precision": precision, "threads": settings.threads or None}
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as temporary:  # sockets need a short path
         store = Path(temporary) / "store"
         store.mkdir()
         described = Path(temporary) / "model-config.yaml"
         described.write_text(yaml.safe_dump(config))
         archive.build(bundle.path, store / "ours.mar", version=VERSION, model_config=described)
-        with _torchserve(Path(temporary), "ours.mar", config["minWorkers"]) as server:
+        with _torchserve(Path(temporary), "ours.mar", settings.workers) as server:
             yield server
 
 
@@ -170,16 +175,28 @@ def _torchserve(folder: Path, archive_name: str, workers: int) -> Iterator[Serve
         "TORCHSERVE_PORT": str(port),
         "TORCHSERVE_METRICS_PORT": str(metrics),
         "TORCHSERVE_RUN_DIR": str(run),
+        # Whatever the caller's environment has for a stack of its own.
         "TORCHSERVE_MANAGEMENT": "",
+        "TORCHSERVE_GRPC_PORT": "0",
+        "TORCHSERVE_GRPC_MANAGEMENT_PORT": "0",
     }
     log = folder / "torchserve.log"
     with _running([str(ROOT / "torchserve" / "start_torchserve.sh")], folder, env, log) as process:
         client = TorchServe(f"http://127.0.0.1:{port}", f"unix:{run / 'management.sock'}")
+        started: set[int] = set()
+
+        def ready() -> bool:
+            version = client.versions()[VERSION]
+            started.update(version.starting)
+            if len(started) > 2 * workers:
+                raise ServerError(f"TorchServe's worker dies at its start; the end of the log:\n{_end(log)}")
+            return version.ready == workers
+
         try:
             _wait(lambda: client.default() is None, process, log)
             began = time.monotonic()
             client.register(archive_name, workers)
-            _wait(lambda: client.versions()[VERSION].ready == workers, process, log)
+            _wait(ready, process, log)
         finally:
             client.close()
         yield Server(port, process, time.monotonic() - began)
@@ -189,7 +206,7 @@ def _torchserve(folder: Path, archive_name: str, workers: int) -> Iterator[Serve
 def _running(command: list[str], cwd: Path, env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A command in a process group of its own, ended whole when the block ends, however it ends."""
     # Threads are set by each server's settings alone.
-    inherited = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "PYTHONPATH"))}
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
