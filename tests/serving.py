@@ -73,9 +73,9 @@ def send(port: int, wire: bytes, patience: float = PATIENCE) -> Answer:
     with socket.create_connection(("127.0.0.1", port), patience) as connection:
         with suppress(BrokenPipeError, ConnectionResetError):  # refused while it was sent; the answer is there already
             connection.sendall(wire)
-        response = http.client.HTTPResponse(connection)
-        response.begin()
-        body = response.read()
+        with http.client.HTTPResponse(connection) as response:
+            response.begin()
+            body = response.read()
     return Answer(response.status, body, time.monotonic() - began)
 
 
