@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 IMAGE_FIELDS = ("data", "file", "image")
 OPTIONS = ("gradcam", "target", "tta")
+# Characters. A refusal quotes what was sent, and an answer larger than TorchServe's max_response_size costs the worker.
+LONGEST_OPTION = 40
 
 
 class SkinLesionHandler:
@@ -70,14 +72,7 @@ class SkinLesionHandler:
             except ImageError as error:
                 answers.append(error)
         positions = [index for index, answer in enumerate(answers) if isinstance(answer, Request)]
-        try:
-            predictions = self.predictor.predict([answers[index] for index in positions])
-        except Exception:
-            # Without this, TorchServe would answer 503 to the batch and clients would try the same again.
-            log.exception("a batch of %d failed", len(positions))
-            predictions = [ImageError(500, "internal_error", "The model failed on this batch; see its log.")] * len(
-                positions
-            )
+        predictions = self._predict([answers[index] for index in positions])
         for index, prediction in zip(positions, predictions, strict=True):
             # The challenger is shown the picture alone; an answer that used more cannot be compared with its.
             if self.shadow and isinstance(prediction, Prediction) and not answers[index].metadata:
@@ -90,6 +85,18 @@ class SkinLesionHandler:
                 if isinstance(answer, Prediction):
                     log.info("prediction %s", _line(answer, context.get_request_id(index), milliseconds))
         return responses
+
+    def _predict(self, requests: list[Request]) -> list[Prediction | ImageError]:
+        """Predictions of a batch; if it fails as a whole, of each request by itself, as one alone may be to blame."""
+        assert self.predictor is not None
+        try:
+            return self.predictor.predict(requests)
+        except Exception:
+            # Without this, TorchServe would answer 503 to the batch and clients would try the same again.
+            log.exception("a batch of %d failed", len(requests))
+            if len(requests) > 1:
+                return [answer for request in requests for answer in self._predict([request])]
+            return [ImageError(500, "internal_error", "The model failed on this request; see its log.")]
 
 
 def _respond(answer: Any, context: Any, index: int) -> bytes:
@@ -119,7 +126,8 @@ def _line(answer: Prediction, request_id: str | None, milliseconds: float) -> st
 
 def _parse(row: dict[str, Any], explain: bool) -> Request:
     """TorchServe's row for one request to a Request. Raises RequestError or ImageError."""
-    body = row.get("body", row)
+    # Not a form with a field of that name, whose other fields would be passed over.
+    body = row["body"] if row.keys() == {"body"} else row
     if isinstance(body, str):  # TorchServe decodes text/* bodies
         raise ImageError(415, "unsupported_media_type", "The body is text; send image bytes, a form or JSON.")
     if isinstance(body, bytes | bytearray):
@@ -182,11 +190,12 @@ def _image(fields: dict[str, Any]) -> bytes:
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, bytes | bytearray):
-        try:
-            return bytes(value).decode("ascii").strip()
-        except UnicodeDecodeError as error:
-            raise RequestError(f"The option {name[:40]!r} is not plain text.") from error
-    return str(value).strip()
+        value = bytes(value).decode("ascii", errors="replace")
+    if not isinstance(value, str) or not value.isascii():  # TorchServe parses parts that call themselves JSON
+        raise RequestError(f"The option {name[:40]!r} is not plain text.")
+    if len(value) > LONGEST_OPTION:
+        raise RequestError(f"The option {name[:40]!r} is longer than any value it takes.")
+    return value.strip()
 
 
 def _flag(value: str) -> bool:

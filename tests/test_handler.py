@@ -125,6 +125,8 @@ def test_explanations_come_with_the_overlay(ask, sample_images):
         ({"gradcam": bytearray(b"grid")}, 400, "invalid_request", "No image"),
         ({"data": bytearray(b"x"), "tta": bytearray(b"maybe")}, 400, "invalid_request", "true or false"),
         ({"data": bytearray(b"x"), "target": bytearray(b"\xff\xfe")}, 400, "invalid_request", "plain text"),
+        ({"data": bytearray(b"x"), "target": {"a": 1}}, 400, "invalid_request", "plain text"),
+        ({"data": bytearray(b"x"), "body": bytearray(b"x")}, 400, "invalid_request", "not an option"),
         ({"data": bytearray(b"x"), "colour": bytearray(b"red")}, 400, "invalid_request", "not an option"),
         ({"data": bytearray(b"x"), "age": bytearray(b"55")}, 400, "invalid_request", "takes no age"),
         ({"data": bytearray(b"x"), "target": bytearray(b"XYZ")}, 400, "invalid_request", "target must be"),
@@ -176,6 +178,28 @@ def test_an_exception_inside_is_answered_and_logged_without_content(
     assert context.statuses == {0: 500}
     assert json.loads(answer)["error"]["code"] == "internal_error"
     assert "boom" in caplog.text
+
+
+def test_one_that_makes_the_model_fail_fails_alone(handler, folder, sample_images, monkeypatch):
+    predictor = handler.predictor
+
+    def predict(requests):
+        if any(request.target == "DF" for request in requests):
+            raise RuntimeError("boom")
+        return predictor.predict(requests)
+
+    monkeypatch.setattr(handler, "predictor", SimpleNamespace(predict=predict))
+    context, good = FakeContext(folder), {"data": bytearray(sample_images[0])}
+    answers = handler.handle([good, good | {"target": bytearray(b"DF")}, good], context)
+    assert context.statuses == {1: 500}
+    assert [b"probabilities" in answer for answer in answers] == [True, False, True]
+
+
+def test_a_long_option_is_refused_without_being_quoted(ask, sample_images):
+    for value in (bytearray(b"x" * 5_000_000), "x" * 5_000_000):
+        [(status, answer)] = ask({"data": bytearray(sample_images[0]), "target": value})
+        assert status == 400
+        assert len(answer["error"]["message"]) < 100
 
 
 def test_a_damaged_bundle_stops_the_worker(tmp_path, folder):
