@@ -18,7 +18,7 @@ RUN python3 -m venv --without-pip /opt/venv \
     && useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin app \
     && install -d /secrets \
     && install -d -o app -g app -m 0700 /run/management /run/torchserve /app/runs /secrets/kept /secrets/mlflow \
-    && install -d -o app -g app /app /var/lib/model_store /var/lib/minio \
+    && install -d -o app -g app /app /var/lib/model_store /var/lib/minio /var/log/predictions \
         /secrets/postgres /secrets/minio /secrets/grafana
 WORKDIR /app
 

@@ -1,12 +1,12 @@
 # Everything a person does with this repository; `make` lists it. Settings: .env.example.
 .DEFAULT_GOAL := help
-.PHONY: help up down status env test test-all test-compose lint format lock clean
+.PHONY: help up down status env test test-all test-hostile test-load test-compose lint format lock clean
 PY := .venv/bin/python
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11
 IMAGES := prediction torchserve promoter training mlflow page
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 up: env ## start everything and open the doors: page, MLflow, TorchServe, promoter (Ctrl-C stops)
 	@$(PY) scripts/stack.py up
@@ -23,12 +23,18 @@ env: ## make or repair .venv (part of every command that needs it)
 test: ## run the tests: unit tests first, then the live stack and the page in Chromium
 	@scripts/setup_env.sh --browser
 	@scripts/setup_env.sh
-	@$(PY) -m pytest -m "not slow and not containers"
+	@$(PY) -m pytest -m "not slow and not containers and not hostile and not load"
 
 test-all: ## run all tests, the slow ones too (a fresh clone, set up from nothing)
 	@scripts/setup_env.sh --browser
 	@scripts/setup_env.sh
 	@$(PY) -m pytest -m "not containers"
+
+test-hostile: env ## send 5,000 malformed or odd requests to the live server, and print how it bore them
+	@$(PY) -m pytest -m hostile -s
+
+test-load: env ## kill workers, swap versions, overload and soak the live server, and print how it bore it
+	@$(PY) -m pytest -m load -s
 
 test-compose: ## build the images and run the stack in containers, with the Docker Engine of $DOCKER_HOST
 	@scripts/setup_env.sh --browser

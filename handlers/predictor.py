@@ -7,10 +7,12 @@ answer.probabilities["MEL"], answer.grid
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -26,6 +28,8 @@ GRADCAM_FORMS = ("grid", "overlay", "none")
 # How far bf16 may move a probability of a golden answer before "auto" goes back to f32.
 LOW_PRECISION_TOLERANCE = 1e-2
 OVERLAY_SIDE = 640  # pixels; enough for a page, small enough to encode while others wait
+
+A, B = TypeVar("A"), TypeVar("B")
 
 # The views of test-time augmentation: as sent, and its three mirror images.
 _VIEWS = (np.s_[:, :], np.s_[:, ::-1], np.s_[::-1, :], np.s_[::-1, ::-1])
@@ -138,6 +142,8 @@ class Predictor:
         self.bundle = bundle
         self.config = bundle.config
         self.runtime = self._start(runtime, precision, threads)
+        # Pillow and OpenCV let go of Python's lock, so the pictures of a batch are read and drawn side by side.
+        self._threads = ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="pictures")
         self._model = {
             "name": self.config.name,
             "version": version,
@@ -184,25 +190,22 @@ class Predictor:
 
     def predict(self, requests: Sequence[Request | bytes]) -> list[Prediction | ImageError]:
         """Answer a batch, in order; a refused request gets its ImageError and does not disturb the others."""
-        answers: list[Prediction | ImageError | None] = [None] * len(requests)
-        accepted: list[tuple[int, Request, DecodedImage]] = []
-        pictures: list[np.ndarray] = []
-        for index, request in enumerate(requests):
-            if not isinstance(request, Request):
-                request = Request(bytes(request))
-            try:
-                request = self._checked(request)
-                pixels, decoded = self.config.preprocessing(request.image)
-            except ImageError as error:
-                answers[index] = error
-            else:
-                accepted.append((index, request, decoded))
-                pictures.append(pixels)
-        if accepted:
-            outputs = self._infer([request for _, request, _ in accepted], pictures)
-            for position, answer in enumerate(self._interpret(*outputs, accepted)):
-                answers[accepted[position][0]] = answer
-        return [answer for answer in answers if answer is not None]
+        asked = [request if isinstance(request, Request) else Request(bytes(request)) for request in requests]
+        read = list(self._map(self._read, asked))
+        accepted = [one for one in read if not isinstance(one, ImageError)]
+        answers = iter(self._interpret(*self._infer(accepted), accepted) if accepted else [])
+        return [one if isinstance(one, ImageError) else next(answers) for one in read]
+
+    def _map(self, function: Callable[[A], B], items: Sequence[A]) -> Iterable[B]:
+        """`function` of each, in order; one alone needs no thread."""
+        return self._threads.map(function, items) if len(items) > 1 else map(function, items)
+
+    def _read(self, request: Request) -> "_Read | ImageError":
+        try:
+            request = self._checked(request)
+            return _Read(request, *self.config.preprocessing(request.image))
+        except ImageError as error:
+            return error
 
     def _checked(self, request: Request) -> Request:
         """The request with its metadata parsed. Raises RequestError."""
@@ -219,20 +222,17 @@ class Predictor:
         except MetadataError as error:
             raise RequestError(str(error)) from error
 
-    def _infer(
-        self, requests: list[Request], pictures: list[np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _infer(self, accepted: list["_Read"]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Logits (R, K), residuals (R,), Grad-CAM maps (R, h, w), their class indices (R,) for R requests, in one call.
 
         With test-time augmentation logits and residuals are means over the views, the map that of the picture as sent;
         only if the views move the top class is the graph called again for the map.
         """
-        classes = self.config.classes
+        classes, requests = self.config.classes, [one.request for one in accepted]
         # UNK has no logit unless it was trained on: its map is that of the best known class.
         wanted = np.array([classes.index(r.target) if r.target in classes else -1 for r in requests])
         views = [
-            [picture[view] for view in (_VIEWS if r.tta else _VIEWS[:1])]
-            for r, picture in zip(requests, pictures, strict=True)
+            [one.pixels[view] for view in (_VIEWS if one.request.tta else _VIEWS[:1])] for one in accepted
         ]
         counts = [len(of_request) for of_request in views]
         starts = np.cumsum([0, *counts[:-1]])
@@ -257,7 +257,7 @@ class Predictor:
         residuals: np.ndarray,
         maps: np.ndarray,
         targets: np.ndarray,
-        accepted: list[tuple[int, Request, DecodedImage]],
+        accepted: list["_Read"],
     ) -> list[Prediction]:
         classes, calibration = self.config.classes, self.config.calibration
         probabilities = calibration.probabilities(logits, classes, residuals)
@@ -266,24 +266,32 @@ class Predictor:
         entropy = -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1))).sum(1)
         peaks = maps.max((1, 2), keepdims=True)
         grids = maps / np.where(peaks > 0, peaks, 1)
-        predictions = []
-        for row, (_, request, decoded) in enumerate(accepted):
+
+        def answer(row: int) -> Prediction:
+            request, decoded = accepted[row].request, accepted[row].decoded
             drawn = request.gradcam != "none"
-            predictions.append(
-                Prediction(
-                    probabilities=dict(zip(CODES, probabilities[row].tolist(), strict=True)),
-                    grid=np.round(grids[row].astype(float), 4).tolist() if drawn else None,
-                    target=classes[targets[row]] if drawn else None,
-                    overlay_png=overlay(decoded.image, grids[row]) if request.gradcam == "overlay" else None,
-                    entropy=float(entropy[row]),
-                    conformal_set=sets[row] if sets else None,
-                    confidence_level=calibration.conformal.confidence_level if calibration.conformal else None,
-                    image=decoded,
-                    model=self._model,
-                    metadata=request.metadata or {},
-                )
+            return Prediction(
+                probabilities=dict(zip(CODES, probabilities[row].tolist(), strict=True)),
+                grid=np.round(grids[row].astype(float), 4).tolist() if drawn else None,
+                target=classes[targets[row]] if drawn else None,
+                overlay_png=overlay(decoded.image, grids[row]) if request.gradcam == "overlay" else None,
+                entropy=float(entropy[row]),
+                conformal_set=sets[row] if sets else None,
+                confidence_level=calibration.conformal.confidence_level if calibration.conformal else None,
+                image=decoded,
+                model=self._model,
+                metadata=request.metadata or {},
             )
-        return predictions
+
+        return list(self._map(answer, range(len(accepted))))
+
+
+class _Read(NamedTuple):
+    """A request that was accepted, its picture as the network takes it and as it was sent."""
+
+    request: Request
+    pixels: np.ndarray
+    decoded: DecodedImage
 
 
 def overlay(image: Image.Image, grid: np.ndarray) -> bytes:

@@ -5,12 +5,13 @@ Training, evaluation and serving all go through this module, so a model sees the
 
 import hashlib
 import io
+import re
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 # Pillow's decoders that are reachable from untrusted bytes. JPEG includes MPO, the multi-picture JPEG of phones.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -22,7 +23,30 @@ MIN_SIDE = 16
 # A lesion photo is at most a panorama; beyond this the squashed input no longer resembles a lesion.
 MAX_ASPECT_RATIO = 8.0
 
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*")
+# Each scan of a JPEG is a walk over the whole picture, and a scan may have 80 bytes: without a limit, 20 MiB keep a
+# worker busy for hours. Encoders write 1 to 12; libtiff has the same limit for JPEG inside TIFF.
+MAX_SCANS = 100
+# Segments of a JPEG and chunks of a PNG are read one by one, in Python; large files have a few thousand.
+MAX_PARTS = 100_000
+# A picture much larger than the network's input is shrunk by whole boxes as soon as it is decoded, down to this side
+# (pixels) at least: eight of 50 megapixels in one batch would hold 1.6 GB until they are answered.
+SHRINK_SIDE = 1024
+
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = (_JPEG, _PNG, b"BM", b"II*\x00", b"MM\x00*")
+# A marker of a JPEG that is no stuffed byte, padding or restart inside a scan.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+# What makes a picture with this EXIF orientation upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SUPPORTED = "JPEG, PNG, WebP, BMP or TIFF"
 
 
@@ -55,7 +79,7 @@ def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
     Args:
         data: the file as received.
         min_side: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 scale as long as its shorter side stays at least
-            this many pixels (several times faster for camera pictures).
+            this many pixels (several times faster for camera pictures), and other pictures shrink to SHRINK_SIDE.
 
     Raises:
         ImageError: 413 for too many bytes or pixels, 415 for another kind of file, 400 for a damaged or unusable one.
@@ -68,6 +92,7 @@ def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
         )
     if not (data.startswith(_SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):
         raise ImageError(415, "unsupported_media_type", f"This is not a {_SUPPORTED} image.")
+    _check_parts(data)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of harmless oddities in EXIF and TIFF tags
@@ -107,29 +132,60 @@ def _check_header(image: Image.Image) -> None:
         raise ImageError(400, "animated_image", "The image is an animation; send one still picture.")
 
 
+def _check_parts(data: bytes) -> None:
+    """Refuse a JPEG or PNG of more parts than any camera or program writes, each of which costs time."""
+    position, parts, scans = len(_PNG) if data.startswith(_PNG) else 2, 0, 0
+    if data.startswith(_PNG):
+        while position < len(data) and parts <= MAX_PARTS:
+            position += 12 + int.from_bytes(data[position : position + 4])  # length, name and checksum: 4 bytes each
+            parts += 1
+    elif data.startswith(_JPEG):
+        while (found := _MARKER.search(data, position)) and parts <= MAX_PARTS and scans <= MAX_SCANS:
+            marker, position = data[found.start() + 1], found.end()
+            if marker == _END_OF_IMAGE:
+                break
+            position += int.from_bytes(data[position : position + 2])
+            parts, scans = parts + 1, scans + (marker == _START_OF_SCAN)
+    if parts > MAX_PARTS or scans > MAX_SCANS:
+        raise ImageError(
+            400,
+            "invalid_image",
+            f"The file has more than {MAX_SCANS} scans or {MAX_PARTS:,} parts; save the image anew and send that.",
+        )
+
+
 def _load(image: Image.Image, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
     """Decode the pixels. Returns the upright RGB picture and the (width, height) it was sent in, upright."""
-    width, height = image.size
-    orientation = image.getexif().get(0x0112, 1)
+    sent = image.size
     if min_side is not None and image.format in ("JPEG", "MPO"):
         # draft keeps both sides at or above the asked ones, so ask for the shape scaled to the shorter side.
-        scale = min_side / min(width, height)
-        image.draft(None, (max(1, round(width * scale)), max(1, round(height * scale))))
-    upright = ImageOps.exif_transpose(image)
-    size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
-    return _to_rgb(upright), size
+        scale = min_side / min(sent)
+        image.draft(None, (max(1, round(sent[0] * scale)), max(1, round(sent[1] * scale))))
+    # Pillow turns a TIFF upright itself, and tells the upright size from the beginning.
+    orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
+    image.load()
+    shrink = 1 if min_side is None else max(1, min(image.size) // max(min_side, SHRINK_SIDE))
+    rgb = _to_rgb(image, shrink)
+    if orientation in _UPRIGHT:
+        rgb = rgb.transpose(_UPRIGHT[orientation])
+    return rgb, (sent[1], sent[0]) if orientation in (5, 6, 7, 8) else sent
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, shrink: int) -> Image.Image:
+    """RGB out of any mode, each side divided by `shrink`; of the full size there is one copy at a time."""
     if image.mode.startswith("I"):  # 16-bit grey
-        grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray((np.clip(grey, 0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
+    elif image.mode == "F":
         raise ImageError(400, "invalid_image", "Floating-point images have no defined brightness; send 8 or 16 bits.")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    if shrink > 1:
+        image = image.reduce(shrink)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @dataclass(frozen=True)

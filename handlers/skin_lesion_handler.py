@@ -3,6 +3,10 @@
 A request is the image's bytes as the body; or a multipart form with the file in `data`, `file` or `image` and options
 as fields; or JSON with the image in base64 under `image` and options beside it. See README.md for the contract.
 
+Every prediction is one line on standard output, `prediction {...}`, which TorchServe keeps in a file of its own
+(torchserve/log4j2.xml): when, request id, the picture's SHA-256, version and digest, probabilities, milliseconds in
+here; neither pixels nor names. Where LOG_PREDICTIONS is not set there is none.
+
 TorchServe takes the one class in this module; keep it one.
 """
 
@@ -10,6 +14,9 @@ import base64
 import binascii
 import json
 import logging
+import os
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +29,8 @@ log = logging.getLogger(__name__)
 
 IMAGE_FIELDS = ("data", "file", "image")
 OPTIONS = ("gradcam", "target", "tta")
+# Characters. A refusal quotes what was sent, and an answer larger than TorchServe's max_response_size costs the worker.
+LONGEST_OPTION = 40
 
 
 class SkinLesionHandler:
@@ -30,6 +39,7 @@ class SkinLesionHandler:
     def __init__(self) -> None:
         self.predictor: Predictor | None = None
         self.shadow: Shadow | None = None
+        self.logs_predictions = "LOG_PREDICTIONS" in os.environ
 
     def initialize(self, context: Any) -> None:
         """Load and verify the bundle that lies in the archive. Raises BundleError, which stops the worker."""
@@ -54,6 +64,7 @@ class SkinLesionHandler:
 
     def _answer(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         assert self.predictor is not None, "TorchServe calls initialize first"
+        began = time.perf_counter()
         answers: list[Any] = []
         for index, row in enumerate(data):
             try:
@@ -61,20 +72,31 @@ class SkinLesionHandler:
             except ImageError as error:
                 answers.append(error)
         positions = [index for index, answer in enumerate(answers) if isinstance(answer, Request)]
-        try:
-            predictions = self.predictor.predict([answers[index] for index in positions])
-        except Exception:
-            # Without this, TorchServe would answer 503 to the batch and clients would try the same again.
-            log.exception("a batch of %d failed", len(positions))
-            predictions = [ImageError(500, "internal_error", "The model failed on this batch; see its log.")] * len(
-                positions
-            )
+        predictions = self._predict([answers[index] for index in positions])
         for index, prediction in zip(positions, predictions, strict=True):
             # The challenger is shown the picture alone; an answer that used more cannot be compared with its.
             if self.shadow and isinstance(prediction, Prediction) and not answers[index].metadata:
                 self.shadow.offer(Offer(answers[index].image, prediction.image.sha256, prediction.probabilities))
             answers[index] = prediction
-        return [_respond(answer, context, index) for index, answer in enumerate(answers)]
+        responses = [_respond(answer, context, index) for index, answer in enumerate(answers)]
+        if self.logs_predictions:
+            milliseconds = round(1000 * (time.perf_counter() - began), 1)
+            for index, answer in enumerate(answers):
+                if isinstance(answer, Prediction):
+                    log.info("prediction %s", _line(answer, context.get_request_id(index), milliseconds))
+        return responses
+
+    def _predict(self, requests: list[Request]) -> list[Prediction | ImageError]:
+        """Predictions of a batch; if it fails as a whole, of each request by itself, as one alone may be to blame."""
+        assert self.predictor is not None
+        try:
+            return self.predictor.predict(requests)
+        except Exception:
+            # Without this, TorchServe would answer 503 to the batch and clients would try the same again.
+            log.exception("a batch of %d failed", len(requests))
+            if len(requests) > 1:
+                return [answer for request in requests for answer in self._predict([request])]
+            return [ImageError(500, "internal_error", "The model failed on this request; see its log.")]
 
 
 def _respond(answer: Any, context: Any, index: int) -> bytes:
@@ -87,9 +109,25 @@ def _respond(answer: Any, context: Any, index: int) -> bytes:
     return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def _line(answer: Prediction, request_id: str | None, milliseconds: float) -> str:
+    """The prediction log's line; `milliseconds` are those of the whole batch, which every request in it waits for."""
+    row = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "request_id": request_id,
+        "image_sha256": answer.image.sha256,
+        "model": answer.model["name"],
+        "version": answer.model["version"],
+        "digest": answer.model["digest"],
+        "probabilities": {code: round(probability, 6) for code, probability in answer.probabilities.items()},
+        "milliseconds": milliseconds,
+    }
+    return json.dumps(row, separators=(",", ":"))
+
+
 def _parse(row: dict[str, Any], explain: bool) -> Request:
     """TorchServe's row for one request to a Request. Raises RequestError or ImageError."""
-    body = row.get("body", row)
+    # Not a form with a field of that name, whose other fields would be passed over.
+    body = row["body"] if row.keys() == {"body"} else row
     if isinstance(body, str):  # TorchServe decodes text/* bodies
         raise ImageError(415, "unsupported_media_type", "The body is text; send image bytes, a form or JSON.")
     if isinstance(body, bytes | bytearray):
@@ -152,11 +190,12 @@ def _image(fields: dict[str, Any]) -> bytes:
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, bytes | bytearray):
-        try:
-            return bytes(value).decode("ascii").strip()
-        except UnicodeDecodeError as error:
-            raise RequestError(f"The option {name[:40]!r} is not plain text.") from error
-    return str(value).strip()
+        value = bytes(value).decode("ascii", errors="replace")
+    if not isinstance(value, str) or not value.isascii():  # TorchServe parses parts that call themselves JSON
+        raise RequestError(f"The option {name[:40]!r} is not plain text.")
+    if len(value) > LONGEST_OPTION:
+        raise RequestError(f"The option {name[:40]!r} is longer than any value it takes.")
+    return value.strip()
 
 
 def _flag(value: str) -> bool:

@@ -128,7 +128,7 @@ def _prediction(request_id: str, logs: Iterable[Path]) -> tuple[dict[str, Any], 
                 digest = row.get("digest") or model.get("digest")
                 if row.get("request_id") == request_id and isinstance(digest, str):
                     return row, digest.removeprefix("sha256:")
-    where = f"in {', '.join(searched)}" if searched else "as no prediction log was given (--predictions)"
+    where = f"in {', '.join(searched)}" if searched else "as there is no prediction log (--predictions names one)"
     raise LineageError(f"{request_id} is no version and no digest, and as a request id it was not found {where}.")
 
 

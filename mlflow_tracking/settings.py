@@ -26,6 +26,7 @@ class Settings(BaseSettings):
     torchserve_run_dir: Path | None = None
     model_store: Path = ROOT / "model_store"
     stack_state: Path = ROOT / ".stack"
+    prediction_log: Path | None = None
     promoter_host: str = "127.0.0.1"
     promoter_port: int = Field(8083, ge=1, le=65535)
     promoter_poll_seconds: float = Field(2.0, gt=0)
@@ -58,6 +59,13 @@ class Settings(BaseSettings):
     def evaluation_cache(self) -> Path:
         """Where the frozen evaluation set is kept once it was fetched, absolute."""
         return ROOT / self.stack_state / "evaluation"
+
+    @property
+    def prediction_logs(self) -> list[Path]:
+        """TorchServe's prediction log and those before it that are kept, the newest first; absolute."""
+        newest = ROOT / (self.prediction_log or self.stack_state / "logs/predictions.jsonl")
+        older = sorted(newest.parent.glob(f"{newest.name}.*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        return [path for path in (newest, *older) if path.is_file()]
 
     @property
     def store(self) -> Path:

@@ -2,7 +2,7 @@
 
 WHAT is the digest that stands in every answer under model.digest (or its
 first eight digits or more), a version number, or the request id of a
-prediction that was logged. The audit log tells when a promoter saw an alias
+prediction that was logged (X-Request-Id in the answer's header). The audit log tells when a promoter saw an alias
 move, what it did, and who it was where promote.py moved it; --verify finds
 lines of it that were changed or are missing. The exit code is 1 when nothing
 is known of WHAT or the audit log is broken, 2 for wrong options.
@@ -32,7 +32,7 @@ Examples:
 
   python scripts/lineage.py 3 --json
 
-  python scripts/lineage.py 7c1e2b0a-53c4-4d0e-9a55-0d3f8a9c1f10 --predictions predictions.jsonl
+  python scripts/lineage.py 7c1e2b0a-53c4-4d0e-9a55-0d3f8a9c1f10
 
   python scripts/lineage.py --verify     # is the audit log whole?
 """
@@ -46,7 +46,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def lineage(
     what: str = typer.Argument("", metavar="DIGEST|REQUEST_ID|VERSION", help="What to trace.", show_default=False),
     predictions: list[Path] = typer.Option(
-        [], "--predictions", exists=True, dir_okay=False, help="A prediction log (JSON lines), for request ids; repeat."
+        [], "--predictions", exists=True, dir_okay=False, help="Another prediction log for request ids; repeat."
     ),
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
     check: bool = typer.Option(False, "--verify", help="Check the audit log's chain of hashes."),
@@ -57,7 +57,7 @@ def lineage(
     registry, audit = Registry(settings.registry_uri), AuditLog(settings.store)
     if check:
         raise typer.Exit(verify(registry, audit))
-    found = trace(what, registry, audit, predictions)
+    found = trace(what, registry, audit, predictions or settings.prediction_logs)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
     else:

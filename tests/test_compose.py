@@ -81,6 +81,14 @@ def test_up_is_all_that_is_needed(stack, image):
     assert len(answer["gradcam"]["grid"]) == len(answer["gradcam"]["grid"][0]) > 1
 
 
+def test_an_answer_is_traced_by_its_request_id(stack, image):
+    answer = stack.predict(image)
+    done = stack("exec", "-T", "promoter", "python", "scripts/lineage.py", answer.headers["x-request-id"], "--json")
+    found = json.loads(done.stdout)
+    assert found["digest"] == answer.json()["model"]["digest"]
+    assert found["prediction"]["image_sha256"] == answer.json()["image"]["sha256"]
+
+
 def test_the_page_answers(stack, image, tmp_path):
     picture = tmp_path / "lesion.jpg"
     picture.write_bytes(image)

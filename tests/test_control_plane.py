@@ -254,7 +254,8 @@ def test_a_share_of_live_requests_is_answered_by_both_for_the_log_alone(first, g
 
 
 def test_from_a_prediction_back_to_where_its_model_came_from(first, tmp_path):
-    digest = first.predict().json()["model"]["digest"]
+    answer = first.predict()
+    digest = answer.json()["model"]["digest"]
     done = run_script("lineage.py", digest[:20], "--json", **first.env)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -266,11 +267,14 @@ def test_from_a_prediction_back_to_where_its_model_came_from(first, tmp_path):
     assert found["aliases"][0]["alias"] == "champion"
     assert found["served"][0]["by"] == "promoter"
 
-    log = tmp_path / "predictions.jsonl"
-    request = "7c1e2b0a-53c4-4d0e-9a55-0d3f8a9c1f10"
-    log.write_text(json.dumps({"request_id": request, "digest": digest}) + "\n")
-    by_request = run_script("lineage.py", request, "--predictions", str(log), "--json", **first.env)
-    assert json.loads(by_request.stdout)["digest"] == digest
+    request = answer.headers["x-request-id"]
+    by_request = json.loads(run_script("lineage.py", request, "--json", **first.env).stdout)
+    assert by_request["digest"] == digest
+    assert by_request["prediction"]["image_sha256"] == answer.json()["image"]["sha256"]
+    log = tmp_path / "kept.jsonl"
+    log.write_text(json.dumps({"request_id": "from-last-year", "digest": digest}) + "\n")
+    kept = run_script("lineage.py", "from-last-year", "--predictions", str(log), "--json", **first.env)
+    assert json.loads(kept.stdout)["digest"] == digest
     people = run_script("lineage.py", "1", **first.env).stdout
     for words in ("Version", "Gates", "Served", "Audit log", digest):
         assert words in people
@@ -283,8 +287,8 @@ def test_from_a_prediction_back_to_where_its_model_came_from(first, tmp_path):
     unknown = run_script("lineage.py", "ffffffffff", **first.env)
     assert unknown.returncode == 1
     assert unknown.stderr.strip().startswith("ffffffffff is known neither to the registry")
-    lost = run_script("lineage.py", request, **first.env)
-    assert "as no prediction log was given" in lost.stderr
+    lost = run_script("lineage.py", "from-last-year", **first.env)
+    assert "it was not found in " in lost.stderr
 
 
 def test_the_audit_log_is_whole_and_shows_when_it_is_not(first):

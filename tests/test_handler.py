@@ -2,6 +2,7 @@
 
 import base64
 import json
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,9 @@ class FakeContext:
 
     def get_request_header(self, index, key):
         return "True" if self.explain and key == "explain" else None
+
+    def get_request_id(self, index):
+        return f"request-{index}"
 
     def set_response_status(self, code=200, phrase="", idx=0):
         self.statuses[idx] = code
@@ -121,6 +125,8 @@ def test_explanations_come_with_the_overlay(ask, sample_images):
         ({"gradcam": bytearray(b"grid")}, 400, "invalid_request", "No image"),
         ({"data": bytearray(b"x"), "tta": bytearray(b"maybe")}, 400, "invalid_request", "true or false"),
         ({"data": bytearray(b"x"), "target": bytearray(b"\xff\xfe")}, 400, "invalid_request", "plain text"),
+        ({"data": bytearray(b"x"), "target": {"a": 1}}, 400, "invalid_request", "plain text"),
+        ({"data": bytearray(b"x"), "body": bytearray(b"x")}, 400, "invalid_request", "not an option"),
         ({"data": bytearray(b"x"), "colour": bytearray(b"red")}, 400, "invalid_request", "not an option"),
         ({"data": bytearray(b"x"), "age": bytearray(b"55")}, 400, "invalid_request", "takes no age"),
         ({"data": bytearray(b"x"), "target": bytearray(b"XYZ")}, 400, "invalid_request", "target must be"),
@@ -135,6 +141,31 @@ def test_refusals_are_the_requests_own(ask, sample_images, row, status, code, wo
     assert words in refused[1]["error"]["message"]
 
 
+def test_a_prediction_is_one_line_for_the_log(folder, sample_images, monkeypatch, caplog):
+    monkeypatch.setenv("LOG_PREDICTIONS", "1")
+    handler = SkinLesionHandler()
+    context = FakeContext(folder)
+    handler.initialize(context)
+    with caplog.at_level("INFO"):
+        _, answer = handler.handle([{"body": bytearray(b"bad")}, {"body": bytearray(sample_images[0])}], context)
+    [line] = [record.message for record in caplog.records if record.message.startswith("prediction {")]
+    row, told = json.loads(line.removeprefix("prediction ")), json.loads(answer)
+    assert row["request_id"] == "request-1"
+    assert row["image_sha256"] == told["image"]["sha256"]
+    assert (row["model"], row["version"], row["digest"]) == ("skin_vit", "3", told["model"]["digest"])
+    assert row["probabilities"] == pytest.approx(told["probabilities"], abs=1e-6)
+    assert row["milliseconds"] > 0
+    assert datetime.fromisoformat(row["time"]).tzinfo
+    assert len(row) == 8, "nothing else about the picture or its sender"
+
+    caplog.clear()
+    monkeypatch.delenv("LOG_PREDICTIONS")
+    silent = SkinLesionHandler()
+    silent.initialize(context)
+    silent.handle([{"body": bytearray(sample_images[0])}], context)
+    assert "prediction {" not in caplog.text
+
+
 def test_an_exception_inside_is_answered_and_logged_without_content(
     handler, folder, sample_images, monkeypatch, caplog
 ):
@@ -147,6 +178,28 @@ def test_an_exception_inside_is_answered_and_logged_without_content(
     assert context.statuses == {0: 500}
     assert json.loads(answer)["error"]["code"] == "internal_error"
     assert "boom" in caplog.text
+
+
+def test_one_that_makes_the_model_fail_fails_alone(handler, folder, sample_images, monkeypatch):
+    predictor = handler.predictor
+
+    def predict(requests):
+        if any(request.target == "DF" for request in requests):
+            raise RuntimeError("boom")
+        return predictor.predict(requests)
+
+    monkeypatch.setattr(handler, "predictor", SimpleNamespace(predict=predict))
+    context, good = FakeContext(folder), {"data": bytearray(sample_images[0])}
+    answers = handler.handle([good, good | {"target": bytearray(b"DF")}, good], context)
+    assert context.statuses == {1: 500}
+    assert [b"probabilities" in answer for answer in answers] == [True, False, True]
+
+
+def test_a_long_option_is_refused_without_being_quoted(ask, sample_images):
+    for value in (bytearray(b"x" * 5_000_000), "x" * 5_000_000):
+        [(status, answer)] = ask({"data": bytearray(sample_images[0]), "target": value})
+        assert status == 400
+        assert len(answer["error"]["message"]) < 100
 
 
 def test_a_damaged_bundle_stops_the_worker(tmp_path, folder):

@@ -56,8 +56,9 @@ def test_reads_the_five_formats(picture, format_):
     assert np.abs(np.asarray(decoded.image)[15, 20].astype(int) - (200, 30, 30)).max() < 12
 
 
+@pytest.mark.parametrize("format_", ["PNG", "TIFF"])  # Pillow itself turns a TIFF
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientations_of_one_photo_give_the_same_picture(picture, orientation):
+def test_exif_orientations_of_one_photo_give_the_same_picture(picture, orientation, format_):
     inverse = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -70,7 +71,7 @@ def test_exif_orientations_of_one_photo_give_the_same_picture(picture, orientati
     stored = picture.transpose(inverse[orientation]) if orientation in inverse else picture
     exif = Image.Exif()
     exif[0x0112] = orientation
-    decoded = decode(encode(stored, "PNG", exif=exif))
+    decoded = decode(encode(stored, format_, exif=exif))
     assert (decoded.width, decoded.height) == (80, 60)
     assert np.array_equal(np.asarray(decoded.image), np.asarray(picture))
 
@@ -177,6 +178,30 @@ def test_reduced_decoding_changes_the_input_little_and_the_reported_size_not(dra
     assert min(decoded.image.size) < 1800, "the point of min_side is to decode fewer pixels"
     full = preprocessing.resize(decode(photo).image)
     assert np.abs(pixels.astype(int) - full).mean() < 1.5
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])
+def test_a_large_picture_shrinks_and_looks_the_same(picture, mode):
+    large = picture.resize((3000, 2250))
+    if mode == "I;16":
+        large = Image.fromarray(np.asarray(large.convert("L")).astype(np.uint16) * 257)
+    else:
+        large = large.quantize(64) if mode == "P" else large.convert(mode)
+    data = encode(large, "TIFF", compression="tiff_lzw") if mode == "CMYK" else encode(large, "PNG")
+    whole, shrunk = decode(data), decode(data, min_side=256)
+    assert (shrunk.width, shrunk.height) == (3000, 2250)
+    assert shrunk.image.size == (1500, 1125), "not below SHRINK_SIDE"
+    resize = Preprocessing(128).resize
+    assert np.abs(resize(shrunk.image).astype(int) - resize(whole.image)).mean() < 1
+
+
+def test_a_jpeg_may_have_a_hundred_scans_whatever_lies_behind_its_end(picture):
+    progressive = encode(picture, "JPEG", progressive=True)
+    last = progressive[progressive.rindex(b"\xff\xda") : -2]
+    usual = progressive.count(b"\xff\xda")
+    decode(progressive[:-2] + last * (100 - usual) + progressive[-2:] + b"\xff\xda\0\0" * 500)
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        decode(progressive[:-2] + last * (101 - usual) + progressive[-2:])
 
 
 def test_standardisation_is_the_textbook_formula():

@@ -206,12 +206,21 @@ def test_java_takes_the_place_of_the_script_with_a_minimal_environment(env, fake
     assert f"pid {pid}" in lines, "a signal to the script reaches Java"
     variables = {line.split("=", 1)[0] for line in lines[1:] if "=" in line and not line.startswith("argument ")}
     allowed = {"PATH", "HOME", "LANG", "TMPDIR", "TEMP", "LOG_LOCATION", "METRICS_LOCATION", "STACK_STATE"}
-    allowed |= {"SHADOW_FILE", "SHADOW_URL", "OMP_NUM_THREADS"}
+    allowed |= {"SHADOW_FILE", "SHADOW_URL", "LOG_PREDICTIONS", "OMP_NUM_THREADS"}
     assert variables - {"PWD", "SHLVL", "_", "OLDPWD"} == allowed
     assert f"SHADOW_FILE={env['MODEL_STORE']}/shadow.json" in lines
     assert "argument -Xmx512m" in lines
+    assert f"argument -Dpredictions={env['STACK_STATE']}/logs/predictions.jsonl" in lines
     assert not Path(run, "models").exists(), "what a killed server left"
     assert not Path(run, ".ts.sock.9000").exists()
+
+
+def test_the_prediction_log_is_put_elsewhere_or_turned_off(env, fake_java):
+    java = {"JAVA_HOME": str(fake_java("17.0.1").parents[1])}
+    _, lines, _ = start(env, **java, PREDICTION_LOG="here.jsonl")
+    assert f"argument -Dpredictions={FOLDER.parent}/here.jsonl" in lines
+    _, lines, _ = start(env, **java, PREDICTION_LOG="off")
+    assert not any(line.startswith("LOG_PREDICTIONS") for line in lines)
 
 
 def test_an_old_java_is_passed_over(env, fake_java):

@@ -5,7 +5,7 @@
 #   TORCHSERVE_PORT=9090 torchserve/start_torchserve.sh   another port
 #
 # Other settings: TORCHSERVE_METRICS_PORT, TORCHSERVE_HOST, TORCHSERVE_MANAGEMENT, TORCHSERVE_RUN_DIR, MODEL_STORE,
-# JAVA_HOME, and TORCHSERVE_JAVA_OPTS (-Xmx512m). The torchserve command is not used: it starts Java as a child and
+# PREDICTION_LOG, JAVA_HOME, and TORCHSERVE_JAVA_OPTS (-Xmx512m). The torchserve command is not used: it starts Java as a child and
 # leaves it behind when it is killed itself.
 set -euo pipefail
 
@@ -56,9 +56,13 @@ store="${MODEL_STORE:-model_store}"
 [[ "$store" == /* ]] || store="$root/$store"
 keep+=("SHADOW_FILE=$store/shadow.json")
 keep+=("SHADOW_URL=http://127.0.0.1:${TORCHSERVE_PORT:-8080}")
+# One line a prediction (handlers/skin_lesion_handler.py prints it, log4j2.xml keeps it); "off" for none.
+predictions="${PREDICTION_LOG:-${STACK_STATE:-.stack}/logs/predictions.jsonl}"
+[[ "$predictions" == off ]] || keep+=("LOG_PREDICTIONS=1")
+[[ "$predictions" == /* ]] || predictions="$root/$predictions"
 # shellcheck disable=SC2086  # options are several words
 exec env -i PATH="$(dirname "$python"):/usr/local/bin:/usr/bin:/bin" HOME="$run" LANG=C.UTF-8 \
   TMPDIR="$run" TEMP="$run" LOG_LOCATION="$run/logs" METRICS_LOCATION="$run/logs" ${keep[@]+"${keep[@]}"} \
   "$java" ${TORCHSERVE_JAVA_OPTS:--Xmx512m} "-Djava.io.tmpdir=$run" "-Dmodel_server_home=$packages" \
-  "-Dlog4j.configurationFile=$root/torchserve/log4j2.xml" -cp "$packages/ts/frontend/*" \
+  "-Dpredictions=$predictions" "-Dlog4j.configurationFile=$root/torchserve/log4j2.xml" -cp "$packages/ts/frontend/*" \
   org.pytorch.serve.ModelServer --python "$python" -f "$config" -ncs

@@ -1,0 +1,44 @@
+"""Fixtures for the tests that are rough with one TorchServe: the shipped model, from the store alone, without MLflow.
+
+Test modules ask for these by `pytest_plugins`.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from handlers.graph import complete
+from mlflow_tracking.promotion import archive as archives
+from mlflow_tracking.promotion import ledger as ledgers
+from tests.conftest import ROOT
+from tests.live import torchserve_server
+from tests.serving import Serving
+from tests.waiting import eventually
+
+
+@pytest.fixture(scope="session")
+def shipped_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model store as the promoter leaves it once version 1, the shipped model, serves."""
+    folder = tmp_path_factory.mktemp("shipped")
+    bundle = complete(ROOT / "model_store" / "skin_vit", folder / "bundle")
+    (store := folder / "store").mkdir()
+    name = f"skin_vit-1-{bundle.digest.removeprefix('sha256:')[:12]}.mar"
+    made = archives.build(bundle.path, store / name, version="1")
+    entry = ledgers.Entry(made.sha256, "1", bundle.digest, made.settings)
+    ledgers.write(store, ledgers.Ledger().stored(name, entry).serving(name))
+    return store
+
+
+@pytest.fixture(scope="session")
+def serving(shipped_store: Path) -> Iterator[Serving]:
+    """TorchServe with the shipped model, answering."""
+    with tempfile.TemporaryDirectory(prefix="srv-", dir="/tmp") as folder:
+        server = torchserve_server(Path(folder), shipped_store).start()
+        try:
+            running = Serving(server)
+            eventually(lambda: running.ask(running.good).status == 200, 120, server.text)
+            yield running
+        finally:
+            server.stop()
