@@ -29,7 +29,8 @@ GRADCAM_FORMS = ("grid", "overlay", "none")
 LOW_PRECISION_TOLERANCE = 1e-2
 OVERLAY_SIDE = 640  # pixels; enough for a page, small enough to encode while others wait
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 # The views of test-time augmentation: as sent, and its three mirror images.
 _VIEWS = (np.s_[:, :], np.s_[:, ::-1], np.s_[::-1, :], np.s_[::-1, ::-1])

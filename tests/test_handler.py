@@ -156,7 +156,8 @@ def test_a_prediction_is_one_line_for_the_log(folder, sample_images, monkeypatch
     assert row["probabilities"] == pytest.approx(told["probabilities"], abs=1e-6)
     assert row["milliseconds"] > 0
     assert datetime.fromisoformat(row["time"]).tzinfo
-    assert len(row) == 8, "nothing else about the picture or its sender"
+    assert row["told"] == []
+    assert len(row) == 9, "nothing else about the picture or its sender"
 
     caplog.clear()
     monkeypatch.delenv("LOG_PREDICTIONS")
