@@ -225,7 +225,7 @@ def resident(serving: Serving) -> tuple[float, float]:
     return serving.resident() / 2**20, java / 2**20
 
 
-@pytest.mark.parametrize(("requests", "warm_up"), [(300, 100), pytest.param(5000, 1000, marks=[pytest.mark.load])])
+@pytest.mark.parametrize(("requests", "warm_up"), [(150, 50), pytest.param(5000, 1000, marks=[pytest.mark.load])])
 def test_a_long_run_leaves_the_memory_as_it_was(serving: Serving, requests: int, warm_up: int):
     """Pictures of eight kinds from four clients, with and without heatmaps and mirror images."""
     calls = [Call(photograph(number)) for number in range(8)]

@@ -40,7 +40,8 @@ def calls(data: bytes) -> list[Call]:
         SECRET,
     )
     return [
-        Call(data, secret), Call(data, secret, "/explanations/skin_vit"), form(file), as_json({"image": encoded}),
+        Call(data, secret), Call(data, secret, "/explanations/skin_vit"),
+        Call(data, secret, f"{PREDICTIONS}?patient={SECRET}"), form(file), as_json({"image": encoded}),
         *(Call(data, (("Content-Type", kind),)) for kind in kinds),
         Call(data[: len(data) // 2], secret), Call(b"x" + data, secret), Call(data[::-1], secret),
         form(part("data", data, SECRET, "text/plain")), form(part(SECRET, data, SECRET)),
