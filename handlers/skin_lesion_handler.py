@@ -4,8 +4,8 @@ A request is the image's bytes as the body; or a multipart form with the file in
 as fields; or JSON with the image in base64 under `image` and options beside it. See README.md for the contract.
 
 Every prediction is one line on standard output, `prediction {...}`, which TorchServe keeps in a file of its own
-(torchserve/log4j2.xml): when, request id, the picture's SHA-256, which of age, sex and site were told, version and digest, probabilities, milliseconds in
-here; neither pixels nor names. Where LOG_PREDICTIONS is not set there is none.
+(torchserve/log4j2.xml): when, request id, the picture's SHA-256, which of age, sex and site were told, version and
+digest, probabilities, milliseconds in here; neither pixels nor names. Where LOG_PREDICTIONS is not set there is none.
 
 TorchServe takes the one class in this module; keep it one.
 """

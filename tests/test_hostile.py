@@ -151,7 +151,7 @@ def unharmed(serving: Serving) -> Iterator[psutil.Process]:
 @pytest.mark.live
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("size", "warm_up"), [(300, 0), pytest.param(3000, 500, marks=[pytest.mark.hostile])], ids=["some", "all"]
+    ("size", "warm_up"), [(150, 0), pytest.param(3000, 500, marks=[pytest.mark.hostile])], ids=["some", "all"]
 )
 def test_strangers_are_answered_and_hurt_nobody(serving, sample_images, size, warm_up):
     items, wrong, counts = corpus(SEED, size, sample_images), [], Counter()
@@ -223,7 +223,7 @@ def test_eight_pictures_of_49_megapixels_at_once(serving):
 
 @pytest.mark.live
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("size", [160, pytest.param(2000, marks=[pytest.mark.hostile])], ids=["some", "all"])
+@pytest.mark.parametrize("size", [60, pytest.param(2000, marks=[pytest.mark.hostile])], ids=["some", "all"])
 def test_in_a_batch_each_gets_its_own_answer(serving, sample_images, size):
     """Twelve clients at once, so that good and bad requests go into the worker together."""
     strangers = [item for item in corpus(SEED + 1, size, sample_images) if len(item.call.body) < MEGABYTE]

@@ -172,18 +172,37 @@ def test_what_the_queue_cannot_hold_is_refused_and_the_rest_is_answered_in_time(
     assert serving.worker() == worker
 
 
-@pytest.mark.parametrize("large", [20, pytest.param(60, marks=[pytest.mark.load])])
-def test_many_large_uploads_at_once(serving: Serving, large: int):
-    """Of 19 MB each, close to the limit; together far more than Java may hold."""
-    call = Call(photograph(0) + bytes(19_000_000))
-    with ThreadPoolExecutor(large) as pool:
-        tasks = [pool.submit(serving.ask, call) for _ in range(large)]
-        answers = [task.result() for task in tasks]
-    counts = Counter(answer.status for answer in answers)
-    slowest = max(answer.seconds for answer in answers)
-    print(f"\n{large} uploads of 19 MB at once: {dict(counts)}, {slowest:.1f} s at most")
-    assert set(counts) <= {200, 503}
-    assert serving.ask(serving.good).status == 200
+def largest() -> Call:
+    """A picture of 19 MB, close to the limit: a small one with zeros behind it."""
+    return Call(photograph(0) + bytes(19_000_000))
+
+
+def test_a_batch_of_the_largest_pictures_is_answered(serving: Serving):
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(serving.ask, [largest()] * 8))
+    print(
+        f"\n8 uploads of 19 MB at once: the last one answered after {max(answer.seconds for answer in answers):.1f} s"
+    )
+    assert {answer.status for answer in answers} == {200}
+
+
+@pytest.mark.load
+def test_more_of_them_than_java_can_hold_are_survived(serving: Serving):
+    """What does not fit is refused with 507 or not answered, and TorchServe comes back by itself."""
+    counts: Counter[str] = Counter()
+
+    def ask(call: Call) -> str:
+        try:
+            return str(serving.ask(call).status)
+        except (OSError, http.client.HTTPException) as error:
+            return type(error).__name__
+
+    with ThreadPoolExecutor(40) as pool:
+        counts.update(pool.map(ask, [largest()] * 40))
+    began = time.monotonic()
+    eventually(lambda: ask(serving.good) == "200", 200, serving.server.text)
+    print(f"\n40 uploads of 19 MB at once: {dict(counts)}; {time.monotonic() - began:.0f} s later it serves again")
+    assert set(counts) <= {"200", "500", "503", "507", "TimeoutError", "ConnectionResetError", "RemoteDisconnected"}
 
 
 @pytest.mark.parametrize("idle", [50, pytest.param(200, marks=[pytest.mark.load])])
@@ -206,7 +225,7 @@ def resident(serving: Serving) -> tuple[float, float]:
     return serving.resident() / 2**20, java / 2**20
 
 
-@pytest.mark.parametrize(("requests", "warm_up"), [(300, 100), pytest.param(5000, 1000, marks=[pytest.mark.load])])
+@pytest.mark.parametrize(("requests", "warm_up"), [(150, 50), pytest.param(5000, 1000, marks=[pytest.mark.load])])
 def test_a_long_run_leaves_the_memory_as_it_was(serving: Serving, requests: int, warm_up: int):
     """Pictures of eight kinds from four clients, with and without heatmaps and mirror images."""
     calls = [Call(photograph(number)) for number in range(8)]

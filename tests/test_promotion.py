@@ -25,6 +25,7 @@ import httpx
 import pandas as pd
 import pytest
 
+from handlers.bundle import CONFIG, WEIGHTS, Bundle, seal
 from handlers.metadata import FIELDS, Metadata
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.registry import Registry
@@ -160,6 +161,33 @@ def test_a_bad_version_is_refused_and_the_old_one_serves(serving_first, tmp_path
 
     serving_first.registry.set_alias("champion", "1")
     assert serving_first.settle(reconciler)[1].settled, "another alias counts at once"
+
+
+@pytest.mark.parametrize("tampered", ["weights", "bundle.json", "weights, and every hash made to fit"])
+def test_files_tampered_with_in_the_store_are_refused_and_the_old_version_serves(
+    serving_first, tmp_path, tmp_path_factory, tampered
+):
+    """As somebody can who writes to the artifact store, but not to the registry's database."""
+    version = serving_first.register(tmp_path)
+    source = serving_first.registry.version(version).source.removeprefix("models:/")
+    [bundle] = (path.parent for path in tmp_path_factory.getbasetemp().rglob(f"{source}/**/{CONFIG}"))
+    if "weights" in tampered:
+        weights = bytearray((bundle / WEIGHTS).read_bytes())
+        weights[-1] ^= 1
+        (bundle / WEIGHTS).write_bytes(weights)
+    if "fit" in tampered:
+        seal(bundle, Bundle.load(serving_first.bundle.path).config)
+    if "json" in tampered:
+        text = (bundle / CONFIG).read_text()
+        (bundle / CONFIG).write_text(text.replace('"temperature": 0.7', '"temperature": 7.0'))
+        assert (bundle / CONFIG).read_text() != text
+    steps, result = serving_first.champion(version)
+    assert result.errors
+    assert f"load version {version}" not in steps
+    assert serving_first.tag(version, "status") == "refused"
+    reason = "was changed or damaged" if tampered == "weights" else "is not the one that was registered"
+    assert reason in serving_first.tag(version, "reason")
+    assert serving_first.served() == "1"
 
 
 def test_a_version_whose_worker_does_not_start_is_reported_soon(serving_first, tmp_path, monkeypatch):
