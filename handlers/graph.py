@@ -6,16 +6,20 @@ It runs eagerly or through OpenVINO. The residual of an image is the length of w
 that known lesions span (handlers.calibration.Rejection), 0 in a bundle without such a space.
 """
 
+import functools
 import logging
 import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, WEIGHTS, Bundle, BundleError, new_folder, seal
+
+if TYPE_CHECKING:
+    import openvino
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +33,19 @@ ORIGIN, BASIS = "rejection.origin", "rejection.basis"
 
 def has_bf16() -> bool:
     """Whether this processor multiplies in bf16."""
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@functools.cache
+def core() -> "openvino.Core":
+    """OpenVINO's core, one for the process.
+
+    On processors with AMX each new one gives its thread a signal stack and, in the end, frees it while it is in use:
+    the next signal with a handler in Python, such as Ctrl-C, is then a segmentation fault.
+    """
     import openvino
 
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return openvino.Core()
 
 
 class Runtime(Protocol):
@@ -51,15 +65,13 @@ class OpenVinoRuntime:
     """The exported graph, computing in `precision` "bf16" or "f32"."""
 
     def __init__(self, bundle: Bundle, precision: str = "f32", threads: int | None = None) -> None:
-        import openvino
-
         # Unless told, OpenVINO chooses the precision by itself and says nothing.
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         if threads:
             options["INFERENCE_NUM_THREADS"] = str(threads)
         self.precision = precision
         self._width = len(bundle.config.metadata.columns)
-        self._request = openvino.Core().compile_model(str(bundle.path / GRAPH), "CPU", options).create_infer_request()
+        self._request = core().compile_model(str(bundle.path / GRAPH), "CPU", options).create_infer_request()
 
     def __call__(
         self, pixels: np.ndarray, target: np.ndarray, metadata: np.ndarray | None = None

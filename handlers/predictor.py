@@ -232,9 +232,7 @@ class Predictor:
         classes, requests = self.config.classes, [one.request for one in accepted]
         # UNK has no logit unless it was trained on: its map is that of the best known class.
         wanted = np.array([classes.index(r.target) if r.target in classes else -1 for r in requests])
-        views = [
-            [one.pixels[view] for view in (_VIEWS if one.request.tta else _VIEWS[:1])] for one in accepted
-        ]
+        views = [[one.pixels[view] for view in (_VIEWS if one.request.tta else _VIEWS[:1])] for one in accepted]
         counts = [len(of_request) for of_request in views]
         starts = np.cumsum([0, *counts[:-1]])
         rows = np.stack([view for of_request in views for view in of_request])

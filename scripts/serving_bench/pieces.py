@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ts.context import Context, RequestProcessor
 
 from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, Bundle, seal
-from handlers.graph import has_bf16, serving_module
+from handlers.graph import core, has_bf16, serving_module
 from handlers.predictor import Prediction, Predictor, overlay
 from handlers.preprocessing import DecodedImage
 from handlers.skin_lesion_handler import SkinLesionHandler
@@ -247,7 +247,7 @@ def _graph_product(size: int, precision: str) -> Callable[[], object]:
     weights = ops.constant(rng.standard_normal((size, size), np.float32))
     model = openvino.Model([ops.matmul(given, weights, False, True)], [given])
     options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    request = core().compile_model(model, "CPU", options).create_infer_request()
     values = rng.standard_normal((size, size), np.float32)
     return lambda: request.infer([values], share_inputs=True, share_outputs=True)
 

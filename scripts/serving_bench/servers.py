@@ -3,7 +3,6 @@
 TorchServe is started for all by this project's script, so that Java has the same heap and the same settings.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -206,7 +205,6 @@ def _torchserve(folder: Path, archive_name: str, workers: int) -> Iterator[Serve
 @contextmanager
 def _running(command: list[str], cwd: Path, env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A command in a process group of its own, ended whole when the block ends, however it ends."""
-    _drop_signal_stack()
     # Threads are set by each server's settings alone.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "PYTHONPATH"))}
     with log.open("wb") as file:
@@ -230,24 +228,6 @@ def _running(command: list[str], cwd: Path, env: dict[str, str], log: Path) -> I
             with suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
         _wait_for_group(process.pid)
-
-
-class _SignalStack(ctypes.Structure):
-    """stack_t of Linux."""
-
-    _fields_ = [("ss_sp", ctypes.c_void_p), ("ss_flags", ctypes.c_int), ("ss_size", ctypes.c_size_t)]
-
-
-def _drop_signal_stack() -> None:
-    """Let signals use the thread's own stack again.
-
-    On processors with AMX, OpenVINO gives the calling thread a stack for signals. When several of its Cores have come
-    and gone, that is memory it has freed: the next Ctrl-C then writes into whatever lies there now, and ends this
-    process with a segmentation fault before it can end its servers.
-    """
-    if sys.platform == "linux":
-        disable = 2  # SS_DISABLE
-        ctypes.CDLL(None).sigaltstack(ctypes.byref(_SignalStack(None, disable, 0)), None)
 
 
 def _wait_for_group(group: int) -> None:
