@@ -31,10 +31,10 @@ test-all: ## run all tests, the slow ones too (a fresh clone, set up from nothin
 	@$(PY) -m pytest -m "not containers"
 
 test-hostile: env ## send 5,000 malformed or odd requests to the live server, and print how it bore them
-	@$(PY) -m pytest -m hostile -s
+	@$(PY) -m pytest tests/test_hostile.py tests/test_privacy.py -s
 
 test-load: env ## kill workers, swap versions, overload and soak the live server, and print how it bore it
-	@$(PY) -m pytest -m load -s
+	@$(PY) -m pytest tests/test_load.py -s
 
 test-compose: ## build the images and run the stack in containers, with the Docker Engine of $DOCKER_HOST
 	@scripts/setup_env.sh --browser

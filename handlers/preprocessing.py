@@ -34,8 +34,8 @@ SHRINK_SIDE = 1024
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _SIGNATURES = (_JPEG, _PNG, b"BM", b"II*\x00", b"MM\x00*")
-# A marker of a JPEG that is no stuffed byte, padding or restart inside a scan.
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+# A marker of a JPEG that a length follows, or its end: no stuffed byte, padding, restart inside a scan, start or TEM.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 # What makes a picture with this EXIF orientation upright.
 _UPRIGHT = {
@@ -144,7 +144,7 @@ def _check_parts(data: bytes) -> None:
             marker, position = data[found.start() + 1], found.end()
             if marker == _END_OF_IMAGE:
                 break
-            position += int.from_bytes(data[position : position + 2])
+            position += int.from_bytes(data[position : position + 2])  # which counts itself
             parts, scans = parts + 1, scans + (marker == _START_OF_SCAN)
     if parts > MAX_PARTS or scans > MAX_SCANS:
         raise ImageError(

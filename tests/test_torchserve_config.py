@@ -209,7 +209,7 @@ def test_java_takes_the_place_of_the_script_with_a_minimal_environment(env, fake
     allowed |= {"SHADOW_FILE", "SHADOW_URL", "LOG_PREDICTIONS", "OMP_NUM_THREADS"}
     assert variables - {"PWD", "SHLVL", "_", "OLDPWD"} == allowed
     assert f"SHADOW_FILE={env['MODEL_STORE']}/shadow.json" in lines
-    assert {"argument -Xmx512m", "argument -XX:MaxDirectMemorySize=2g"} <= set(lines)
+    assert {"argument -Xmx1g", "argument -XX:MaxDirectMemorySize=2g"} <= set(lines)
     assert f"argument -Dpredictions={env['STACK_STATE']}/logs/predictions.jsonl" in lines
     assert not Path(run, "models").exists(), "what a killed server left"
     assert not Path(run, ".ts.sock.9000").exists()

@@ -5,8 +5,8 @@
 #   TORCHSERVE_PORT=9090 torchserve/start_torchserve.sh   another port
 #
 # Other settings: TORCHSERVE_METRICS_PORT, TORCHSERVE_HOST, TORCHSERVE_MANAGEMENT, TORCHSERVE_RUN_DIR, MODEL_STORE,
-# PREDICTION_LOG, JAVA_HOME, and TORCHSERVE_JAVA_OPTS (its default: 512 MB of heap, and 2 GB beside it, where requests
-# lie: in the usual 512 MB a batch of eight pictures of 19 MB does not fit). The torchserve command is not used: it
+# PREDICTION_LOG, JAVA_HOME, and TORCHSERVE_JAVA_OPTS (its default: 1 GB of heap, and 2 GB beside it, where requests
+# lie: with 512 MB each, a batch of eight pictures of 19 MB did not fit). The torchserve command is not used: it
 # starts Java as a child and leaves it behind when it is killed itself.
 set -euo pipefail
 
@@ -64,6 +64,6 @@ predictions="${PREDICTION_LOG:-${STACK_STATE:-.stack}/logs/predictions.jsonl}"
 # shellcheck disable=SC2086  # options are several words
 exec env -i PATH="$(dirname "$python"):/usr/local/bin:/usr/bin:/bin" HOME="$run" LANG=C.UTF-8 \
   TMPDIR="$run" TEMP="$run" LOG_LOCATION="$run/logs" METRICS_LOCATION="$run/logs" ${keep[@]+"${keep[@]}"} \
-  "$java" ${TORCHSERVE_JAVA_OPTS:--Xmx512m -XX:MaxDirectMemorySize=2g} "-Djava.io.tmpdir=$run" "-Dmodel_server_home=$packages" \
+  "$java" ${TORCHSERVE_JAVA_OPTS:--Xmx1g -XX:MaxDirectMemorySize=2g} "-Djava.io.tmpdir=$run" "-Dmodel_server_home=$packages" \
   "-Dpredictions=$predictions" "-Dlog4j.configurationFile=$root/torchserve/log4j2.xml" -cp "$packages/ts/frontend/*" \
   org.pytorch.serve.ModelServer --python "$python" -f "$config" -ncs
