@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, WEIGHTS, Bundle, BundleError, new_folder, seal
+from handlers.bundle import (
+    CONFIG,
+    GRAPH,
+    GRAPH_WEIGHTS,
+    WEIGHTS,
+    Bundle,
+    BundleConfig,
+    BundleError,
+    new_folder,
+    seal,
+)
 
 if TYPE_CHECKING:
     import openvino
@@ -145,15 +155,18 @@ def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is 
             self.cam = grad_cam(backbone.eval())
             # Inside the graph it is free.
             scale, offset = config.preprocessing.standardisation
-            self.scale, self.offset = nn.Buffer(torch.tensor(scale)), nn.Buffer(torch.tensor(offset))
+            self.scale, self.offset = (nn.Buffer(torch.tensor(each)[:, None, None]) for each in (scale, offset))
 
             self.origin, self.basis = (None if t is None else nn.Buffer(t) for t in (origin, basis))
+
+        def images(self, pixels: Tensor) -> Tensor:
+            """Pixels uint8 (N, S, S, 3) to the backbone's input (N, 3, S, S)."""
+            return pixels.permute(0, 3, 1, 2).float() * self.scale + self.offset
 
         def forward(
             self, pixels: Tensor, target: Tensor, metadata: Tensor | None = None
         ) -> tuple[Tensor, Tensor, Tensor]:
-            images = (pixels.float() * self.scale + self.offset).permute(0, 3, 1, 2)
-            logits, maps, features = self.cam(images, target, metadata)
+            logits, maps, features = self.cam(self.images(pixels), target, metadata)
             if self.basis is None:
                 return logits, maps, torch.zeros_like(logits[:, 0])
             # Not a matrix product: in bf16 its error, weighed, would move the ninth probability.
@@ -171,6 +184,8 @@ def complete(source: Path, out: Path) -> Bundle:
     Raises:
         BundleError: the source is damaged, or the exported graph disagrees with the eager model.
     """
+    from handlers.backbone import split_attention
+
     bundle = Bundle.load(source)
     with new_folder(Path(out)) as folder:
         for name in bundle.files:
@@ -183,7 +198,8 @@ def complete(source: Path, out: Path) -> Bundle:
             runtime = "torch"
             if module.cam.exportable:
                 try:
-                    _export(module, bundle, folder)
+                    split_attention(module.cam.backbone)
+                    export_graph(module, bundle.config, folder)
                     runtime = "openvino"
                 # The exporters fail in their own many ways; whichever it is, the eager model still works.
                 except Exception as error:
@@ -197,14 +213,15 @@ def complete(source: Path, out: Path) -> Bundle:
     return Bundle.load(out)
 
 
-def _export(module, bundle: Bundle, folder: Path) -> None:  # type: ignore[no-untyped-def]
+def export_graph(module, config: BundleConfig, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    """Write a module that takes what the serving module takes to `folder` as a graph for any size of batch."""
     import openvino
     import torch
 
-    size = bundle.config.preprocessing.image_size
+    size = config.preprocessing.image_size
     # Two rows, as torch.export takes a batch of one for a constant.
     example = [torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.tensor([-1, 0])]
-    if width := len(bundle.config.metadata.columns):
+    if width := len(config.metadata.columns):
         example.append(torch.zeros(2, width))
     batch = torch.export.Dim("batch", min=1, max=1024)
     shapes = tuple({0: batch} for _ in example)

@@ -89,7 +89,7 @@ def gradcam_difference(bundle: Bundle, rows: pd.DataFrame, cache: Path) -> float
     module = serving_module(bundle)
     backbone: Any = module.cam.backbone
     pixels = torch.tensor(np.asarray(build_cache(rows, bundle.config.preprocessing, cache)))
-    images = (pixels.float() * module.scale + module.offset).permute(0, 3, 1, 2)
+    images = module.images(pixels)
     logits, maps, _ = (tensor.detach() for tensor in module.cam(images, torch.full((len(images),), -1)))
 
     def to_grid(tokens: torch.Tensor) -> torch.Tensor:

@@ -142,7 +142,7 @@ def test_a_failing_export_is_told_and_served_by_torch(slim, tmp_path, monkeypatc
     def fail(*_):
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(graph, "_export", fail)
+    monkeypatch.setattr(graph, "export_graph", fail)
     bundle = complete(slim.path, tmp_path / "bundle")
     assert (bundle.config.runtime, bundle.has_graph) == ("torch", False)
     assert "served by torch, more slowly: no such operation" in caplog.text

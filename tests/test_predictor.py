@@ -163,7 +163,7 @@ def test_features_outside_the_known_space_raise_the_ninth_probability(tmp_path, 
     anything = np.full(3, -1)
     module = serving_module(bundle)
     with torch.inference_mode():
-        images = (torch.tensor(pixels).float() * module.scale + module.offset).permute(0, 3, 1, 2)
+        images = module.images(torch.tensor(pixels))
         features = module.cam(images, torch.tensor(anything))[2].numpy()
     expected = space.residuals(features)
     for runtime in (OpenVinoRuntime(bundle), TorchRuntime(bundle)):

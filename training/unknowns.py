@@ -111,8 +111,8 @@ class Extractor:
     def __call__(self, pixels: NDArray[np.uint8]) -> Outputs:
         features = []
         for start in range(0, len(pixels), BATCH):
-            batch = torch.tensor(pixels[start : start + BATCH]).float() * self.module.scale + self.module.offset
-            tokens = self.backbone.forward_features(batch.permute(0, 3, 1, 2))
+            images = self.module.images(torch.tensor(pixels[start : start + BATCH]))
+            tokens = self.backbone.forward_features(images)
             features.append(self.backbone.forward_head(tokens, pre_logits=True).double().numpy())
         together = np.concatenate(features)
         return Outputs(together, together @ self.weight.T + self.bias)

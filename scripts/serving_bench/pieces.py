@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from ts.context import Context, RequestProcessor
 
+from handlers.backbone import split_attention
 from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, Bundle, seal
-from handlers.graph import core, has_bf16, serving_module
+from handlers.graph import core, export_graph, has_bf16, serving_module
 from handlers.predictor import Prediction, Predictor, overlay
 from handlers.preprocessing import DecodedImage
 from handlers.skin_lesion_handler import SkinLesionHandler
@@ -144,12 +145,12 @@ class PlainForward(nn.Module):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__()
-        serving = serving_module(bundle)
-        self.backbone, self.scale, self.offset = serving.cam.backbone, serving.scale, serving.offset
+        self.serving = serving_module(bundle)
+        split_attention(self.serving.cam.backbone)
 
     def forward(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels uint8 (N, S, S, 3), target int64 (N,) to logits (N, K), the target (N, 1, 1), the first logit (N,)."""
-        logits = self.backbone((pixels.float() * self.scale + self.offset).permute(0, 3, 1, 2))
+        logits = self.serving.cam.backbone(self.serving.images(pixels))
         return logits, target.float()[:, None, None], logits[:, 0]
 
 
@@ -157,18 +158,9 @@ def plain_bundle(bundle: Bundle, folder: Path) -> Bundle:
     """A copy of a bundle in which the plain forward has the serving graph's place, exported in the same way."""
     shutil.copytree(bundle.path, folder)
     (folder / CONFIG).unlink()
-    size = bundle.config.preprocessing.image_size
-    example = (torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.tensor([-1, 0]))
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    with torch.no_grad():
-        program = torch.export.export(
-            PlainForward(bundle).eval(), example, dynamic_shapes=({0: batch}, {0: batch}), strict=False
-        )
-    graph = openvino.convert_model(program)
-    graph.reshape({graph.inputs[0]: [-1, size, size, 3], graph.inputs[1]: [-1]})
     for name in (GRAPH, GRAPH_WEIGHTS):
         (folder / name).unlink()
-    openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
+    export_graph(PlainForward(bundle).eval(), bundle.config, folder)
     return seal(folder, bundle.config)
 
 
