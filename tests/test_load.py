@@ -225,8 +225,10 @@ def resident(serving: Serving) -> tuple[float, float]:
     return serving.resident() / 2**20, java / 2**20
 
 
-@pytest.mark.parametrize(("requests", "warm_up"), [(150, 50), pytest.param(5000, 1000, marks=[pytest.mark.load])])
-def test_a_long_run_leaves_the_memory_as_it_was(serving: Serving, requests: int, warm_up: int):
+@pytest.mark.parametrize(
+    ("requests", "warm_up", "growth"), [(150, 50, 1.2), pytest.param(5000, 1000, 1.05, marks=[pytest.mark.load])]
+)
+def test_a_long_run_leaves_the_memory_as_it_was(serving: Serving, requests: int, warm_up: int, growth: float):
     """Pictures of eight kinds from four clients, with and without heatmaps and mirror images."""
     calls = [Call(photograph(number)) for number in range(8)]
     calls += [Call(call.body, path="/explanations/skin_vit") for call in calls[:2]]
@@ -244,4 +246,4 @@ def test_a_long_run_leaves_the_memory_as_it_was(serving: Serving, requests: int,
     print(f"\n{requests} requests in {seconds:.0f} s on {os.cpu_count()} cores: worker "
           f"{before[0]:.0f} → {after[0]:.0f} MB, Java {before[1]:.0f} → {after[1]:.0f} MB")  # fmt: skip
     assert serving.worker() == worker
-    assert after[0] < 1.05 * before[0]
+    assert after[0] < growth * before[0], "it is still taking what it needs after a short warm-up"
