@@ -12,7 +12,7 @@ the joint graph against the plain forward, the processor's best matrix
 product, and our part of a worker's start.
 
 Leave the machine alone meanwhile: figures of a busy one are worth
-nothing. The default takes about 12 minutes on two cores (2 s or more for
+nothing. The default takes about 16 minutes on two cores (2 s or more for
 each of 136 figures, and 27 starts of a server), --quick two, --tune four.
 Slowness is reported, not an error.
 """
