@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 
-from tests.conftest import ROOT, free_ports
+from scripts.serving_bench.ports import free_ports
+from tests.conftest import ROOT
 from tests.waiting import eventually
 
 PORTS = ("STREAMLIT_PORT", "MLFLOW_PORT", "TORCHSERVE_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")

@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scripts.serving_bench.ports import free_ports
+
 ROOT = Path(__file__).parent.parent
 PORTS = ["MLFLOW_PORT", "TORCHSERVE_PORT", "TORCHSERVE_METRICS_PORT", "PROMOTER_PORT", "STREAMLIT_PORT"]
 START_SECONDS = 540  # a first start takes one minute on two idle cores
@@ -63,18 +65,6 @@ def sample_images(drawn_image) -> list[bytes]:
         step = max(1, len(paths) // 8)  # spread over the folder: its start may be one class
         return [path.read_bytes() for path in paths[::step][:8]]
     return [drawn_image(code, seed) for seed, code in enumerate(["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC"])]
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports nobody listens on now. All are held open until the last is found, so that no two are the same."""
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 @dataclass

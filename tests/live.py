@@ -18,7 +18,8 @@ from handlers.bundle import CONFIG, GRAPH, Bundle, BundleConfig, seal, write_jso
 from mlflow_tracking.promotion.reconcile import Pass, Reconciler
 from mlflow_tracking.registry import Registry
 from mlflow_tracking.settings import Settings
-from tests.conftest import ROOT, free_ports
+from scripts.serving_bench.ports import free_ports
+from tests.conftest import ROOT
 
 START_SECONDS = 120  # two busy cores
 NOWHERE = "http://127.0.0.1:9"

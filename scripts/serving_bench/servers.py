@@ -6,7 +6,6 @@ TorchServe is started for all by this project's script, so that Java has the sam
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeEr
 from mlflow_tracking.settings import MODEL_NAME, ROOT
 from scripts.serving_bench import fastapi_app
 from scripts.serving_bench.load import LoadError
+from scripts.serving_bench.ports import free_ports
 
 PATH = f"/predictions/{MODEL_NAME}"
 START_SECONDS = 180.0  # two workers that share two busy cores
@@ -140,18 +140,6 @@ def fastapi(model: Path, settings: Settings) -> Iterator[Server]:
 
     with _running(command, model, {}, model / "uvicorn.log") as process:
         yield Server(port, process, _wait(ready, process, model / "uvicorn.log"))
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports nobody listens on now. All are held open until the last is found, so that no two are the same."""
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def _torchserve_numbers(settings: Settings) -> dict[str, Any]:
