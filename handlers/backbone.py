@@ -134,9 +134,9 @@ class SplitAttention(nn.Module):
         )
 
     def forward(self, tokens: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """As timm's blocks call it; a classifier of images has no masks."""
+        """As timm's blocks call it. Raises ValueError for a mask, which a classifier of images has none of."""
         if attn_mask is not None or is_causal:
-            raise NotImplementedError("SplitAttention takes no mask.")
+            raise ValueError("SplitAttention takes no mask.")
         weights = self.qkv.weight.chunk(3)
         biases = (None, None, None) if self.qkv.bias is None else self.qkv.bias.chunk(3)
         query, key, value = (

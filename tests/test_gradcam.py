@@ -5,6 +5,7 @@ import torch
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
+from handlers.backbone import SplitAttention, split_attention
 from handlers.gradcam import (
     AutogradGradCam,
     AveragedVitGradCam,
@@ -99,3 +100,19 @@ def test_the_autograd_way_leaves_no_hook_and_no_gradient(case):
 def test_an_unknown_shape_is_refused_with_its_name():
     with pytest.raises(ValueError, match="MlpMixer"):
         grad_cam(tiny_backbone(architecture="mixer_s32_224", options={"img_size": 64}))
+
+
+def test_attention_by_three_products_changes_nothing(case):
+    backbone, kind, images, target = case
+    with torch.no_grad():
+        before = grad_cam(backbone)(images, target)
+        split_attention(backbone)
+        after = grad_cam(backbone)(images, target)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)
+    attention = [block.attn for block in getattr(backbone, "blocks", []) if hasattr(block, "attn")]
+    split = [isinstance(one, SplitAttention) for one in attention]
+    assert split == ([True, False] if kind in (ClassTokenVitGradCam, AveragedVitGradCam) else [False] * len(split))
+    if any(split):
+        with pytest.raises(ValueError, match="no mask"):
+            attention[0](torch.zeros(1, 4, 48), is_causal=True)
