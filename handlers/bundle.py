@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from handlers.calibration import Calibration
-from handlers.files import atomic_file
+from handlers.files import atomic_file, sync
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import CODES
@@ -139,8 +139,12 @@ class Bundle:
             raise BundleError(f"{path} is not a bundle: {CONFIG} cannot be read ({error.strerror}).") from error
         except ValueError as error:
             raise BundleError(f"{path / CONFIG} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise BundleError(f"{path / CONFIG} is not a JSON object.")
         config = BundleConfig.from_dict(values)
-        files = values.get("files", {})
+        files = values.get("files")
+        if not isinstance(files, dict) or not all(isinstance(e, dict) and "sha256" in e for e in files.values()):
+            raise BundleError(f"{path / CONFIG} does not list the bundle's files with their SHA-256.")
         for name, entry in files.items():
             file = path / name
             if ".." in Path(name).parts or Path(name).is_absolute():
@@ -193,7 +197,9 @@ def write_json(path: Path, values: Any) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary folder that takes the place of `out`, synced to disk, when the block ends well, and else vanishes.
+
+    What lay at `out` is moved aside and then removed; a crash in between leaves it whole in a hidden folder beside.
 
     Raises BundleError if `out` exists and is anything but a bundle or an empty folder.
     """
@@ -202,11 +208,21 @@ def new_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        folder.chmod(0o755)
-        yield folder
+        new, old = folder / "new", folder / "old"
+        new.mkdir(mode=0o755)
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                sync(file)
         if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        sync(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

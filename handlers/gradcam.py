@@ -178,7 +178,9 @@ class AutogradGradCam(GradCam):
     def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         kept: list[Tensor] = []
         with torch.inference_mode(False), torch.enable_grad():
-            images, target = images.clone(), target.clone()  # what inference mode made, autograd will not touch
+            # what inference mode made, autograd will not touch
+            images, target = images.clone(), target.clone()
+            metadata = None if metadata is None else metadata.clone()
 
             def keep(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
                 # The map needs the gradient at this activation only, so nothing before it is recorded.

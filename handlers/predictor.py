@@ -20,7 +20,7 @@ from PIL import Image
 from handlers.bundle import Bundle
 from handlers.graph import OpenVinoRuntime, Runtime, TorchRuntime, has_bf16
 from handlers.metadata import MetadataError
-from handlers.preprocessing import DecodedImage, ImageError
+from handlers.preprocessing import DecodedImage, ImageError, decode, ignore_oddities
 from handlers.taxonomy import BY_CODE, CODES, TAXONOMY, UNKNOWN
 
 DISCLAIMER = "Research use only. Not a medical device."
@@ -28,7 +28,10 @@ GRADCAM_FORMS = ("grid", "overlay", "none")
 # How far bf16 may move a probability of a golden answer before "auto" goes back to f32. The golden answers are few:
 # among hundreds of pictures one moves several times as far.
 LOW_PRECISION_TOLERANCE = 5e-3
-OVERLAY_SIDE = 640  # pixels; enough for a page, small enough to encode while others wait
+OVERLAY_SIDE = 640  # pixels, the longer side; enough for a page, small enough to encode while others wait
+OVERLAY_MIN_SIDE = OVERLAY_SIDE * 3 // 4  # the shorter side that is decoded for it: cameras' 4:3
+# Pictures decoded at a time: each may hold 150 MB of pixels, and four are read faster than any processor predicts.
+MAX_DECODING = 4
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -145,7 +148,9 @@ class Predictor:
         self.config = bundle.config
         self.runtime = self._start(runtime, precision, threads)
         # Pillow and OpenCV let go of Python's lock, so the pictures of a batch are read and drawn side by side.
-        self._threads = ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="pictures")
+        at_a_time = min(MAX_DECODING, threads or os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(at_a_time, thread_name_prefix="pictures")
+        ignore_oddities()
         self._model = {
             "name": self.config.name,
             "version": version,
@@ -205,7 +210,9 @@ class Predictor:
     def _read(self, request: Request) -> "_Read | ImageError":
         try:
             request = self._checked(request)
-            return _Read(request, *self.config.preprocessing(request.image))
+            pixels, decoded = self.config.preprocessing(request.image)
+            shown = decode(request.image, OVERLAY_MIN_SIDE).image if request.gradcam == "overlay" else None
+            return _Read(request, pixels, decoded, shown)
         except ImageError as error:
             return error
 
@@ -268,13 +275,13 @@ class Predictor:
         grids = maps / np.where(peaks > 0, peaks, 1)
 
         def answer(row: int) -> Prediction:
-            request, decoded = accepted[row].request, accepted[row].decoded
+            request, _, decoded, shown = accepted[row]
             drawn = request.gradcam != "none"
             return Prediction(
                 probabilities=dict(zip(CODES, probabilities[row].tolist(), strict=True)),
                 grid=np.round(grids[row].astype(float), 4).tolist() if drawn else None,
                 target=classes[targets[row]] if drawn else None,
-                overlay_png=overlay(decoded.image, grids[row]) if request.gradcam == "overlay" else None,
+                overlay_png=overlay(shown, grids[row]) if shown else None,
                 entropy=float(entropy[row]),
                 conformal_set=sets[row] if sets else None,
                 confidence_level=calibration.conformal.confidence_level if calibration.conformal else None,
@@ -287,11 +294,13 @@ class Predictor:
 
 
 class _Read(NamedTuple):
-    """A request that was accepted, its picture as the network takes it and as it was sent."""
+    """A request that was accepted, its picture as the network takes it and as it was decoded for that, and the picture
+    to draw the heatmap on where that is wanted."""
 
     request: Request
     pixels: np.ndarray
     decoded: DecodedImage
+    shown: Image.Image | None
 
 
 def overlay(image: Image.Image, grid: np.ndarray) -> bytes:
@@ -300,10 +309,10 @@ def overlay(image: Image.Image, grid: np.ndarray) -> bytes:
 
     picture = image.copy()
     picture.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
-    pixels = np.asarray(picture)[:, :, ::-1]
+    pixels = np.ascontiguousarray(np.asarray(picture)[:, :, ::-1])
     heat = cv2.resize(grid.astype(np.float32), picture.size, interpolation=cv2.INTER_CUBIC).clip(0, 1)
     colours = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
     # Where there is no heat the skin stays as it is.
-    alpha = 0.6 * heat[:, :, None]
-    blended = (pixels * (1 - alpha) + colours * alpha).astype(np.uint8)
+    alpha = 0.6 * heat
+    blended = cv2.blendLinear(pixels, colours, 1 - alpha, alpha)
     return cv2.imencode(".png", blended)[1].tobytes()

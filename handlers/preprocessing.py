@@ -28,9 +28,9 @@ MAX_ASPECT_RATIO = 8.0
 MAX_SCANS = 100
 # Segments of a JPEG and chunks of a PNG are read one by one, in Python; large files have a few thousand.
 MAX_PARTS = 100_000
-# A picture much larger than the network's input is shrunk by whole boxes as soon as it is decoded, down to this side
-# (pixels) at least: eight of 50 megapixels in one batch would hold 1.6 GB until they are answered.
-SHRINK_SIDE = 1024
+# A picture whose shorter side (pixels) is twice this or more is shrunk by whole boxes as soon as it is decoded, down to
+# this at least: eight of 50 megapixels in one batch would hold 1.6 GB until they are answered.
+SHRINK_SIDE = 512
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _SIGNATURES = (_JPEG, _PNG, b"BM", b"II*\x00", b"MM\x00*")
@@ -51,7 +51,8 @@ _SUPPORTED = "JPEG, PNG, WebP, BMP or TIFF"
 
 
 class ImageError(ValueError):
-    """A refused image: `status` is the HTTP status (400, 413 or 415), `code` a stable word for programs."""
+    """A refused image: `status` is the HTTP status (400, 413 or 415; 500 where the model failed), `code` a stable word
+    for programs."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -94,22 +95,28 @@ def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
         raise ImageError(415, "unsupported_media_type", f"This is not a {_SUPPORTED} image.")
     _check_parts(data)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of harmless oddities in EXIF and TIFF tags
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                _check_header(opened)
-                image, size = _load(opened, min_side)
-        except ImageError:
-            raise
-        except Image.DecompressionBombError as error:
-            raise ImageError(413, "image_too_large", f"The image has more than {MAX_PIXELS:,} pixels.") from error
-        except UnidentifiedImageError as error:
-            raise ImageError(400, "invalid_image", f"The file begins like a {_SUPPORTED} image but is none.") from error
-        # Pillow's decoders report damage with whatever they stumble on; to the sender it is all one thing.
-        except Exception as error:
-            raise ImageError(400, "invalid_image", "The image is damaged or cut off and cannot be decoded.") from error
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            _check_header(opened)
+            image, size = _load(opened, min_side)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(413, "image_too_large", f"The image has more than {MAX_PIXELS:,} pixels.") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(400, "invalid_image", f"The file begins like a {_SUPPORTED} image but is none.") from error
+    # Pillow's decoders report damage with whatever they stumble on; to the sender it is all one thing.
+    except Exception as error:
+        raise ImageError(400, "invalid_image", "The image is damaged or cut off and cannot be decoded.") from error
     return DecodedImage(image, *size, hashlib.sha256(data).hexdigest())
+
+
+def ignore_oddities() -> None:
+    """Keep Pillow's warnings of harmless oddities in EXIF and TIFF tags out of the log, in this process from now on.
+
+    Not around each picture: several are decoded at a time, and Python's list of filters is one for all threads.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _check_header(image: Image.Image) -> None:
@@ -136,7 +143,7 @@ def _check_parts(data: bytes) -> None:
     """Refuse a JPEG or PNG of more parts than any camera or program writes, each of which costs time."""
     position, parts, scans = len(_PNG) if data.startswith(_PNG) else 2, 0, 0
     if data.startswith(_PNG):
-        while position < len(data) and parts <= MAX_PARTS:
+        while position < len(data) and parts <= MAX_PARTS and data[position + 4 : position + 8] != b"IEND":
             position += 12 + int.from_bytes(data[position : position + 4])  # length, name and checksum: 4 bytes each
             parts += 1
     elif data.startswith(_JPEG):
@@ -172,9 +179,10 @@ def _load(image: Image.Image, min_side: int | None) -> tuple[Image.Image, tuple[
 
 
 def _to_rgb(image: Image.Image, shrink: int) -> Image.Image:
-    """RGB out of any mode, each side divided by `shrink`; of the full size there is one copy at a time."""
+    """RGB out of any mode, each side divided by `shrink`; of the full size there are two copies at a time at most."""
     if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
+        grey = image.convert("I").reduce(shrink)
+        image, shrink = Image.fromarray((np.clip(np.asarray(grey), 0, 65535) // 257).astype(np.uint8)), 1
     elif image.mode == "F":
         raise ImageError(400, "invalid_image", "Floating-point images have no defined brightness; send 8 or 16 bits.")
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -219,8 +227,8 @@ class Preprocessing:
 
     def __call__(self, data: bytes) -> tuple[np.ndarray, DecodedImage]:
         """Decode, resize: uint8 (S, S, 3) and the decoded picture. Raises ImageError."""
-        # Decoding at twice the target keeps the antialiased resize honest.
-        decoded = decode(data, min_side=2 * self.image_size)
+        # What a JPEG decoder shrinks, it shrinks with antialiasing: the resize has the rest to do.
+        decoded = decode(data, min_side=self.image_size)
         return self.resize(decoded.image), decoded
 
     def to_dict(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Shadow:
 
     def __init__(self, file: Path, url: str, version: str) -> None:
         self.file, self.url, self.version = file, url, version
-        self._waiting: queue.Queue[Offer] = queue.Queue(maxsize=1)
+        self._waiting: queue.Queue[tuple[Offer, str]] = queue.Queue(maxsize=1)
         self._busy, self._worked = False, time.monotonic()
         self._mark: int | None = None
         self._settings: dict[str, Any] = {}
@@ -68,13 +68,16 @@ class Shadow:
     def offer(self, offer: Offer) -> bool:
         """Have the picture sent on, perhaps; never waits. Whether it was taken."""
         settings = self._read()
-        if settings.get("champion") != self.version or random.random() >= settings.get("share", 0.0):
+        challenger = settings.get("challenger")
+        if settings.get("champion") != self.version or not challenger:
+            return False
+        if random.random() >= settings.get("share", 0.0):
             return False
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
             self._thread.start()
         try:
-            self._waiting.put_nowait(offer)
+            self._waiting.put_nowait((offer, challenger))
         except queue.Full:
             return False
         return True
@@ -84,16 +87,17 @@ class Shadow:
         try:
             mark = self.file.stat().st_mtime_ns
             if mark != self._mark:
-                self._settings, self._mark = json.loads(self.file.read_bytes()), mark
+                told = json.loads(self.file.read_bytes())
+                self._settings, self._mark = told if isinstance(told, dict) else {}, mark
         except (OSError, ValueError):
             self._settings, self._mark = {}, None
         return self._settings
 
     def _run(self) -> None:
         while True:
-            offer = self._waiting.get()
+            offer, challenger = self._waiting.get()
             if self._quiet():
-                self._compare(offer, str(self._settings.get("challenger")))
+                self._compare(offer, challenger)
 
     def _quiet(self) -> bool:
         """Wait until the champion rests; False when it does not for PATIENCE seconds."""

@@ -92,7 +92,7 @@ class SkinLesionHandler:
         try:
             return self.predictor.predict(requests)
         except Exception:
-            # Without this, TorchServe would answer 503 to the batch and clients would try the same again.
+            # Without this, one request that cannot be computed would take its whole batch with it.
             log.exception("a batch of %d failed", len(requests))
             if len(requests) > 1:
                 return [answer for request in requests for answer in self._predict([request])]

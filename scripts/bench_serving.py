@@ -12,9 +12,8 @@ the joint graph against the plain forward, the processor's best matrix
 product, and our part of a worker's start.
 
 Leave the machine alone meanwhile: figures of a busy one are worth
-nothing. The default takes about 16 minutes on two cores (2 s or more for
-each of 136 figures, and 27 starts of a server), --quick two, --tune four.
-Slowness is reported, not an error.
+nothing. The default takes about 20 minutes on two cores, --quick two,
+--tune four. Slowness is reported, not an error.
 """
 
 import io
@@ -68,7 +67,7 @@ SMALL, LARGE = "600×450", "12 MP"
 BASELINES = ("torchserve", "onnxruntime", "fastapi")
 SYSTEMS = (*BASELINES, "ours")
 BASELINE_ANSWERS = ("overlay", "none")
-SEARCH_CLIENTS = (1, 8)  # what settings are chosen by: one client's, and a batch's worth
+IDLE = 0.3  # load average for each core; figures of a busier machine are worth little
 BATCH_DELAY = 10  # ms; what the others' batches wait: their clients are back sooner
 TOLERANCE = 0.05  # of a probability between servers: they must be serving the same network
 PACKAGES = ("torch", "timm", "openvino", "onnxruntime", "torchserve", "grad-cam", "fastapi", "uvicorn")
@@ -191,14 +190,14 @@ class Bench:
         self.results["cells"] += sorted(rows, key=lambda row: (row["answer"] == "none", row["clients"]))
 
     def search(self, system: str, opens: Opens, cores: int) -> dict[tuple[str, int], Settings]:
-        """The best settings for each answer and number of clients, by requests/s of SEARCH_CLIENTS."""
+        """The best settings for each answer and number of clients, by requests/s."""
         tried: list[tuple[Settings, dict[str, Any]]] = []
 
         def attempt(settings: Settings) -> None:
             console.print(f"{report.TITLES[system]}, trying {settings}")
             with opens(settings) as server:
                 for answer in BASELINE_ANSWERS:
-                    for clients in SEARCH_CLIENTS:
+                    for clients in self.clients:
                         row = self.cell(server, system, settings, SMALL, answer, clients, self.seconds / 2)
                         tried.append((settings, row))
 
@@ -210,12 +209,11 @@ class Bench:
             for threads in sorted({1, cores}):
                 attempt(Settings(workers, threads))
         if system != "fastapi":  # which has no batches
-            chosen = best("overlay", SEARCH_CLIENTS[1])
+            chosen = best("overlay", max(self.clients))
             for batch in (4, 8):
                 attempt(Settings(chosen.workers, chosen.threads, batch, BATCH_DELAY))
         self.results["tried"] += [row for _, row in tried]
-        loads = {n: SEARCH_CLIENTS[n > 1] for n in self.clients}
-        return {(answer, n): best(answer, loads[n]) for answer in BASELINE_ANSWERS for n in self.clients}
+        return {(answer, clients): best(answer, clients) for answer in BASELINE_ANSWERS for clients in self.clients}
 
     def ours(self, precision: str, settings: Settings, answers: tuple[str, ...], into: str) -> None:
         """Measure this project's server, its rows going `into` "cells" or "tried" (the small picture alone)."""
@@ -260,13 +258,14 @@ def tuning() -> list[Settings]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, and how busy the machine was before."""
+    """The processor, and how busy the machine was before, which is too busy over IDLE for each core."""
     cpu = platform.processor() or platform.machine()
     if (path := Path("/proc/cpuinfo")).exists():
         names = [line.split(":")[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "system": platform.platform()}
+    cores = os.cpu_count() or 1
+    return {"cpu": cpu, "cores": cores, "load": load, "busy": load > IDLE * cores, "system": platform.platform()}
 
 
 def versions() -> dict[str, str]:
@@ -300,7 +299,7 @@ def bench(
     if quick:
         clients, seconds = [n for n in clients if n <= 4] or clients[:1], min(seconds, 0.5)
     before = machine()
-    if before["load"] > 0.3 * before["cores"]:
+    if before["busy"]:
         errors.print(f"The machine is busy (load {before['load']:.1f}): these figures will be worth little.")
     try:
         with tempfile.TemporaryDirectory(prefix="bench-serving-") as temporary:

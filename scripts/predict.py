@@ -25,7 +25,7 @@ Examples:
 
   python scripts/predict.py lesion.jpg --age 71 --sex female --site head/neck   # for a model that takes them
 """
-TIMEOUT_S = 60.0
+TIMEOUT_S = 75.0  # longer than TorchServe waits for its worker (torchserve/model-config.yaml)
 
 
 def main(
@@ -88,13 +88,16 @@ def _ask_server(url: str, version: str | None, tta: bool, metadata: dict[str, st
     def ask(data: bytes) -> dict[str, Any]:
         try:
             response = session.post(address, files={"data": ("image", data)}, data=options, timeout=TIMEOUT_S)
-            answer = response.json()
         except requests.RequestException as error:
             _stop(
                 f"TorchServe does not answer at {url} ({type(error).__name__}). Start it with `make up`, "
                 "or use --bundle model_store/skin_vit."
             )
-        if "error" not in answer and not response.ok:  # TorchServe's own shape
+        try:
+            answer = response.json()
+        except requests.JSONDecodeError:  # TorchServe refuses more than its max_request_size without a word
+            answer = {"type": response.reason or "no answer", "message": f"TorchServe answered {response.status_code}."}
+        if "error" not in answer and (not response.ok or "prediction" not in answer):  # TorchServe's own shape
             return {"error": {"code": answer.get("type", response.status_code), "message": answer.get("message", "")}}
         return answer
 

@@ -46,14 +46,17 @@ def tiny_bundle(
     classes: tuple[str, ...] = KNOWN_CODES,
     residual_weight: float = 0.0,
     metadata: Metadata | None = None,
+    options: dict[str, Any] | None = None,
     **export: Any,
 ) -> Bundle:
     """The bundle of a tiny vision transformer with every kind of calibration."""
     return export_bundle(
         out,
-        backbone=tiny_backbone(len(classes), seed=seed, metadata_width=len((metadata or Metadata()).columns)),
+        backbone=tiny_backbone(
+            len(classes), options=options, seed=seed, metadata_width=len((metadata or Metadata()).columns)
+        ),
         architecture=ARCHITECTURE,
-        options=OPTIONS,
+        options=OPTIONS if options is None else options,
         classes=classes,
         preprocessing=Preprocessing(IMAGE_SIZE),
         calibration=Calibration(

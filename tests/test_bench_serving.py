@@ -11,12 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from scripts import bench_serving
+from scripts.bench_serving import Bench
 from scripts.serving_bench import report
 from scripts.serving_bench.load import LoadError, ask, form, measure
 from tests.models import tiny_bundle
@@ -99,7 +103,8 @@ def results(**changed) -> dict:
     cells += [row("ours auto", "grid", n, 100.0, 10.0 * n) for n in (1, 4, 16)]
     graph = {"joint": 10.0, "plain": 10.0, "ratio": 1.0}
     found = {
-        "command": "python scripts/bench_serving.py", "machine": {"cpu": "a", "cores": 2, "load": 0.0}, "versions": {},
+        "command": "python scripts/bench_serving.py", "versions": {},
+        "machine": {"cpu": "a", "cores": 2, "load": 0.0, "busy": False},
         "model": {"architecture": "v", "size": 224, "classes": 8, "weights": "untrained"},
         "images": [{"name": "600×450", "bytes": [1]}],
         "agreement": {"ours auto": 1e-3}, "cells": cells, "tried": [], "handler": {}, "peaks": {},
@@ -128,6 +133,42 @@ def test_verdicts_follow_from_the_figures():
     assert "| requests/s by the stock handler's, 16 clients, f32 |  | ≥ 10 | not measured |" in text
     assert "| ours auto (bf16) | 1×2, 1 | grid | 16 | 100.0 | 20.0 |" in text
     assert {bar.name for bar in report.figure(results()).data} == {"stock handler: overlay", "ours auto (bf16): grid"}
+
+
+RATES = {"1×1, 1": (9, 2, 3), "1×2, 1": (5, 4, 3), "2×1, 1": (5, 3, 8), "2×2, 1": (1, 1, 1),
+         "2×1, 4, 10 ms": (1, 9, 7), "2×1, 8, 10 ms": (1, 1, 1)}  # fmt: skip
+
+
+def test_each_baseline_is_shown_at_the_best_of_the_settings_tried(tmp_path, monkeypatch):
+    """For each number of clients by itself, and batches beside the workers that were best for the most clients."""
+    bench = Bench(tiny_bundle(tmp_path / "bundle"), bench_serving.pictures(quick=True), [1, 4, 16], 1.0, results())
+
+    def cell(own, server, system, settings, image, answer, clients, seconds=None):
+        return {"answer": answer, "clients": clients, "rps": RATES[str(settings)][[1, 4, 16].index(clients)]}
+
+    monkeypatch.setattr(Bench, "cell", cell)
+    best = bench.search("torchserve", lambda settings: nullcontext(), 2)
+    assert {clients: str(best["overlay", clients]) for clients in (1, 4, 16)} == {
+        1: "1×1, 1", 4: "2×1, 4, 10 ms", 16: "2×1, 1"
+    }  # fmt: skip
+    assert len(bench.results["tried"]) == 36
+
+
+def test_a_server_with_another_network_ends_the_run(tmp_path, monkeypatch):
+    bench = Bench(tiny_bundle(tmp_path / "bundle"), bench_serving.pictures(quick=True), [1], 1.0, results())
+    server = SimpleNamespace(port=0)
+    for moved, fault in ((0.04, None), (0.06, "does not answer what the model does")):
+        first = next(iter(bench.expected))
+        told = {**bench.expected, first: bench.expected[first] + moved}
+        monkeypatch.setattr(bench_serving, "ask", lambda *args, told=told: json.dumps({"probabilities": told}))
+        with pytest.raises(LoadError, match=fault) if fault else nullcontext():
+            bench.agree(server, "ours auto")
+
+
+def test_a_busy_machine_is_told():
+    busy = {"cpu": "a", "cores": 2, "load": 0.9, "busy": True}
+    assert "worth little" in report.markdown(results(machine=busy))
+    assert "worth little" not in report.markdown(results())
 
 
 def test_nothing_measured_is_no_error():
@@ -166,7 +207,8 @@ def test_it_measures_real_servers(tmp_path):
 
 @pytest.mark.live
 @pytest.mark.timeout(180)
-def test_it_ends_its_servers_when_it_is_stopped(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_its_servers_when_it_is_stopped(tmp_path, how):
     bundle, temporary = tiny_bundle(tmp_path / "bundle"), tmp_path / "temporary"
     temporary.mkdir()
     own = os.environ | {"TMPDIR": str(temporary), "BENCH_MARK": str(tmp_path)}
@@ -181,8 +223,10 @@ def test_it_ends_its_servers_when_it_is_stopped(tmp_path):
     for line in running.stdout:
         if "FastAPI:" in line:
             break
+    else:
+        pytest.fail("it ended before it started a server")
     time.sleep(1)  # its server is starting
-    running.send_signal(signal.SIGINT)
+    running.send_signal(how)
     running.communicate(timeout=60)
     assert running.returncode != 0
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +115,33 @@ def test_a_failure_while_writing_leaves_the_old_folder(full, tmp_path):
         fail_halfway()
     assert Bundle.load(copy).digest == full.digest
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(full, tmp_path, monkeypatch):
+    copy = shutil.copytree(full.path, tmp_path / "copy")
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="No space"), new_folder(copy) as folder:
+        (folder / "file").touch()
+    assert Bundle.load(copy).digest == full.digest
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"files": []}', '{"files": {"a": {}}}', '{"files": {"a": 3}}'])
+def test_json_of_another_shape_is_refused_in_a_sentence(full, tmp_path, text):
+    copy = shutil.copytree(full.path, tmp_path / "copy")
+    values = json.loads(text)
+    if isinstance(values, dict):
+        values = json.loads((copy / CONFIG).read_text()) | values
+    (copy / CONFIG).write_text(json.dumps(values))
+    with pytest.raises(BundleError, match=CONFIG):
+        Bundle.load(copy)
 
 
 def test_a_backbone_that_cannot_be_exported_is_served_by_torch(tmp_path):

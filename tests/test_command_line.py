@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,30 @@ def test_predict_says_in_a_sentence_what_is_missing(image, options):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "." in done.stderr
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>"])
+def test_predict_goes_on_after_an_answer_that_is_no_json(image, body):
+    """TorchServe refuses more than its max_request_size with an empty 413."""
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(413)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = run("predict.py", image, image, "--json", "--url", f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert done.returncode == 1
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert ["413" in answer["error"]["message"] for answer in answers] == [True, True]
 
 
 def test_explain_writes_the_overlay(bundle, image, tmp_path):

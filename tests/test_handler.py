@@ -11,6 +11,7 @@ from handlers import skin_lesion_handler
 from handlers.skin_lesion_handler import SkinLesionHandler
 from handlers.taxonomy import CODES
 from tests.models import tiny_bundle
+from tests.test_privacy import traces
 
 
 class FakeContext:
@@ -179,6 +180,7 @@ def test_an_exception_inside_is_answered_and_logged_without_content(
     assert context.statuses == {0: 500}
     assert json.loads(answer)["error"]["code"] == "internal_error"
     assert "boom" in caplog.text
+    assert traces(caplog.text.encode(), sample_images[0]) == []
 
 
 def test_one_that_makes_the_model_fail_fails_alone(handler, folder, sample_images, monkeypatch):

@@ -27,6 +27,7 @@ import psutil
 import pytest
 
 from tests.hostile import photograph
+from tests.hostile.requests import form, part
 from tests.live import Promotion, torchserve_server
 from tests.serving import Call, Serving, send
 from tests.waiting import eventually
@@ -166,6 +167,7 @@ def test_what_the_queue_cannot_hold_is_refused_and_the_rest_is_answered_in_time(
           f"the last accepted one {drained:.1f} s after the worker went on (one alone: {alone:.3f} s)")  # fmt: skip
     assert set(counts) == {200, 503}
     assert {answer.shape for answer in answers} == {"prediction", "torchserve"}
+    assert refused < 10, "at once, with as many threads as requests on this machine"
     assert QUEUE <= counts[200] <= QUEUE + 20, "what the queue holds, and the batch inside the worker"
     # Each of those accepted waits for at most the queue before it, had each of them a call of its own.
     assert drained < 5 + 2 * (QUEUE + 20) * alone
@@ -217,6 +219,7 @@ def test_idle_and_slow_connections_stop_nobody(serving: Serving, idle: int):
     slowest = max(answer.seconds for answer in answers)
     print(f"\nbeside {idle} idle connections: 20 of 20 answered, {slowest:.2f} s at most")
     assert {answer.status for answer in answers} == {200}
+    assert slowest < 10, "an answer takes a tenth of a second"
 
 
 def resident(serving: Serving) -> tuple[float, float]:
@@ -232,6 +235,7 @@ def test_a_long_run_leaves_the_memory_as_it_was(serving: Serving, requests: int,
     """Pictures of eight kinds from four clients, with and without heatmaps and mirror images."""
     calls = [Call(photograph(number)) for number in range(8)]
     calls += [Call(call.body, path="/explanations/skin_vit") for call in calls[:2]]
+    calls += [form(part("data", calls[0].body), part(*option)) for option in (("tta", b"true"), ("gradcam", b"none"))]
     ports = [serving.port] * len(calls)
     with ThreadPoolExecutor(4) as pool:
 
@@ -247,3 +251,4 @@ def test_a_long_run_leaves_the_memory_as_it_was(serving: Serving, requests: int,
           f"{before[0]:.0f} → {after[0]:.0f} MB, Java {before[1]:.0f} → {after[1]:.0f} MB")  # fmt: skip
     assert serving.worker() == worker
     assert after[0] < growth * before[0], "it is still taking what it needs after a short warm-up"
+    assert after[1] < max(1.2, growth) * before[1] + 100, "Java takes what its heap may have, in steps"

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from handlers.backbone import MetadataHead, build_backbone
 from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, seal, write_json
 from handlers.gradcam import AutogradGradCam, grad_cam, target_layer
-from handlers.graph import _check
+from handlers.graph import _check, serving_module
 from handlers.metadata import FIELDS, SEXES, SITES, Metadata, MetadataError
 from handlers.predictor import Prediction, Predictor, Request, RequestError
 from handlers.skin_lesion_handler import SkinLesionHandler
@@ -140,6 +140,13 @@ CAMS = {
     "vit-query-key-norm": (ARCHITECTURE, {**OPTIONS, "qk_norm": True}),
     "resnet18": ("resnet18", {}),
 }
+
+
+def test_a_heatmap_through_autograd_takes_metadata_in_serving_too(tmp_path, sample_images):
+    bundle = tiny_bundle(tmp_path / "bundle", options={**OPTIONS, "qk_norm": True}, metadata=ALL)
+    assert isinstance(grad_cam(serving_module(bundle).cam.backbone), AutogradGradCam)
+    [answer] = Predictor(bundle, runtime="torch").predict([Request(sample_images[0], metadata={"sex": "male"})])
+    assert answer.metadata["sex"] == "male" and answer.grid
 
 
 @pytest.mark.parametrize("name", CAMS)

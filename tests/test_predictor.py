@@ -10,7 +10,7 @@ from PIL import Image
 
 from handlers.bundle import BundleError
 from handlers.graph import OpenVinoRuntime, TorchRuntime, serving_module
-from handlers.predictor import Prediction, Predictor, Request, RequestError
+from handlers.predictor import LOW_PRECISION_TOLERANCE, Prediction, Predictor, Request, RequestError
 from handlers.preprocessing import ImageError
 from handlers.taxonomy import CODES
 from tests.models import tiny_bundle
@@ -32,7 +32,7 @@ def predictor(bundle):
     [
         ({"runtime": "torch"}, 1e-5),
         ({"precision": "f32"}, 1e-4),
-        ({"precision": "auto"}, 1e-2),
+        ({"precision": "auto"}, LOW_PRECISION_TOLERANCE),
         ({"precision": "f32", "threads": 1}, 1e-4),
     ],
 )
@@ -143,8 +143,17 @@ def test_low_precision_must_earn_its_place(bundle, monkeypatch):
     from handlers import predictor as module
 
     monkeypatch.setattr(module, "has_bf16", lambda: True)
-    monkeypatch.setattr(module, "LOW_PRECISION_TOLERANCE", -1.0)
-    assert Predictor(bundle).runtime.precision == "f32"
+    for error, precision in ((0.004, "bf16"), (0.006, "f32")):
+        monkeypatch.setattr(Predictor, "_golden_error", lambda own, runtime, error=error: error)
+        assert Predictor(bundle).runtime.precision == precision
+
+
+def test_an_overlay_is_drawn_on_more_than_the_network_sees(predictor, sample_images):
+    photo = io.BytesIO()
+    Image.open(io.BytesIO(sample_images[0])).resize((2400, 1800)).save(photo, "JPEG")
+    [drawn, plain] = predictor.predict([Request(photo.getvalue(), gradcam="overlay"), photo.getvalue()])
+    assert Image.open(io.BytesIO(drawn.overlay_png)).size == (640, 480)
+    assert drawn.probabilities == pytest.approx(plain.probabilities, abs=1e-6), "what is drawn changes no answer"
 
 
 def test_an_empty_batch_is_answered_empty(predictor):

@@ -190,7 +190,7 @@ def test_a_large_picture_shrinks_and_looks_the_same(picture, mode):
     data = encode(large, "TIFF", compression="tiff_lzw") if mode == "CMYK" else encode(large, "PNG")
     whole, shrunk = decode(data), decode(data, min_side=256)
     assert (shrunk.width, shrunk.height) == (3000, 2250)
-    assert shrunk.image.size == (1500, 1125), "not below SHRINK_SIDE"
+    assert shrunk.image.size == (750, 563), "not below SHRINK_SIDE"
     resize = Preprocessing(128).resize
     assert np.abs(resize(shrunk.image).astype(int) - resize(whole.image)).mean() < 1
 
@@ -205,6 +205,16 @@ def test_a_jpeg_may_have_a_hundred_scans_whatever_lies_behind_its_end(picture):
     for data in (many, many[:2] + hidden + many[2:]):
         with pytest.raises(ImageError, match="more than 100 scans"):
             decode(data)
+
+
+def test_a_long_picture_shrinks_too(picture):
+    decoded = decode(encode(picture.resize((1500, 9000)), "PNG"), min_side=224)
+    assert decoded.image.size == (750, 4500)
+
+
+def test_what_lies_behind_the_end_of_a_png_does_not_count(picture):
+    data = encode(picture, "PNG")
+    assert decode(data + bytes(2_000_000)).image.size == picture.size
 
 
 def test_standardisation_is_the_textbook_formula():

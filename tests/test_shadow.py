@@ -94,6 +94,14 @@ def test_both_answers_are_compared_in_the_log(make, challenger, caplog):
     assert compared(MOLE, MOLE) == {"codes": ["NV", "NV"], "agree": True, "flip": None, "moved": 0.0}
 
 
+def test_a_garbled_word_of_the_promoters_sends_nothing(make):
+    own = make()
+    for text in ("null", "[]", "3", '{"champion": "1"}', '{"champion": "1", "share": 1.0}', "{"):
+        own.file.write_text(text)
+        own._mark = None
+        assert own.offer(OFFER) is False
+
+
 @pytest.mark.parametrize(("share", "version"), [(None, "1"), (0.0, "1"), (1.0, "3"), (1.0, "2")])
 def test_nothing_is_sent_unless_it_is_asked_for(make, challenger, share, version):
     own = make(share, version)

@@ -15,7 +15,7 @@ QUICK = 10.0
 # Start-ups of a worker that may fail before its archive is taken to be at fault.
 STARTS = 2
 # A golden image on a machine that is busy loading another model.
-PREDICTION = 60.0
+PREDICTION = 75.0
 
 
 class TorchServeUnavailable(ConnectionError):

@@ -30,8 +30,8 @@ from ts.context import Context, RequestProcessor
 from handlers.backbone import split_attention
 from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, Bundle, seal
 from handlers.graph import core, export_graph, has_bf16, serving_module
-from handlers.predictor import Prediction, Predictor, overlay
-from handlers.preprocessing import DecodedImage
+from handlers.predictor import OVERLAY_MIN_SIDE, Prediction, Predictor, overlay
+from handlers.preprocessing import decode
 from handlers.skin_lesion_handler import SkinLesionHandler
 from mlflow_tracking.promotion import archive
 from mlflow_tracking.settings import MODEL_NAME
@@ -85,8 +85,7 @@ def stages(bundle: Bundle, precision: str, images: list[bytes], seconds: float) 
     table: dict[str, dict[str, float]] = {}
     for batch in BATCHES:
         files = [images[index % len(images)] for index in range(batch)]
-        decoded = [predictor.config.preprocessing(file) for file in files]
-        pixels = np.stack([each for each, _ in decoded])
+        pixels = np.stack([predictor.config.preprocessing(file)[0] for file in files])
         target = np.full(batch, -1)
         predictions = [answer for answer in predictor.predict(files) if isinstance(answer, Prediction)]
         grids = [np.asarray(prediction.grid) for prediction in predictions]
@@ -95,7 +94,7 @@ def stages(bundle: Bundle, precision: str, images: list[bytes], seconds: float) 
             "decode": partial(_each, predictor.config.preprocessing, files),
             "graph": partial(predictor.runtime, pixels, target),
             "encode": partial(_each, _encode, predictions),
-            "overlay": partial(_each, _draw, list(zip(decoded, grids, strict=True))),
+            "overlay": partial(_each, _draw, list(zip(files, grids, strict=True))),
             "handler": partial(handler, rows),
         }
         row = {name: statistics.median(timed(call, seconds)) / batch for name, call in calls.items()}
@@ -113,9 +112,9 @@ def _encode(prediction: Prediction) -> bytes:
     return json.dumps(prediction.to_dict(), separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def _draw(picture: tuple[tuple[np.ndarray, DecodedImage], np.ndarray]) -> bytes:
-    (_, decoded), grid = picture
-    return overlay(decoded.image, grid)
+def _draw(picture: tuple[bytes, np.ndarray]) -> bytes:
+    file, grid = picture
+    return overlay(decode(file, OVERLAY_MIN_SIDE).image, grid)
 
 
 def _handler(bundle: Bundle, precision: str) -> Callable[[list[dict[str, bytearray]]], list[bytes]]:

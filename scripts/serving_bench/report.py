@@ -18,7 +18,8 @@ Written by
 
     {command}
 
-on {machine[cpu]}, {machine[cores]} cores, with {versions}. The load average before the run was {machine[load]:.1f}.
+on {machine[cpu]}, {machine[cores]} cores, with {versions}.
+The load average before the run was {machine[load]:.1f}{busy}.
 
 {model[architecture]}, {model[size]} px, {model[classes]} classes, {model[weights]}. All servers have the same network
 and were sent the same bytes; `python scripts/bench_serving.py --help` tells what is measured and how. The largest
@@ -194,6 +195,7 @@ def markdown(results: dict[str, Any]) -> str:
     text = HEAD.format(
         command=results["command"],
         machine=results["machine"],
+        busy=": too much, these figures are worth little" if results["machine"]["busy"] else "",
         model=results["model"],
         versions=", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items())),
         agreement="not compared" if agreement is None else f"{agreement:.1g}",
