@@ -252,8 +252,9 @@ class Bench:
 def tuning() -> list[Settings]:
     """What --tune tries: batch size and delay for one worker, and two workers that share the cores."""
     cores = os.cpu_count() or 1
-    found = [Settings(1, 0, batch, delay) for batch in (4, 8, 16) for delay in (0, 2, 5)]
-    found += [Settings(2, threads, 8, delay) for threads in sorted({max(1, cores // 2), cores}) for delay in (0, 1)]
+    # TorchServe takes a delay of 0 for its default, 100 ms.
+    found = [Settings(1, 0, batch, delay) for batch in (4, 8, 16) for delay in (1, 2, 5)]
+    found += [Settings(2, threads, 8, delay) for threads in sorted({max(1, cores // 2), cores}) for delay in (1, 5)]
     return [*found, Settings(1, 0, 1, 0)]
 
 
