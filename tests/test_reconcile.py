@@ -364,6 +364,35 @@ def test_the_audit_log_tells_when_an_alias_moved(world):
     assert world.registry.notes["audit.head"] == str(promoter.audit.head())
 
 
+@pytest.mark.parametrize("end", [b"", b"hello\n", b'{"seq": 3}\n'])
+def test_what_is_missing_in_the_audit_log_the_registry_remembers(world, end):
+    world.serve("1")
+    promoter = world.promoter()
+    path, remembered = promoter.audit.path, world.registry.notes["audit.head"]
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]) + end)
+    world.registry.aliases["champion"] = "2"
+    for _ in range(2):
+        [error] = promoter.reconcile().errors
+        assert "is not whole" in error
+    assert world.torchserve.default_version == "2", "promotion goes on"
+    assert world.registry.notes["audit.head"] == remembered
+    assert promoter.audit.verify(Head.parse(remembered))
+
+    path.unlink()
+    del world.registry.notes["audit.head"]
+    assert promoter.reconcile().settled, "a new log was begun"
+    assert world.registry.notes["audit.head"] == str(promoter.audit.head())
+
+
+def test_a_line_on_what_serves_names_what_served_before(world):
+    world.serve("1")
+    (world.torchserve.store / ledger.LEDGER).write_text("{")
+    world.registry.aliases["champion"] = "2"
+    world.promoter().reconcile()
+    rows = [row for row in world.promoter().audit.rows() if row["event"] == "serve"]
+    assert [(row.get("previous"), row["version"]) for row in rows] == [(None, "1"), ("1", "2")]
+
+
 def test_a_failure_is_written_down_once(world, clock):
     world.serve("1")
     world.torchserve.broken = {"2"}
@@ -441,4 +470,5 @@ def test_what_a_promoter_died_before_writing_down_is_written_by_the_next(world, 
     for _ in range(2):
         promoter.reconcile()
     rows = [row for row in promoter.audit.rows() if row["event"] == "serve" and row["version"] == "2"]
-    assert [row["remark"] for row in rows] == ["noticed afterwards: a promoter has died"], "once"
+    told = [(row["remark"], row["previous"]) for row in rows]
+    assert told == [("noticed afterwards: a promoter has died", "1")], "once"
