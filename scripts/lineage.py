@@ -23,7 +23,7 @@ from mlflow_tracking.lineage import Lineage, LineageError, trace
 from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.reconcile import HEAD_NOTE
 from mlflow_tracking.registry import Registry, RegistryUnavailable
-from mlflow_tracking.settings import MODEL_NAME, Settings
+from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
 
 EPILOG = """
 Examples:
@@ -53,7 +53,7 @@ def lineage(
 ) -> None:
     if bool(what) == check:
         raise typer.BadParameter("give either something to trace or --verify.")
-    settings = Settings()
+    settings = Settings.load()
     registry, audit = Registry(settings.registry_uri), AuditLog(settings.store)
     if check:
         raise typer.Exit(verify(registry, audit))
@@ -125,6 +125,6 @@ def _pairs(title: str, values: Mapping[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         app()
-    except LineageError as error:
+    except (LineageError, SettingsError) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(1)

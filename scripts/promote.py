@@ -28,7 +28,7 @@ from mlflow_tracking.promotion.plan import Actual, Release
 from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
 from mlflow_tracking.promotion.torchserve_client import TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, RegistryError, RegistryUnavailable
-from mlflow_tracking.settings import MODEL_NAME, Settings
+from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
 
 EPILOG = """
 Examples:
@@ -75,7 +75,7 @@ def promote(
         raise typer.BadParameter("say with --version which one is meant.")
     if force and not reason:
         raise typer.BadParameter("--force needs --reason: it is kept in the audit log and in MLflow.")
-    settings = Settings()
+    settings = Settings.load()
     by = f"{person()} with promote.py"
     spinner = console.status("Waiting for the promoter to finish its step …")
     reconciler = Reconciler.create(settings, tell=lambda event: show(event, spinner), by=by)
@@ -239,6 +239,6 @@ if __name__ == "__main__":
     except RegistryUnavailable as error:
         errors.print(f"[red]{escape(str(error))}[/]\nIs it running? `make up`, or mlflow_tracking/mlflow_server.sh.")
         sys.exit(3)
-    except (RegistryError, StoreBusy, LedgerError, GateSettingsError, OSError) as error:
+    except (RegistryError, StoreBusy, LedgerError, GateSettingsError, SettingsError, OSError) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(1)

@@ -27,7 +27,7 @@ from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.replay import replay_samples, replay_set
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import Registry, RegistryError, RegistryUnavailable
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.settings import Settings, SettingsError
 
 EPILOG = """
 Examples:
@@ -52,7 +52,7 @@ def replay(
     out: Path = typer.Option(None, "--out", help="Also write the report into this folder."),
     as_json: bool = typer.Option(False, "--json", help="Print the tables as JSON."),
 ) -> None:
-    settings = Settings()
+    settings = Settings.load()
     registry = Registry(settings.registry_uri)
     torchserve = TorchServe(settings.inference_url, settings.management)
     executor = Executor(settings.store, registry, torchserve, (), settings.evaluation_cache)
@@ -114,6 +114,6 @@ if __name__ == "__main__":
     except (RegistryUnavailable, TorchServeUnavailable) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(3)
-    except (RegistryError, TorchServeError, EvaluationSetError, ledgers.LedgerError) as error:
+    except (RegistryError, TorchServeError, EvaluationSetError, ledgers.LedgerError, SettingsError) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(1)
