@@ -156,10 +156,16 @@ def test_what_cannot_be_used_is_told_and_changes_nothing(secrets, monkeypatch, c
     assert (secrets.SECRETS / secrets.KEPT).read_text() == before
 
 
-def test_damaged_secrets_are_told(secrets, capsys):
-    (secrets.SECRETS / secrets.KEPT).write_text("{")
+@pytest.mark.parametrize("damage", ["{", "[]", '{"MINIO_ROOT_USER": 1}', "\udcff"])
+def test_damaged_secrets_are_told_and_made_anew(secrets, monkeypatch, capsys, damage):
+    (secrets.SECRETS / secrets.KEPT).write_bytes(damage.encode(errors="surrogateescape"))
     assert secrets.main() == 1
     assert "--rotate" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["make_secrets.py", "--rotate"])
+    assert secrets.main() == 0
+    assert json.loads((secrets.SECRETS / secrets.KEPT).read_text()).keys() == secrets.NAMES.keys()
+    monkeypatch.setattr(sys, "argv", ["make_secrets.py"])
+    assert secrets.main() == 0
 
 
 class Answers(BaseHTTPRequestHandler):
