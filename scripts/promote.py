@@ -126,7 +126,7 @@ def move(reconciler: Reconciler, alias: str, version: str) -> None:
 
 @dataclass(frozen=True)
 class Rollback:
-    """From where to where. `left` is the version that serves and is taken back; None if the alias's never served."""
+    """To where, and from where: `left` served when it was planned; None if that is where the way leads."""
 
     target: Release
     left: Release | None
@@ -153,15 +153,19 @@ class Rollback:
 
     def note(self, reconciler: Reconciler, reason: str) -> None:
         """Write it into ledger and audit log; the caller holds the store's lock."""
-        if self.left:
-            reconciler.executor.withdraw(self.left)
+        book = reconciler.executor.ledger()
+        serving = book.release(book.default)  # a busy promoter may have had another version serve since
+        left = {one for one in (self.left, serving) if one and one != self.target}
+        for release in left:
+            reconciler.executor.withdraw(release)
+        newest = serving if serving in left else self.left
         reconciler.audit.append(
             "rollback",
             reconciler.by,
             version=self.target.version,
             digest=self.target.digest,
-            previous=self.left.version if self.left else None,
-            previous_digest=self.left.digest if self.left else None,
+            previous=newest.version if newest else None,
+            previous_digest=newest.digest if newest else None,
             reason=reason or None,
         )
 

@@ -24,6 +24,7 @@ from mlflow_tracking.promotion.gates.base import Candidate
 from mlflow_tracking.promotion.gates.identity import DigestAndSignature, GoldenParity
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.reconcile import Reconciler
+from scripts.promote import Rollback
 from tests.reconcile_world import Golden, Killed, World, full_disk
 
 
@@ -69,7 +70,7 @@ def test_killed_at_any_call_it_finishes_when_started_again(tmp_path, after):
         assert promoter.audit.verify(Head.parse(world.registry.notes["audit.head"])) == []
         assert promoter.audit.newest("alias seen")["version"] == "3"
         assert promoter.audit.newest("serve")["version"] == "3"
-        assert not [path for path in world.torchserve.store.iterdir() if "tmp" in path.name]
+        assert not [path for path in world.torchserve.store.rglob("*") if "tmp" in path.name]
     assert number > 15, "there were calls to be killed at"
 
 
@@ -348,6 +349,25 @@ def test_rolled_back_from_is_nobodys_last_good_version(world):
     book = ledger.read(world.torchserve.store)
     assert book.withdrawn == (), "promoted again, it is as good as any"
     assert book.release(book.last_good).version == "3"
+
+
+def test_a_roll_back_takes_back_what_came_to_serve_while_it_waited(world):
+    """It plans before it has the lock, so that the promoter may stop what it does; until then that goes on."""
+    for version in "12":
+        world.serve(version)
+    world.registry.aliases["champion"] = "3"
+    hand = world.promoter()
+    back = Rollback.planned(hand)
+    assert (back.target.version, back.left) == ("2", None), "3 never served"
+    world.serve("3")
+    world.registry.aliases["champion"] = "2"
+    back.note(hand, "misses melanomas")
+    hand.reconcile()
+    assert world.torchserve.default_version == "2"
+    assert world.status("3") == "rolled back"
+    assert ledger.read(world.torchserve.store).last_good is None
+    row = hand.audit.newest("rollback")
+    assert (row["version"], row["previous"]) == ("2", "3")
 
 
 def test_the_audit_log_tells_when_an_alias_moved(world):
