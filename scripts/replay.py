@@ -36,6 +36,7 @@ Examples:
 
   python scripts/replay.py --samples clinic/2026-11 --out replay
 """
+LOCK_SECONDS = 300.0  # while the promoter is in the middle of a step
 REPLAY = "replay"  # where the report lies among the challenger's artifacts
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -59,8 +60,11 @@ def replay(
     champion, challenger = both(registry, executor)
     tables: dict[str, Any] = {}
     with console.status("Asking both versions …"):
-        if (evaluation := executor.evaluation_set()) is not None:
-            tables["frozen evaluation set"] = replay_set(torchserve, executor.book, evaluation, champion, challenger)
+        # Set and answers are the promoter's too. Its gates have asked both versions already, so this is short.
+        with ledgers.lock(settings.store, LOCK_SECONDS):
+            if (evaluation := executor.evaluation_set()) is not None:
+                table = replay_set(torchserve, executor.book, evaluation, champion, challenger)
+                tables["frozen evaluation set"] = table
         for folder in samples:
             files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
             if not files:
@@ -114,6 +118,6 @@ if __name__ == "__main__":
     except (RegistryUnavailable, TorchServeUnavailable) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(3)
-    except (RegistryError, TorchServeError, EvaluationSetError, ledgers.LedgerError, SettingsError) as error:
+    except (RegistryError, TorchServeError, EvaluationSetError, ledgers.LedgerError, SettingsError, OSError) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(1)

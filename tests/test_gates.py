@@ -424,10 +424,11 @@ def test_a_judgement_is_kept_for_its_question_alone(case):
     case.gates["stress"] = case.gates["stress"].model_copy(update={"ceiling": 0.2})
     stricter = case.judge()
     assert stricter.kept(stricter.question(digest, case.candidate.evaluation.digest, CHAMPION.digest)) is None
+    assert list((case.folder / "judgements").glob("answers-*"))
     judge.forget(digest)
     assert judge.kept(question) is None
     assert judge.newest(digest) is None
-    assert case.candidate.book.kept(case.candidate.release, case.candidate.evaluation) is None
+    assert not list((case.folder / "judgements").glob("answers-*"))
 
 
 def test_the_judgement_that_counts_last_is_the_newest(case):

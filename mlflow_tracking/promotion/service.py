@@ -73,7 +73,7 @@ class Promoter:
 
     def status(self) -> dict[str, Any]:
         """What /status answers."""
-        told = {"running": self._running, "steps": list(self._steps), "seconds_since_pass": self._silence()}
+        told = {"running": self._running, "steps": list(self._steps), "seconds_silent": self._silence()}
         return {**self._status, **told}
 
     def alive(self) -> bool:
