@@ -28,7 +28,7 @@ from handlers.metadata import Metadata
 from handlers.predictor import Predictor
 from handlers.preprocessing import ImageError
 from handlers.taxonomy import CODES
-from mlflow_tracking.promotion.answers import AnswerBook, Answers
+from mlflow_tracking.promotion.answers import AnswerBook, Answers, short
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet, freeze
 from mlflow_tracking.promotion.gates.base import NO_SET, Candidate, Gate, Outcome
 from mlflow_tracking.promotion.gates.judge import GATES, GateSettingsError, Judge, Judgement, load_gates
@@ -424,11 +424,12 @@ def test_a_judgement_is_kept_for_its_question_alone(case):
     case.gates["stress"] = case.gates["stress"].model_copy(update={"ceiling": 0.2})
     stricter = case.judge()
     assert stricter.kept(stricter.question(digest, case.candidate.evaluation.digest, CHAMPION.digest)) is None
-    assert list((case.folder / "judgements").glob("answers-*"))
+    answers = f"answers-{short(digest)}-*"
+    assert list((case.folder / "judgements").glob(answers))
     judge.forget(digest)
     assert judge.kept(question) is None
     assert judge.newest(digest) is None
-    assert not list((case.folder / "judgements").glob("answers-*"))
+    assert not list((case.folder / "judgements").glob(answers))
 
 
 def test_the_judgement_that_counts_last_is_the_newest(case):
