@@ -5,8 +5,8 @@ in MLflow's page is enough. Here one sees every step, and the audit log
 knows who it was. A version has to pass the gates of
 mlflow_tracking/gates.yaml before it serves; what it lacked stands in MLflow
 with it. Whatever fails, the version that served before keeps serving. The
-exit code is 1 when a version was refused or failed, 2 for wrong options, 3
-when a server is away.
+exit code is 1 when a version was refused or failed, or the audit log is not
+whole, 2 for wrong options, 3 when a server is away.
 """
 
 import sys
