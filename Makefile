@@ -25,7 +25,7 @@ test: ## run the tests: unit tests first, then the live stack and the page in Ch
 	@scripts/setup_env.sh
 	@$(PY) -m pytest -m "not slow and not containers and not hostile and not load"
 
-test-all: ## run all tests, the slow ones too (a fresh clone, set up from nothing)
+test-all: ## run all tests but those in containers: also a fresh clone set up from nothing, hostile requests, load
 	@scripts/setup_env.sh --browser
 	@scripts/setup_env.sh
 	@$(PY) -m pytest -m "not containers"

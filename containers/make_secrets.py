@@ -58,7 +58,22 @@ def read_named(wanted: list[str], file: Path) -> dict[str, str]:
     return {name: str(values[name]) for name in wanted}
 
 
-def choose(named: dict[str, str], kept: dict[str, str], rotate: bool) -> dict[str, str]:
+def read_kept(file: Path, rotate: bool) -> dict[str, str]:
+    """The secrets in force; none before the first start. Raises SecretsError for a damaged file, unless `rotate`."""
+    try:
+        kept = json.loads(file.read_text())
+        if isinstance(kept, dict) and all(isinstance(value, str) for value in kept.values()):
+            return kept
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        pass
+    if rotate:
+        return {}
+    raise SecretsError("The kept secrets are damaged; make new ones with --rotate.")
+
+
+def choose(named: dict[str, str], kept: dict[str, str]) -> dict[str, str]:
     """The secrets from now on: what `.env` names, else what was in force, else random ones. Raises SecretsError."""
     chosen = {}
     for name, size in NAMES.items():
@@ -67,7 +82,7 @@ def choose(named: dict[str, str], kept: dict[str, str], rotate: bool) -> dict[st
                 raise SecretsError(f"{name} in .env must have 8 to 40 letters, digits or signs of _.,~^*+=/@%!- ")
             chosen[name] = given
         else:
-            chosen[name] = kept[name] if name in kept and not rotate else secrets.token_hex(size)
+            chosen[name] = kept.get(name) or secrets.token_hex(size)
     return chosen
 
 
@@ -99,13 +114,10 @@ def main() -> int:
     rotate = parser.parse_args().rotate
     try:
         named = read_named(os.environ.get("NAMED_SECRETS", "").split(), ENV_FILE)
-        kept = json.loads((SECRETS / KEPT).read_text()) if (SECRETS / KEPT).exists() else {}
-        chosen = choose(named, kept, rotate)
+        kept = read_kept(SECRETS / KEPT, rotate)
+        chosen = choose(named, {} if rotate else kept)
     except SecretsError as error:
         print(error, file=sys.stderr)
-        return 1
-    except ValueError:
-        print("The kept secrets are damaged; make new ones with --rotate.", file=sys.stderr)
         return 1
     for name, (content, mode) in files(chosen).items():
         with atomic_file(SECRETS / name) as file:

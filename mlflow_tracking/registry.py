@@ -69,6 +69,7 @@ class Registry:
     """MLflow's model registry at `uri`, for one model."""
 
     def __init__(self, uri: str) -> None:
+        quiet_client(uri)  # before any import of mlflow
         self.uri = uri
         self._client: MlflowClient | None = None
 
@@ -76,7 +77,6 @@ class Registry:
     def client(self) -> "MlflowClient":
         """MLflow's client; made at first use, as importing mlflow takes seconds."""
         if self._client is None:
-            quiet_client(self.uri)
             import mlflow
 
             mlflow.set_tracking_uri(self.uri)

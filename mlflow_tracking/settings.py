@@ -1,13 +1,22 @@
 """Where the services are: one settings object, read from the environment and `.env` (.env.example lists all names)."""
 
+import hashlib
+import os
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
 # The registered model in MLflow, the model in TorchServe, and the first part of every archive's name.
 MODEL_NAME = "skin_vit"
+# Bytes of a socket's path; systems allow 103 or 107, and supervisord adds its process id for a moment.
+SOCKET_PATH = 95
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; a sentence."""
 
 
 class Settings(BaseSettings):
@@ -34,6 +43,15 @@ class Settings(BaseSettings):
     promoter_keep_archives: int = Field(3, ge=0)
     promoter_shadow_share: float = Field(0.0, ge=0, le=1)
 
+    @classmethod
+    def load(cls) -> Self:
+        """The settings in force. Raises SettingsError for a value that cannot be."""
+        try:
+            return cls()
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise SettingsError(f"{str(first['loc'][0]).upper()}={first['input']} cannot be: {first['msg']}.") from None
+
     @property
     def registry_uri(self) -> str:
         """MLflow's address."""
@@ -46,9 +64,28 @@ class Settings(BaseSettings):
 
     @property
     def management(self) -> str:
-        """The address of TorchServe's management API: unix:PATH or http://HOST:PORT."""
-        run_dir = ROOT / (self.torchserve_run_dir or self.stack_state / "run")
-        return self.torchserve_management or f"unix:{run_dir / 'management.sock'}"
+        """The address of TorchServe's management API: unix:PATH or http://HOST:PORT. Raises as run_dir."""
+        return self.torchserve_management or f"unix:{self.run_dir / 'management.sock'}"
+
+    @property
+    def state(self) -> Path:
+        """The state folder, absolute."""
+        return ROOT / self.stack_state
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the sockets: in the state folder, or short under /tmp where that lies too deep for a socket.
+
+        Raises SettingsError for a TORCHSERVE_RUN_DIR that is too long.
+        """
+        wanted = ROOT / (self.torchserve_run_dir or self.state / "run")
+        if len(os.fsencode(wanted / "management.sock")) <= SOCKET_PATH:
+            return wanted
+        if self.torchserve_run_dir:
+            raise SettingsError(
+                f"TORCHSERVE_RUN_DIR={wanted} is too long for the path of a socket: name a shorter folder."
+            )
+        return Path("/tmp") / f"skin-lesion-{os.getuid()}-{hashlib.sha256(os.fsencode(wanted)).hexdigest()[:8]}"
 
     @property
     def gates(self) -> Path:
@@ -58,12 +95,12 @@ class Settings(BaseSettings):
     @property
     def evaluation_cache(self) -> Path:
         """Where the frozen evaluation set is kept once it was fetched, absolute."""
-        return ROOT / self.stack_state / "evaluation"
+        return self.state / "evaluation"
 
     @property
     def prediction_logs(self) -> list[Path]:
         """TorchServe's prediction log and those before it that are kept, the newest first; absolute."""
-        newest = ROOT / (self.prediction_log or self.stack_state / "logs/predictions.jsonl")
+        newest = ROOT / (self.prediction_log or self.state / "logs/predictions.jsonl")
         older = sorted(newest.parent.glob(f"{newest.name}.*"), key=lambda path: path.stat().st_mtime, reverse=True)
         return [path for path in (newest, *older) if path.is_file()]
 

@@ -23,7 +23,7 @@ from mlflow_tracking.lineage import Lineage, LineageError, trace
 from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.reconcile import HEAD_NOTE
 from mlflow_tracking.registry import Registry, RegistryUnavailable
-from mlflow_tracking.settings import MODEL_NAME, Settings
+from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
 
 EPILOG = """
 Examples:
@@ -46,18 +46,18 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def lineage(
     what: str = typer.Argument("", metavar="DIGEST|REQUEST_ID|VERSION", help="What to trace.", show_default=False),
     predictions: list[Path] = typer.Option(
-        [], "--predictions", exists=True, dir_okay=False, help="Another prediction log for request ids; repeat."
+        [], "--predictions", exists=True, dir_okay=False, help="One more prediction log to search; repeat."
     ),
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
     check: bool = typer.Option(False, "--verify", help="Check the audit log's chain of hashes."),
 ) -> None:
     if bool(what) == check:
         raise typer.BadParameter("give either something to trace or --verify.")
-    settings = Settings()
+    settings = Settings.load()
     registry, audit = Registry(settings.registry_uri), AuditLog(settings.store)
     if check:
         raise typer.Exit(verify(registry, audit))
-    found = trace(what, registry, audit, predictions or settings.prediction_logs)
+    found = trace(what, registry, audit, [*settings.prediction_logs, *predictions])
     if as_json:
         print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
     else:
@@ -98,7 +98,7 @@ def show(found: Lineage) -> None:
         if forced := found.gates["forced"]:
             console.print(f"  [yellow]overruled by {escape(forced['by'])}: {escape(forced['reason'])}[/]")
     for row in found.served:
-        previous = f", after version {row['previous']}" if row.get("previous") else ", the first"
+        previous = f", after version {row['previous']}" if row.get("previous") else ""
         console.print(f"[bold]Served[/] since {row['at'][:19]}{previous} ({escape(row['by'])})")
     if found.audit:
         table = Table("At (UTC)", "Event", "Version", "By", "More", title="Audit log")
@@ -125,6 +125,6 @@ def _pairs(title: str, values: Mapping[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         app()
-    except LineageError as error:
+    except (LineageError, SettingsError) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(1)

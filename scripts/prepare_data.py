@@ -37,7 +37,7 @@ from rich.table import Table
 from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.evaluation_set import EvaluationSetError, freeze
 from mlflow_tracking.registry import EVALUATION_SET, Registry, RegistryUnavailable
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.settings import Settings, SettingsError
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest, report_path
 from training.splits import DEFAULT_FRACTIONS, DEFAULT_SEED, SPLITS
 
@@ -80,7 +80,7 @@ def prepare(
             console.print(f"\nWritten: {escape(str(out))} and {escape(str(report_path(out)))}")
         if freeze_eval:
             _freeze(console, out, eval_split, eval_images)
-    except (ManifestError, EvaluationSetError) as error:
+    except (ManifestError, EvaluationSetError, SettingsError) as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}")
         raise typer.Exit(2) from None
     except RegistryUnavailable as error:
@@ -99,7 +99,7 @@ def _freeze(console: Console, manifest: Path, split: str, images: int | None) ->
         counts = evaluation.frame["label"].value_counts()
         by_class = ", ".join(f"{code} {counts[code]}" for code in CODES if code in counts)
         lesions = evaluation.frame["lesion_id"].nunique()
-        registry = Registry(Settings().registry_uri)
+        registry = Registry(Settings.load().registry_uri)
         registration = registry.freeze(
             Path(temporary),
             {

@@ -5,8 +5,8 @@ in MLflow's page is enough. Here one sees every step, and the audit log
 knows who it was. A version has to pass the gates of
 mlflow_tracking/gates.yaml before it serves; what it lacked stands in MLflow
 with it. Whatever fails, the version that served before keeps serving. The
-exit code is 1 when a version was refused or failed, 2 for wrong options, 3
-when a server is away.
+exit code is 1 when a version was refused or failed, or the audit log is not
+whole, 2 for wrong options, 3 when a server is away.
 """
 
 import sys
@@ -28,7 +28,7 @@ from mlflow_tracking.promotion.plan import Actual, Release
 from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
 from mlflow_tracking.promotion.torchserve_client import TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, RegistryError, RegistryUnavailable
-from mlflow_tracking.settings import MODEL_NAME, Settings
+from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
 
 EPILOG = """
 Examples:
@@ -75,7 +75,7 @@ def promote(
         raise typer.BadParameter("say with --version which one is meant.")
     if force and not reason:
         raise typer.BadParameter("--force needs --reason: it is kept in the audit log and in MLflow.")
-    settings = Settings()
+    settings = Settings.load()
     by = f"{person()} with promote.py"
     spinner = console.status("Waiting for the promoter to finish its step …")
     reconciler = Reconciler.create(settings, tell=lambda event: show(event, spinner), by=by)
@@ -126,7 +126,7 @@ def move(reconciler: Reconciler, alias: str, version: str) -> None:
 
 @dataclass(frozen=True)
 class Rollback:
-    """From where to where. `left` is the version that serves and is taken back; None if the alias's never served."""
+    """To where, and from where: `left` served when it was planned; None if that is where the way leads."""
 
     target: Release
     left: Release | None
@@ -153,15 +153,19 @@ class Rollback:
 
     def note(self, reconciler: Reconciler, reason: str) -> None:
         """Write it into ledger and audit log; the caller holds the store's lock."""
-        if self.left:
-            reconciler.executor.withdraw(self.left)
+        book = reconciler.executor.ledger()
+        serving = book.release(book.default)  # a busy promoter may have had another version serve since
+        left = {one for one in (self.left, serving) if one and one != self.target}
+        for release in left:
+            reconciler.executor.withdraw(release)
+        newest = serving if serving in left else self.left
         reconciler.audit.append(
             "rollback",
             reconciler.by,
             version=self.target.version,
             digest=self.target.digest,
-            previous=self.left.version if self.left else None,
-            previous_digest=self.left.digest if self.left else None,
+            previous=newest.version if newest else None,
+            previous_digest=newest.digest if newest else None,
             reason=reason or None,
         )
 
@@ -239,6 +243,6 @@ if __name__ == "__main__":
     except RegistryUnavailable as error:
         errors.print(f"[red]{escape(str(error))}[/]\nIs it running? `make up`, or mlflow_tracking/mlflow_server.sh.")
         sys.exit(3)
-    except (RegistryError, StoreBusy, LedgerError, GateSettingsError, OSError) as error:
+    except (RegistryError, StoreBusy, LedgerError, GateSettingsError, SettingsError, OSError) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(1)

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from handlers.bundle import BundleError
 from mlflow_tracking.registry import Registry, RegistryError, RegistryUnavailable
-from mlflow_tracking.settings import MODEL_NAME, Settings
+from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
 
 EPILOG = """
 Examples:
@@ -40,7 +40,7 @@ def register(
 ) -> None:
     if bool(run_id) == bool(bundle):
         raise typer.BadParameter("give either --run-id or --bundle.")
-    registry = Registry(Settings().registry_uri)
+    registry = Registry(Settings.load().registry_uri)
     if if_empty and (known := registry.versions()) and (len(known) > 1 or known[0].aliases):
         # A single version without an alias may be what an interrupted start has left.
         console.print(f"{MODEL_NAME} has version {known[0].version} already: nothing to do.")
@@ -69,6 +69,6 @@ if __name__ == "__main__":
     except RegistryUnavailable as error:
         errors.print(f"[red]{escape(str(error))}[/]\nIs it running? `make up`, or mlflow_tracking/mlflow_server.sh.")
         sys.exit(3)
-    except (BundleError, RegistryError) as error:
+    except (BundleError, RegistryError, SettingsError) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(1)

@@ -27,7 +27,7 @@ from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.replay import replay_samples, replay_set
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import Registry, RegistryError, RegistryUnavailable
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.settings import Settings, SettingsError
 
 EPILOG = """
 Examples:
@@ -36,6 +36,7 @@ Examples:
 
   python scripts/replay.py --samples clinic/2026-11 --out replay
 """
+LOCK_SECONDS = 300.0  # while the promoter is in the middle of a step
 REPLAY = "replay"  # where the report lies among the challenger's artifacts
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -52,15 +53,18 @@ def replay(
     out: Path = typer.Option(None, "--out", help="Also write the report into this folder."),
     as_json: bool = typer.Option(False, "--json", help="Print the tables as JSON."),
 ) -> None:
-    settings = Settings()
+    settings = Settings.load()
     registry = Registry(settings.registry_uri)
     torchserve = TorchServe(settings.inference_url, settings.management)
     executor = Executor(settings.store, registry, torchserve, (), settings.evaluation_cache)
     champion, challenger = both(registry, executor)
     tables: dict[str, Any] = {}
     with console.status("Asking both versions …"):
-        if (evaluation := executor.evaluation_set()) is not None:
-            tables["frozen evaluation set"] = replay_set(torchserve, executor.book, evaluation, champion, challenger)
+        # Set and answers are the promoter's too. Its gates have asked both versions already, so this is short.
+        with ledgers.lock(settings.store, LOCK_SECONDS):
+            if (evaluation := executor.evaluation_set()) is not None:
+                table = replay_set(torchserve, executor.book, evaluation, champion, challenger)
+                tables["frozen evaluation set"] = table
         for folder in samples:
             files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
             if not files:
@@ -114,6 +118,6 @@ if __name__ == "__main__":
     except (RegistryUnavailable, TorchServeUnavailable) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(3)
-    except (RegistryError, TorchServeError, EvaluationSetError, ledgers.LedgerError) as error:
+    except (RegistryError, TorchServeError, EvaluationSetError, ledgers.LedgerError, SettingsError, OSError) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(1)

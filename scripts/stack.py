@@ -6,7 +6,6 @@ leads a session of its own, whose number finds every process of the stack, even 
 
 import ctypes
 import fcntl
-import hashlib
 import io
 import os
 import shutil
@@ -28,17 +27,16 @@ import httpx
 import psutil
 import typer
 from dotenv import load_dotenv
-from pydantic import ValidationError
+from pydantic import Field
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
 from supervisor.xmlrpc import SupervisorTransport
 
-from mlflow_tracking.settings import MODEL_NAME, ROOT
+from mlflow_tracking.settings import MODEL_NAME, ROOT, SettingsError
 from mlflow_tracking.settings import Settings as ServiceSettings
 
-SOCKET_PATH = 95  # letters; systems allow 103 or 107, and supervisord adds its pid for a moment
 PATIENCE = 240  # seconds without any progress; the first start derives the model's graph, perhaps on two busy cores
 UNANSWERED = (OSError, HTTPException, xmlrpc.client.Error)  # by supervisord, which starts, stops or is busy
 console = Console(highlight=False, soft_wrap=True)
@@ -73,27 +71,9 @@ class StackError(Exception):
 class Settings(ServiceSettings):
     """Ports and folders, from the environment and `.env`; .env.example says what each is for."""
 
-    mlflow_port: int = 5001
-    torchserve_port: int = 8080
-    torchserve_metrics_port: int = 8082
-    streamlit_port: int = 8501
+    torchserve_metrics_port: int = Field(8082, ge=1, le=65535)
+    streamlit_port: int = Field(8501, ge=1, le=65535)
     mlflow_public_url: str = ""
-
-    @property
-    def state(self) -> Path:
-        return ROOT / self.stack_state  # an absolute path stays as it is
-
-    @property
-    def run_dir(self) -> Path:
-        """The folder of the sockets: in the state folder, or short under /tmp where that lies too deep for a socket."""
-        wanted = ROOT / (self.torchserve_run_dir or self.state / "run")
-        if len(os.fsencode(wanted / "management.sock")) <= SOCKET_PATH:
-            return wanted
-        if self.torchserve_run_dir:
-            raise StackError(
-                f"TORCHSERVE_RUN_DIR={wanted} is too long for the path of a socket: name a shorter folder."
-            )
-        return Path("/tmp") / f"skin-lesion-{os.getuid()}-{hashlib.sha256(os.fsencode(wanted)).hexdigest()[:8]}"
 
     @property
     def ports(self) -> dict[str, int]:
@@ -127,11 +107,7 @@ class Settings(ServiceSettings):
 
 def load_settings() -> Settings:
     load_dotenv(ROOT / ".env")  # for the parts too, which know more names; what is set already wins
-    try:
-        return Settings()
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise StackError(f"{str(first['loc'][0]).upper()}={first['input']} cannot be: {first['msg']}.") from None
+    return Settings.load()
 
 
 def make(folder: Path) -> None:
@@ -158,7 +134,7 @@ def check_machine(settings: Settings) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection just closed is no hindrance
             try:
                 probe.bind(("127.0.0.1", port))
-            except (PermissionError, OverflowError):
+            except PermissionError:
                 raise StackError(f"{name}={port} cannot be used; choose a port from 1024 to 65535.") from None
             except OSError:
                 other = f"stop it, or choose another: {name}={port + 1000 if port < 60000 else port - 1000} make up"
@@ -421,6 +397,9 @@ def status() -> None:
 if __name__ == "__main__":
     try:
         app()
+    except SettingsError as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        sys.exit(1)
     except StackError as error:
         console.print(f"[red]{escape(str(error))}[/]")
         if error.log and error.log.exists():

@@ -139,7 +139,7 @@ def glossary(answer: Answer) -> str:
     return f'<dl class="sl-glossary">{entries}</dl>'
 
 
-def provenance(answer: Answer, mlflow: str, size: tuple[int, int] | None = None) -> str:
+def provenance(answer: Answer, mlflow: str) -> str:
     """Which model answered, with links to its run and its version in MLflow."""
     model, base = answer.model, escape(mlflow.rstrip("/"), quote=True)
     what = escape(model.name) + (f" version {escape(model.version)}" if model.version else ", not registered")

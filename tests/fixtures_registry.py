@@ -7,12 +7,15 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from handlers.bundle import Bundle
+from mlflow_tracking.promotion.reconcile import HEAD_NOTE
 from mlflow_tracking.registry import Registry
+from mlflow_tracking.settings import MODEL_NAME
 from tests.live import mlflow_server, run_script
 from tests.models import tiny_bundle
 
@@ -42,9 +45,15 @@ def mlflow_uri(quiet_mlflow: None, tmp_path_factory: pytest.TempPathFactory) -> 
         server.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def registry(mlflow_uri: str) -> Registry:
-    return Registry(mlflow_uri)
+    """The registry, which has forgotten the audit log of the module before: each has a model store of its own."""
+    from mlflow.exceptions import MlflowException
+
+    registry = Registry(mlflow_uri)
+    with suppress(MlflowException):  # it remembers none
+        registry.client.delete_registered_model_tag(MODEL_NAME, HEAD_NOTE)
+    return registry
 
 
 @pytest.fixture(scope="session")

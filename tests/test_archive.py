@@ -143,3 +143,7 @@ archive.build(Path({str(bundle.path)!r}), Path({str(built.path)!r}), version="9"
     assert set(archives.clean(tmp_path)) == left
     assert not set(tmp_path.glob(".*"))
     assert built.path.exists()
+    (tmp_path / "judgements").mkdir()
+    below = tmp_path / "judgements" / ".answers.jsonl.123.tmp"
+    below.touch()
+    assert archives.clean(tmp_path) == [below]

@@ -107,6 +107,16 @@ def test_a_line_that_was_cut_off_was_never_written(log, kept):
     assert lines(log)[:4] == own[:4]
 
 
+@pytest.mark.parametrize("line", [b"hello\n", b"[]\n", b'{"seq": "6", "hash": 1}\n', b"\xff\n"])
+def test_a_damaged_last_line_stops_nobody_and_is_found(log, line):
+    head = log.head()
+    damaged = write(log, [*lines(log), line])
+    assert damaged.head() == head
+    damaged.append("serve", "ann@lab", version="6")
+    assert damaged.rows()[-1]["before"] == head.hash
+    assert damaged.verify()[0].startswith("Line 6 is no line of this log")
+
+
 def test_a_killed_writer_leaves_a_whole_chain(tmp_path):
     code = f"""
 import os

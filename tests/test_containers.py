@@ -1,8 +1,9 @@
 """What the container images are made of, as far as it can be told without an engine; tests/test_compose.py runs them.
 
-Each image's pinned requirements hold what its code imports, and pin nothing that the environment does not. Secrets are
-random, valid and kept; what `.env` names wins and stays; a value that cannot be used, or read, is told in a sentence.
-The health check fails where a service is not able to work.
+Each image's pinned requirements hold what its code imports, and pin nothing that the environment does not. Every
+service is confined, those of a profile too, and nothing is published but on loopback. Secrets are random, valid and
+kept; what `.env` names wins and stays; a value that cannot be used, or read, is told in a sentence. The health check
+fails where a service is not able to work.
 """
 
 import ast
@@ -96,9 +97,59 @@ def test_an_image_pins_what_the_environment_pins(image):
 
 
 def test_the_compose_file_names_every_secret(secrets):
-    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    named = compose["services"]["secrets"]["environment"]["NAMED_SECRETS"]
+    named = COMPOSE["services"]["secrets"]["environment"]["NAMED_SECRETS"]
     assert re.findall(r"\$\{(\w+):\+\1\}", named) == list(secrets.NAMES)
+
+
+def users() -> dict[str, str]:
+    """The user of each stage of the Dockerfile."""
+    found: dict[str, str] = {}
+    stage = ""
+    for words in (line.split() for line in (ROOT / "Dockerfile").read_text().splitlines()):
+        if words[:1] == ["FROM"]:
+            stage = words[3]
+            found[stage] = found.get(words[1], "root")
+        elif words[:1] == ["USER"]:
+            found[stage] = words[1]
+    return found
+
+
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+JOBS = {"secrets", "database", "bucket", "register", "training"}
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_a_service_is_confined(name):
+    one = COMPOSE["services"][name]
+    user = one.get("user") or users()[one["build"]["target"]]
+    assert user.partition(":")[0] not in ("", "0", "root")
+    assert one["read_only"] is True
+    assert one["cap_drop"] == ["ALL"]
+    assert not one.keys() & {"cap_add", "privileged", "devices", "pid", "ipc", "userns_mode"}
+    assert one["security_opt"] == ["no-new-privileges:true"]
+    assert one["mem_limit"]
+    assert one["pids_limit"] > 0
+    assert one["init"] is True
+    assert one["logging"]["options"]["max-size"]
+    assert one["restart"] == ("no" if name in JOBS else "unless-stopped")
+    assert (name in JOBS) != ("healthcheck" in one)
+    assert bool(one.get("networks")) != (one.get("network_mode") == "none")
+    assert all(port.startswith("127.0.0.1:") for port in one.get("ports", []))
+    for mount in one.get("volumes", []):
+        source, _, place = (mount if isinstance(mount, str) else f"{mount['source']}:{mount['target']}").partition(":")
+        assert source in COMPOSE["volumes"] or place.endswith(":ro"), "nothing of this machine's can be written"
+
+
+def test_only_what_people_or_scrapers_open_is_published():
+    published = {name for name, one in COMPOSE["services"].items() if one.get("ports")}
+    assert published == {"streamlit", "mlflow", "proxy", "prometheus", "grafana"}
+    reached = {network for name in published for network in COMPOSE["services"][name]["networks"]}
+    assert COMPOSE["networks"]["outside"] == {}
+    assert "outside" not in reached
+    for name in reached - {"database", "store", "inference"}:
+        assert COMPOSE["networks"][name]["driver_opts"]["com.docker.network.bridge.enable_ip_masquerade"] == "false"
+    for name in ("database", "store", "inference"):
+        assert COMPOSE["networks"][name] == {"internal": True}
 
 
 def test_secrets_are_random_kept_and_private(secrets, capsys):
@@ -156,10 +207,16 @@ def test_what_cannot_be_used_is_told_and_changes_nothing(secrets, monkeypatch, c
     assert (secrets.SECRETS / secrets.KEPT).read_text() == before
 
 
-def test_damaged_secrets_are_told(secrets, capsys):
-    (secrets.SECRETS / secrets.KEPT).write_text("{")
+@pytest.mark.parametrize("damage", ["{", "[]", '{"MINIO_ROOT_USER": 1}', "\udcff"])
+def test_damaged_secrets_are_told_and_made_anew(secrets, monkeypatch, capsys, damage):
+    (secrets.SECRETS / secrets.KEPT).write_bytes(damage.encode(errors="surrogateescape"))
     assert secrets.main() == 1
     assert "--rotate" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["make_secrets.py", "--rotate"])
+    assert secrets.main() == 0
+    assert json.loads((secrets.SECRETS / secrets.KEPT).read_text()).keys() == secrets.NAMES.keys()
+    monkeypatch.setattr(sys, "argv", ["make_secrets.py"])
+    assert secrets.main() == 0
 
 
 class Answers(BaseHTTPRequestHandler):

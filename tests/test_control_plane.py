@@ -6,14 +6,18 @@
 - a person may overrule the gates, with a reason that stays;
 - a challenger stands beside the champion, and a replay tells what would change;
 - a share of the live requests may be answered by both, for the log alone;
-- a roll-back serves within five seconds and is written down;
+- a roll-back serves within five seconds, costs no client its answer, and is written down;
 - from a prediction's digest one command walks back to where the model came from; the audit log is whole.
 """
 
 import csv
 import json
 import shutil
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 
 import pytest
@@ -40,6 +44,31 @@ latency: {p95_milliseconds: 5000, requests: 8}
 balanced accuracy: {margin: 0.05}
 stress: {ceiling: 1.0, images: 6}
 """
+
+
+CLIENTS = 4
+
+
+@contextmanager
+def clients(promotion: Promotion) -> Iterator[list[tuple[int, str]]]:
+    """CLIENTS that ask without a pause, each for its own, while the block lasts: (status, version) of each answer."""
+    answers: list[tuple[int, str]] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            answer = promotion.predict()
+            answers.append((answer.status_code, answer.json().get("model", {}).get("version", "")))
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        asking = [pool.submit(ask) for _ in range(CLIENTS)]
+        try:
+            eventually(lambda: answers)
+            yield answers
+        finally:
+            stop.set()
+    for one in asking:
+        one.result()
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +203,14 @@ def test_a_person_may_overrule_the_gates_with_a_reason(first, worse):
     assert row["reason"] == "a trial"
     assert row["by"].endswith("with promote.py")
 
-    back = run_script("promote.py", "--rollback", **first.env)
+    with clients(first) as answers:
+        back = run_script("promote.py", "--rollback", **first.env)
+        answered = len(answers)
+        eventually(lambda: len(answers) > answered + CLIENTS)
     assert back.returncode == 0, back.stderr
+    assert {code for code, _ in answers} == {200}, "what was asked of the version before is answered"
+    assert {version for _, version in answers} == {worse, "1"}
+    assert {version for _, version in answers[-CLIENTS:]} == {"1"}
     assert first.served() == "1"
 
 

@@ -150,12 +150,12 @@ def test_killed_at_a_boundary(doomed, victim, action, state):
         mlflow.stop_group()
         mlflow.start()
 
-    left = [path.name for path in promotion.store.iterdir() if path.name.endswith(".tmp")]
+    left = [path.name for path in promotion.store.rglob("*.tmp")]
     assert not left or victim == "promoter", "only a dead promoter may leave one, hidden, for the next to remove"
     assert ledgers.read(promotion.store).release(ledgers.read(promotion.store).default).version in "23"
     _, result = promotion.settle()
     assert promotion.settle()[1].settled, result.errors
     assert promotion.served() == "3"
-    assert not [path.name for path in promotion.store.iterdir() if path.name.endswith(".tmp")]
+    assert not [path.name for path in promotion.store.rglob("*.tmp")]
     assert AuditLog(promotion.store).verify() == []
     assert promotion.tag("3", "status") == "serving"

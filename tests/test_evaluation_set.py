@@ -9,12 +9,17 @@ import hashlib
 import shutil
 import zipfile
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from mlflow_tracking.promotion.evaluation_set import IMAGES, ROWS, EvaluationSet, EvaluationSetError, freeze
+from mlflow_tracking.promotion.execute import Executor, StepFailed
+from mlflow_tracking.promotion.plan import Action, Release, Step
+from mlflow_tracking.registry import RegisteredVersion
 
 
 @pytest.fixture
@@ -98,8 +103,9 @@ def test_what_was_changed_later_is_noticed(rows, tmp_path):
     with zipfile.ZipFile(tmp_path / IMAGES, "w") as archive:
         for name in files:
             archive.writestr(name, b"forged")
-    with pytest.raises(EvaluationSetError, match="was changed"):
-        EvaluationSet.load(tmp_path).images([0])
+    for reads in (lambda: EvaluationSet.load(tmp_path).images([0]), lambda: EvaluationSet.load(tmp_path).verify()):
+        with pytest.raises(EvaluationSetError, match="was changed"):
+            reads()
     with zipfile.ZipFile(tmp_path / IMAGES, "w") as archive:
         archive.writestr(files[0], b"alone")
     with pytest.raises(EvaluationSetError, match="incomplete"):
@@ -110,6 +116,72 @@ def test_what_was_changed_later_is_noticed(rows, tmp_path):
     freeze(rows[:30], tmp_path)
     (tmp_path / ROWS).write_text((tmp_path / ROWS).read_text().replace("MEL", "NV"))
     assert EvaluationSet.load(tmp_path).digest != frozen.digest
+
+
+def flip(path: Path) -> None:
+    """Change one byte of the first picture in an archive, as a bad disk may."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"picture")] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_picture_cannot_be_read(rows, tmp_path):
+    frozen = freeze(rows[:30], tmp_path)
+    frozen.verify()
+    flip(tmp_path / IMAGES)
+    with pytest.raises(EvaluationSetError, match="cannot be read"):
+        frozen.verify()
+    (tmp_path / IMAGES).unlink()
+    with pytest.raises(EvaluationSetError, match="cannot be read"):
+        frozen.images([0])
+
+
+@dataclass
+class OneSet:
+    """A registry that has this set and nothing else."""
+
+    folder: Path
+    digest: str
+    fetched: int = 0
+
+    def evaluation_set(self):
+        return RegisteredVersion("1", self.digest)
+
+    def download_evaluation_set(self, number, folder):
+        self.fetched += 1
+        return Path(shutil.copytree(self.folder, folder / "files"))
+
+
+def test_a_damaged_copy_is_fetched_again(rows, tmp_path):
+    (tmp_path / "frozen").mkdir()
+    registry = OneSet(tmp_path / "frozen", freeze(rows[:30], tmp_path / "frozen").digest)
+
+    def executor() -> Executor:
+        return Executor(tmp_path / "store", registry, None, (), tmp_path / "cache")
+
+    first = executor()
+    found = first.evaluation_set()
+    found.verify()
+    flip(found.folder / IMAGES)
+    executor().evaluation_set().verify()
+    assert registry.fetched == 2
+
+    def check(release):
+        first.evaluation_set().verify()
+
+    flip(found.folder / IMAGES)
+    first._check = check
+    step = Step(Action.CHECK, Release("1", "sha256:1"))
+    with pytest.raises(StepFailed, match="cannot be read"):
+        first.run(step)
+    first.run(step)
+    assert registry.fetched == 3
+
+    flip(registry.folder / IMAGES)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(EvaluationSetError, match="cannot be read"):
+        executor().evaluation_set()
+    assert list((tmp_path / "cache").iterdir()) == [], "a damaged one is not kept"
 
 
 def test_the_order_is_a_random_one(rows, tmp_path):

@@ -25,8 +25,10 @@ from PIL import Image
 
 from handlers.bundle import CONFIG, WEIGHTS, Bundle, seal, write_json
 from handlers.metadata import Metadata
+from handlers.predictor import Predictor
+from handlers.preprocessing import ImageError
 from handlers.taxonomy import CODES
-from mlflow_tracking.promotion.answers import AnswerBook, Answers
+from mlflow_tracking.promotion.answers import AnswerBook, Answers, short
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet, freeze
 from mlflow_tracking.promotion.gates.base import NO_SET, Candidate, Gate, Outcome
 from mlflow_tracking.promotion.gates.judge import GATES, GateSettingsError, Judge, Judgement, load_gates
@@ -36,6 +38,7 @@ from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.replay import compare
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
 from mlflow_tracking.settings import ROOT
+from mlflow_tracking.version_card import golden_difference, largest_difference
 from tests.models import tiny_bundle
 from training.metrics import balanced_accuracy
 from training.receipt import DIGITS, Receipt, SeenImages
@@ -311,6 +314,24 @@ def test_a_model_that_takes_metadata_is_asked_with_and_without(case, tmp_path):
     assert failed(case.judgement()) == {"golden parity"}
 
 
+@pytest.mark.parametrize("at", [0, 3, 8])
+def test_an_answer_that_is_no_number_is_not_close(case, at):
+    [expected, *_] = case.candidate.bundle.golden()
+    none = dict(expected.probabilities) | {CODES[at]: float("nan")}
+    assert np.isnan(largest_difference(expected.probabilities, none))
+
+
+def test_a_golden_answer_that_is_no_number_is_refused(case):
+    case.server.golden_shift = float("nan")
+    assert failed(case.judgement()) == {"golden parity"}
+
+
+def test_a_golden_picture_that_is_refused_is_no_answer(bundle):
+    good, other = bundle.golden()[:2]
+    with pytest.raises(ImageError):
+        golden_difference(Predictor(bundle), [good, replace(other, image=b"no image")])
+
+
 def test_a_checkpoint_that_is_another_model_fails_golden_parity(case, tmp_path):
     weights = (tiny_bundle(tmp_path / "other", seed=1).path / WEIGHTS).read_bytes()
     gate = load_gates(SETTINGS)[1]
@@ -403,10 +424,12 @@ def test_a_judgement_is_kept_for_its_question_alone(case):
     case.gates["stress"] = case.gates["stress"].model_copy(update={"ceiling": 0.2})
     stricter = case.judge()
     assert stricter.kept(stricter.question(digest, case.candidate.evaluation.digest, CHAMPION.digest)) is None
+    answers = f"answers-{short(digest)}-*"
+    assert list((case.folder / "judgements").glob(answers))
     judge.forget(digest)
     assert judge.kept(question) is None
     assert judge.newest(digest) is None
-    assert case.candidate.book.kept(case.candidate.release, case.candidate.evaluation) is None
+    assert not list((case.folder / "judgements").glob(answers))
 
 
 def test_the_judgement_that_counts_last_is_the_newest(case):

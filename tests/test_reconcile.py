@@ -24,6 +24,7 @@ from mlflow_tracking.promotion.gates.base import Candidate
 from mlflow_tracking.promotion.gates.identity import DigestAndSignature, GoldenParity
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.reconcile import Reconciler
+from scripts.promote import Rollback
 from tests.reconcile_world import Golden, Killed, World, full_disk
 
 
@@ -69,7 +70,7 @@ def test_killed_at_any_call_it_finishes_when_started_again(tmp_path, after):
         assert promoter.audit.verify(Head.parse(world.registry.notes["audit.head"])) == []
         assert promoter.audit.newest("alias seen")["version"] == "3"
         assert promoter.audit.newest("serve")["version"] == "3"
-        assert not [path for path in world.torchserve.store.iterdir() if "tmp" in path.name]
+        assert not [path for path in world.torchserve.store.rglob("*") if "tmp" in path.name]
     assert number > 15, "there were calls to be killed at"
 
 
@@ -350,6 +351,25 @@ def test_rolled_back_from_is_nobodys_last_good_version(world):
     assert book.release(book.last_good).version == "3"
 
 
+def test_a_roll_back_takes_back_what_came_to_serve_while_it_waited(world):
+    """It plans before it has the lock, so that the promoter may stop what it does; until then that goes on."""
+    for version in "12":
+        world.serve(version)
+    world.registry.aliases["champion"] = "3"
+    hand = world.promoter()
+    back = Rollback.planned(hand)
+    assert (back.target.version, back.left) == ("2", None), "3 never served"
+    world.serve("3")
+    world.registry.aliases["champion"] = "2"
+    back.note(hand, "misses melanomas")
+    hand.reconcile()
+    assert world.torchserve.default_version == "2"
+    assert world.status("3") == "rolled back"
+    assert ledger.read(world.torchserve.store).last_good is None
+    row = hand.audit.newest("rollback")
+    assert (row["version"], row["previous"]) == ("2", "3")
+
+
 def test_the_audit_log_tells_when_an_alias_moved(world):
     for version in "12":
         world.serve(version)
@@ -362,6 +382,35 @@ def test_the_audit_log_tells_when_an_alias_moved(world):
     serve = promoter.audit.newest("serve")
     assert (serve["version"], serve["previous"], serve["by"]) == ("2", "1", "promoter")
     assert world.registry.notes["audit.head"] == str(promoter.audit.head())
+
+
+@pytest.mark.parametrize("end", [b"", b"hello\n", b'{"seq": 3}\n'])
+def test_what_is_missing_in_the_audit_log_the_registry_remembers(world, end):
+    world.serve("1")
+    promoter = world.promoter()
+    path, remembered = promoter.audit.path, world.registry.notes["audit.head"]
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]) + end)
+    world.registry.aliases["champion"] = "2"
+    for _ in range(2):
+        [error] = promoter.reconcile().errors
+        assert "is not whole" in error
+    assert world.torchserve.default_version == "2", "promotion goes on"
+    assert world.registry.notes["audit.head"] == remembered
+    assert promoter.audit.verify(Head.parse(remembered))
+
+    path.unlink()
+    del world.registry.notes["audit.head"]
+    assert promoter.reconcile().settled, "a new log was begun"
+    assert world.registry.notes["audit.head"] == str(promoter.audit.head())
+
+
+def test_a_line_on_what_serves_names_what_served_before(world):
+    world.serve("1")
+    (world.torchserve.store / ledger.LEDGER).write_text("{")
+    world.registry.aliases["champion"] = "2"
+    world.promoter().reconcile()
+    rows = [row for row in world.promoter().audit.rows() if row["event"] == "serve"]
+    assert [(row.get("previous"), row["version"]) for row in rows] == [(None, "1"), ("1", "2")]
 
 
 def test_a_failure_is_written_down_once(world, clock):
@@ -441,4 +490,5 @@ def test_what_a_promoter_died_before_writing_down_is_written_by_the_next(world, 
     for _ in range(2):
         promoter.reconcile()
     rows = [row for row in promoter.audit.rows() if row["event"] == "serve" and row["version"] == "2"]
-    assert [row["remark"] for row in rows] == ["noticed afterwards: a promoter has died"], "once"
+    told = [(row["remark"], row["previous"]) for row in rows]
+    assert told == [("noticed afterwards: a promoter has died", "1")], "once"

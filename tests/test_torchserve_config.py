@@ -25,7 +25,7 @@ import yaml
 from handlers.preprocessing import MAX_BYTES
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.ledger import Entry, Ledger
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.settings import SOCKET_PATH, Settings
 
 FOLDER = Path(__file__).parent.parent / "torchserve"
 SETTINGS = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 8, "maxBatchDelay": 2, "responseTimeout": 60}
@@ -125,6 +125,7 @@ def test_the_promoter_looks_for_management_where_the_start_puts_it(render_config
     for name in ("TORCHSERVE_RUN_DIR", "TORCHSERVE_MANAGEMENT"):
         monkeypatch.delenv(name, raising=False)
     assert Settings().management == properties(render_config.render(env)[0])["management_address"]
+    assert render_config.SOCKET_LENGTH == SOCKET_PATH
 
 
 def test_management_is_for_the_owner_alone(render_config, env, tmp_path):

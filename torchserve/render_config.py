@@ -20,8 +20,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# A unix socket's path may have 103 bytes on macOS and 107 on Linux.
-SOCKET_LENGTH = 100
+# A unix socket's path may have 103 bytes on macOS and 107 on Linux; as in mlflow_tracking/settings.py.
+SOCKET_LENGTH = 95
 LEDGER_SCHEMA = 1
 
 

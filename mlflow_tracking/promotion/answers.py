@@ -73,13 +73,6 @@ class AnswerBook:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def kept(self, release: Release, evaluation: EvaluationSet) -> Answers | None:
-        """All answers of a bundle, if they are there."""
-        known = self._read(self._path(release, evaluation))
-        if any(digest not in known for digest in evaluation.frame["sha256"]):
-            return None
-        return _answers([known[digest] for digest in evaluation.frame["sha256"]])
-
     def complete(
         self,
         torchserve: TorchServe,

@@ -88,8 +88,8 @@ def extract_bundle(archive: Path, folder: Path) -> Path:
 
 
 def clean(store: Path) -> list[Path]:
-    """Remove what writing that was cut off has left. Only for the holder of the store's lock."""
-    left = [path for path in store.glob(f".*{TEMPORARY}") if path.is_file()]
+    """Remove what writing that was cut off has left, also below. Only for the holder of the store's lock."""
+    left = [path for path in store.rglob(f".*{TEMPORARY}") if path.is_file()]
     for path in left:
         path.unlink(missing_ok=True)
     return left

@@ -21,6 +21,7 @@ from typing import Any
 
 AUDIT = "audit.jsonl"
 START = "0" * 64  # what the first line names as the one before it
+ALWAYS = {"seq": int, "at": str, "event": str, "by": str, "before": str, "hash": str}  # what every line has
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,12 @@ class AuditLog:
             os.fsync(file.fileno())
 
     def head(self) -> Head:
-        """The newest line."""
-        rows = self.rows()
-        return Head(rows[-1]["seq"], rows[-1]["hash"]) if rows else Head()
+        """The newest line that is one of this log."""
+        whole = (row for row in reversed(self.rows()) if "damaged" not in row)
+        return next((Head(row["seq"], row["hash"]) for row in whole), Head())
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines, oldest first; one that is no JSON object is given as {"damaged": its text}."""
+        """All lines, oldest first; one that is no line of this log is given as {"damaged": its text}."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
@@ -118,8 +119,8 @@ def broken(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
     """Where the chain breaks; after a break it is followed on from the line that is there."""
     before, expected = START, 1
     for number, row in enumerate(rows, 1):
-        if "damaged" in row or not {"seq", "hash", "before"} <= row.keys():
-            yield f"Line {number} is no line of this log: {str(row.get('damaged', row))[:60]!r}."
+        if "damaged" in row:
+            yield f"Line {number} is no line of this log: {row['damaged'][:60]!r}."
             return
         if row["hash"] != line_hash(row):
             yield f"Line {number} was changed: its content does not give its hash."
@@ -143,4 +144,6 @@ def _parse(line: bytes) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError:
         row = None
-    return row if isinstance(row, dict) else {"damaged": line.decode(errors="replace")}
+    if isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in ALWAYS.items()):
+        return row
+    return {"damaged": line.decode(errors="replace")}

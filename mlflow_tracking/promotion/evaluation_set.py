@@ -13,7 +13,8 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +48,7 @@ class EvaluationSet:
 
     @classmethod
     def load(cls, folder: Path) -> "EvaluationSet":
-        """Read a set; each picture is checked when it is read. Raises EvaluationSetError."""
+        """Read a set; its pictures are checked by `verify`, and when they are read. Raises EvaluationSetError."""
         try:
             text = (folder / ROWS).read_bytes()
             frame = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False)
@@ -73,15 +74,24 @@ class EvaluationSet:
         return np.asarray(pd.factorize(self.frame["lesion_id"])[0], np.int64)
 
     def images(self, positions: Sequence[int]) -> list[bytes]:
-        """The bytes of some pictures. Raises EvaluationSetError for one that was changed."""
-        found = []
-        with zipfile.ZipFile(self.folder / IMAGES) as archive:
-            for row in self.frame.iloc[list(positions)].itertuples():
-                image = archive.read(str(row.file))
-                if hashlib.sha256(image).hexdigest() != row.sha256:
-                    raise EvaluationSetError(f"The picture {row.image_id} of the evaluation set was changed.")
-                found.append(image)
-        return found
+        """The bytes of some pictures. Raises EvaluationSetError for one that was changed or cannot be read."""
+        return list(self._read(positions))
+
+    def verify(self) -> None:
+        """Read every picture. Raises EvaluationSetError for one that was changed or cannot be read."""
+        for _ in self._read(range(len(self))):
+            pass
+
+    def _read(self, positions: Sequence[int]) -> Iterator[bytes]:
+        try:
+            with zipfile.ZipFile(self.folder / IMAGES) as archive:
+                for row in self.frame.iloc[list(positions)].itertuples():
+                    image = archive.read(str(row.file))
+                    if hashlib.sha256(image).hexdigest() != row.sha256:
+                        raise EvaluationSetError(f"The picture {row.image_id} of the evaluation set was changed.")
+                    yield image
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise EvaluationSetError(f"A picture of the evaluation set cannot be read: {error}.") from error
 
 
 def freeze(rows: pd.DataFrame, folder: Path, images: int | None = None) -> EvaluationSet:

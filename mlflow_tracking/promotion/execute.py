@@ -161,6 +161,8 @@ class Executor:
                 raise
             raise StepFailed(f"{step} failed: {error}") from error
         except (TorchServeError, EvaluationSetError) as error:
+            if isinstance(error, EvaluationSetError):
+                self._evaluation = None  # what was fetched is damaged by now: it is checked before the next try
             raise StepFailed(f"{step} failed: {error}") from error
 
     def _store(self, release: Release) -> str:
@@ -284,6 +286,7 @@ class Executor:
         folder = self.cache / short(digest)
         with suppress(EvaluationSetError):
             if (found := EvaluationSet.load(folder)).digest == digest:
+                found.verify()
                 return found
         # Other people's pictures: none of an older set stays behind.
         shutil.rmtree(self.cache, ignore_errors=True)
@@ -297,6 +300,7 @@ class Executor:
                 raise EvaluationSetError(
                     f"Version {version} of the evaluation set is not what was frozen: its digest is {found.digest}."
                 )
+            found.verify()
             fetched.rename(folder)
         return EvaluationSet.load(folder)
 

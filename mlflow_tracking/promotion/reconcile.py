@@ -13,7 +13,7 @@ from typing import Literal
 from handlers.files import atomic_file
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
-from mlflow_tracking.promotion.audit import AuditLog
+from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.execute import DIGEST, Executor, NotYet, Refused, StepFailed
 from mlflow_tracking.promotion.gates import report
 from mlflow_tracking.promotion.gates.judge import load_gates
@@ -259,8 +259,7 @@ class Reconciler:
         """Write down what serves if a promoter died between having it serve and writing so."""
         last = self.audit.newest("serve") or {}
         if (now := actual.serving) and last.get("digest") != now.digest:
-            remark = "noticed afterwards: a promoter has died"
-            self.audit.append("serve", self.by, version=now.version, digest=now.digest, remark=remark)
+            self._record("serve", now, "noticed afterwards: a promoter has died")
 
     def _progress(self, step: Step, began: float, remark: str) -> None:
         """A step goes on. Raises NotYet when nobody asks for its release any more."""
@@ -296,11 +295,11 @@ class Reconciler:
             reason = f"Version {step.release.version} was refused: {error}." if final else str(error)
             self.tell(Event(step, "refused" if final else "failed", time.monotonic() - began, str(error)))
             if self._set_back(step.release, reason, final):
-                self._record(step, "refused" if final else "failed", before, str(error))
+                self._record(f"{step.action} {'refused' if final else 'failed'}", step.release, str(error))
             self._note(step.release, "refused" if final else "failed", reason)
             raise _Stopped(reason) from error
         self.tell(Event(step, "done", time.monotonic() - began, remark))
-        self._record(step, "done", before, remark)
+        self._record(str(step.action), step.release, remark)
         served = before.release(before.default)
         if step.action is Action.SERVE:
             if served is not None and served != step.release:
@@ -309,16 +308,16 @@ class Reconciler:
         elif step.action is Action.RETIRE and step.release not in self.setbacks:  # else it says why
             self._note(step.release, "rolled back" if step.release.archive in before.withdrawn else "retired", "")
 
-    def _record(self, step: Step, state: str, before: ledgers.Ledger, remark: str) -> None:
-        """A line of the audit log on a step that ended."""
-        served = before.release(before.default) if step.action is Action.SERVE else None
+    def _record(self, event: str, release: Release, remark: str) -> None:
+        """A line of the audit log on a step that ended; on one that has a release serve, with what served before it."""
+        last = (self.audit.newest("serve") if event == "serve" else None) or {}
         self.audit.append(
-            str(step.action) if state == "done" else f"{step.action} {state}",
+            event,
             self.by,
-            version=step.release.version,
-            digest=step.release.digest,
-            previous=served.version if served else None,
-            previous_digest=served.digest if served else None,
+            version=release.version,
+            digest=release.digest,
+            previous=last.get("version"),
+            previous_digest=last.get("digest"),
             remark=remark or None,
         )
 
@@ -359,13 +358,23 @@ class Reconciler:
             for version in aliases.values():
                 if version and version.digest:
                     self._report(version)
-            if (head := str(self.audit.head())) != self._told:
-                self.registry.set_note(HEAD_NOTE, head)
-                self._told = head
+            self._note_head(errors)
         except RegistryUnavailable as error:
             errors.append(str(error))
             return False
         return True
+
+    def _note_head(self, errors: list[str]) -> None:
+        """Have the registry remember the audit log's newest line; not when the log lacks what is remembered there."""
+        head = str(self.audit.head())
+        if head == self._told:
+            return
+        faults = self.audit.verify(Head.parse(self.registry.note(HEAD_NOTE) or ""))
+        if faults:
+            errors.append(f"The audit log {self.audit.path} is not whole (see docs/promotion.md). {faults[0]}")
+            return
+        self.registry.set_note(HEAD_NOTE, head)
+        self._told = head
 
     def _report(self, version: RegisteredVersion) -> None:
         """Keep the judgement on a version with it in MLflow, if it is not there yet."""

@@ -18,13 +18,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import ValidationError
 
 from mlflow_tracking.promotion.gates.judge import GateSettingsError
 from mlflow_tracking.promotion.ledger import StoreBusy
 from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
 from mlflow_tracking.promotion.status import status
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.settings import Settings, SettingsError
 
 log = logging.getLogger("promoter")
 # A pass may wait for a worker that loads, and for one that drains; a loop that is silent for longer hangs.
@@ -74,7 +73,7 @@ class Promoter:
 
     def status(self) -> dict[str, Any]:
         """What /status answers."""
-        told = {"running": self._running, "steps": list(self._steps), "seconds_since_pass": self._silence()}
+        told = {"running": self._running, "steps": list(self._steps), "seconds_silent": self._silence()}
         return {**self._status, **told}
 
     def alive(self) -> bool:
@@ -195,14 +194,9 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(logging.INFO)
     try:
-        settings = Settings()
-    except ValidationError as error:
-        first = error.errors()[0]
-        print(f"{str(first['loc'][0]).upper()}={first['input']} does not do: {first['msg']}.", file=sys.stderr)
-        return 1
-    try:
+        settings = Settings.load()
         promoter = Promoter(settings)
-    except GateSettingsError as error:
+    except (SettingsError, GateSettingsError) as error:
         print(error, file=sys.stderr)
         return 1
     try:

@@ -11,12 +11,12 @@ import numpy as np
 from pydantic import Field
 
 from handlers.bundle import Bundle
-from handlers.predictor import Prediction, Predictor, Request
+from handlers.predictor import Predictor
 from handlers.preprocessing import fingerprint
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
-from mlflow_tracking.version_card import signature_types
+from mlflow_tracking.version_card import golden_difference, largest_difference, signature_types
 from training.receipt import overlap, read_receipt
 
 SECONDS = 300.0  # for the eager model and the graph to answer a few pictures, on a machine that trains beside it
@@ -75,7 +75,7 @@ class GoldenParity(Gate):
                 return self.holds(False, f"another model answered: {model['digest']}")
             precision = model.get("precision", "f32")
             tolerance = 1e-3 if precision == "f32" else 1e-2
-            difference = max(abs(answer["probabilities"][code] - p) for code, p in case.probabilities.items())
+            difference = largest_difference(case.probabilities, answer["probabilities"])
             worst = max(worst, difference)
             if not difference <= tolerance:  # nor when it is no number
                 reason = (
@@ -183,13 +183,7 @@ def _main(folder: str) -> int:
     for name, runtime in (("checkpoint", "torch"), ("graph", "openvino")):
         if runtime == "openvino" and not bundle.has_graph:
             continue
-        requests = [Request(case.image, metadata=case.metadata) for case in cases]
-        answers = Predictor(bundle, runtime=runtime, precision="f32").predict(requests)
-        differences[name] = max(
-            case.disagreement(answer.probabilities, answer.grid or [])[0]
-            for case, answer in zip(cases, answers, strict=True)
-            if isinstance(answer, Prediction)
-        )
+        differences[name] = golden_difference(Predictor(bundle, runtime=runtime, precision="f32"), cases)
     print(json.dumps(differences))
     return 0
 

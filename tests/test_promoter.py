@@ -1,0 +1,241 @@
+"""The promoter's loop, the commands beside it, and what they ask of TorchServe, with stand-ins for both servers.
+
+- nothing that goes wrong in a pass ends the loop; a loop that is silent for long is told as one that hangs;
+- a worker that died gets its time, is started anew once, and is a failure after that;
+- a version is drained before it is taken out: any answer says that all before it went into a worker;
+- `promote.py --watch` goes on, and tells what is new; `replay.py` waits for the store.
+"""
+
+import threading
+from dataclasses import replace
+
+import httpx
+import pytest
+
+from mlflow_tracking.promotion import execute, ledger, service, torchserve_client
+from mlflow_tracking.promotion.execute import NotYet, StepFailed
+from mlflow_tracking.promotion.ledger import StoreBusy
+from mlflow_tracking.promotion.plan import Action, Actual, Desired, Release, Step
+from mlflow_tracking.promotion.reconcile import Pass
+from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServe
+from mlflow_tracking.settings import Settings
+from scripts import promote, replay
+from scripts.serving_bench.ports import free_ports
+from tests.reconcile_world import World
+
+CALM = Pass(Desired(), Actual())
+
+
+@pytest.fixture
+def world(tmp_path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def promoter(tmp_path) -> service.Promoter:
+    settings = Settings(model_store=tmp_path, promoter_port=free_ports(1)[0], promoter_poll_seconds=0.01)
+    return service.Promoter(settings)
+
+
+def passes(outcomes, stop: threading.Event):
+    """A reconcile that gives or raises these in turn, and stops the loop at the last."""
+    waiting = list(outcomes)
+
+    def reconcile(wait=0.0):
+        outcome = waiting.pop(0)
+        if not waiting:
+            stop.set()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    return reconcile
+
+
+def test_nothing_ends_the_loop(promoter, monkeypatch):
+    stop, told = threading.Event(), []
+    outcomes = [
+        ValueError("a fault of ours"),
+        StoreBusy("busy"),
+        OSError(28, "full"),
+        replace(CALM, errors=("x",)),
+        CALM,
+    ]
+    monkeypatch.setattr(promoter.reconciler, "reconcile", passes(outcomes, stop))
+    once = promoter.once
+    monkeypatch.setattr(promoter, "once", lambda: (once(), told.append(promoter.status()["errors"])))
+    promoter.run(stop)
+    assert [len(errors) for errors in told] == [1, 1, 1, 1, 0]
+    assert told[0] == told[1] == ["the promoter itself failed: ValueError('a fault of ours')"], "busy says nothing new"
+    assert promoter.status()["settled"]
+
+
+def test_a_loop_that_is_silent_hangs(promoter, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(service.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(promoter.reconciler, "reconcile", lambda: CALM)
+    promoter.once()
+    server = service.http_server(promoter)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+
+    def healthz() -> tuple[int, str]:
+        answer = httpx.get(f"http://127.0.0.1:{promoter.settings.promoter_port}/healthz", trust_env=False)
+        return answer.status_code, answer.json()["status"]
+
+    try:
+        now[0] += service.ALIVE_SECONDS - 1
+        assert healthz() == (200, "ok")
+        now[0] += 1
+        assert healthz() == (503, "the loop hangs")
+        assert promoter.status()["seconds_silent"] == service.ALIVE_SECONDS
+        promoter.once()
+        assert healthz() == (200, "ok")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def dead_worker(world, monkeypatch):
+    """Version 1 serves and its worker is gone: (executor, seconds that can be moved, calls of scale)."""
+    world.serve("1")
+    now, calls = [1000.0], []
+    monkeypatch.setattr(execute.time, "monotonic", lambda: now[0])
+    world.torchserve.broken = {"1"}
+    world.torchserve.versions = lambda: {"1": ServedVersion("1", world.torchserve.loaded["1"], 0, workers=1)}
+    world.torchserve.scale = lambda version, workers, synchronous: calls.append((version, workers, synchronous))
+    return world.promoter().executor, now, calls
+
+
+def test_a_dead_worker_is_started_anew_once(world, dead_worker):
+    executor, now, calls = dead_worker
+    release = Release("1", world.registry.tags["1"]["digest"])
+    startup = executor.ledger().archives[release.archive].settings["startupTimeout"]
+    revive = Step(Action.REVIVE, release)
+    for seconds in (0, startup - 1):
+        now[0] = 1000.0 + seconds
+        with pytest.raises(NotYet, match="no ready worker yet"):
+            executor.run(revive)
+    assert calls == [], "it may be starting"
+    now[0] = 1000.0 + startup
+    with pytest.raises(NotYet, match="started anew"):
+        executor.run(revive)
+    assert calls == [("1", 0, True), ("1", 1, False)], "none first: a dead one counts as one"
+    now[0] += startup - 1
+    with pytest.raises(NotYet, match="no ready worker yet"):
+        executor.run(revive)
+    now[0] += 1
+    with pytest.raises(StepFailed, match=f"no ready worker after {startup:g} s"):
+        executor.run(revive)
+    assert len(calls) == 2
+    with pytest.raises(NotYet, match="no ready worker yet"):
+        executor.run(revive)  # tried again, it gets its time again
+
+
+def test_a_version_without_any_worker_is_started_anew_at_once(world, dead_worker):
+    executor, _, calls = dead_worker
+    world.torchserve.versions = lambda: {"1": ServedVersion("1", world.torchserve.loaded["1"], 0, workers=0)}
+    with pytest.raises(NotYet, match="started anew"):
+        executor.run(Step(Action.REVIVE, Release("1", world.registry.tags["1"]["digest"])))
+    assert len(calls) == 2
+
+
+def test_a_worker_that_came_back_is_revived(world, dead_worker):
+    executor, _, calls = dead_worker
+    world.torchserve.broken = set()
+    assert executor.run(Step(Action.REVIVE, Release("1", world.registry.tags["1"]["digest"]))) == ""
+    assert calls == []
+
+
+def test_what_is_taken_out_is_drained_first_and_serves_no_more(world, monkeypatch):
+    for version in "12":
+        world.serve(version)
+    seen = []
+    for name in ("set_default", "drain", "unregister"):
+        effect = getattr(world.torchserve, name)
+        monkeypatch.setattr(
+            world.torchserve,
+            name,
+            lambda version, name=name, effect=effect: (seen.append((name, version)), effect(version)),
+        )
+    hand = world.promoter()
+    back = promote.Rollback.planned(hand)
+    world.registry.aliases["champion"] = back.target.version
+    back.note(hand, "")
+    hand.reconcile()
+    assert seen == [("set_default", "1"), ("drain", "2"), ("unregister", "2")]
+
+
+@pytest.fixture
+def torchserve(monkeypatch):
+    """The client, over a stand-in for the network: (client, its log of predictions and sleeps, what an answer is)."""
+    log, ready, answer = [], [True], [httpx.Response(400, json={"message": "no image"})]
+
+    def network(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            workers = [{"status": "READY", "pid": 1}] if ready[0] else []
+            return httpx.Response(200, json=[{"modelVersion": "2", "modelUrl": "2.mar", "workers": workers}])
+        log.append(request.url.path)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        return answer[0]
+
+    client = TorchServe("http://inference", "http://management")
+    client._management = httpx.Client(transport=httpx.MockTransport(network), base_url="http://management")
+    client._inference = httpx.Client(transport=httpx.MockTransport(network), base_url="http://inference")
+    monkeypatch.setattr(torchserve_client.time, "sleep", log.append)
+    return client, log, ready, answer
+
+
+def test_draining_waits_for_an_answer_and_then_a_little(torchserve):
+    client, log, ready, answer = torchserve
+    client.drain("2", quiet=2.0)
+    assert log == ["/predictions/skin_vit/2", 2.0], "a refusal is an answer"
+    log.clear()
+    client.drain("7")
+    ready[0] = False
+    client.drain("2")
+    assert log == [], "nobody waits for what is not there, or has no worker"
+    ready[0], answer[0] = True, httpx.ReadTimeout("nothing came")
+    client.drain("2")
+    assert log == ["/predictions/skin_vit/2"], "and not on top of a minute without an answer"
+
+
+def test_watching_goes_on_and_tells_what_is_new(world, monkeypatch, capsys):
+    world.registry.aliases["champion"] = "1"
+    reconciler = world.promoter()
+    monkeypatch.setattr(promote.Reconciler, "create", lambda settings, tell, by: reconciler)
+    monkeypatch.setenv("MODEL_STORE", str(world.torchserve.store))
+    turns = []
+
+    def turn(seconds):
+        turns.append(seconds)
+        if len(turns) == 2:
+            world.registry.aliases["champion"] = "2"
+        if len(turns) == 4:
+            world.torchserve.up = False
+        if len(turns) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(promote.time, "sleep", turn)
+    with pytest.raises(KeyboardInterrupt):
+        promote.promote(
+            version="", alias="champion", rollback=False, force=False, reason="", again=False, watch=True, status=False
+        )
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == ["Version 1 serves.", "Version 2 serves."]
+    assert shown.err.splitlines() == ["TorchServe is away."], "once"
+
+
+def test_a_replay_waits_for_the_store(world, monkeypatch):
+    release = Release("1", "sha256:" + "1" * 64)
+    monkeypatch.setenv("MODEL_STORE", str(world.torchserve.store))
+    monkeypatch.setattr(replay, "Registry", lambda uri: world.registry)
+    monkeypatch.setattr(replay, "both", lambda registry, executor: (release, release))
+    monkeypatch.setattr(replay, "LOCK_SECONDS", 0.0)
+    with ledger.lock(world.torchserve.store), pytest.raises(StoreBusy):
+        replay.replay(samples=[], out=None, as_json=True)
+    with pytest.raises(replay.RegistryError, match="nothing to replay"):
+        replay.replay(samples=[], out=None, as_json=True)
