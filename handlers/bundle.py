@@ -60,7 +60,10 @@ class GoldenCase:
 
         Two maps that are both flat correlate perfectly.
         """
-        difference = max(abs(probabilities[code] - self.probabilities[code]) for code in self.probabilities)
+        # numpy's largest, as Python's passes over what is no number
+        difference = float(
+            np.max([abs(probabilities[code] - expected) for code, expected in self.probabilities.items()])
+        )
         ours, theirs = np.ravel(self.grid), np.ravel(grid)
         if ours.shape != theirs.shape:
             return difference, 1.0

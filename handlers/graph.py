@@ -246,7 +246,7 @@ def _check(bundle: Bundle) -> None:
         if isinstance(answer, Exception):
             raise BundleError(f"The golden image {case.name} is refused: {answer}") from answer
         probability, cam = case.disagreement(answer.probabilities, answer.grid or [])
-        if probability > PROBABILITY_TOLERANCE or cam > MAP_TOLERANCE:
+        if not (probability <= PROBABILITY_TOLERANCE and cam <= MAP_TOLERANCE):  # so that NaN disagrees
             raise BundleError(
                 f"The serving graph disagrees with the model on {case.name}: probabilities by {probability:.2g}, "
                 f"1 - correlation of the maps {cam:.2g}."

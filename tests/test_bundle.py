@@ -133,6 +133,13 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(full, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+def test_what_is_no_number_disagrees(full):
+    case = full.golden()[0]
+    for code in CODES:
+        probability, _ = case.disagreement({**case.probabilities, code: float("nan")}, case.grid)
+        assert not probability <= 1
+
+
 @pytest.mark.parametrize("text", ["[]", "null", '{"files": []}', '{"files": {"a": {}}}', '{"files": {"a": 3}}'])
 def test_json_of_another_shape_is_refused_in_a_sentence(full, tmp_path, text):
     copy = shutil.copytree(full.path, tmp_path / "copy")
