@@ -32,7 +32,15 @@ from training.dataset import Augment, DataError, Images, batches, classes_in, ep
 from training.finish import finish, predict
 from training.losses import ClassificationLoss, class_weights
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest
-from training.recipe import choose_device, learning_rate, make_mix, make_optimizer, seed_everything, set_trainable
+from training.recipe import (
+    attention_kernel,
+    choose_device,
+    learning_rate,
+    make_mix,
+    make_optimizer,
+    seed_everything,
+    set_trainable,
+)
 from training.terminal import console, errors, progress_bar
 from training.tracking import Tracker, TrackingError, choose_store, code_revision
 
@@ -151,7 +159,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
                     images, targets = mix(augment(pixels, generator), labels)
                     # A mixed picture is of no one patient: it is learnt from by itself.
                     told = withhold(metadata, inputs, config.metadata_drop, generator) if targets.ndim == 1 else None
-                    with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+                    autocast = torch.autocast(device.type, precision, enabled=precision is not torch.float32)
+                    with autocast, attention_kernel(device):
                         logits = fuse(model, model(images.contiguous(memory_format=torch.channels_last)), told)
                     loss = criterion(logits, targets)
                     optimizer.zero_grad()
