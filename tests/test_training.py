@@ -243,6 +243,9 @@ class After:
     def __init__(self, batches=10**9):
         self.left = batches
 
+    def watch(self):
+        pass
+
     def check(self):
         self.left -= 1
         if not self.left:
@@ -362,11 +365,34 @@ def test_no_data_is_one_sentence(tmp_path):
     assert "prepare_data.py" in output
 
 
+def test_ctrl_c_stops_the_making_of_a_manifest_at_once(tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("Ctrl-C was put off")
+
+    monkeypatch.setattr(train, "build_manifest", interrupted)
+    (tmp_path / "data" / "nevus").mkdir(parents=True)
+    code, _ = command(f"manifest={tmp_path / 'm.csv'}", f"data_dir={tmp_path / 'data'}", "--output", tmp_path / "o")
+    assert code != 0
+
+
 def test_an_output_folder_with_a_run_in_it_is_not_overwritten(tmp_path):
     checkpoints.save(tmp_path / "last.pt", {"epoch": 3})
     code, output = command("--output", tmp_path)
     assert code == 2
     assert f"--resume {tmp_path / 'last.pt'}" in output
+
+
+def test_a_run_goes_on_in_no_other_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    checkpoints.save(tmp_path / "run" / "last.pt", {"config": load_config(None).to_dict()})
+    for words in (["--output", tmp_path / "other"], [f"output={tmp_path / 'other'}"]):
+        code, output = command("--resume", tmp_path / "run", *words)
+        assert code == 2
+        assert "goes on in its own folder" in output
+        assert not (tmp_path / "other").exists()
+    own = tmp_path / "run" / ".." / "run"
+    assert "device=mps is not available" in command("--resume", tmp_path / "run", "--output", own, "device=mps")[1]
 
 
 def test_best_is_not_mistaken_for_a_resumable_checkpoint(tmp_path):

@@ -57,10 +57,14 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into an exception at the next `check`; the second one acts at once."""
+    """From `watch` on, turns the first SIGINT or SIGTERM into an exception at the next `check`; the second one acts at
+    once."""
 
     def __init__(self) -> None:
         self.number = 0
+
+    def watch(self) -> None:
+        """Take the signals over."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
@@ -82,6 +86,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
 
     # ---- data and model
     frame = open_manifest(config)
+    stop.watch()  # not before, as nothing in there asks `check`
     data_id, classes = fingerprint(frame), classes_in(frame)
     if checkpoint and checkpoint["dataset_fingerprint"] != data_id:
         raise TrainingError(f"{config.manifest} has changed since this run began; start a new run.")
@@ -298,12 +303,11 @@ def main(
     try:
         checkpoint = load(find(resume)) if resume else None
         preset = config if config or checkpoint else DEFAULT_PRESET
-        base = checkpoint["config"] if checkpoint else None
+        base = checkpoint["config"] | {"output": str(find(resume).parent)} if resume and checkpoint else None
         settings = load_config(preset, overrides or (), flags, base)
-        if resume and not output:
-            folder = find(resume).parent
-        else:
-            folder = Path(settings.output or ROOT / "runs" / time.strftime(f"{settings.name}-%Y%m%d-%H%M%S"))
+        folder = Path(settings.output or ROOT / "runs" / time.strftime(f"{settings.name}-%Y%m%d-%H%M%S"))
+        if resume and folder.resolve() != find(resume).parent.resolve():  # the best weights so far lie in the run's own
+            raise ConfigError(f"A run goes on in its own folder, {find(resume).parent}; leave output={folder} out.")
         if not checkpoint and (folder / LAST).exists():
             raise ConfigError(
                 f"{folder} holds a run already; add --resume {folder / LAST}, or choose another --output."
