@@ -22,9 +22,11 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from handlers.backbone import build_backbone
+from handlers.bundle import Bundle
 from handlers.gradcam import grad_cam
+from handlers.predictor import Predictor
 from tests.tiny_lesions import tiny_manifest
-from training import checkpoints, tracking, train
+from training import checkpoints, evaluate, finish, tracking, train
 from training.config import ROOT, load_config
 from training.losses import ClassificationLoss, class_weights
 from training.recipe import learning_rate, make_mix, make_optimizer, seed_everything, set_trainable
@@ -326,6 +328,47 @@ def test_a_changed_manifest_or_model_is_not_resumed(bare, tmp_path):
     manifest.write_text("\n".join(manifest.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(train.TrainingError, match="has changed since this run began"):
         run(tmp_path / "run", config, resume=True)
+
+
+@pytest.fixture
+def ended(bare, monkeypatch):
+    """The loop with its real end, and what it printed."""
+    said = []
+    monkeypatch.setattr(train, "finish", finish.finish)
+    monkeypatch.setattr(finish.console, "print", lambda text, **style: said.append(text))
+    return said
+
+
+def test_known_lesions_span_a_space_and_serving_rejects_as_training_did(ended, tmp_path):
+    manifest = tiny_manifest(tmp_path / "data", {"train": 48, "val": 80, "calibration": 60, "test": 60})
+    table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
+    table.loc[(table["split"] == "test") & (table["label"] == "NV"), "label"] = "UNK"
+    table.assign(lesion_id=table["image_id"]).to_csv(manifest, index=False)
+    run(tmp_path / "run", load_config(None, [*TINY, f"manifest={manifest}", "epochs=2"]))
+    assert not any("logits alone" in line for line in ended)
+
+    bundle = Bundle.load(tmp_path / "run" / "bundle")
+    assert bundle.config.calibration.rejection.residual_weight > 0
+    rows, _ = evaluate.open_rows(manifest, "test", tmp_path)
+    judged = evaluate.evaluate(rows, evaluate.ask(Predictor(bundle), rows), 0)
+    reports = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert judged["rejected"] == pytest.approx(reports["test"]["rejected"], abs=1.5 / 40)
+    assert judged["unknown"] == pytest.approx(reports["test"]["unknown"], abs=0.05)
+    # the space is of the validation images: what the rejection does to them is not told
+    assert not {"rejected", "balanced_accuracy_9", "unknown"} & set(reports["val"])
+    assert not any("UNK" in key or "rejected" in key for key in bundle.config.evidence["metrics"]["val"])
+    assert reports["val"]["conformal"]["coverage"] > 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("name=few", "the 18 validation images are fewer than their 64 dimensions"),
+     ("head_hidden=[8]", "the head has hidden layers")],
+)  # fmt: skip
+def test_without_a_known_space_it_says_so(ended, tmp_path, setting, says):
+    config = load_config(None, [*TINY, f"manifest={tiny_manifest(tmp_path / 'data')}", "epochs=1", setting])
+    run(tmp_path / "run", config)
+    assert [line for line in ended if "by the logits alone" in line and says in line]
 
 
 # ---- the command line

@@ -26,6 +26,7 @@ def assess(
     sets: Sequence[Sequence[str]] | None,
     lesions: Sequence[str],
     resamples: int = 0,
+    with_unknown: bool = True,
 ) -> dict[str, Any]:
     """All figures of a model's answers, as one JSON-able table (metrics.report and a few more).
 
@@ -40,6 +41,7 @@ def assess(
         sets: the conformal set of each image; None if the model has none.
         lesions: the lesion of each image, the unit of the bootstrap.
         resamples: of the bootstrap; 0 for no intervals.
+        with_unknown: also what UNK does; not for images that the rejection was made from.
 
     Raises:
         ValueError: no image is of a known class.
@@ -50,11 +52,13 @@ def assess(
     all_nine, truth = np.asarray(probabilities, np.float64), np.array([CODES.index(label) for label in labels])
     y, nine = truth[is_known], all_nine[is_known]
     table = metrics.report(y, conditional(nine), KNOWN_CODES, np.asarray(lesions)[is_known], resamples)
-    table["rejected"] = float((nine.argmax(1) == CODES.index(UNKNOWN)).mean())
-    table["balanced_accuracy_9"] = metrics.balanced_accuracy(truth, all_nine)
     if sets is not None:
         kept = [list(chosen) for chosen, inside in zip(sets, is_known, strict=True) if inside]
         table["conformal"] = _conformal(y, kept)
+    if not with_unknown:
+        return table
+    table["rejected"] = float((nine.argmax(1) == CODES.index(UNKNOWN)).mean())
+    table["balanced_accuracy_9"] = metrics.balanced_accuracy(truth, all_nine)
     if not is_known.all():
         table["unknown"] = unknown_figures(nine, all_nine[~is_known])
     if resamples:
@@ -93,7 +97,7 @@ def conditional(nine: NDArray[np.float64]) -> NDArray[np.float64]:
 def headline(table: dict[str, Any]) -> dict[str, float | None]:
     """The single figures of `assess`, flat, for MLflow and the bundle's evidence."""
     figures: dict[str, float | None] = dict(table["summary"])
-    figures |= {"rejected": table["rejected"], "balanced_accuracy_9": table["balanced_accuracy_9"]}
+    figures |= {name: table[name] for name in ("rejected", "balanced_accuracy_9") if name in table}
     if "conformal" in table:
         figures |= {f"conformal_{key}": table["conformal"][key] for key in ("coverage", "mean_size")}
     if "unknown" in table:
