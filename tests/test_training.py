@@ -300,6 +300,35 @@ def test_a_resumed_run_is_the_uninterrupted_run(bare, tmp_path):
     assert strip(other["history"]) != strip(whole["history"])
 
 
+CHANGES = ["optimizer=adam", "weight_decay=1", "scheduler=constant", "layer_decay=0.5", "freeze_epochs=1",
+           "warmup_epochs=0", "grad_clip=0.01", "ema_decay=0", "precision=bf16", "loss=focal", "label_smoothing=0.2",
+           "class_weight_power=1", "sampler_power=1", "drop_rate=0.5", "drop_path_rate=0.5", "mixup_alpha=1",
+           "cutmix_alpha=1", "randaugment=9", "flip=false", "crop_scale=0.3", "hue=0.3", "seed=1"]  # fmt: skip
+
+
+def test_every_setting_of_the_loop_changes_what_is_learnt(bare, tmp_path):
+    """One epoch of five steps each: a setting that the loop forgot would leave its history as it was, to the bit."""
+    manifest = tiny_manifest(tmp_path / "data")
+    table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
+    rare = (table["split"] == "train") & (table["label"] == "MEL") & (table.index % 2 == 0)
+    table[~rare].to_csv(manifest, index=False)  # or balancing would change nothing
+    base = [*TINY, f"manifest={manifest}", "epochs=1", "batch_size=8", "warmup_epochs=0.5", "ema_decay=0.5",
+            "mix_probability=1", "grad_clip=1", "lr=1e-2"]  # fmt: skip
+    plain = run(tmp_path / "plain", load_config(None, base))
+    again = run(tmp_path / "again", load_config(None, base))
+    assert strip(again["history"]) == strip(plain["history"])
+    forgotten = []
+    for number, change in enumerate(CHANGES):
+        changed = run(tmp_path / str(number), load_config(None, [*base, change]))
+        if strip(changed["history"]) == strip(plain["history"]):
+            forgotten.append(change)
+    assert not forgotten
+    [row] = plain["history"]
+    assert plain["best"]["score"] == row["val_balanced_accuracy"]
+    by_loss = run(tmp_path / "loss", load_config(None, [*base, "monitor=loss"]))
+    assert by_loss["best"]["score"] == -row["val_loss"]
+
+
 def test_it_stops_early_and_resumes_to_the_end(bare, tmp_path):
     manifest = tiny_manifest(tmp_path / "data")
     settings = [*TINY, f"manifest={manifest}", "epochs=50", "patience=2", "lr=1e-12", "ema_decay=0"]
@@ -459,19 +488,25 @@ def test_a_dying_server_is_told_once_and_caught_up_with_later(store):
     tracker = Tracker(os.environ["MLFLOW_TRACKING_URI"], warnings.append)
     tracker.start(load_config(None))
     mlflow, real = tracker._mlflow, tracker._mlflow.log_metrics
+
+    def refusing(*args, **kwargs):
+        raise ConnectionError("refused")
+
     try:
-        mlflow.log_metrics = lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("refused"))
+        mlflow.log_metrics = refusing
         tracker.epoch(1, {"loss": 3.0})
         tracker.epoch(2, {"loss": 2.0})
         assert len(warnings) == 1
         assert "training goes on" in warnings[0]
         mlflow.log_metrics = real
         tracker.epoch(3, {"loss": 1.0})
+        mlflow.log_metrics = refusing
+        tracker.epoch(4, {"loss": 0.5})  # the last one: nothing but the end comes after it
     finally:
         mlflow.log_metrics = real
     tracker.end("FINISHED")
     history = mlflow.MlflowClient().get_metric_history(tracker.run_id, "loss")
-    assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
     assert len(warnings) == 1
 
 
