@@ -178,9 +178,10 @@ def test_shuffled_weights_give_another_map_and_leave_the_bundle_alone(bundle):
 
 def test_checks_are_written(manifest, tmp_path):
     bundle = tiny_bundle(tmp_path / "bundle", seed=1)  # the other one shows no heat on coloured noise
-    code, output = run(explanations.main, "--bundle", bundle.path, "--data", manifest, "--out", tmp_path, "--most", 6)
+    out = tmp_path / "out"
+    code, output = run(explanations.main, "--bundle", bundle.path, "--data", manifest, "--out", out, "--most", 6)
     assert code == 0, output
-    table = json.loads((tmp_path / "explanations.json").read_text())
+    table = json.loads((out / "explanations.json").read_text())
     assert table["images"] == 6
     assert len(table["deletion"]["random"]) == explanations.STEPS + 1
-    assert (tmp_path / "deletion.png").is_file()
+    assert {path.name for path in out.iterdir()} == {"explanations.json", "deletion.png"}  # no decoded pictures

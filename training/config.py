@@ -141,7 +141,7 @@ class TrainConfig(BaseModel):
     bootstrap: int = Field(500, ge=0, description="resamplings for the confidence intervals")
 
     # the run
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = Field(0, ge=0, description="CPU threads; 0: torch's choice")
     output: str = Field("", description="folder of checkpoints and bundle; empty: runs/NAME-TIME")
