@@ -48,8 +48,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Step:
-    """One training step of a configuration: of that in training/train.py what costs time in every preset. Mixing, class
-    weights, metadata, the moving average of the weights and the loss scaling of fp16 are left out."""
+    """One training step of a configuration: augmentation, forward, backward and optimiser as in training/train.py,
+    without mixing, focal loss, class weights, metadata, the moving average of the weights and fp16's loss scaling."""
 
     def __init__(self, config: TrainConfig, classes: int) -> None:
         self.device, self.precision = choose_device(config)

@@ -174,6 +174,9 @@ def test_a_model_of_other_data_or_settings_is_not_taken_for_this_ones(tmp_path):
             found(frame, **other)
     with pytest.raises(unknowns.StudyError, match="holds a model of other data or settings"):
         found(frame.iloc[:-1])
+    (folder / "last.pt").unlink()  # then nobody can tell
+    with pytest.raises(checkpoints.CheckpointError, match="There is no checkpoint"):
+        found(frame)
 
 
 @pytest.mark.slow

@@ -86,10 +86,10 @@ def train_without(frame: pd.DataFrame, code: str, config: str, folder: Path, cac
     """
     rows = hold_out(frame, code, most)
     settings = [f"name=without_{code}", f"manifest={folder / 'manifest.csv'}", f"cache_dir={cache}"]
-    begun = (folder / LAST).is_file()
+    begun = (folder / LAST).is_file() or (folder / "bundle").is_dir()
     if begun:
         state = load(folder / LAST)
-        wanted, had = load_config(config, settings), TrainConfig.model_validate(state["config"])
+        wanted, had = load_config(config, settings), load_config(base=state["config"])
         if state["dataset_fingerprint"] != fingerprint(rows) or _essence(wanted) != _essence(had):
             raise StudyError(
                 f"{folder} holds a model of other data or settings; delete it, or give another folder with --out."
