@@ -31,7 +31,7 @@ from training.config import ConfigError, TrainConfig, load_config
 from training.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split
 from training.losses import ClassificationLoss
 from training.manifest import ManifestError, read_manifest
-from training.recipe import choose_device, make_optimizer
+from training.recipe import attention_kernel, choose_device, make_optimizer
 from training.train import cache_preprocessing
 
 EPILOG = """
@@ -48,7 +48,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Step:
-    """One training step of a configuration, as training/train.py makes it."""
+    """One training step of a configuration: augmentation, forward, backward and optimiser as in training/train.py,
+    without mixing, focal loss, class weights, metadata, the moving average of the weights and fp16's loss scaling."""
 
     def __init__(self, config: TrainConfig, classes: int) -> None:
         self.device, self.precision = choose_device(config)
@@ -61,7 +62,8 @@ class Step:
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> None:
         images = self.augment(pixels.to(self.device), self.generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
+        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
+        with autocast, attention_kernel(self.device):
             logits = self.model(images)
         self.optimizer.zero_grad()
         self.criterion(logits, labels.to(self.device)).backward()

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from handlers.bundle import BundleError
+from handlers.files import atomic_file
 from handlers.preprocessing import ImageError
 
 EPILOG = """
@@ -29,19 +30,20 @@ def main(
     """Write the Grad-CAM overlay of one image."""
     from handlers.predictor import Predictor, Request
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     try:
         data = image.read_bytes()
         [answer] = Predictor.load(bundle).predict([Request(data, gradcam="overlay", target=target)])
         if isinstance(answer, ImageError):
             raise answer
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(answer.overlay_png or b"")
+        with atomic_file(output) as file:
+            file.write(answer.overlay_png or b"")
     except OSError as error:
-        console.print(f"[red]{error.filename}: {error.strerror}[/red]")
+        console.print(f"{error.filename2 or error.filename}: {error.strerror}", style="red")
         sys.exit(2)
     except (ImageError, BundleError) as error:
-        console.print(f"[red]{error}[/red]")
+        console.print(str(error), style="red")
         sys.exit(2)
     console.print(
         f"{answer.code} {answer.probabilities[answer.code]:.3f}; {output} shows where the model looked for "

@@ -47,6 +47,7 @@ def tiny_bundle(
     residual_weight: float = 0.0,
     metadata: Metadata | None = None,
     options: dict[str, Any] | None = None,
+    run_id: str | None = None,
     **export: Any,
 ) -> Bundle:
     """The bundle of a tiny vision transformer with every kind of calibration."""
@@ -64,7 +65,7 @@ def tiny_bundle(
             Rejection(threshold=1.0, scale=0.5, residual_weight=residual_weight),
             Conformal(0.9, dict.fromkeys(KNOWN_CODES, 0.8)),
         ),
-        evidence={"run_id": None, "dataset_fingerprint": "sha256:test", "metrics": {"balanced_accuracy": 0.125}},
+        evidence={"run_id": run_id, "dataset_fingerprint": "sha256:test", "metrics": {"balanced_accuracy": 0.125}},
         metadata=metadata,
         **export,
     )

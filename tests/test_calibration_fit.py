@@ -95,8 +95,25 @@ def test_a_class_with_too_few_images_is_in_every_set():
         assert conformal.thresholds["NV"] == 1.0
 
 
+def test_many_images_of_one_lesion_promise_no_more_than_one():
+    """Nine lesions with twenty images each: k = ceil(10 * 0.9) = 9, the largest of the lesions' largest scores."""
+    scores = np.linspace(0.01, 0.9, 180)
+    probabilities = np.column_stack([1 - scores, scores, np.zeros(180)])
+    labels, lesions = np.zeros(180, int), np.array([f"l{number % 9}" for number in range(180)])
+    assert fit_conformal(probabilities, labels, CLASSES, 0.9, lesions).thresholds["MEL"] == pytest.approx(0.9)
+    few = lesions != "l0"
+    conformal = fit_conformal(probabilities[few], labels[few], CLASSES, 0.9, lesions[few])
+    assert conformal.thresholds["MEL"] == 1.0  # eight lesions, 160 images
+    halves = fit_conformal(probabilities, labels, CLASSES, 0.5, lesions).thresholds["MEL"]
+    assert halves == pytest.approx(np.sort([scores[lesions == lesion].max() for lesion in set(lesions)])[4])
+
+
 def test_the_whole_fit():
     logits, labels = sample(1000, seed=6)
+    each = np.arange(1000)
+    assert fit_calibration(logits, labels, CLASSES, lesions=each) == fit_calibration(logits, labels, CLASSES)
+    joined = fit_calibration(logits, labels, CLASSES, lesions=each // 2).conformal.thresholds
+    assert all(joined[code] > fit_calibration(logits, labels, CLASSES).conformal.thresholds[code] for code in CLASSES)
     calibration = fit_calibration(2 * logits, labels, CLASSES, 0.9)
     assert calibration.temperature == pytest.approx(2, rel=0.15)
     assert calibration.rejection is not None

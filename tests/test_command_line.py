@@ -91,6 +91,13 @@ def test_explain_writes_the_overlay(bundle, image, tmp_path):
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
+def test_explain_says_names_with_brackets_as_they_are(bundle, tmp_path):
+    absent = tmp_path / "[red]mole.jpg"
+    done = run("explain.py", "--image", absent, "--output", tmp_path / "o.png", "--bundle", bundle)
+    assert done.returncode == 2
+    assert done.stderr == f"{absent}: No such file or directory\n"
+
+
 def test_explain_refuses_in_a_sentence(bundle, image, tmp_path):
     for change in (("--image", tmp_path / "absent.jpg"), ("--target", "XYZ"), ("--bundle", tmp_path)):
         done = run("explain.py", "--image", image, "--output", tmp_path / "o.png", "--bundle", bundle, *change)

@@ -61,6 +61,7 @@ def test_unknown_words_are_refused_with_the_nearest_right_one(override, nearest)
         ("epochs=0", "greater than or equal to 1"),
         ("label_smoothing=1.5", "less than or equal to 1"),
         ("crop_scale=0", "greater than 0"),
+        ("seed=-1", "seed must be greater than or equal to 0"),
         ("epochs", "write key=value"),
         ("lr=[1", "cannot be read"),
     ],

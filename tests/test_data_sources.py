@@ -183,6 +183,13 @@ def test_tables_of_different_data_sets_do_not_speak_of_each_others_files(tmp_pat
     assert all(lesion.startswith("1@") for lesion in frame["lesion_id"])
 
 
+def test_tables_in_one_folder_speak_of_the_same_lesions(tmp_path, build):
+    for name, label in (("first", "MEL"), ("second", "NV")):
+        write(tmp_path / "mine" / f"{name}.csv", f"image,label,lesion_id\n{name}.jpg,{label},1\n")
+        save(tmp_path / "mine" / f"{name}.jpg", len(name))
+    assert list(build(tmp_path / "mine")["lesion_id"]) == ["1", "1"]
+
+
 def test_labels_beside_their_images_in_another_folder(tmp_path, build):
     write(tmp_path / "mine" / "csv" / "labels.csv", "image,label\n1.jpg,MEL\n")
     save(tmp_path / "mine" / "images" / "1.jpg", 1)

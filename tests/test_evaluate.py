@@ -6,6 +6,7 @@ and its submission is scored by the challenge's own package as it scores itself.
 """
 
 import json
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -97,7 +98,30 @@ def test_a_folder_is_evaluated_whole(bundle, tmp_path):
     args = ["--bundle", bundle, "--data", tmp_path / "data", "--out", tmp_path / "out", "--bootstrap", 0]
     code, output = run(evaluate.main, *args)
     assert code == 0, output
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 16
+    table = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (table["images"], table["split"]) == (16, "all")
+
+
+def test_what_makes_other_figures_makes_another_name(tmp_path):
+    (tmp_path / "our clinic").mkdir()
+    told = {
+        evaluate.run_prefix(data, split, tta, alone)
+        for data, split in ((tmp_path / "m.csv", "test"), (tmp_path / "m.csv", "all"), (tmp_path / "our clinic", "all"))
+        for tta in (False, True)
+        for alone in (False, True)
+    }
+    assert len(told) == 12
+    assert {"evaluation_test", "evaluation_test_picture_alone", "evaluation_our_clinic_all_tta"} <= told
+
+
+def test_an_evaluation_stands_in_the_run_under_its_own_name(manifest, tmp_path, monkeypatch):
+    frame = read_manifest(manifest)
+    named = tiny_bundle(tmp_path / "bundle", receipt=make_receipt(frame, fingerprint(frame)), run_id="r").path
+    told = []
+    monkeypatch.setattr(evaluate, "log_evaluation", lambda *args: told.append(args) or "")
+    args = ["--bundle", named, "--data", manifest, "--out", tmp_path / "out", "--bootstrap", 0, "--tta"]
+    assert run(evaluate.main, *args)[0] == 0
+    assert [(run_id, prefix) for run_id, _, prefix, _ in told] == [("r", "evaluation_test_tta")]
 
 
 def test_it_logs_to_the_run_that_made_the_model(bundle, manifest, tmp_path, monkeypatch):
@@ -146,6 +170,35 @@ def test_files_that_do_not_fit_are_refused(tmp_path, text, says):
     code, output = run(isic_scoring.main, tmp_path / "truth.csv", tmp_path / "submission.csv")
     assert code == 1
     assert says in output
+
+
+def test_the_scorer_gets_the_truths_weights_and_names_that_meet(tmp_path, monkeypatch):
+    given = []
+
+    def scorer(command, **options):
+        given.extend(pd.read_csv(path) for path in command[-2:])
+        said = {"per_category": {}, "macro_average": {}, "aggregate": {"balanced_accuracy": 0.5}}
+        return subprocess.CompletedProcess(command, 0, json.dumps(said), "")
+
+    monkeypatch.setattr(isic_scoring.subprocess, "run", scorer)
+    one_hot = np.eye(len(CODES))[:3]
+    truth, submission = tmp_path / "truth.csv", tmp_path / "submission.csv"
+    isic_scoring.write_submission(truth, ["ISIC_0000001_downsampled", "ISIC_0000002", "mole"], one_hot)
+    pd.read_csv(truth).assign(score_weight=[1.0, 0.0, 2.0], validation_weight=0.5).to_csv(truth, index=False)
+    isic_scoring.write_submission(submission, ["mole", "ISIC_0000001"], one_hot[:2])
+    code, output = run(isic_scoring.main, truth, submission)
+    assert code == 0, output
+    assert "2 images; left out, as the other file lacks them: 1 of the truth, 0 of the submission" in output
+    assert list(given[0]["image"]) == ["ISIC_0000001", "mole"]
+    assert list(given[0]["score_weight"]) == [1, 2]
+    assert "validation_weight" in given[0]
+    assert sorted(given[1]["image"]) == ["ISIC_0000001", "mole"]
+    assert list(given[1].columns) == ["image", *CODES]
+
+    isic_scoring.write_submission(submission, ["ISIC_0000001", "ISIC_0000001_downsampled"], one_hot[:2])
+    code, output = run(isic_scoring.main, truth, submission)
+    assert code == 1
+    assert "several rows of ISIC_0000001" in output
 
 
 @pytest.mark.slow  # fetches the scorer from the package index the first time

@@ -152,6 +152,25 @@ def test_groups_join_lesions_and_duplicates(tmp_path, build):
     assert frame.groupby("lesion_id")["split"].nunique().max() == 1
 
 
+def test_what_is_dropped_still_joins_what_it_belongs_to(tmp_path, build):
+    """1 is the same photograph as 2, and 2, which nobody has diagnosed, shows the lesion of 3: one group."""
+    data = tmp_path / "mine"
+    write(data / "labels.csv", "image,label,lesion_id\n2,,L\n3,MEL,L\n")
+    save(data / "melanoma" / "1.jpg", 1)
+    save(data / "2.jpg", 1, size=(180, 180), quality=80)
+    save(data / "3.jpg", 3)
+    assert build(data)["lesion_id"].to_dict() == {"1": "L", "3": "L"}
+
+
+def test_a_dropped_copy_in_a_test_folder_keeps_its_group_in_test(tmp_path, build):
+    data = class_folders(tmp_path / "x", {f"Train/nevus/{n}.jpg": n for n in range(8)})
+    save(data / "Test" / "unsorted" / "again.jpg", 3, size=(180, 180), quality=80)
+    frame = build(data, fractions={"train": 1, "val": 0, "calibration": 0, "test": 0})
+    assert "again" not in frame.index
+    assert list(frame.index[frame["split"] == "test"]) == ["3"]
+    assert list(frame["lesion_id"]) == list(frame.index)  # named after an image that is there
+
+
 def test_a_test_folder_stays_test_and_takes_its_groups_with_it(tmp_path, build):
     ham = ham10000(
         tmp_path / "ham",

@@ -472,7 +472,7 @@ def test_a_model_learns_what_only_the_site_tells(trained):
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 def test_evaluation_tells_what_the_manifest_knows(trained):
-    rows = evaluate.open_rows(trained.manifest, "test", trained.run)
+    rows, _ = evaluate.open_rows(trained.manifest, "test", trained.run)
     predictor = Predictor(trained.bundle, precision="f32")
     answers, alone = evaluate.ask(predictor, rows), evaluate.ask(predictor, rows, picture_alone=True)
     right, right_alone = (np.mean([a.code == label for a, label in zip(some, rows["label"], strict=True)])

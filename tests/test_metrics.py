@@ -154,6 +154,63 @@ def test_intervals_are_wider_for_lesions_with_many_images(drawn):
     assert width["lesions"] == pytest.approx(3.92 * math.sqrt(a * (1 - a) / len(y)), rel=0.25)
 
 
+def test_the_interval_of_the_calibration_error_holds_it():
+    """Of a perfectly calibrated model, whose resamplings are nearly all further from calibration than its answers."""
+    rng = np.random.default_rng(4)
+    p = rng.dirichlet([0.5] * 4, 300)
+    y = (p.cumsum(1) > rng.random((300, 1))).argmax(1)
+    error = metrics.expected_calibration_error(y, p)
+    draws = [metrics.expected_calibration_error(y[i], p[i]) for i in metrics.resampled(np.arange(300), 300)]
+    assert metrics.interval(draws)[0] > error
+    low, high = metrics.bootstrap(y, p, np.arange(300), 300)["ece"]
+    assert 0 <= low < error < high
+    assert high - low == pytest.approx(np.diff(metrics.interval(draws))[0], rel=0.01)
+
+
+def by_lesion_and_image(figure):
+    """Widths of the interval that `figure(copies, lesions)` gives where a lesion has nine copies of its image."""
+    low_high = figure(9, np.repeat(np.arange(400), 9)), figure(9, np.arange(9 * 400)), figure(1, np.arange(400))
+    return [high - low for low, high in low_high]
+
+
+@pytest.mark.parametrize("name", ["recall", "balanced_accuracy_9", "rejected", "conformal_coverage", "slice"])
+def test_every_interval_is_of_lesions(drawn, name):
+    y = drawn[0]
+    p = np.zeros((len(y), len(CODES)))
+    p[:, [0, 1, 2, 3, len(CODES) - 1]] = drawn[1]
+
+    def figure(copies, lesions):
+        nine, codes = np.repeat(p, copies, axis=0), [KNOWN_CODES[k % 4] for k in np.repeat(y, copies)]
+        if name == "slice":
+            rows = pd.DataFrame({"label": codes, "lesion_id": lesions, "source": "x", "site": "", "sex": "", "age": 50})
+            return slices(rows, nine, 60)["source"]["x"]["intervals_95"]["accuracy"]
+        sets = [[CODES[row.argmax()]] for row in nine]
+        table = assess(codes, nine, sets, lesions, 60)
+        return table["per_class_intervals_95"]["MEL"]["recall"] if name == "recall" else table["intervals_95"][name]
+
+    lesions, images, single = by_lesion_and_image(figure)
+    assert lesions == pytest.approx(single, rel=0.01)
+    assert 2 < lesions / images < 4.5
+
+
+def test_every_headline_has_an_interval_that_holds_it(drawn):
+    y, p = drawn
+    nine = np.zeros((len(y), len(CODES)))
+    nine[:, [0, 1, 2, 3, len(CODES) - 1]] = p
+    codes = [[*KNOWN_CODES[:4], "UNK"][k] for k in y]
+    sets = [[CODES[k] for k in np.argsort(-row)[:2]] for row in nine]
+    table = assess(codes, nine, sets, np.arange(len(y)), 100)
+    assert set(headline(table)) == set(table["intervals_95"])
+    for name, value in headline(table).items():
+        low, high = table["intervals_95"][name]
+        assert low <= value <= high, name
+    apart = assess(codes, nine, sets, np.arange(len(y)), 20, with_unknown=False)
+    assert set(headline(table)) - set(headline(apart)) == {
+        "rejected", "balanced_accuracy_9", "unknown_auroc", "unknown_fpr_at_95", "unknown_called_malignant",
+    }  # fmt: skip
+    json.dumps(table, allow_nan=False)
+
+
 def test_bootstrap_is_repeatable(drawn):
     y, p = drawn
     first, second = (metrics.bootstrap(y, p, np.arange(len(y)), 20, seed=3) for _ in range(2))

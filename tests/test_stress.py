@@ -5,19 +5,23 @@ found out: by what changes its answer, by the heat on the border, and by the del
 map.
 """
 
+import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from handlers.taxonomy import CODES, KNOWN_CODES
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import explanations, stress
-from training.manifest import read_manifest
+from training.manifest import ManifestError
 from training.synthetic import draw_lesion
 
 
@@ -48,19 +52,72 @@ def test_a_fault_is_visible_and_repeatable(name):
     assert first.shape != picture.shape or np.abs(first.astype(int) - picture).mean() > 0.5
 
 
-def test_faults_are_put_on_the_pictures_and_nothing_else_changes(bundle, manifest):
-    from handlers.predictor import Predictor
+def test_a_compressed_picture_is_what_pillow_makes_of_it():
+    """The same standard tables and 4:2:0: were red and blue swapped, a strongly coloured picture would differ."""
+    picture = np.asarray(draw_lesion(1, "MEL", (120, 90))).copy()
+    picture[:, 60:] = (200, 30, 30)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=20, subsampling="4:2:0")
+    with Image.open(buffer) as reference:
+        difference = stress.jpeg(picture, np.random.default_rng(0)).astype(int) - np.asarray(reference)
+    assert np.abs(difference).mean() < 0.1
 
-    frame = read_manifest(manifest)
-    rows = frame[frame["split"] == "test"].reset_index(drop=True)
-    table = stress.stress(Predictor(bundle), rows)
-    assert list(table) == ["none", *stress.FAULTS]
-    assert table["none"] | {"balanced_accuracy": 0} == {
-        "melanoma_change": 0, "melanoma_drop": 0, "flips": 0, "balanced_accuracy": 0,
+
+def answering(brightness):
+    """A predictor that knows the mean of a picture, and answers each with the nine probabilities given for it."""
+
+    def runtime(pixels, target):
+        means = pixels.mean((1, 2, 3)).round().astype(int)
+        return np.array([brightness[mean] for mean in means]), None, None
+
+    def probabilities(logits, classes, residuals):
+        return logits
+
+    config = SimpleNamespace(
+        preprocessing=SimpleNamespace(resize=np.asarray), classes=KNOWN_CODES,
+        calibration=SimpleNamespace(probabilities=probabilities),
+    )  # fmt: skip
+    return SimpleNamespace(runtime=runtime, config=config)
+
+
+def answer(**given):
+    return [given.get(code, 0.0) for code in CODES]
+
+
+def test_figures_by_hand(tmp_path, monkeypatch):
+    """Two melanomas and two nevi, grey; a fault that brightens by 100 makes one melanoma a nevus, one unknown."""
+    rows = []
+    for grey, label in ((10, "MEL"), (20, "MEL"), (30, "NV"), (40, "NV")):
+        Image.new("RGB", (32, 32), (grey,) * 3).save(tmp_path / f"{grey}.png")
+        rows.append({"path": str(tmp_path / f"{grey}.png"), "label": label})
+    monkeypatch.setattr(stress, "FAULTS", {"bright": lambda image, rng: image + np.uint8(100)})
+    monkeypatch.setattr(stress, "BATCH", 3)  # and two batches
+    nine = {
+        10: answer(MEL=0.8, NV=0.2), 110: answer(MEL=0.3, NV=0.7),
+        20: answer(MEL=0.6, NV=0.4), 120: answer(MEL=0.4, UNK=0.6),
+        30: answer(MEL=0.1, NV=0.9), 130: answer(MEL=0.2, NV=0.8),
+        40: answer(MEL=0.7, NV=0.3), 140: answer(MEL=0.7, NV=0.3),
     }  # fmt: skip
-    assert all(row["melanoma_change"] > 0 for name, row in table.items() if name != "none")
-    # the images are coloured noise: a warm lamp changes more than a mild compression
-    assert table["warm white"]["melanoma_change"] > table["jpeg"]["melanoma_change"] / 10
+    table = stress.stress(answering(nine), pd.DataFrame(rows))
+    unchanged = {"melanoma_change": 0, "melanoma_drop": 0, "flips": 0}
+    assert table["none"] == unchanged | {"balanced_accuracy": 0.75}
+    assert table["bright"] == {
+        "melanoma_change": pytest.approx((0.5 + 0.2 + 0.1 + 0) / 4),
+        "melanoma_drop": pytest.approx(-(0.5 + 0.2) / 2),
+        "flips": 0.5,
+        "balanced_accuracy": 0.5,  # without UNK the second melanoma is one still, and of the nevi one is right
+    }
+
+
+def test_pictures_are_opened_as_serving_opens_them(tmp_path):
+    turned = Image.new("RGB", (64, 32), (200, 30, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert stress._open(str(tmp_path / "turned.jpg")).shape == (64, 32, 3)
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    with pytest.raises(ManifestError, match=r"small.png cannot be read: The image is 8×8"):
+        stress._open(str(tmp_path / "small.png"))
 
 
 def test_the_sheet_is_written(bundle, manifest, tmp_path):
@@ -121,9 +178,10 @@ def test_shuffled_weights_give_another_map_and_leave_the_bundle_alone(bundle):
 
 def test_checks_are_written(manifest, tmp_path):
     bundle = tiny_bundle(tmp_path / "bundle", seed=1)  # the other one shows no heat on coloured noise
-    code, output = run(explanations.main, "--bundle", bundle.path, "--data", manifest, "--out", tmp_path, "--most", 6)
+    out = tmp_path / "out"
+    code, output = run(explanations.main, "--bundle", bundle.path, "--data", manifest, "--out", out, "--most", 6)
     assert code == 0, output
-    table = json.loads((tmp_path / "explanations.json").read_text())
+    table = json.loads((out / "explanations.json").read_text())
     assert table["images"] == 6
     assert len(table["deletion"]["random"]) == explanations.STEPS + 1
-    assert (tmp_path / "deletion.png").is_file()
+    assert {path.name for path in out.iterdir()} == {"explanations.json", "deletion.png"}  # no decoded pictures

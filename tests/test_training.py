@@ -22,9 +22,11 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from handlers.backbone import build_backbone
+from handlers.bundle import Bundle
 from handlers.gradcam import grad_cam
+from handlers.predictor import Predictor
 from tests.tiny_lesions import tiny_manifest
-from training import checkpoints, tracking, train
+from training import checkpoints, evaluate, finish, tracking, train
 from training.config import ROOT, load_config
 from training.losses import ClassificationLoss, class_weights
 from training.recipe import learning_rate, make_mix, make_optimizer, seed_everything, set_trainable
@@ -243,6 +245,9 @@ class After:
     def __init__(self, batches=10**9):
         self.left = batches
 
+    def watch(self):
+        pass
+
     def check(self):
         self.left -= 1
         if not self.left:
@@ -295,6 +300,35 @@ def test_a_resumed_run_is_the_uninterrupted_run(bare, tmp_path):
     assert strip(other["history"]) != strip(whole["history"])
 
 
+CHANGES = ["optimizer=adam", "weight_decay=1", "scheduler=constant", "layer_decay=0.5", "freeze_epochs=1",
+           "warmup_epochs=0", "grad_clip=0.01", "ema_decay=0", "precision=bf16", "loss=focal", "label_smoothing=0.2",
+           "class_weight_power=1", "sampler_power=1", "drop_rate=0.5", "drop_path_rate=0.5", "mixup_alpha=1",
+           "cutmix_alpha=1", "randaugment=9", "flip=false", "crop_scale=0.3", "hue=0.3", "seed=1"]  # fmt: skip
+
+
+def test_every_setting_of_the_loop_changes_what_is_learnt(bare, tmp_path):
+    """One epoch of five steps each: a setting that the loop forgot would leave its history as it was, to the bit."""
+    manifest = tiny_manifest(tmp_path / "data")
+    table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
+    rare = (table["split"] == "train") & (table["label"] == "MEL") & (table.index % 2 == 0)
+    table[~rare].to_csv(manifest, index=False)  # or balancing would change nothing
+    base = [*TINY, f"manifest={manifest}", "epochs=1", "batch_size=8", "warmup_epochs=0.5", "ema_decay=0.5",
+            "mix_probability=1", "grad_clip=1", "lr=1e-2"]  # fmt: skip
+    plain = run(tmp_path / "plain", load_config(None, base))
+    again = run(tmp_path / "again", load_config(None, base))
+    assert strip(again["history"]) == strip(plain["history"])
+    forgotten = []
+    for number, change in enumerate(CHANGES):
+        changed = run(tmp_path / str(number), load_config(None, [*base, change]))
+        if strip(changed["history"]) == strip(plain["history"]):
+            forgotten.append(change)
+    assert not forgotten
+    [row] = plain["history"]
+    assert plain["best"]["score"] == row["val_balanced_accuracy"]
+    by_loss = run(tmp_path / "loss", load_config(None, [*base, "monitor=loss"]))
+    assert by_loss["best"]["score"] == -row["val_loss"]
+
+
 def test_it_stops_early_and_resumes_to_the_end(bare, tmp_path):
     manifest = tiny_manifest(tmp_path / "data")
     settings = [*TINY, f"manifest={manifest}", "epochs=50", "patience=2", "lr=1e-12", "ema_decay=0"]
@@ -323,6 +357,47 @@ def test_a_changed_manifest_or_model_is_not_resumed(bare, tmp_path):
     manifest.write_text("\n".join(manifest.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(train.TrainingError, match="has changed since this run began"):
         run(tmp_path / "run", config, resume=True)
+
+
+@pytest.fixture
+def ended(bare, monkeypatch):
+    """The loop with its real end, and what it printed."""
+    said = []
+    monkeypatch.setattr(train, "finish", finish.finish)
+    monkeypatch.setattr(finish.console, "print", lambda text, **style: said.append(text))
+    return said
+
+
+def test_known_lesions_span_a_space_and_serving_rejects_as_training_did(ended, tmp_path):
+    manifest = tiny_manifest(tmp_path / "data", {"train": 48, "val": 80, "calibration": 60, "test": 60})
+    table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
+    table.loc[(table["split"] == "test") & (table["label"] == "NV"), "label"] = "UNK"
+    table.assign(lesion_id=table["image_id"]).to_csv(manifest, index=False)
+    run(tmp_path / "run", load_config(None, [*TINY, f"manifest={manifest}", "epochs=2"]))
+    assert not any("logits alone" in line for line in ended)
+
+    bundle = Bundle.load(tmp_path / "run" / "bundle")
+    assert bundle.config.calibration.rejection.residual_weight > 0
+    rows, _ = evaluate.open_rows(manifest, "test", tmp_path)
+    judged = evaluate.evaluate(rows, evaluate.ask(Predictor(bundle), rows), 0)
+    reports = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert judged["rejected"] == pytest.approx(reports["test"]["rejected"], abs=1.5 / 40)
+    assert judged["unknown"] == pytest.approx(reports["test"]["unknown"], abs=0.05)
+    # the space is of the validation images: what the rejection does to them is not told
+    assert not {"rejected", "balanced_accuracy_9", "unknown"} & set(reports["val"])
+    assert not any("UNK" in key or "rejected" in key for key in bundle.config.evidence["metrics"]["val"])
+    assert reports["val"]["conformal"]["coverage"] > 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("name=few", "the 18 validation images are fewer than their 64 dimensions"),
+     ("head_hidden=[8]", "the head has hidden layers")],
+)  # fmt: skip
+def test_without_a_known_space_it_says_so(ended, tmp_path, setting, says):
+    config = load_config(None, [*TINY, f"manifest={tiny_manifest(tmp_path / 'data')}", "epochs=1", setting])
+    run(tmp_path / "run", config)
+    assert [line for line in ended if "by the logits alone" in line and says in line]
 
 
 # ---- the command line
@@ -362,11 +437,34 @@ def test_no_data_is_one_sentence(tmp_path):
     assert "prepare_data.py" in output
 
 
+def test_ctrl_c_stops_the_making_of_a_manifest_at_once(tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("Ctrl-C was put off")
+
+    monkeypatch.setattr(train, "build_manifest", interrupted)
+    (tmp_path / "data" / "nevus").mkdir(parents=True)
+    code, _ = command(f"manifest={tmp_path / 'm.csv'}", f"data_dir={tmp_path / 'data'}", "--output", tmp_path / "o")
+    assert code != 0
+
+
 def test_an_output_folder_with_a_run_in_it_is_not_overwritten(tmp_path):
     checkpoints.save(tmp_path / "last.pt", {"epoch": 3})
     code, output = command("--output", tmp_path)
     assert code == 2
     assert f"--resume {tmp_path / 'last.pt'}" in output
+
+
+def test_a_run_goes_on_in_no_other_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    checkpoints.save(tmp_path / "run" / "last.pt", {"config": load_config(None).to_dict()})
+    for words in (["--output", tmp_path / "other"], [f"output={tmp_path / 'other'}"]):
+        code, output = command("--resume", tmp_path / "run", *words)
+        assert code == 2
+        assert "goes on in its own folder" in output
+        assert not (tmp_path / "other").exists()
+    own = tmp_path / "run" / ".." / "run"
+    assert "device=mps is not available" in command("--resume", tmp_path / "run", "--output", own, "device=mps")[1]
 
 
 def test_best_is_not_mistaken_for_a_resumable_checkpoint(tmp_path):
@@ -390,19 +488,25 @@ def test_a_dying_server_is_told_once_and_caught_up_with_later(store):
     tracker = Tracker(os.environ["MLFLOW_TRACKING_URI"], warnings.append)
     tracker.start(load_config(None))
     mlflow, real = tracker._mlflow, tracker._mlflow.log_metrics
+
+    def refusing(*args, **kwargs):
+        raise ConnectionError("refused")
+
     try:
-        mlflow.log_metrics = lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("refused"))
+        mlflow.log_metrics = refusing
         tracker.epoch(1, {"loss": 3.0})
         tracker.epoch(2, {"loss": 2.0})
         assert len(warnings) == 1
         assert "training goes on" in warnings[0]
         mlflow.log_metrics = real
         tracker.epoch(3, {"loss": 1.0})
+        mlflow.log_metrics = refusing
+        tracker.epoch(4, {"loss": 0.5})  # the last one: nothing but the end comes after it
     finally:
         mlflow.log_metrics = real
     tracker.end("FINISHED")
     history = mlflow.MlflowClient().get_metric_history(tracker.run_id, "loss")
-    assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
     assert len(warnings) == 1
 
 

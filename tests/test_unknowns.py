@@ -17,11 +17,11 @@ from scipy.special import logsumexp, softmax
 from handlers.predictor import Predictor
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
-from training import metrics, unknowns
-from training.config import ROOT
+from training import checkpoints, metrics, unknowns
+from training.config import ROOT, load_config
 from training.detectors import DETECTORS, Known, Outputs
 from training.far_images import SIDE, far_images
-from training.manifest import read_manifest
+from training.manifest import fingerprint, read_manifest
 
 DIMENSIONS, CLASSES = 12, 4
 
@@ -158,6 +158,27 @@ def test_a_model_is_judged_near_and_far(tmp_path):
     assert "| MEL | 48 |" in text
 
 
+def test_a_model_of_other_data_or_settings_is_not_taken_for_this_ones(tmp_path):
+    frame, folder = read_manifest(own_lesions(tmp_path / "data")), tmp_path / "without_MEL"
+    sealed = tiny_bundle(folder / "bundle", classes=("NV", "BCC"))
+    config = load_config("held_out", ["name=without_MEL", "output=elsewhere", "cache_dir=another"]).to_dict()
+    state = {"config": config, "dataset_fingerprint": fingerprint(unknowns.hold_out(frame, "MEL", 9))}
+    checkpoints.save(folder / "last.pt", state)
+
+    def found(frame, preset="held_out", most=9):
+        return unknowns.train_without(frame, "MEL", preset, folder, tmp_path / "cache", most)
+
+    assert found(frame).digest == sealed.digest
+    for other in ({"most": 8}, {"preset": "demo_vit"}):
+        with pytest.raises(unknowns.StudyError, match="holds a model of other data or settings"):
+            found(frame, **other)
+    with pytest.raises(unknowns.StudyError, match="holds a model of other data or settings"):
+        found(frame.iloc[:-1])
+    (folder / "last.pt").unlink()  # then nobody can tell
+    with pytest.raises(checkpoints.CheckpointError, match="There is no checkpoint"):
+        found(frame)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_study_trains_what_it_lacks_and_nothing_twice(tmp_path, monkeypatch):
@@ -173,4 +194,8 @@ def test_the_study_trains_what_it_lacks_and_nothing_twice(tmp_path, monkeypatch)
         assert ("Training without MEL" in done.stdout) is trains
     study = json.loads((tmp_path / "out" / "unknowns.json").read_text())
     assert list(study["held_out"]) == ["MEL"]
+    assert study["bundle"] is None
+    done = subprocess.run([*command, "--most", "3"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "holds a model of other data or settings" in done.stderr
     assert (tmp_path / "out" / "unknowns.md").is_file()

@@ -17,6 +17,8 @@ from training import metrics
 # A slice with fewer images says nothing; its figures are left out.
 MIN_SLICE = 30
 SLICE_METRICS = ("accuracy", "balanced_accuracy", "macro_auc", "ece")
+MELANOMA_FIGURES = ("recall", "specificity_at_95")
+BESIDE_FIGURES = {"conformal": ("coverage", "mean_size"), "unknown": ("auroc", "fpr_at_95", "called_malignant")}
 AGE_BANDS = {"under 30": (0, 30), "30 to 49": (30, 50), "50 to 69": (50, 70), "70 and over": (70, 200)}
 
 
@@ -26,6 +28,7 @@ def assess(
     sets: Sequence[Sequence[str]] | None,
     lesions: Sequence[str],
     resamples: int = 0,
+    with_unknown: bool = True,
 ) -> dict[str, Any]:
     """All figures of a model's answers, as one JSON-able table (metrics.report and a few more).
 
@@ -40,6 +43,7 @@ def assess(
         sets: the conformal set of each image; None if the model has none.
         lesions: the lesion of each image, the unit of the bootstrap.
         resamples: of the bootstrap; 0 for no intervals.
+        with_unknown: also what UNK does; not for images that the rejection was made from.
 
     Raises:
         ValueError: no image is of a known class.
@@ -48,22 +52,46 @@ def assess(
     if not is_known.any():
         raise ValueError("None of the images has one of the known classes as its label.")
     all_nine, truth = np.asarray(probabilities, np.float64), np.array([CODES.index(label) for label in labels])
-    y, nine = truth[is_known], all_nine[is_known]
-    table = metrics.report(y, conditional(nine), KNOWN_CODES, np.asarray(lesions)[is_known], resamples)
-    table["rejected"] = float((nine.argmax(1) == CODES.index(UNKNOWN)).mean())
-    table["balanced_accuracy_9"] = metrics.balanced_accuracy(truth, all_nine)
-    if sets is not None:
-        kept = [list(chosen) for chosen, inside in zip(sets, is_known, strict=True) if inside]
-        table["conformal"] = _conformal(y, kept)
-    if not is_known.all():
-        table["unknown"] = unknown_figures(nine, all_nine[~is_known])
+    y, eight = truth[is_known], conditional(all_nine[is_known])
+    table = metrics.report(y, eight, KNOWN_CODES, np.asarray(lesions)[is_known], resamples)
+    members = None if sets is None else np.array([[code in chosen for code in CODES] for chosen in sets], bool)
+
+    def beside(rows: NDArray[np.int64]) -> dict[str, Any]:
+        return _beside(truth[rows], all_nine[rows], None if members is None else members[rows], with_unknown)
+
+    table |= beside(np.arange(len(truth)))
     if resamples:
-        draws = [
-            metrics.balanced_accuracy(truth[chosen], all_nine[chosen])
-            for chosen in metrics.resampled(lesions, resamples)
-        ]
-        table["intervals_95"]["balanced_accuracy_9"] = metrics.interval(draws)
+        draws = [_flat(beside(chosen)) for chosen in metrics.resampled(lesions, resamples)]
+        for name in _flat(table):
+            drawn = [draw[name] for draw in draws if np.isfinite(draw.get(name, np.nan))]
+            table["intervals_95"] |= {name: metrics.interval(drawn)} if drawn else {}
+        of_melanoma = table["per_class_intervals_95"]["MEL"]
+        table["intervals_95"] |= {f"melanoma_{name}": of_melanoma[name] for name in MELANOMA_FIGURES}
     return table
+
+
+def _beside(
+    truth: NDArray[np.int64], nine: NDArray[np.float64], members: NDArray[np.bool_] | None, with_unknown: bool
+) -> dict[str, Any]:
+    """What stands beside the classification: conformal sets (N, 9), as members, over the known lesions; rejection."""
+    is_known = truth != CODES.index(UNKNOWN)
+    table: dict[str, Any] = {}
+    if members is not None and is_known.any():
+        table["conformal"] = _conformal(truth[is_known], members[is_known])
+    if with_unknown and is_known.any():
+        table["rejected"] = float((nine[is_known].argmax(1) == CODES.index(UNKNOWN)).mean())
+        table["balanced_accuracy_9"] = metrics.balanced_accuracy(truth, nine)
+        if not is_known.all():
+            table["unknown"] = unknown_figures(nine[is_known], nine[~is_known])
+    return table
+
+
+def _flat(table: dict[str, Any]) -> dict[str, float]:
+    """The single figures of `_beside`, by their names in `headline`."""
+    figures: dict[str, float] = {name: table[name] for name in ("rejected", "balanced_accuracy_9") if name in table}
+    for part, names in BESIDE_FIGURES.items():
+        figures |= {f"{part}_{name}": table[part][name] for name in names if part in table}
+    return figures
 
 
 def unknown_figures(known: NDArray[np.float64], unknown: NDArray[np.float64]) -> dict[str, Any]:
@@ -92,15 +120,8 @@ def conditional(nine: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def headline(table: dict[str, Any]) -> dict[str, float | None]:
     """The single figures of `assess`, flat, for MLflow and the bundle's evidence."""
-    figures: dict[str, float | None] = dict(table["summary"])
-    figures |= {"rejected": table["rejected"], "balanced_accuracy_9": table["balanced_accuracy_9"]}
-    if "conformal" in table:
-        figures |= {f"conformal_{key}": table["conformal"][key] for key in ("coverage", "mean_size")}
-    if "unknown" in table:
-        figures |= {f"unknown_{key}": table["unknown"][key] for key in ("auroc", "fpr_at_95", "called_malignant")}
     melanoma = table["per_class"]["MEL"]
-    figures |= {"melanoma_recall": melanoma["recall"], "melanoma_specificity_at_95": melanoma["specificity_at_95"]}
-    return figures
+    return table["summary"] | _flat(table) | {f"melanoma_{name}": melanoma[name] for name in MELANOMA_FIGURES}
 
 
 def slices(rows: pd.DataFrame, probabilities: NDArray[np.float64], resamples: int = 0) -> dict[str, Any]:
@@ -139,11 +160,11 @@ def slices(rows: pd.DataFrame, probabilities: NDArray[np.float64], resamples: in
     return table
 
 
-def _conformal(y: NDArray[np.int64], sets: list[list[str]]) -> dict[str, Any]:
-    inside = np.array([KNOWN_CODES[k] in chosen for k, chosen in zip(y, sets, strict=True)])
+def _conformal(y: NDArray[np.int64], members: NDArray[np.bool_]) -> dict[str, Any]:
+    inside = members[np.arange(len(y)), y]
     return {
         "coverage": float(inside.mean()),
-        "mean_size": float(np.mean([len(chosen) for chosen in sets])),
+        "mean_size": float(members.sum(1).mean()),
         "coverage_per_class": {KNOWN_CODES[k]: float(inside[y == k].mean()) for k in np.unique(y)},
     }
 

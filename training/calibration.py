@@ -6,8 +6,10 @@ handlers/calibration.py applies them.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
@@ -27,6 +29,7 @@ def fit_calibration(
     residuals: ArrayLike | None = None,
     residual_weight: float = 0.0,
     alone: ArrayLike | None = None,
+    lesions: ArrayLike | None = None,
 ) -> Calibration:
     """Fit temperature, rejection and conformal thresholds.
 
@@ -39,6 +42,7 @@ def fit_calibration(
         alone: (N, K) of the same pictures without the metadata that `logits` hold, for a model that takes them and may
             be asked without. All is then fitted on both, and the conformal sets keep their promise either way: an
             image's score is the larger of its two.
+        lesions: (N,) of each image, for the conformal sets; None: each image is a lesion of its own.
 
     Returns the identity if there are fewer than MIN_IMAGES images.
     """
@@ -52,7 +56,8 @@ def fit_calibration(
     r = None if residuals is None else np.tile(np.asarray(residuals, np.float64)[kept], len(ways))
     temperature = fit_temperature(z, np.tile(y, len(ways)))
     known = np.min([Calibration(temperature).known_probabilities(way) for way in ways], axis=0)
-    conformal = fit_conformal(known, y, classes, confidence_level)
+    of = None if lesions is None else np.asarray(lesions)[kept]
+    conformal = fit_conformal(known, y, classes, confidence_level, of)
     return Calibration(temperature, fit_rejection(z, temperature, r, residual_weight), conformal)
 
 
@@ -97,17 +102,27 @@ def fit_rejection(
 
 
 def fit_conformal(
-    probabilities: NDArray[np.float64], labels: NDArray[np.int64], classes: Sequence[str], confidence_level: float
+    probabilities: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+    confidence_level: float,
+    lesions: NDArray[Any] | None = None,
 ) -> Conformal:
     """Thresholds on 1 - p_c, one a class, so that sets hold the true class with the wanted probability in each class.
 
-    For a class with n images the threshold is its k-th smallest score, k = ceil((n + 1) * level): the finite-sample
+    For a class with n lesions the threshold is its k-th smallest score, k = ceil((n + 1) * level): the finite-sample
     quantile of split conformal prediction (Vovk 2012; Angelopoulos & Bates 2023, section 1). If k > n there are too
-    few images to promise anything and the threshold is 1: the class is in every set.
+    few lesions to promise anything and the threshold is 1: the class is in every set.
+
+    Lesions are counted and not images, since it is lesions that are exchangeable. A lesion's score is the largest of
+    its images', so that with the wanted probability the sets of all images of a new lesion hold its class.
     """
+    of = np.arange(len(labels)) if lesions is None else lesions
     thresholds = {}
     for index, code in enumerate(classes):
-        scores = np.sort(1 - probabilities[labels == index, index])
+        mine = labels == index
+        worst = pd.Series(1 - probabilities[mine, index]).groupby(of[mine]).max()
+        scores = np.sort(worst.to_numpy())
         k = math.ceil((len(scores) + 1) * confidence_level)
         thresholds[code] = float(scores[k - 1]) if k <= len(scores) else 1.0
     return Conformal(confidence_level, thresholds)

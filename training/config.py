@@ -102,7 +102,9 @@ class TrainConfig(BaseModel):
     warmup_epochs: NonNegative = Field(2.0, description="linear warm-up")
     min_lr: NonNegative = Field(1e-6, description="where the cosine ends")
     grad_clip: NonNegative = Field(1.0, description="largest gradient norm; 0: no clipping")
-    ema_decay: Probability = Field(0.999, description="moving average of the weights; 0: none")
+    ema_decay: Probability = Field(
+        0.999, description="moving average of the weights: its decay at step s is 1 - s^(-2/3), at most this; 0: none"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="autocast; auto: the device's best")
 
     # loss and sampling
@@ -139,7 +141,7 @@ class TrainConfig(BaseModel):
     bootstrap: int = Field(500, ge=0, description="resamplings for the confidence intervals")
 
     # the run
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = Field(0, ge=0, description="CPU threads; 0: torch's choice")
     output: str = Field("", description="folder of checkpoints and bundle; empty: runs/NAME-TIME")

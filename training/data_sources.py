@@ -47,7 +47,7 @@ class SourceImage:
     source: str | None = None
     claims: set[tuple[str, str]] = field(default_factory=set)  # (authority, class code)
     unknown_labels: set[str] = field(default_factory=set)
-    lesions: set[tuple[str, str]] = field(default_factory=set)  # (where the name is valid: "" everywhere, lesion id)
+    lesions: set[tuple[str, str]] = field(default_factory=set)  # (folder where the id is valid: "" everywhere, id)
     age: float | None = None
     sex: str = ""
     site: str = ""
@@ -213,7 +213,7 @@ def _apply(row: Row, table: Table, image: SourceImage, faults: Faults) -> None:
             image.unknown_labels.add(row.label)
             faults.add(f"unknown diagnosis {row.label!r} in {table.path.name}", row.image)
     if row.lesion_id:
-        image.lesions.add(("" if image.isic_id else str(table.path), row.lesion_id))
+        image.lesions.add(("" if image.isic_id else str(table.path.parent), row.lesion_id))
     image.age = row.age if image.age is None else image.age
     image.sex = image.sex or row.sex
     image.site = image.site or row.site

@@ -108,8 +108,8 @@ def build_cache(
     size = preprocessing.image_size
     hashes = rows["sha256"].tolist()
     described = {"schema": SCHEMA, "size": size, "interpolation": preprocessing.interpolation, "sha256": hashes}
-    text = json.dumps(described)
-    path = cache_dir / f"{size}px-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
+    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    path = cache_dir / f"{size}px-{key}.npy"
     if not path.is_file():
         cache_dir.mkdir(parents=True, exist_ok=True)
         needed, free = len(rows) * size * size * 3, shutil.disk_usage(cache_dir).free
@@ -121,9 +121,6 @@ def build_cache(
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        index = path.with_suffix(".json")
-        index.with_suffix(".tmp").write_text(text)
-        index.with_suffix(".tmp").replace(index)
     pixels: NDArray[np.uint8] = np.load(path, mmap_mode="r")
     return pixels
 

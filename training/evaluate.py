@@ -4,6 +4,7 @@ The images go through handlers.predictor, byte by byte what serving does, so the
 """
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,8 +46,8 @@ class OverlapError(ValueError):
     """The images are not new to the model, or nobody can tell."""
 
 
-def open_rows(data: Path, split: str | None, out: Path) -> pd.DataFrame:
-    """The rows to evaluate: of a manifest the given split (default test), of a folder with images all of them.
+def open_rows(data: Path, split: str | None, out: Path) -> tuple[pd.DataFrame, str]:
+    """The rows to evaluate, and their split: of a manifest the given one (default test), of a folder with images all.
 
     A folder is recognised as scripts/prepare_data.py does, and its manifest left in `out`.
 
@@ -61,7 +62,14 @@ def open_rows(data: Path, split: str | None, out: Path) -> pd.DataFrame:
     rows = frame if split == ALL else frame[frame["split"] == split]
     if rows.empty:
         raise ManifestError(f"{data} has no images in the split {split!r}; it has {', '.join(set(frame['split']))}.")
-    return rows.reset_index(drop=True)
+    return rows.reset_index(drop=True), split
+
+
+def run_prefix(data: Path, split: str, tta: bool, picture_alone: bool) -> str:
+    """Under which name an evaluation stands in its MLflow run: another for each thing that makes other figures."""
+    folder = re.sub(r"[^A-Za-z0-9.-]", "_", data.resolve().name) if data.is_dir() else ""
+    ways = {"picture_alone": picture_alone, "tta": tta}
+    return "_".join(["evaluation", *filter(None, [folder]), split, *(name for name, asked in ways.items() if asked)])
 
 
 def check_overlap(bundle: Path, rows: pd.DataFrame, allowed: bool) -> dict[str, Any]:
@@ -221,7 +229,7 @@ def main(
     python training/evaluate.py --bundle model_store/skin_vit --data my_clinic --tta --out reports/clinic
     """
     try:
-        rows = open_rows(data, split, out)
+        rows, split = open_rows(data, split, out)
         seen = check_overlap(bundle, rows, allow_overlap)
         predictor = Predictor.load(bundle)
         answers = ask(predictor, rows, tta, picture_alone)
@@ -235,7 +243,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     described = {"bundle": predictor.bundle.digest, "runtime": predictor.runtime.precision, "tta": tta}
     described["metadata"] = [] if picture_alone else list(predictor.config.metadata.fields)
-    described |= {"data": fingerprint(rows), "split": split or "test", "overlap": seen, "resamples": bootstrap}
+    described |= {"data": fingerprint(rows), "split": split, "overlap": seen, "resamples": bootstrap}
     write_json(out / "metrics.json", described | table)
     (out / "report.txt").write_text(report_text(rows, answers), encoding="utf-8")
     for name, figure in figures.items():
@@ -245,8 +253,7 @@ def main(
     show(table)
     console.print(f"Written to {out}.")
     if run_id := predictor.config.evidence.get("run_id"):
-        prefix = f"evaluation_{split or 'test'}" + ("_picture_alone" if picture_alone else "")
-        console.print(log_evaluation(run_id, out, prefix, headline(table)))
+        console.print(log_evaluation(run_id, out, run_prefix(data, split, tta, picture_alone), headline(table)))
 
 
 def show(table: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ hiding what it marks change the answer more than hiding anything else (deletion;
 much of it lies on the border of the picture, where there is rarely a lesion.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,8 +140,10 @@ def main(
         if rows.empty:
             raise ManifestError(f"{data} has no image of a known class in the split {split!r}.")
         loaded = Bundle.load(bundle)
-        pixels = build_cache(rows.reset_index(drop=True), loaded.config.preprocessing, out / "cache")
-        table = judge(loaded, np.asarray(pixels))
+        with tempfile.TemporaryDirectory() as cache:  # decoded patients' pictures, which are not to stay in `out`
+            pixels = build_cache(rows.reset_index(drop=True), loaded.config.preprocessing, Path(cache))
+            table = judge(loaded, np.asarray(pixels))
+        out.mkdir(parents=True, exist_ok=True)
     except (ManifestError, BundleError, DataError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None

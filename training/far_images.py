@@ -1,4 +1,4 @@
-"""Pictures that are no dermoscopy of a lesion at all, to see whether a model notices: far outliers, in six kinds.
+"""Pictures that are no dermoscopy of a lesion at all, to see whether a model notices: far outliers, in seven kinds.
 
 They are easy to tell from lesions, so a good figure on them says little; a bad one says much. Drawn, or cut out of the
 photographs that come with scikit-learn and matplotlib (two landscapes and a portrait) and out of the corners of

@@ -95,10 +95,9 @@ def class_bars_figure(table: Mapping[str, Any], intervals: Mapping[str, Any]) ->
         x = np.arange(len(codes)) + (place - 1) * 0.27
         axes.bar(x, heights, width=0.25, color=colour, label=name)
         ranges = [intervals.get(code, {}).get(name) for code in codes]
-        for at, height, bounds in zip(x, heights, ranges, strict=True):
+        for at, bounds in zip(x, ranges, strict=True):
             if bounds:
-                low, high = min(bounds[0], height), max(bounds[1], height)
-                axes.errorbar(at, height, [[height - low], [high - height]], color="black", linewidth=1, capsize=2)
+                axes.plot([at, at], bounds, color="black", linewidth=1, marker="_", markersize=4)
     axes.set(ylim=(0, 1.02), xticks=range(len(codes)))
     axes.set_xticklabels([f"{code}\n{table[code]['support']}" for code in codes])
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.1))

@@ -5,6 +5,7 @@ comes straight here.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,17 @@ def outputs_of(
 
 def find_space(model: nn.Module, val: Outputs, labels: NDArray[np.int64]) -> KnownSpace | None:
     """Where known lesions lie among the features, from the validation split: images that the weights were not fitted
-    to. None if the head is not one linear layer, or the images are fewer than the features' dimensions."""
+    to. None if the head is not one linear layer, or the images are fewer than the features' dimensions; then it says
+    so."""
     backbone: Any = model
     head, known = backbone.get_classifier(), labels >= 0
-    if not isinstance(head, nn.Linear) or known.sum() < val.features.shape[1]:
+    reason = ""
+    if not isinstance(head, nn.Linear):
+        reason = "the head has hidden layers"
+    elif known.sum() < val.features.shape[1]:
+        reason = f"the {known.sum():,} validation images are fewer than their {val.features.shape[1]:,} dimensions"
+    if reason:
+        console.print(f"The unknown will be told by the logits alone, not by the features: {reason}.")
         return None
     weight, bias = (tensor.detach().double().cpu().numpy() for tensor in (head.weight, head.bias))
     return known_space(Known(Outputs(val.features[known], val.logits[known]), labels[known], weight, bias))
@@ -112,6 +120,7 @@ def finish(
         residuals.get("calibration"),
         space.weight if space else 0.0,
         alone.get("calibration") if inputs.fields else None,
+        data["calibration"].lesions if "calibration" in data else None,
     )
     if calibration.conformal is None:
         console.print(
@@ -124,14 +133,18 @@ def finish(
         if split not in data:
             continue
         rows, labels = frame[frame["split"] == split], data[split].labels
+        # The known space is of the validation images, whose residuals are therefore smaller than those of others:
+        # what the rejection does to them says nothing.
+        judged = replace(calibration, rejection=None) if split == "val" else calibration
         ways = {split: logits[split]} | ({f"{split}_picture_alone": alone[split]} if inputs.fields else {})
         for name, asked in ways.items():
             reports[name] = assess(
                 rows["label"].tolist(),
-                calibration.probabilities(asked, classes, residuals[split]),
-                calibration.conformal_sets(asked, classes, residuals[split]),
+                judged.probabilities(asked, classes, residuals[split]),
+                judged.conformal_sets(asked, classes, residuals[split]),
                 rows["lesion_id"].tolist(),
                 config.bootstrap,
+                with_unknown=split != "val",
             )
             # val_... are the metrics of each epoch, not calibrated
             prefix = f"best_{name}" if split == "val" else name

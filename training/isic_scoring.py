@@ -23,9 +23,11 @@ from rich.table import Table
 from handlers.files import atomic_file
 from handlers.taxonomy import CODES
 from training.terminal import console, errors
+from training.vocabulary import isic_id
 
 SCORER = "isic-challenge-scoring==5.6"
 SCORER_NEEDS = "pandas<3"  # it calls DataFrame.applymap
+WEIGHTS = ("score_weight", "validation_weight")  # columns of the challenge's truth, where an image counts more or less
 TIMEOUT = 600  # seconds; the first use fetches the scorer
 
 
@@ -45,20 +47,25 @@ def write_submission(path: Path, image_ids: Sequence[str] | pd.Series, probabili
 def score(truth: Path, submission: Path) -> dict[str, Any]:
     """The challenge's figures: {"per_category": {figure: {class: value}}, "macro_average": ..., "aggregate": ...}.
 
-    Images that only one of the files has are left out; the result says how many `images` are left.
+    Images are known by their ISIC identifier, or else by their name as it is. Those that only one of the files has are
+    left out: the result says how many `images` are left, and how many of each file are `left_out`. Weights of images in
+    the truth (`score_weight`, `validation_weight`) go to the scorer with it.
 
     Raises:
         ScoringError: the files do not fit, or the scorer cannot be run.
     """
     frames = []
-    for path in (truth, submission):
+    for path, weights in ((truth, WEIGHTS), (submission, ())):
         try:
             frame = pd.read_csv(path, encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise ScoringError(f"{path} cannot be read as a table: {error}") from error
         if missing := [column for column in ("image", *CODES) if column not in frame]:
             raise ScoringError(f"{path} lacks the column {', '.join(missing)}.")
-        frames.append(frame[["image", *CODES]])
+        frame["image"] = [isic_id(str(name)) or str(name) for name in frame["image"]]
+        if frame["image"].duplicated().any():
+            raise ScoringError(f"{path} has several rows of {frame['image'][frame['image'].duplicated()].iloc[0]}.")
+        frames.append(frame[["image", *CODES, *(name for name in weights if name in frame)]])
     common = set(frames[0]["image"]) & set(frames[1]["image"])
     if not common:
         raise ScoringError(f"{truth} and {submission} have no image in common.")
@@ -81,7 +88,8 @@ def score(truth: Path, submission: Path) -> dict[str, Any]:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise ScoringError(f"{SCORER} refuses: {said[-1] if said else 'it says nothing'}")
     scored: dict[str, Any] = json.load(io.StringIO(done.stdout[done.stdout.index("{") :]))
-    return scored | {"images": len(common)}
+    left_out = {"truth": len(frames[0]) - len(common), "submission": len(frames[1]) - len(common)}
+    return scored | {"images": len(common), "left_out": left_out}
 
 
 def main(
@@ -104,7 +112,8 @@ def main(
         average = scored["macro_average"].get(name)
         cells = [f"{values[code]:.3f}" if values.get(code) is not None else "" for code in CODES]
         table.add_row(name, *cells, f"{average:.3f}" if average is not None else "")
-    console.print(f"{scored['images']:,} images")
+    left_out = ", ".join(f"{count:,} of the {name}" for name, count in scored["left_out"].items())
+    console.print(f"{scored['images']:,} images; left out, as the other file lacks them: {left_out}")
     console.print(table)
     console.print(f"balanced accuracy {scored['aggregate']['balanced_accuracy']:.4f}")
 

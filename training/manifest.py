@@ -8,8 +8,6 @@ identifier or the same bytes one is kept. Beside it stands manifest.report.json:
 
 import hashlib
 import json
-import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,12 +18,13 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from handlers.files import atomic_file
 from handlers.taxonomy import CODES
 from training import duplicates
 from training.data_sources import AUTHORITIES, Faults, SourceError, SourceImage, read_sources
 from training.duplicates import ImageDigest
 from training.manifest_report import make_report, summary
-from training.photos import Photo, group_photos, merge_copies, near_pairs, settle_labels
+from training.photos import Photo, group_photos, labelled, merge_copies, near_pairs, settle_labels
 from training.splits import DEFAULT_FRACTIONS, DEFAULT_SEED, SPLITS, assign_splits
 
 REPORT_SCHEMA = 1
@@ -86,17 +85,19 @@ def build_manifest(
     described = _read_images(sources.images, dropped, workers, console)
     photos = merge_copies(described, sources.faults, dropped)
     near = near_pairs(photos)
-    photos, near, settled = settle_labels(photos, near, sources.faults, dropped)
+    settled = settle_labels(photos, near, sources.faults, dropped)
+    group_photos(photos, near)
+    test_groups = {photo.group for photo in photos if photo.is_test}
+    photos, near = labelled(photos, near)
     if not photos:
         raise ManifestError("No image is left: " + summary(dropped) + ".")
-    groups = group_photos(photos, near)
     codes: dict[str, list[str]] = defaultdict(list)
-    for photo, group in zip(photos, groups, strict=True):
-        codes[group].append(photo.label)
-    fixed_test = frozenset(group for photo, group in zip(photos, groups, strict=True) if photo.is_test)
+    for photo in photos:
+        codes[photo.group].append(photo.label)
+    fixed_test = frozenset(test_groups & codes.keys())
     splits = assign_splits(codes, fixed_test, fractions, seed)
 
-    frame = _frame(photos, groups, splits, out)
+    frame = _frame(photos, splits, out)
     report = {
         "schema": REPORT_SCHEMA,
         "fingerprint": fingerprint(frame),
@@ -202,10 +203,10 @@ def _read_images(
     return described
 
 
-def _frame(photos: list[Photo], groups: list[str], splits: Mapping[str, str], out: Path) -> pd.DataFrame:
+def _frame(photos: list[Photo], splits: Mapping[str, str], out: Path) -> pd.DataFrame:
     folder = out.parent
     rows = []
-    for photo, group in zip(photos, groups, strict=True):
+    for photo in photos:
         path = photo.kept.path
         images = [image for image, _ in photo.copies]
         age = next((image.age for image in images if image.age is not None), None)
@@ -214,12 +215,12 @@ def _frame(photos: list[Photo], groups: list[str], splits: Mapping[str, str], ou
                 path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path),
                 photo.name,
                 photo.label,
-                group,
+                photo.group,
                 photo.kept.source,
                 "" if age is None else f"{age:g}",
                 next((image.sex for image in images if image.sex), ""),
                 next((image.site for image in images if image.site), ""),
-                splits[group],
+                splits[photo.group],
                 photo.digest.sha256,
                 duplicates.hash_text(photo.digest.phash),
             )
@@ -230,27 +231,12 @@ def _frame(photos: list[Photo], groups: list[str], splits: Mapping[str, str], ou
 
 
 def _write(out: Path, frame: pd.DataFrame, report: dict[str, Any]) -> None:
-    """Both files in full or neither: written and synced under other names, then renamed, the manifest last."""
-    texts = {
-        report_path(out): json.dumps(report, indent=2, ensure_ascii=False) + "\n",
-        out: frame.to_csv(index=False, float_format="%g", lineterminator="\n"),
-    }
-    temporary: dict[Path, Path] = {}
+    """Both files are written in full before either takes its place, the report first."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
-            ) as file:
-                temporary[path] = Path(file.name)
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary[path].chmod(0o644)
-        for path in texts:
-            temporary[path].replace(path)
+        with atomic_file(out) as table, atomic_file(report_path(out)) as beside:
+            table.write(frame.to_csv(index=False, float_format="%g", lineterminator="\n").encode())
+            table.flush()
+            beside.write((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise ManifestError(f"{out} cannot be written: {error.strerror or error}.") from error
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)

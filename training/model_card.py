@@ -130,6 +130,10 @@ def main(
 
     python training/explanations.py --bundle model_store/skin_vit --data data/manifest.csv --out docs/evaluation
 
+    python training/unknowns.py --bundle model_store/skin_vit --data data/manifest.csv --out runs/unknowns
+
+    cp runs/unknowns/unknowns.json docs/evaluation
+
     python training/model_card.py
     """
     try:

@@ -27,7 +27,8 @@ class Photo:
     claims: set[tuple[str, str]]
     lesions: set[tuple[str, str]]
     is_test: bool
-    label: str = ""
+    label: str = ""  # "": dropped
+    group: str = ""
 
 
 def merge_copies(described: list[tuple[SourceImage, ImageDigest]], faults: Faults, dropped: Faults) -> list[Photo]:
@@ -85,17 +86,14 @@ def near_pairs(photos: list[Photo]) -> list[tuple[int, int]]:
     return [(int(i), int(j)) for i, j in pairs[duplicates.confirm(thumbnails, pairs)]]
 
 
-def settle_labels(
-    photos: list[Photo], near: list[tuple[int, int]], faults: Faults, dropped: Faults
-) -> tuple[list[Photo], list[tuple[int, int]], Counter[str]]:
-    """Give each photo the label of the first authority that speaks of it or of a near duplicate of it; drop it if
-    that authority says two things. Returns the photos left, their near pairs, and how many each authority settled."""
+def settle_labels(photos: list[Photo], near: list[tuple[int, int]], faults: Faults, dropped: Faults) -> Counter[str]:
+    """Give each photo the label of the first authority that speaks of it or of a near duplicate of it; none if that
+    authority says two things, or nobody anything. Returns how many each authority settled."""
     neighbours: dict[int, list[int]] = defaultdict(list)
     for i, j in near:
         neighbours[i].append(j)
         neighbours[j].append(i)
     settled: Counter[str] = Counter()
-    left = []
     for index, photo in enumerate(photos):
         where = f"{photo.name} ({photo.kept.path})"
         if not photo.claims:
@@ -121,14 +119,14 @@ def settle_labels(
         for name, code in sorted(photo.claims):
             if code != photo.label:
                 faults.add(f"{name} says {code}, overruled by {authority}: {photo.label}", where)
-        left.append(index)
-    renumbered = {old: new for new, old in enumerate(left)}
-    pairs = [(renumbered[i], renumbered[j]) for i, j in near if i in renumbered and j in renumbered]
-    return [photos[index] for index in left], pairs, settled
+    return settled
 
 
-def group_photos(photos: list[Photo], near: list[tuple[int, int]]) -> list[str]:
-    """The group of each photo, named after its first lesion id, or else its first image."""
+def group_photos(photos: list[Photo], near: list[tuple[int, int]]) -> None:
+    """Give each photo its group, named after its first lesion id, or else its first labelled image.
+
+    Photos without a label take part, though they are dropped: one of them may be what joins two others.
+    """
     by_lesion: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, photo in enumerate(photos):
         for lesion in photo.lesions:
@@ -138,14 +136,21 @@ def group_photos(photos: list[Photo], near: list[tuple[int, int]]) -> list[str]:
     members_of = components(len(photos), links)
     for members in members_of:
         lesions = sorted(lesion for index in members for _, lesion in photos[index].lesions)
-        names.append(lesions[0] if lesions else min(photos[index].name for index in members))
+        images = sorted((not photos[index].label, photos[index].name) for index in members)
+        names.append(lesions[0] if lesions else images[0][1])
         keys.append(min(photos[index].digest.sha256 for index in members))
     uses = Counter(names)
-    groups = [""] * len(photos)
     for members, name, key in zip(members_of, names, keys, strict=True):
         for index in members:
-            groups[index] = name if uses[name] == 1 else f"{name}@{key[:8]}"
-    return groups
+            photos[index].group = name if uses[name] == 1 else f"{name}@{key[:8]}"
+
+
+def labelled(photos: list[Photo], near: list[tuple[int, int]]) -> tuple[list[Photo], list[tuple[int, int]]]:
+    """The photos that have a label, and the near pairs among them."""
+    left = [index for index, photo in enumerate(photos) if photo.label]
+    renumbered = {old: new for new, old in enumerate(left)}
+    pairs = [(renumbered[i], renumbered[j]) for i, j in near if i in renumbered and j in renumbered]
+    return [photos[index] for index in left], pairs
 
 
 def components(size: int, links: Iterable[tuple[int, int]]) -> list[list[int]]:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from handlers.bundle import BundleError, write_json
 from handlers.predictor import Predictor
+from handlers.preprocessing import ImageError, decode
 from handlers.taxonomy import CODES, KNOWN_CODES
 from training import metrics
 from training.assessment import conditional
@@ -86,7 +87,8 @@ def blur(image: Pixels, rng: np.random.Generator) -> Pixels:
 
 def jpeg(image: Pixels, rng: np.random.Generator) -> Pixels:
     """JPEG at quality 20."""
-    return np.asarray(cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 20])[1], cv2.IMREAD_COLOR))
+    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 20])[1]  # OpenCV's order is BGR
+    return np.ascontiguousarray(np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR), np.uint8)[..., ::-1])
 
 
 def warm_white(image: Pixels, rng: np.random.Generator) -> Pixels:
@@ -154,9 +156,8 @@ def stress(predictor: Predictor, rows: pd.DataFrame, seed: int = 0) -> dict[str,
 
 def _open(path: str) -> Pixels:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
+        return np.asarray(decode(Path(path).read_bytes()).image)
+    except (OSError, ImageError) as error:
         raise ManifestError(f"{path} cannot be read: {error}") from error
 
 

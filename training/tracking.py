@@ -91,6 +91,9 @@ class Tracker:
     def epoch(self, step: int, values: Mapping[str, float]) -> None:
         """Log the metrics of one epoch, and of those before it that did not get through."""
         self._untold.append((step, dict(values)))
+        self._catch_up()
+
+    def _catch_up(self) -> None:
         with self._forgiving():
             while self._untold:
                 self._mlflow.log_metrics(self._untold[0][1], step=self._untold[0][0])
@@ -118,7 +121,8 @@ class Tracker:
             log(str(path), folder)
 
     def end(self, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED."""
+        """Close the run as FINISHED, FAILED or KILLED, with the epochs that did not get through before."""
+        self._catch_up()
         with self._forgiving():
             self._mlflow.end_run(status)
 

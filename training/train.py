@@ -32,7 +32,15 @@ from training.dataset import Augment, DataError, Images, batches, classes_in, ep
 from training.finish import finish, predict
 from training.losses import ClassificationLoss, class_weights
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest
-from training.recipe import choose_device, learning_rate, make_mix, make_optimizer, seed_everything, set_trainable
+from training.recipe import (
+    attention_kernel,
+    choose_device,
+    learning_rate,
+    make_mix,
+    make_optimizer,
+    seed_everything,
+    set_trainable,
+)
 from training.terminal import console, errors, progress_bar
 from training.tracking import Tracker, TrackingError, choose_store, code_revision
 
@@ -49,10 +57,14 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into an exception at the next `check`; the second one acts at once."""
+    """From `watch` on, turns the first SIGINT or SIGTERM into an exception at the next `check`; the second one acts at
+    once."""
 
     def __init__(self) -> None:
         self.number = 0
+
+    def watch(self) -> None:
+        """Take the signals over."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
@@ -74,6 +86,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
 
     # ---- data and model
     frame = open_manifest(config)
+    stop.watch()  # not before, as nothing in there asks `check`
     data_id, classes = fingerprint(frame), classes_in(frame)
     if checkpoint and checkpoint["dataset_fingerprint"] != data_id:
         raise TrainingError(f"{config.manifest} has changed since this run began; start a new run.")
@@ -90,7 +103,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
 
     # ---- what moves the model
     model.to(device).to(memory_format=torch.channels_last)
-    # Warm-up keeps the average from remembering the random start.
+    # Warm-up keeps the average from remembering the random start: timm's decay at step s is 1 - s^(-2/3) until that
+    # reaches ema_decay, which for 0.999 takes 31,600 steps.
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
@@ -151,7 +165,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
                     images, targets = mix(augment(pixels, generator), labels)
                     # A mixed picture is of no one patient: it is learnt from by itself.
                     told = withhold(metadata, inputs, config.metadata_drop, generator) if targets.ndim == 1 else None
-                    with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+                    autocast = torch.autocast(device.type, precision, enabled=precision is not torch.float32)
+                    with autocast, attention_kernel(device):
                         logits = fuse(model, model(images.contiguous(memory_format=torch.channels_last)), told)
                     loss = criterion(logits, targets)
                     optimizer.zero_grad()
@@ -289,12 +304,11 @@ def main(
     try:
         checkpoint = load(find(resume)) if resume else None
         preset = config if config or checkpoint else DEFAULT_PRESET
-        base = checkpoint["config"] if checkpoint else None
+        base = checkpoint["config"] | {"output": str(find(resume).parent)} if resume and checkpoint else None
         settings = load_config(preset, overrides or (), flags, base)
-        if resume and not output:
-            folder = find(resume).parent
-        else:
-            folder = Path(settings.output or ROOT / "runs" / time.strftime(f"{settings.name}-%Y%m%d-%H%M%S"))
+        folder = Path(settings.output or ROOT / "runs" / time.strftime(f"{settings.name}-%Y%m%d-%H%M%S"))
+        if resume and folder.resolve() != find(resume).parent.resolve():  # the best weights so far lie in the run's own
+            raise ConfigError(f"A run goes on in its own folder, {find(resume).parent}; leave output={folder} out.")
         if not checkpoint and (folder / LAST).exists():
             raise ConfigError(
                 f"{folder} holds a run already; add --resume {folder / LAST}, or choose another --output."

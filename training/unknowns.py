@@ -27,7 +27,8 @@ from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import BY_CODE, KNOWN_CODES, UNKNOWN
 from training import metrics
 from training.assessment import unknown_figures
-from training.config import ROOT
+from training.checkpoints import LAST, CheckpointError, load
+from training.config import ROOT, ConfigError, TrainConfig, load_config
 from training.dataset import DataError, build_cache
 from training.detectors import DETECTORS, Known, Outputs
 from training.evaluate import ask, nine_of
@@ -77,23 +78,38 @@ def hold_out(frame: pd.DataFrame, code: str, most: int = 0) -> pd.DataFrame:
 
 
 def train_without(frame: pd.DataFrame, code: str, config: str, folder: Path, cache: Path, most: int) -> Bundle:
-    """The bundle of a model that never saw `code`, trained now unless `folder` holds it. Raises StudyError."""
+    """The bundle of a model that never saw `code`, trained now unless `folder` holds it.
+
+    Raises:
+        StudyError: it was not trained, or the folder holds one of other data or settings.
+        ConfigError, CheckpointError: an unknown preset, a damaged run.
+    """
+    rows = hold_out(frame, code, most)
+    settings = [f"name=without_{code}", f"manifest={folder / 'manifest.csv'}", f"cache_dir={cache}"]
+    begun = (folder / LAST).is_file() or (folder / "bundle").is_dir()
+    if begun:
+        state = load(folder / LAST)
+        wanted, had = load_config(config, settings), load_config(base=state["config"])
+        if state["dataset_fingerprint"] != fingerprint(rows) or _essence(wanted) != _essence(had):
+            raise StudyError(
+                f"{folder} holds a model of other data or settings; delete it, or give another folder with --out."
+            )
     if not (folder / "bundle").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        rows = hold_out(frame, code, most)
         rows.assign(image=rows["path"])[list(COLUMNS)].to_csv(folder / "manifest.csv", index=False)
         command = [sys.executable, str(ROOT / "training" / "train.py")]
-        if (folder / "last.pt").is_file():
-            command += ["--resume", str(folder)]
-        else:
-            command += ["--config", config, "--output", str(folder), f"name=without_{code}"]
-            command += [f"manifest={folder / 'manifest.csv'}", f"cache_dir={cache}"]
+        command += ["--resume", str(folder)] if begun else ["--config", config, "--output", str(folder), *settings]
         console.print(f"Training without {code}: {int((rows['split'] == 'train').sum()):,} images, {folder}.")
         if subprocess.run(command, check=False).returncode:
             raise StudyError(
                 f"The model without {code} was not trained; its messages are above, its files in {folder}."
             )
     return Bundle.load(folder / "bundle")
+
+
+def _essence(config: TrainConfig) -> dict[str, Any]:
+    """The settings but for where things lie."""
+    return config.model_copy(update=dict.fromkeys(("manifest", "data_dir", "cache_dir", "output"), "")).to_dict()
 
 
 class Extractor:
@@ -247,7 +263,8 @@ def main(
 ) -> None:
     """Hold out each class in turn, and see which detector best tells it from the known ones.
 
-    Models that are in the folder already are not trained again, so an interrupted study goes on where it stopped.
+    Models that are in the folder already are not trained again, so an interrupted study goes on where it stopped; those
+    of other data or settings are refused.
 
     Example:
 
@@ -271,13 +288,14 @@ def main(
             held_out[code] = judge(trained, read_manifest(folder / "manifest.csv"), far, cache)
             console.print(f"{code} judged.")
         known = frame[(frame["split"] == "test") & frame["label"].isin(KNOWN_CODES)]
-        as_served = served(Predictor.load(bundle), known, far) if bundle else {}
-    except (ManifestError, BundleError, DataError, StudyError, OSError) as error:
+        predictor = Predictor.load(bundle) if bundle else None
+        as_served = served(predictor, known, far) if predictor else {}
+    except (ManifestError, BundleError, CheckpointError, ConfigError, DataError, StudyError, OSError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None
     means = summarise(held_out)
     study = {"data": fingerprint(frame), "config": config, "most": most, "means": means, "held_out": held_out}
-    study |= {"served": as_served}
+    study |= {"bundle": predictor.bundle.digest if predictor else None, "served": as_served}
     write_json(out / "unknowns.json", study)
     (out / "unknowns.md").write_text(markdown(study), encoding="utf-8")
     shown = Table("detector", *FIGURES)
