@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from handlers.metadata import Metadata
-from handlers.preprocessing import ImageError, Preprocessing
+from handlers.preprocessing import ImageError, Preprocessing, ignore_oddities
 from handlers.taxonomy import CODES
 from training.config import TrainConfig
 
-SCHEMA = 1  # of the cache; part of its key
+SCHEMA = 2  # of the cache; part of its key
 
 
 class DataError(ValueError):
@@ -147,6 +147,7 @@ def _fill(
         if decoded.sha256 != hashes[row]:
             raise DataError(f"{file} has changed since the manifest was written; prepare the manifest again.")
 
+    ignore_oddities()
     # Threads suffice: Pillow decodes and resizes outside the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:

@@ -27,7 +27,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from handlers.preprocessing import MAX_BYTES, ImageError, decode
+from handlers.preprocessing import MAX_BYTES, ImageError, decode, ignore_oddities
 
 # Limits on a pair: bits by which the hashes differ, and two measures that `confirm` explains.
 HASH_RADIUS = 8
@@ -76,6 +76,7 @@ def read_images(
     pictures of usual size; nothing has to start or be sent across, and Ctrl-C ends them at once.
     """
     images = []
+    ignore_oddities()
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for image in pool.map(read_image, paths):
             images.append(image)
