@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,15 +55,17 @@ class GoldenCase:
     colours: list[list[list[float]]] | None = None
     metadata: dict[str, Any] | None = None
 
+    def difference(self, probabilities: Mapping[str, float]) -> float:
+        """The largest difference of a probability from this answer's; not a number if one is none."""
+        # numpy's largest, as Python's passes over what is no number
+        return float(np.max([abs(probabilities[code] - expected) for code, expected in self.probabilities.items()]))
+
     def disagreement(self, probabilities: dict[str, float], grid: list[list[float]]) -> tuple[float, float]:
         """How far an answer is from this one: largest probability difference, and 1 - correlation of the maps.
 
         Two maps that are both flat correlate perfectly.
         """
-        # numpy's largest, as Python's passes over what is no number
-        difference = float(
-            np.max([abs(probabilities[code] - expected) for code, expected in self.probabilities.items()])
-        )
+        difference = self.difference(probabilities)
         ours, theirs = np.ravel(self.grid), np.ravel(grid)
         if ours.shape != theirs.shape:
             return difference, 1.0

@@ -65,13 +65,8 @@ def golden_difference(predictor: Predictor, cases: Sequence[GoldenCase]) -> floa
     for case, answer in zip(cases, predictor.predict(requests), strict=True):
         if not isinstance(answer, Prediction):
             raise answer
-        worst.append(largest_difference(case.probabilities, answer.probabilities))
+        worst.append(case.difference(answer.probabilities))
     return float(np.max(worst))  # where max() would pass over what is no number
-
-
-def largest_difference(expected: Mapping[str, float], found: Mapping[str, float]) -> float:
-    """The largest difference of a probability between two answers, by class; not a number if one is none."""
-    return float(np.max([abs(found[code] - probability) for code, probability in expected.items()]))
 
 
 def description(bundle: Bundle) -> str:

@@ -38,7 +38,7 @@ from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.replay import compare
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
 from mlflow_tracking.settings import ROOT
-from mlflow_tracking.version_card import golden_difference, largest_difference
+from mlflow_tracking.version_card import golden_difference
 from tests.models import tiny_bundle
 from training.metrics import balanced_accuracy
 from training.receipt import DIGITS, Receipt, SeenImages
@@ -318,7 +318,7 @@ def test_a_model_that_takes_metadata_is_asked_with_and_without(case, tmp_path):
 def test_an_answer_that_is_no_number_is_not_close(case, at):
     [expected, *_] = case.candidate.bundle.golden()
     none = dict(expected.probabilities) | {CODES[at]: float("nan")}
-    assert np.isnan(largest_difference(expected.probabilities, none))
+    assert np.isnan(expected.difference(none))
 
 
 def test_a_golden_answer_that_is_no_number_is_refused(case):

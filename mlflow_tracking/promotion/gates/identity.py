@@ -16,7 +16,7 @@ from handlers.preprocessing import fingerprint
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
-from mlflow_tracking.version_card import golden_difference, largest_difference, signature_types
+from mlflow_tracking.version_card import golden_difference, signature_types
 from training.receipt import overlap, read_receipt
 
 SECONDS = 300.0  # for the eager model and the graph to answer a few pictures, on a machine that trains beside it
@@ -75,7 +75,7 @@ class GoldenParity(Gate):
                 return self.holds(False, f"another model answered: {model['digest']}")
             precision = model.get("precision", "f32")
             tolerance = 1e-3 if precision == "f32" else 1e-2
-            difference = largest_difference(case.probabilities, answer["probabilities"])
+            difference = case.difference(answer["probabilities"])
             worst = max(worst, difference)
             if not difference <= tolerance:  # nor when it is no number
                 reason = (
