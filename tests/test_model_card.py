@@ -48,7 +48,7 @@ def test_figures_stand_under_their_names():
 def test_the_evaluations_are_of_the_shipped_bundle(evidence):
     told = {path.stem: json.loads(path.read_text()) for path in EVALUATION.glob("*.json")}
     digest = told["metrics"]["bundle"]
-    assert {told[name]["bundle"] for name in ("metrics", "stress", "explanations")} == {digest}
+    assert {told[name]["bundle"] for name in ("metrics", "stress", "explanations", "unknowns")} == {digest}
     assert Predictor.load(SHIPPED, runtime="torch").bundle.digest == digest
     assert told["metrics"]["images"] == evidence["images"]["test"]
     assert told["metrics"]["overlap"]["overlaps"] is False

@@ -131,18 +131,39 @@ def test_far_pictures_are_repeatable_and_differ_in_kind(tmp_path):
     assert "skin" not in far_images(1)
 
 
+def test_intervals_of_near_figures_are_over_lesions(tmp_path, monkeypatch):
+    frame, drawn = read_manifest(own_lesions(tmp_path / "data")), []
+    rows = unknowns.hold_out(frame, "MEL")
+    rows.loc[rows["label"] == "UNK", "lesion_id"] = "one"
+    resampled = metrics.resampled
+    monkeypatch.setattr(
+        metrics, "resampled", lambda groups, *rest: drawn.append(list(groups)) or resampled(groups, *rest)
+    )
+    unknowns.judge(tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC")), rows, {}, tmp_path / "cache")
+    known = rows[(rows["split"] == "test") & (rows["label"] != "UNK")]
+    assert drawn == [known["lesion_id"].tolist(), ["one"] * 48]
+
+
 def test_a_model_is_judged_near_and_far(tmp_path):
     frame = read_manifest(own_lesions(tmp_path / "data"))
     bundle = tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC"))
     rows = unknowns.hold_out(frame, "MEL")
     table = unknowns.judge(bundle, rows, far_images(2), tmp_path / "cache")
     assert table["images"] == 48
+    near = {name: figures["near"] for name, figures in table["detectors"].items()}
+    again = unknowns.judge(bundle, rows, {}, tmp_path / "cache")["detectors"]
+    assert {name: figures["near"] for name, figures in again.items()} == near, "the same study draws the same"
     assert set(table["detectors"]) == set(DETECTORS)
     for figures in table["detectors"].values():
-        assert 0 <= figures["near"]["auroc"] <= 1
+        low, high = figures["near"]["auroc_interval_95"]
+        assert 0 <= low <= figures["near"]["auroc"] <= high <= 1
         assert figures["near"]["called_malignant"] <= table["called_malignant_by_all"]
         assert len(figures["far"]) == 6
     means = unknowns.summarise({"MEL": table})
+    twice = unknowns.summarise({"MEL": table, "NV": table})
+    for name in means:
+        (low, high), (least, most) = (m[name]["near_auroc_interval_95"] for m in (means, twice))
+        assert high - low == pytest.approx(2**0.5 * (most - least)), "two classes know twice as much"
     ranking = [row["near_auroc"] for row in means.values()]
     assert ranking == sorted(ranking, reverse=True)
     as_served = unknowns.served(Predictor(bundle), frame[frame["split"] == "test"], far_images(2))

@@ -40,6 +40,7 @@ BATCH = 128
 FAR_IMAGES = 40  # of each kind
 FALSE_ALARM = 0.05  # the share of known lesions that a threshold calls unknown, as in FPR at 95 %
 MIN_IMAGES = 30  # of a class to be held out
+RESAMPLES = 200  # for the intervals of near AUROCs
 SERVED = "vim"  # the detector that training/finish.py gives to a bundle
 FIGURES = {
     "near AUROC": "near_auroc",
@@ -137,6 +138,8 @@ class Extractor:
 def judge(bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]], cache: Path) -> dict[str, Any]:
     """Every detector on one held-out model: near unknowns (the UNK rows of its manifest), and far ones by kind.
 
+    Interval and standard error of the near AUROC are those of RESAMPLES bootstraps over lesions, known and unknown.
+
     Detectors are fitted on the validation split, as in training/finish.py: on the training images a network's features
     are closer together than on any others. The thresholds of `called_malignant` (the share of unknowns that pass
     and get a malignant class) let FALSE_ALARM of the calibration split be called unknown, as serving does.
@@ -154,7 +157,10 @@ def judge(bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uin
     parts = {"calibration": outputs((rows["split"] == "calibration") & ~unknown)}
     parts["test"], parts["near"] = outputs((rows["split"] == "test") & ~unknown), outputs(unknown)
     kinds = {kind: extract(_squash(pictures, preprocessing)) for kind, pictures in far.items()}
-    y = rows.loc[(rows["split"] == "test") & ~unknown, "label"].map(classes.index).to_numpy(np.int64)
+    tested = (rows["split"] == "test") & ~unknown
+    y = rows.loc[tested, "label"].map(classes.index).to_numpy(np.int64)
+    lesions = (rows.loc[chosen, "lesion_id"] for chosen in (tested, unknown))
+    pairs = list(zip(*(metrics.resampled(each, RESAMPLES) for each in lesions), strict=True))
 
     table: dict[str, Any] = {
         "images": int(unknown.sum()),
@@ -170,8 +176,10 @@ def judge(bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uin
             *map(score, (parts["test"], parts["near"])),
         )
         passes = at_near <= limit
+        drawn = [metrics.detection(at_test[a], at_near[b])["auroc"] for a, b in pairs]
         table["detectors"][name] = {
             "near": metrics.detection(at_test, at_near)
+            | {"auroc_interval_95": metrics.interval(drawn), "auroc_error": float(np.std(drawn))}
             | {"called_malignant": float((passes & _malignant(parts["near"], classes)).mean())},
             "far": {kind: metrics.detection(at_test, score(out)) for kind, out in kinds.items()},
         }
@@ -193,14 +201,21 @@ def served(predictor: Predictor, rows: pd.DataFrame, far: dict[str, list[NDArray
     return table
 
 
-def summarise(held_out: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Means over the held-out classes (and, for far, over the kinds), best near AUROC first."""
+def summarise(held_out: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Means over the held-out classes (and, for far, over the kinds), best near AUROC first.
+
+    The interval of the mean near AUROC is normal, from the standard errors of the classes, whose models are trained one
+    by one; the pictures are what it is about, not other trainings.
+    """
     means = {}
     for name in DETECTORS:
         tables = [table["detectors"][name] for table in held_out.values()]
         far = [figures for table in tables for figures in table["far"].values()]
+        auroc = float(np.mean([table["near"]["auroc"] for table in tables]))
+        error = float(np.linalg.norm([table["near"]["auroc_error"] for table in tables])) / len(tables)
         means[name] = {
-            "near_auroc": float(np.mean([table["near"]["auroc"] for table in tables])),
+            "near_auroc": auroc,
+            "near_auroc_interval_95": (auroc - 1.96 * error, auroc + 1.96 * error),
             "near_fpr_at_95": float(np.mean([table["near"]["fpr_at_95"] for table in tables])),
             "near_called_malignant": float(np.mean([table["near"]["called_malignant"] for table in tables])),
             "far_auroc": float(np.mean([figures["auroc"] for figures in far])),
@@ -209,7 +224,7 @@ def summarise(held_out: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]
     return dict(_ranked(means))
 
 
-def _ranked(means: dict[str, dict[str, float]]) -> list[tuple[str, dict[str, float]]]:
+def _ranked(means: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     return sorted(means.items(), key=lambda item: (-item[1]["near_auroc"], -item[1]["far_auroc"], item[0]))
 
 
@@ -226,15 +241,20 @@ def _malignant(out: Outputs, classes: Sequence[str]) -> NDArray[np.bool_]:
 def markdown(study: dict[str, Any]) -> str:
     """The study as tables for people; in an order of its own, as JSON keeps none."""
     ranked = _ranked(study["means"])
-    means = [[f"`{name}`", *(f"{row[key]:.3f}" for key in FIGURES.values())] for name, row in ranked]
-    lines = _table(["detector", *FIGURES], means)
+    means = [
+        [f"`{name}`", *(f"{row[key]:.3f}" for key in FIGURES.values()), _span(row["near_auroc_interval_95"])]
+        for name, row in ranked
+    ]
+    lines = _table(["detector", *FIGURES, "95 % interval of near AUROC"], means)
     detectors = ("max_softmax", "energy", SERVED)
     rows = []
     for code in (code for code in KNOWN_CODES if code in study["held_out"]):
         table = study["held_out"][code]
         near = (table["detectors"][name]["near"]["auroc"] for name in detectors)
-        rows.append((code, f"{table['images']:,}", table["balanced_accuracy"], *near))
+        span = _span(table["detectors"][SERVED]["near"]["auroc_interval_95"])
+        rows.append((code, f"{table['images']:,}", table["balanced_accuracy"], *near, span))
     head = ["held out", "images", "balanced accuracy of the rest", *(f"near AUROC, `{name}`" for name in detectors)]
+    head.append(f"95 % interval, `{SERVED}`")
     lines += ["", *_table(head, rows)]
     if study["served"]:
         shown = [
@@ -244,6 +264,10 @@ def markdown(study: dict[str, Any]) -> str:
         head = ["far pictures, this model as served", "AUROC", "FPR at 95 %", "called UNK", "called malignant"]
         lines += ["", *_table(head, shown)]
     return "\n".join(lines) + "\n"
+
+
+def _span(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> list[str]:
