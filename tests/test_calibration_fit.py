@@ -95,6 +95,17 @@ def test_a_class_with_too_few_images_is_in_every_set():
         assert conformal.thresholds["NV"] == 1.0
 
 
+def test_classes_with_too_few_lesions_share_a_threshold():
+    """Five and four are nine together: k = ceil(10 * 0.9) = 9, the largest score of both. The third has its own."""
+    labels = np.repeat([0, 1, 2], [5, 4, 20])
+    probabilities = np.full((29, 3), 0.5)
+    probabilities[:5, 0], probabilities[5:9, 1] = np.linspace(0.9, 0.6, 5), np.linspace(0.8, 0.3, 4)
+    thresholds = fit_conformal(probabilities, labels, CLASSES, 0.9).thresholds
+    assert thresholds == pytest.approx({"MEL": 0.7, "NV": 0.7, "BCC": 0.5})
+    fewer = fit_conformal(probabilities[1:], labels[1:], CLASSES, 0.9).thresholds
+    assert fewer == pytest.approx({"MEL": 1.0, "NV": 1.0, "BCC": 0.5}), "eight are too few together"
+
+
 def test_many_images_of_one_lesion_promise_no_more_than_one():
     """Nine lesions with twenty images each: k = ceil(10 * 0.9) = 9, the largest of the lesions' largest scores."""
     scores = np.linspace(0.01, 0.9, 180)

@@ -111,18 +111,27 @@ def fit_conformal(
     """Thresholds on 1 - p_c, one a class, so that sets hold the true class with the wanted probability in each class.
 
     For a class with n lesions the threshold is its k-th smallest score, k = ceil((n + 1) * level): the finite-sample
-    quantile of split conformal prediction (Vovk 2012; Angelopoulos & Bates 2023, section 1). If k > n there are too
-    few lesions to promise anything and the threshold is 1: the class is in every set.
+    quantile of split conformal prediction (Vovk 2012; Angelopoulos & Bates 2023, section 1). Classes with k > n, of which
+    there are too few lesions to promise anything, share a threshold, found in the same way from all their lesions, and
+    the promise is one for them together (as for the clusters of Ding et al. 2023, "Class-Conditional Conformal Prediction
+    with Many Classes"). If they are too few together the threshold is 1: they are in every set.
 
     Lesions are counted and not images, since it is lesions that are exchangeable. A lesion's score is the largest of
     its images', so that with the wanted probability the sets of all images of a new lesion hold its class.
     """
     of = np.arange(len(labels)) if lesions is None else lesions
-    thresholds = {}
+    scores = {}
     for index, code in enumerate(classes):
         mine = labels == index
-        worst = pd.Series(1 - probabilities[mine, index]).groupby(of[mine]).max()
-        scores = np.sort(worst.to_numpy())
-        k = math.ceil((len(scores) + 1) * confidence_level)
-        thresholds[code] = float(scores[k - 1]) if k <= len(scores) else 1.0
-    return Conformal(confidence_level, thresholds)
+        scores[code] = pd.Series(1 - probabilities[mine, index]).groupby(of[mine]).max().to_numpy()
+    found = {code: _conformal_quantile(each, confidence_level) for code, each in scores.items()}
+    rare = [scores[code] for code in classes if found[code] is None]
+    together = _conformal_quantile(np.concatenate(rare), confidence_level) if rare else None
+    shared = 1.0 if together is None else together
+    return Conformal(confidence_level, {code: shared if one is None else one for code, one in found.items()})
+
+
+def _conformal_quantile(scores: NDArray[np.float64], confidence_level: float) -> float | None:
+    """The k-th smallest score; None if there are fewer than k."""
+    k = math.ceil((len(scores) + 1) * confidence_level)
+    return float(np.sort(scores)[k - 1]) if k <= len(scores) else None
