@@ -111,10 +111,10 @@ def fit_conformal(
     """Thresholds on 1 - p_c, one a class, so that sets hold the true class with the wanted probability in each class.
 
     For a class with n lesions the threshold is its k-th smallest score, k = ceil((n + 1) * level): the finite-sample
-    quantile of split conformal prediction (Vovk 2012; Angelopoulos & Bates 2023, section 1). Classes with k > n, of which
-    there are too few lesions to promise anything, share a threshold, found in the same way from all their lesions, and
-    the promise is one for them together (as for the clusters of Ding et al. 2023, "Class-Conditional Conformal Prediction
-    with Many Classes"). If they are too few together the threshold is 1: they are in every set.
+    quantile of split conformal prediction (Vovk 2012; Angelopoulos & Bates 2023, section 1). Classes with k > n, of
+    which there are too few lesions to promise anything, share a threshold, found in the same way from all their
+    lesions, and the promise is one for them together (as for the clusters of Ding et al. 2023, "Class-Conditional
+    Conformal Prediction with Many Classes"). If they are too few together the threshold is 1: they are in every set.
 
     Lesions are counted and not images, since it is lesions that are exchangeable. A lesion's score is the largest of
     its images', so that with the wanted probability the sets of all images of a new lesion hold its class.
