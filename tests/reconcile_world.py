@@ -5,13 +5,12 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from handlers.bundle import GOLDEN, WEIGHTS, BundleConfig, seal
+from handlers.bundle import GOLDEN, WEIGHTS, BundleConfig, GoldenCase, seal
 from handlers.calibration import Calibration
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking.promotion.execute import Executor
 from mlflow_tracking.promotion.gates.identity import GoldenParity
-from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.reconcile import Event, Reconciler
 from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable
@@ -206,18 +205,10 @@ class Golden(GoldenParity):
     checkpoint: bool = False
 
     def evaluate(self, candidate):
-        case = _Case(candidate.release)
+        image = json.dumps({"digest": candidate.release.digest}).encode()
+        case = GoldenCase("golden/MEL.jpg", image, {"MEL": 0.5, "NV": 0.5}, [])
         bundle = type("Golden", (), {"golden": lambda self: [case]})()
         return super().evaluate(replace(candidate, bundle=bundle))
-
-
-class _Case:
-    name = "golden/MEL.jpg"
-    probabilities = {"MEL": 0.5, "NV": 0.5}  # noqa: RUF012
-    metadata = None
-
-    def __init__(self, release: Release) -> None:
-        self.image = json.dumps({"digest": release.digest}).encode()
 
 
 def full_disk(*_: object, **__: object) -> None:

@@ -437,7 +437,15 @@ def test_no_data_is_one_sentence(tmp_path):
     assert "prepare_data.py" in output
 
 
-def test_ctrl_c_stops_the_making_of_a_manifest_at_once(tmp_path, monkeypatch):
+@pytest.fixture
+def heeds_ctrl_c():
+    """As in a terminal; a script that starts the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_the_making_of_a_manifest_at_once(tmp_path, monkeypatch, heeds_ctrl_c):
     def interrupted(*args, **options):
         signal.raise_signal(signal.SIGINT)
         pytest.fail("Ctrl-C was put off")
