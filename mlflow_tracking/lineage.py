@@ -166,7 +166,7 @@ def _from_registry(found: Lineage, version: RegisteredVersion, registry: Registr
         evidence = config["evidence"]
         found.training = {
             name: evidence[name]
-            for name in ("code_revision", "dataset_fingerprint", "images", "seed")
+            for name in ("code_revision", "dataset_fingerprint", "images", "seed", "initial_bundle")
             if name in evidence
         }
         if RECEIPT in config["files"]:

@@ -45,6 +45,8 @@ SYNONYMS = {
     "hidden": "head_hidden",
     "llrd": "layer_decay",
     "freeze": "freeze_epochs",
+    "initial_checkpoint": "initial_bundle",
+    "weights": "initial_bundle",
     "rand_augment": "randaugment",
     "data": "data_dir",
     "dataset": "manifest",
@@ -73,6 +75,9 @@ class TrainConfig(BaseModel):
     # model
     architecture: str = Field("vit_small_patch16_224", description="a timm model name")
     pretrained: bool = Field(False, description="start from the model hub's weights")
+    initial_bundle: str = Field(
+        "", description="a bundle of the same backbone to start from; image_size and classes may be others"
+    )
     stem: Literal["patch", "conv", "resnet"] = Field(
         "patch", description="conv, resnet: convolutions in place of a ViT's patch projection"
     )
@@ -157,6 +162,8 @@ class TrainConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.stem != "patch" and self.pretrained:
             raise ValueError(f"stem={self.stem} has no pretrained weights: use stem=patch or pretrained=false")
+        if self.initial_bundle and self.pretrained:
+            raise ValueError("initial_bundle and pretrained=true both name weights to start from: use one of them")
         if 0 < self.cache_size < self.image_size:
             raise ValueError(f"cache_size={self.cache_size} is smaller than image_size={self.image_size}")
         if self.metadata and (self.mixup_alpha or self.cutmix_alpha) and self.mix_probability == 1:

@@ -25,7 +25,7 @@ from training.dataset import Images, batches, standardise
 from training.detectors import Known, KnownSpace, Outputs, known_space
 from training.export import export_bundle
 from training.figures import confusion_figure, curves_figure, reliability_figure
-from training.receipt import make_receipt
+from training.receipt import Receipt, make_receipt
 from training.terminal import console
 from training.tracking import Tracker, code_revision
 
@@ -157,7 +157,9 @@ def finish(
     write_json(output / "metrics.json", reports)
     check()
 
-    evidence = {
+    receipt = make_receipt(frame, best["dataset_fingerprint"])
+    initial = best.get("initial")
+    evidence: dict[str, Any] = {
         "run_id": tracker.run_id,
         "dataset_fingerprint": best["dataset_fingerprint"],
         "code_revision": code_revision(),
@@ -166,6 +168,9 @@ def finish(
         "images": {split: int((frame["split"] == split).sum()) for split in ("train", "val", "calibration", "test")},
         "metrics": {split: headline(report) for split, report in reports.items()},
     }
+    if initial:
+        evidence["initial_bundle"] = initial["digest"]
+        receipt = receipt.joined(Receipt.from_dict(initial["receipt"]))
     bundle = export_bundle(
         output / "bundle",
         backbone=model,
@@ -176,7 +181,7 @@ def finish(
         preprocessing=config.preprocessing,
         calibration=calibration,
         evidence=evidence,
-        receipt=make_receipt(frame, best["dataset_fingerprint"]),
+        receipt=receipt,
         space=space,
     )
     check()

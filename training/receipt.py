@@ -8,7 +8,8 @@ Free of torch, so that promotion can use it.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ class SeenImages:
     isic_ids: tuple[str, ...]
     lesions: tuple[str, ...]
 
+    @classmethod
+    def joined(cls, several: Iterable["SeenImages"]) -> "SeenImages":
+        """What is in any of them."""
+        columns = zip(*map(astuple, several), strict=True)
+        return cls(*(_sorted(value for column in same for value in column) for same in columns))
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -50,6 +57,21 @@ class Receipt:
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as kept in the bundle."""
         return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Receipt":
+        """The inverse of to_dict. Raises KeyError, TypeError or AttributeError for anything else."""
+        splits = {
+            name: SeenImages(**{key: tuple(column) for key, column in columns.items()})
+            for name, columns in values["splits"].items()
+        }
+        return cls(values["dataset_fingerprint"], splits)
+
+    def joined(self, earlier: "Receipt") -> "Receipt":
+        """The receipt of a model that was made from this one's images, starting from a model made from `earlier`'s."""
+        names = [split for split in SEEN_SPLITS if split in self.splits or split in earlier.splits]
+        splits = {name: [r.splits[name] for r in (self, earlier) if name in r.splits] for name in names}
+        return Receipt(self.dataset_fingerprint, {name: SeenImages.joined(seen) for name, seen in splits.items()})
 
 
 @dataclass(frozen=True)
@@ -99,11 +121,7 @@ def read_receipt(bundle: Path | str) -> Receipt | None:
         values = json.loads(path.read_bytes())
         if values["schema"] != SCHEMA:
             raise BundleError(f"{path} has schema {values['schema']!r}; this version reads schema {SCHEMA}.")
-        splits = {
-            name: SeenImages(**{key: tuple(column) for key, column in columns.items()})
-            for name, columns in values["splits"].items()
-        }
-        return Receipt(values["dataset_fingerprint"], splits)
+        return Receipt.from_dict(values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, BundleError):
             raise

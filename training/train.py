@@ -30,6 +30,7 @@ from training.checkpoints import BEST, LAST, CheckpointError, find, load, restor
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
 from training.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split, withhold
 from training.finish import finish, predict
+from training.initial_weights import InitialWeights
 from training.losses import ClassificationLoss, class_weights
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest
 from training.recipe import (
@@ -90,6 +91,9 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     data_id, classes = fingerprint(frame), classes_in(frame)
     if checkpoint and checkpoint["dataset_fingerprint"] != data_id:
         raise TrainingError(f"{config.manifest} has changed since this run began; start a new run.")
+    initial = InitialWeights.read(config.initial_bundle) if config.initial_bundle and not checkpoint else None
+    if initial:
+        initial.check(frame, data_id)
     # Before the images are decoded, since pretrained weights may be out of reach. A checkpoint brings its own.
     seed_everything(config.seed, 0)
     pretrained = config.pretrained and checkpoint is None
@@ -97,6 +101,11 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     model = build_backbone(
         config.architecture, len(classes), config.image_size, pretrained, config.options, len(inputs.columns)
     )
+    if initial and (anew := initial.put_into(model, classes)):
+        console.print(
+            f"Of {config.initial_bundle}, all but the {' and the '.join(anew)} is used: its classes or inputs "
+            "are others."
+        )
     data = load_data(config, frame, classes, stop)
     counts = np.bincount(data["train"].labels, minlength=len(classes))
     steps = max(1, len(data["train"]) // config.batch_size)
@@ -127,7 +136,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     tracker = Tracker(uri, lambda text: console.print(text, style="yellow"))
     tracker.start(config, remembered["run_id"], {"code_revision": code_revision(), "device": str(device)})
     tracker.dataset(frame, Path(config.manifest), data_id)
-    described = {"config": config.to_dict(), "classes": list(classes), "dataset_fingerprint": data_id}
+    described: dict[str, Any] = {"config": config.to_dict(), "classes": list(classes), "dataset_fingerprint": data_id}
+    described["initial"] = initial.described() if initial else (checkpoint or {}).get("initial")
     described["mlflow"] = {"uri": tracker.uri, "run_id": tracker.run_id}
 
     def save_last(epoch: int) -> None:

@@ -1,0 +1,95 @@
+"""Starting from the weights of a bundle: at another image size, for other classes, on other data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+
+from handlers.backbone import is_vision_transformer
+from handlers.bundle import WEIGHTS, Bundle, BundleError
+from handlers.graph import BASIS, ORIGIN
+from training.dataset import DataError
+from training.receipt import Receipt, overlap, read_receipt
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """A bundle to start from, and the receipt of what it was made from, which every model made of it has to carry."""
+
+    bundle: Bundle
+    receipt: Receipt
+
+    @classmethod
+    def read(cls, path: Path | str) -> "InitialWeights":
+        """Raises BundleError if there is no sound bundle at `path`, or one that does not tell what it has seen."""
+        bundle = Bundle.load(path)
+        receipt = read_receipt(bundle.path)
+        if receipt is None:
+            raise BundleError(
+                f"{path} carries no receipt of the images it was made from (receipt.json), so nobody could tell what a "
+                "model made of it has seen; start from another bundle."
+            )
+        return cls(bundle, receipt)
+
+    def check(self, frame: pd.DataFrame, dataset_fingerprint: str) -> None:
+        """Refuse a manifest by which a model would be tuned or judged on images that this bundle has learnt from.
+
+        The manifest it was made from itself has the same images in the same splits.
+
+        Raises:
+            DataError: images of other splits than train are in the receipt.
+        """
+        if self.receipt.dataset_fingerprint == dataset_fingerprint:
+            return
+        rows = frame[frame["split"] != "train"]
+        found = overlap(self.receipt, rows)
+        if found.found:
+            raise DataError(
+                f"{self.bundle.path} has seen images outside this manifest's training split. {found} "
+                "Start from another bundle, or put their lesions into the split train."
+            )
+
+    def described(self) -> dict[str, Any]:
+        """What a run's checkpoints keep of it."""
+        return {"digest": self.bundle.digest, "receipt": self.receipt.to_dict()}
+
+    def put_into(self, backbone: nn.Module, classes: tuple[str, ...]) -> list[str]:
+        """Load the weights, with positions resampled to the backbone's grid. Returns the names of the heads that begin
+        anew, as their classes or their inputs are others.
+
+        Raises:
+            BundleError: the backbone is another than the bundle's.
+        """
+        model: Any = backbone
+        config, own = self.bundle.config, model.state_dict()
+        weights = {name: tensor.float() for name, tensor in load_file(self.bundle.path / WEIGHTS).items()}
+        weights = {name: tensor for name, tensor in weights.items() if name not in (ORIGIN, BASIS)}
+        if is_vision_transformer(model) and "pos_embed" in weights and model.pos_embed is not None:
+            prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+            grid = list(model.patch_embed.grid_size)
+            weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], grid, num_prefix_tokens=prefix)
+
+        anew = []
+        for head in (model.default_cfg["classifier"], "metadata_head"):
+            shapes, given = ({n: w.shape for n, w in s.items() if n.startswith(f"{head}.")} for s in (own, weights))
+            if classes != config.classes or (head == "metadata_head" and shapes != given):
+                weights = {name: tensor for name, tensor in weights.items() if name not in given}
+                anew += [head] if shapes else []
+        try:
+            missing, unexpected = model.load_state_dict(weights, strict=False)
+            # Batch norm's counter of batches is left out by export.
+            meant = tuple(f"{head}." for head in anew)
+            missing = [name for name in missing if not name.startswith(meant) and not name.endswith("_batches_tracked")]
+            fault = ", ".join([*missing, *unexpected][:3])
+        except RuntimeError as error:
+            fault = str(error).strip().splitlines()[-1].strip()
+        if fault:
+            raise BundleError(
+                f"{self.bundle.path} is {config.architecture} with {config.options}, which these settings do not "
+                f"describe ({fault}); give its architecture, stem, depth and head_hidden."
+            )
+        return anew
