@@ -41,11 +41,6 @@ MAP_TOLERANCE = 0.01
 ORIGIN, BASIS = "rejection.origin", "rejection.basis"
 
 
-def has_bf16() -> bool:
-    """Whether this processor multiplies in bf16."""
-    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
 @functools.cache
 def core() -> "openvino.Core":
     """OpenVINO's core, one for the process.
@@ -63,6 +58,11 @@ class Runtime(Protocol):
 
     precision: str
 
+    @staticmethod
+    def has_bf16() -> bool:
+        """Whether it would gain from bf16 where it runs."""
+        ...
+
     def __call__(
         self, pixels: np.ndarray, target: np.ndarray, metadata: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,7 +72,12 @@ class Runtime(Protocol):
 
 
 class OpenVinoRuntime:
-    """The exported graph, computing in `precision` "bf16" or "f32"."""
+    """The exported graph on the CPU, computing in `precision` "bf16" or "f32"."""
+
+    @staticmethod
+    def has_bf16() -> bool:
+        """Whether this processor multiplies in bf16."""
+        return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
     def __init__(self, bundle: Bundle, precision: str = "f32", threads: int | None = None) -> None:
         # Unless told, OpenVINO chooses the precision by itself and says nothing.
@@ -95,17 +100,27 @@ class OpenVinoRuntime:
 
 
 class TorchRuntime:
-    """The eager model, for bundles without a graph and as the reference for those that have one."""
+    """The eager model: on a GPU, where there is one, and for bundles without a graph; the reference for all others.
 
-    def __init__(self, bundle: Bundle, precision: str = "auto", threads: int | None = None) -> None:
+    It computes in `precision` "bf16", by autocast, or "f32".
+    """
+
+    @staticmethod
+    def has_bf16() -> bool:
+        """Whether there is a GPU that multiplies in bf16; on CPUs this is the reference."""
         import torch
 
-        if precision not in ("auto", "f32"):
-            raise BundleError(f"The eager model runs in f32; precision {precision!r} needs the exported graph.")
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def __init__(
+        self, bundle: Bundle, precision: str = "f32", threads: int | None = None, device: str | None = None
+    ) -> None:
+        import torch
+
         if threads:
             torch.set_num_threads(threads)
-        self.precision = "f32"
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.precision = precision
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.module = serving_module(bundle).to(self._device)
 
     def __call__(
@@ -114,9 +129,11 @@ class TorchRuntime:
         import torch
 
         inputs = [pixels, target] if metadata is None else [pixels, target, metadata]
-        with torch.inference_mode():
-            logits, maps, residuals = self.module(*(torch.tensor(array, device=self._device) for array in inputs))
-        return logits.cpu().numpy(), maps.cpu().numpy(), residuals.cpu().numpy()
+        autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with torch.inference_mode(), autocast:
+            outputs = self.module(*(torch.tensor(array, device=self._device) for array in inputs))
+        logits, maps, residuals = (output.float().cpu().numpy() for output in outputs)
+        return logits, maps, residuals
 
 
 def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is imported only when it is needed

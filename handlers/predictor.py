@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from handlers.bundle import Bundle
-from handlers.graph import OpenVinoRuntime, Runtime, TorchRuntime, has_bf16
+from handlers.graph import OpenVinoRuntime, Runtime, TorchRuntime
 from handlers.metadata import MetadataError
 from handlers.preprocessing import DecodedImage, ImageError, decode, ignore_oddities
 from handlers.taxonomy import BY_CODE, CODES, TAXONOMY, UNKNOWN
@@ -128,6 +129,7 @@ class Predictor:
         runtime: "openvino", "torch", or "auto": the exported graph where the bundle has one.
         precision: "f32", "bf16" or "auto": bf16 where the processor computes in it and the golden answers survive it.
         threads: threads for one inference; None leaves it to the runtime.
+        device: torch's name of where its runtime computes, such as "cuda:0"; None: a GPU if there is one.
         version: the registry's version, repeated in answers.
 
     Raises:
@@ -141,12 +143,13 @@ class Predictor:
         precision: str = "auto",
         threads: int | None = None,
         version: str | None = None,
+        device: str | None = None,
     ) -> None:
         if runtime == "auto":
             runtime = "openvino" if bundle.has_graph else "torch"
         self.bundle = bundle
         self.config = bundle.config
-        self.runtime = self._start(runtime, precision, threads)
+        self.runtime = self._start(runtime, precision, threads, device)
         # Pillow and OpenCV let go of Python's lock, so the pictures of a batch are read and drawn side by side.
         at_a_time = min(MAX_DECODING, threads or os.cpu_count() or 1)
         self._threads = ThreadPoolExecutor(at_a_time, thread_name_prefix="pictures")
@@ -168,18 +171,19 @@ class Predictor:
         """Verify the bundle in folder `path` and make a predictor of it; options as for the class."""
         return cls(Bundle.load(path), **options)
 
-    def _start(self, runtime: str, precision: str, threads: int | None) -> Runtime:
+    def _start(self, runtime: str, precision: str, threads: int | None, device: str | None) -> Runtime:
         """Start the runtime and warm it up, since the first call allocates and no request should wait for that.
 
         Asked for "auto", low precision must earn its place: it is kept only if it gives the golden answers.
         """
-        if runtime == "openvino" and precision == "auto":
-            if has_bf16():
-                low = OpenVinoRuntime(self.bundle, "bf16", threads)
+        kind = TorchRuntime if runtime == "torch" else OpenVinoRuntime
+        make = partial(TorchRuntime, device=device) if runtime == "torch" else OpenVinoRuntime
+        if precision == "auto":
+            if kind.has_bf16():
+                low = make(self.bundle, "bf16", threads)
                 if self._golden_error(low) <= LOW_PRECISION_TOLERANCE:
                     return low
             precision = "f32"
-        make = TorchRuntime if runtime == "torch" else OpenVinoRuntime
         started = make(self.bundle, precision, threads)
         size = self.config.preprocessing.image_size
         started(np.zeros((1, size, size, 3), np.uint8), np.array([-1]))

@@ -44,8 +44,11 @@ class SkinLesionHandler:
     def initialize(self, context: Any) -> None:
         """Load and verify the bundle that lies in the archive. Raises BundleError, which stops the worker."""
         settings = (context.model_yaml_config or {}).get("handler", {})
+        device = _gpu(context.system_properties.get("gpu_id"))
         self.predictor = Predictor.load(
             Path(context.system_properties["model_dir"]) / "bundle",
+            runtime="torch" if device else "auto",
+            device=device,
             precision=settings.get("precision", "auto"),
             threads=settings.get("threads"),
             version=context.manifest["model"]["modelVersion"],
@@ -97,6 +100,15 @@ class SkinLesionHandler:
             if len(requests) > 1:
                 return [answer for request in requests for answer in self._predict([request])]
             return [ImageError(500, "internal_error", "The model failed on this request; see its log.")]
+
+
+def _gpu(number: int | None) -> str | None:
+    """torch's name of the GPU that TorchServe gave this worker, if it did and this torch can use it."""
+    if number is None:
+        return None
+    import torch
+
+    return f"cuda:{number}" if torch.cuda.is_available() else None
 
 
 def _respond(answer: Any, context: Any, index: int) -> bytes:

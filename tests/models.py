@@ -48,16 +48,18 @@ def tiny_bundle(
     metadata: Metadata | None = None,
     options: dict[str, Any] | None = None,
     run_id: str | None = None,
+    architecture: str = ARCHITECTURE,
     **export: Any,
 ) -> Bundle:
-    """The bundle of a tiny vision transformer with every kind of calibration."""
+    """The bundle of a tiny network, a vision transformer unless told, with every kind of calibration."""
+    options = OPTIONS if options is None else options
     return export_bundle(
         out,
         backbone=tiny_backbone(
-            len(classes), options=options, seed=seed, metadata_width=len((metadata or Metadata()).columns)
+            len(classes), architecture, options, seed=seed, metadata_width=len((metadata or Metadata()).columns)
         ),
-        architecture=ARCHITECTURE,
-        options=OPTIONS if options is None else options,
+        architecture=architecture,
+        options=options,
         classes=classes,
         preprocessing=Preprocessing(IMAGE_SIZE),
         calibration=Calibration(

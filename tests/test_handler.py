@@ -6,6 +6,7 @@ from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from handlers import skin_lesion_handler
 from handlers.skin_lesion_handler import SkinLesionHandler
@@ -166,6 +167,21 @@ def test_a_prediction_is_one_line_for_the_log(folder, sample_images, monkeypatch
     silent.initialize(context)
     silent.handle([{"body": bytearray(sample_images[0])}], context)
     assert "prediction {" not in caplog.text
+
+
+def test_a_gpu_is_used_by_torch_where_torchserve_gives_one(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(skin_lesion_handler.Predictor, "load", lambda path, **options: seen.append(options))
+    context = FakeContext(folder)
+    for number, usable, expected in (
+        (None, True, ("auto", None)),
+        (1, True, ("torch", "cuda:1")),
+        (0, False, ("auto", None)),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda usable=usable: usable)
+        context.system_properties["gpu_id"] = number
+        SkinLesionHandler().initialize(context)
+        assert (seen[-1]["runtime"], seen[-1]["device"]) == expected
 
 
 def test_an_exception_inside_is_answered_and_logged_without_content(

@@ -139,13 +139,32 @@ def test_a_class_the_model_never_saw_has_no_map_and_no_probability(tmp_path, sam
     assert "not trained on SCC" in str(refused)
 
 
-def test_low_precision_must_earn_its_place(bundle, monkeypatch):
-    from handlers import predictor as module
-
-    monkeypatch.setattr(module, "has_bf16", lambda: True)
+@pytest.mark.parametrize(("runtime", "kind"), [("openvino", OpenVinoRuntime), ("torch", TorchRuntime)])
+def test_low_precision_must_earn_its_place(bundle, monkeypatch, runtime, kind):
+    monkeypatch.setattr(kind, "has_bf16", lambda: True)
     for error, precision in ((0.004, "bf16"), (0.006, "f32")):
         monkeypatch.setattr(Predictor, "_golden_error", lambda own, runtime, error=error: error)
-        assert Predictor(bundle).runtime.precision == precision
+        assert Predictor(bundle, runtime=runtime).runtime.precision == precision
+    monkeypatch.setattr(kind, "has_bf16", lambda: False)
+    assert Predictor(bundle, runtime=runtime).runtime.precision == "f32"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("vit_tiny_patch16_224", None), ("vit_tiny_patch16_224", {"depth": 2, "global_pool": "avg"}),
+     ("resnet18", {}), ("vit_tiny_patch16_224", {"depth": 2, "qk_norm": True})],
+)  # fmt: skip
+def test_autocast_gives_the_same_answers_but_for_rounding(tmp_path, sample_images, architecture, options):
+    """What a GPU computes in, on the CPU: every kind of Grad-CAM comes through it."""
+    given = tiny_bundle(tmp_path / "bundle", options=options, architecture=architecture)
+    pixels = np.stack([given.config.preprocessing(image)[0] for image in sample_images[:3]])
+    full, low = (TorchRuntime(given, precision, device="cpu")(pixels, np.full(3, -1)) for precision in ("f32", "bf16"))
+    for ours, theirs in zip(low, full, strict=True):
+        assert ours.dtype == np.float32
+        assert ours == pytest.approx(theirs, abs=0.05 * max(1.0, float(np.abs(theirs).max())))
+    assert not np.array_equal(low[0], full[0])
+    assert np.abs(full[1]).max() > 0
+    assert np.corrcoef(low[1].ravel(), full[1].ravel())[0, 1] > 0.99
 
 
 def test_an_overlay_is_drawn_on_more_than_the_network_sees(predictor, sample_images):

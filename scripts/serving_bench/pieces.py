@@ -29,7 +29,7 @@ from ts.context import Context, RequestProcessor
 
 from handlers.backbone import split_attention
 from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, Bundle, seal
-from handlers.graph import core, export_graph, has_bf16, serving_module
+from handlers.graph import OpenVinoRuntime, core, export_graph, serving_module
 from handlers.predictor import OVERLAY_MIN_SIDE, Prediction, Predictor, overlay
 from handlers.preprocessing import decode
 from handlers.skin_lesion_handler import SkinLesionHandler
@@ -213,7 +213,7 @@ def peaks(seconds: float, sizes: tuple[int, ...] = SIZES) -> dict[str, dict[str,
     """
     torch.set_num_threads(os.cpu_count() or 1)
     found: dict[str, dict[str, Any]] = {}
-    for precision in ("f32", "bf16") if has_bf16() else ("f32",):
+    for precision in ("f32", "bf16") if OpenVinoRuntime.has_bf16() else ("f32",):
         tried: dict[str, float] = {}
         for size in sizes:
             for name, make in (("torch", _torch_product), ("OpenVINO", _graph_product)):
