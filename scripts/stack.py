@@ -4,7 +4,6 @@
 leads a session of its own, whose number finds every process of the stack, even one whose parent was killed.
 """
 
-import ctypes
 import fcntl
 import io
 import os
@@ -15,13 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-import xmlrpc.client
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import httpx
 import psutil
@@ -32,13 +29,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
-from supervisor.xmlrpc import SupervisorTransport
 
 from mlflow_tracking.settings import MODEL_NAME, ROOT, SettingsError
 from mlflow_tracking.settings import Settings as ServiceSettings
+from scripts.supervision import UNANSWERED, Supervision
 
 PATIENCE = 240  # seconds without any progress; the first start derives the model's graph, perhaps on two busy cores
-UNANSWERED = (OSError, HTTPException, xmlrpc.client.Error)  # by supervisord, which starts, stops or is busy
 console = Console(highlight=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", help=__doc__)
 
@@ -84,6 +80,10 @@ class Settings(ServiceSettings):
 
     def url(self, part: str) -> str:
         return f"http://127.0.0.1:{self.ports[f'{part.upper()}_PORT']}"
+
+    @property
+    def supervision(self) -> Supervision:
+        return Supervision(self.state, self.run_dir)
 
     def environment(self) -> dict[str, str]:
         """What the parts are started with: their addresses are this stack's, whatever the caller's environment says."""
@@ -149,67 +149,6 @@ def who_listens(port: int) -> str:
     return "another program"
 
 
-def start_supervisor(settings: Settings) -> subprocess.Popen[bytes]:
-    (settings.run_dir / "control.sock").unlink(missing_ok=True)  # of a supervisord that was killed
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def end_with_parent() -> None:
-        if libc:
-            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: after a kill -9 of `up` nothing would watch supervisord
-
-    command = [sys.executable, "-m", "supervisor.supervisord", "-c", "scripts/supervisord.conf"]
-    options: dict[str, Any] = {"start_new_session": True, "preexec_fn": end_with_parent, "stdin": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=ROOT, env=settings.environment(), **options)
-    (settings.run_dir / "session").write_text(str(process.pid))
-    return process
-
-
-def supervisor(settings: Settings) -> Any:
-    """supervisord's XML-RPC interface, on its socket."""
-    transport = SupervisorTransport(None, None, f"unix://{settings.run_dir}/control.sock")
-    return xmlrpc.client.ServerProxy("http://127.0.0.1", transport).supervisor
-
-
-def states(settings: Settings) -> dict[str, dict[str, Any]]:
-    """supervisord's view of each program by name; empty while it does not answer."""
-    with suppress(*UNANSWERED):
-        return {info["name"]: info for info in supervisor(settings).getAllProcessInfo()}
-    return {}
-
-
-def session(settings: Settings) -> dict[psutil.Process, int]:
-    """The processes of supervisord's session, with their groups; some may be left when it is dead itself.
-
-    Its number may have come to a stranger since, so a process must also name one of the stack's folders.
-    """
-    found = {}
-    with suppress(OSError, ValueError):
-        leader = int((settings.run_dir / "session").read_text())
-        for pid in psutil.pids():
-            with suppress(OSError, psutil.Error):
-                if os.getsid(pid) == leader:
-                    process, group = psutil.Process(pid), os.getpgid(pid)
-                    words = " ".join([*process.cmdline(), *process.environ().values()])
-                    if str(settings.state) in words or str(settings.run_dir) in words:
-                        found[process] = group
-    return found
-
-
-def orphans(settings: Settings) -> list[psutil.Process]:
-    """Children of a dead part, which led their process group: they hold its port, and its successor could not start."""
-    members = session(settings)
-    alive = {process.pid for process in members}
-    return [process for process, group in members.items() if group not in alive]
-
-
-def kill(processes: list[psutil.Process]) -> int:
-    for process in processes:
-        with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(processes, timeout=10)
-    return len(processes)
-
-
 @contextmanager
 def only_one(settings: Settings) -> Iterator[bool]:
     """Whether nobody else runs `up` on this state folder; the lock goes with the process, however that ends."""
@@ -240,7 +179,7 @@ def champion(settings: Settings) -> str | None:
 
 def registered(settings: Settings) -> str | None:
     """Registers the shipped model into an empty registry; the text to show once there is a version."""
-    info = states(settings).get("register", {})
+    info = settings.supervision.states().get("register", {})
     if info.get("statename") == "EXITED":
         if info["exitstatus"]:
             raise StackError("The shipped model could not be registered.", settings.log("register"))
@@ -252,7 +191,7 @@ def registered(settings: Settings) -> str | None:
         answer = client().get(f"{settings.url('mlflow')}/api/2.0/mlflow/model-versions/search", params=query)
         if len(answer.raise_for_status().json().get("model_versions", [])) > 1:
             return "no version is champion"  # somebody wants it so; a single one may come from an interrupted start
-        supervisor(settings).startProcess("stack:register", False)
+        settings.supervision.interface.startProcess("stack:register", False)
     return None
 
 
@@ -299,7 +238,7 @@ def bring_up(settings: Settings, process: subprocess.Popen[bytes], stopping: thr
                     raise StackError(f"{title} is not ready after {PATIENCE} s of waiting.", log)
             if process.poll() is not None:
                 raise StackError("The supervisor stopped.", settings.log("supervisord"))
-            found = states(settings)
+            found = settings.supervision.states()
             for part in PARTS:
                 if found.get(part.name, {}).get("statename") == "FATAL":
                     raise StackError(f"{part.title} cannot start: it stopped four times.", settings.log(part.name))
@@ -312,15 +251,15 @@ def watch(settings: Settings, process: subprocess.Popen[bytes], stopping: thread
     while not stopping.wait(1):
         if process.poll() is not None:
             console.print("The supervisor was killed; all parts are started again.")
-            kill([*session(settings)])
-            process, pids = start_supervisor(settings), {}
-        kill(orphans(settings))
-        found = states(settings)
+            settings.supervision.kill()
+            process, pids = settings.supervision.start(settings.environment()), {}
+        settings.supervision.kill_orphans()
+        found = settings.supervision.states()
         for part in PARTS:
             info = found.get(part.name, {"statename": "", "pid": 0})
             if info["statename"] == "FATAL":  # supervisord gave up after some tries; what was up once is tried again
                 with suppress(*UNANSWERED):
-                    supervisor(settings).startProcess(f"stack:{part.name}", False)
+                    settings.supervision.interface.startProcess(f"stack:{part.name}", False)
             if info["pid"] and pids.setdefault(part.name, info["pid"]) != info["pid"]:
                 console.print(f"{part.title} had stopped and was started again; its log: {settings.log(part.name)}")
                 pids[part.name] = info["pid"]
@@ -334,11 +273,11 @@ def up() -> None:
     with only_one(settings) as first:
         if not first:
             raise StackError("The stack is running already: `make status` shows where, `make down` stops it.")
-        kill([*session(settings)])  # left by an `up` that was killed
+        settings.supervision.kill()  # left by an `up` that was killed
         check_machine(settings)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: stopping.set())
-        process = start_supervisor(settings)
+        process = settings.supervision.start(settings.environment())
         try:
             bring_up(settings, process, stopping)
             if not stopping.is_set():
@@ -353,8 +292,8 @@ def up() -> None:
             process.terminate()
             with suppress(subprocess.TimeoutExpired), console.status("Stopping …"):
                 process.wait(20)
-            kill([*session(settings)])
-            (settings.run_dir / "session").unlink(missing_ok=True)
+            settings.supervision.kill()
+            settings.supervision.forget()
         console.print("Stopped. Runs and models stay; `make up` goes on with them.")
 
 
@@ -365,7 +304,7 @@ def down() -> None:
     while True:
         with only_one(settings) as nobody:
             if nobody:
-                stopped = bool(kill([*session(settings)])) or stopped
+                stopped = bool(settings.supervision.kill()) or stopped
                 console.print("Stopped." if stopped else "Nothing was running.")
                 return
             with suppress(ProcessLookupError, ValueError):
@@ -379,11 +318,10 @@ def down() -> None:
 def status() -> None:
     """Show each part: its state, since when, where. The exit code is 1 unless all are running."""
     settings = load_settings()
-    if not (found := states(settings)):
+    if not (found := settings.supervision.states()):
         raise StackError("The stack is not running; `make up` starts it.")
-    with suppress(OSError, psutil.Error):  # its ports may not be those of this shell
-        os.environ |= psutil.Process(int((settings.run_dir / "session").read_text())).environ()
-        settings = load_settings()
+    os.environ |= settings.supervision.environment()  # its ports may not be those of this shell
+    settings = load_settings()
     table = Table("Part", "State", "Since", "Pid", Column("Address", overflow="fold"))
     for part in PARTS:
         info = found[part.name]

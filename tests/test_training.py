@@ -28,7 +28,7 @@ from handlers.predictor import Predictor
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints, evaluate, finish, tracking, train
 from training.config import ROOT, load_config
-from training.losses import ClassificationLoss, class_weights
+from training.losses import ClassificationLoss, class_weights, prior_logits
 from training.recipe import learning_rate, make_mix, make_optimizer, seed_everything, set_trainable
 from training.tracking import Tracker, TrackingError, choose_store, code_revision
 
@@ -79,6 +79,25 @@ def test_class_weights_balance_and_keep_the_size_of_the_loss():
 
 
 # ---- optimiser, schedule, mixing
+
+
+def test_logit_adjustment_takes_the_class_frequencies_off():
+    """Menon et al. 2021: logits that are the priors' logarithms know nothing, and are all the same without them."""
+    counts = [900, 90, 10]
+    knows_nothing = np.log(np.array(counts) / 1000)
+    assert np.ptp(knows_nothing - prior_logits(counts, 1.0)) == pytest.approx(0, abs=1e-12)
+    assert knows_nothing - prior_logits(counts, 0.5) == pytest.approx(knows_nothing / 2)
+    assert not prior_logits(counts, 0.0).any()
+
+
+@pytest.mark.parametrize("hidden", [[], [8]])
+def test_the_bias_takes_it_to_wherever_the_model_goes(hidden):
+    backbone = build_backbone("test_vit", 3, 32, options={"head_hidden": hidden} if hidden else {}).eval()
+    images, shift = torch.rand(2, 3, 32, 32), np.array([-0.1, -2.0, -4.0])
+    with torch.inference_mode():
+        before = backbone(images)
+        finish.lower_bias(backbone, shift)
+        assert backbone(images).numpy() == pytest.approx(before.numpy() - shift, abs=1e-5)
 
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine():
@@ -303,7 +322,8 @@ def test_a_resumed_run_is_the_uninterrupted_run(bare, tmp_path):
 CHANGES = ["optimizer=adam", "weight_decay=1", "scheduler=constant", "layer_decay=0.5", "freeze_epochs=1",
            "warmup_epochs=0", "grad_clip=0.01", "ema_decay=0", "precision=bf16", "loss=focal", "label_smoothing=0.2",
            "class_weight_power=1", "sampler_power=1", "drop_rate=0.5", "drop_path_rate=0.5", "mixup_alpha=1",
-           "cutmix_alpha=1", "randaugment=9", "flip=false", "crop_scale=0.3", "hue=0.3", "seed=1"]  # fmt: skip
+           "cutmix_alpha=1", "randaugment=9", "flip=false", "crop_scale=0.3", "hue=0.3", "seed=1",
+           "logit_adjustment=1"]  # fmt: skip
 
 
 def test_every_setting_of_the_loop_changes_what_is_learnt(bare, tmp_path):

@@ -40,6 +40,7 @@ SYNONYMS = {
     "mixup": "mixup_alpha",
     "cutmix": "cutmix_alpha",
     "gamma": "focal_gamma",
+    "tau": "logit_adjustment",
     "early_stopping": "patience",
     "dropout": "drop_rate",
     "hidden": "head_hidden",
@@ -119,6 +120,9 @@ class TrainConfig(BaseModel):
     class_weight_power: Probability = Field(0.0, description="loss weight = frequency^-power: 0 equal, 1 balanced")
     sampler_power: Probability = Field(
         0.0, description="draw weight = frequency^-power: 0 as is, 1 balanced, .5 between"
+    )
+    logit_adjustment: Probability = Field(
+        0.0, description="share of the logarithm of the class frequencies that is taken off the trained logits"
     )
 
     # augmentation of the training images

@@ -25,6 +25,7 @@ from training.dataset import Images, batches, standardise
 from training.detectors import Known, KnownSpace, Outputs, known_space
 from training.export import export_bundle
 from training.figures import confusion_figure, curves_figure, reliability_figure
+from training.losses import prior_logits
 from training.receipt import Receipt, make_receipt
 from training.terminal import console
 from training.tracking import Tracker, code_revision
@@ -46,6 +47,15 @@ def outputs_of(
         logits.append(alone.double().cpu().numpy())
         told.append(fuse(backbone, alone, metadata).double().cpu().numpy())
     return Outputs(np.concatenate(features), np.concatenate(logits)), np.concatenate(told)
+
+
+def lower_bias(model: nn.Module, shift: NDArray[np.float64]) -> None:
+    """Take `shift` (K,) off all logits, by way of the classifier's bias."""
+    backbone: Any = model
+    head: Any = backbone.get_classifier()
+    bias = (head[-1] if isinstance(head, nn.Sequential) else head).bias
+    with torch.no_grad():
+        bias -= torch.tensor(shift, dtype=bias.dtype)
 
 
 def find_space(model: nn.Module, val: Outputs, labels: NDArray[np.int64]) -> KnownSpace | None:
@@ -103,6 +113,9 @@ def finish(
     width = len(inputs.columns)
     model = build_backbone(config.architecture, len(classes), config.image_size, options=options, metadata_width=width)
     model.load_state_dict(best["weights"])
+    if config.logit_adjustment:
+        counts = np.bincount(data["train"].labels, minlength=len(classes))
+        lower_bias(model, prior_logits(counts.tolist(), config.logit_adjustment))
     model.to(device)
     found = {split: outputs_of(model, images, config, device) for split, images in data.items() if split != "train"}
     pictures = {split: outputs for split, (outputs, _) in found.items()}

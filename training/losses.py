@@ -1,8 +1,11 @@
-"""The training losses, all for soft targets, so that label smoothing and mixup need no second version."""
+"""The training losses, all for soft targets, so that label smoothing and mixup need no second version; and what may be
+taken off the logits after training."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,3 +58,13 @@ def class_weights(counts: Sequence[int], power: float) -> Tensor:
     n = torch.tensor(counts, dtype=torch.float64)
     weights = n.pow(-power)
     return (weights * n.sum() / (weights * n).sum()).float()
+
+
+def prior_logits(counts: Sequence[int], power: float) -> NDArray[np.float64]:
+    """What post-hoc logit adjustment takes off the logits (K,): power * log(count / all), for classes that have images.
+
+    Menon et al. 2021, "Long-Tail Learning via Logit Adjustment", where `power` is tau. 0 leaves the logits alone; 1
+    removes the training set's class frequencies from them, and nothing else.
+    """
+    n = np.asarray(counts, np.float64)
+    return np.asarray(power * np.log(n / n.sum()))

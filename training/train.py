@@ -31,7 +31,7 @@ from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load
 from training.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split, withhold
 from training.finish import finish, predict
 from training.initial_weights import InitialWeights
-from training.losses import ClassificationLoss, class_weights
+from training.losses import ClassificationLoss, class_weights, prior_logits
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest
 from training.recipe import (
     attention_kernel,
@@ -120,6 +120,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     weights = class_weights(counts.tolist(), config.class_weight_power) if config.class_weight_power else None
     gamma = config.focal_gamma if config.loss == "focal" else 0.0
     criterion = ClassificationLoss(weights, config.label_smoothing, gamma).to(device)
+    prior = prior_logits(counts.tolist(), config.logit_adjustment)
     augment, mix = Augment(config), make_mix(config, len(classes))
 
     start = 0
@@ -195,7 +196,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
                 raise TrainingError(f"The loss is {train_loss} in epoch {epoch + 1}; try a lower lr or precision=fp32.")
 
             found = predict(ema.module, data["val"], config, device, precision)
-            row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": lr, **validation(data["val"].labels, found)}
+            judged = validation(data["val"].labels, found - prior)
+            row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": lr, **judged}
             row["seconds"] = time.monotonic() - began
             history.append(row)
             score = -row["val_loss"] if config.monitor == "loss" else row["val_balanced_accuracy"]
@@ -266,7 +268,7 @@ def load_data(
     return data
 
 
-def validation(labels: NDArray[np.int64], logits: NDArray[np.float32]) -> dict[str, float]:
+def validation(labels: NDArray[np.int64], logits: NDArray[np.floating[Any]]) -> dict[str, float]:
     """The metrics of one epoch, over the images whose class has a logit."""
     known = labels >= 0
     y, p = labels[known], softmax(logits[known].astype(np.float64), axis=1)
