@@ -16,7 +16,7 @@ from scipy.special import log_softmax
 
 from handlers.calibration import Calibration, Conformal, Rejection
 
-# The share of known lesions that the rejector may call unknown before anything else, each class counting the same.
+# The share of known lesions that the rejector may call unknown before anything else.
 FALSE_REJECTION = 0.05
 MIN_IMAGES = 50  # below this a fit would be noise
 
@@ -58,8 +58,7 @@ def fit_calibration(
     known = np.min([Calibration(temperature).known_probabilities(way) for way in ways], axis=0)
     of = None if lesions is None else np.asarray(lesions)[kept]
     conformal = fit_conformal(known, y, classes, confidence_level, of)
-    rejection = fit_rejection(z, np.tile(y, len(ways)), temperature, r, residual_weight)
-    return Calibration(temperature, rejection, conformal)
+    return Calibration(temperature, fit_rejection(z, temperature, r, residual_weight), conformal)
 
 
 def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
@@ -78,7 +77,6 @@ def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> f
 
 def fit_rejection(
     logits: NDArray[np.float64],
-    labels: NDArray[np.int64],
     temperature: float = 1.0,
     residuals: NDArray[np.float64] | None = None,
     residual_weight: float = 0.0,
@@ -91,9 +89,7 @@ def fit_rejection(
 
     UNK comes first of the nine when p_unk > (1 - p_unk) * p, with p the highest probability among the known classes,
     which is threshold > familiarity + scale * log(p). The threshold is the `false_rejection` quantile of the right
-    side, each image weighed by one over the size of its class: this share of known lesions is called unknown first of
-    all in the mean over the classes. Rare classes look stranger than common ones; a share of all images would be made
-    up of them.
+    side, so that this share of known lesions is called unknown first of all.
 
     So the ninth probability is not the chance of an unknown disease, which nobody can fit without images of one: it
     says how strange this image is among known lesions. The network was not trained for it; lesions of a class it never
@@ -102,9 +98,7 @@ def fit_rejection(
     familiarity = Rejection(0.0, 1.0, residual_weight).familiarity(logits, residuals)
     scale = max(1.4826 * float(np.median(np.abs(familiarity - np.median(familiarity)))) / 4, 1e-3)
     log_top = log_softmax(logits / temperature, axis=1).max(1)
-    weights = 1 / np.bincount(labels)[labels]
-    threshold = np.quantile(familiarity + scale * log_top, false_rejection, weights=weights, method="inverted_cdf")
-    return Rejection(float(threshold), scale, residual_weight)
+    return Rejection(float(np.quantile(familiarity + scale * log_top, false_rejection)), scale, residual_weight)
 
 
 def fit_conformal(
