@@ -53,7 +53,7 @@ def lower_bias(model: nn.Module, shift: NDArray[np.float64]) -> None:
     """Take `shift` (K,) off all logits, by way of the classifier's bias."""
     backbone: Any = model
     head: Any = backbone.get_classifier()
-    bias = (head[-1] if isinstance(head, nn.Sequential) else head).bias
+    bias: Any = (head[-1] if isinstance(head, nn.Sequential) else head).bias
     with torch.no_grad():
         bias -= torch.tensor(shift, dtype=bias.dtype)
 
