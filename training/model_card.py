@@ -56,6 +56,7 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
         bundle=config,
         evidence=config["evidence"],
         fingerprint=config["evidence"]["dataset_fingerprint"][:15],
+        grid=len(loaded.golden()[0].grid),
         megabytes=sum(file["bytes"] for file in loaded.files.values()) / 1e6,
         all_images=sum(config["evidence"]["images"].values()),
         test=test,
