@@ -73,7 +73,7 @@ def test_wrong_values_are_refused(override, says):
 def test_settings_that_contradict_each_other_are_refused():
     assert "cache_size=64 is smaller than image_size=128" in refusal("cache_size=64", "image_size=128")
     assert "pretrained=false" in refusal("stem=conv", "pretrained=true")
-    assert "use one of them" in refusal("initial_bundle=runs/NAME/bundle", "pretrained=true")
+    assert "add pretrained=false" in refusal("initial_bundle=runs/NAME/bundle", "pretrained=true")
 
 
 def test_every_fault_is_told_at_once():

@@ -141,3 +141,5 @@ def test_a_run_starts_from_it_and_hands_its_receipt_on(tmp_path, monkeypatch):
     checkpoint = checkpoints.load(tmp_path / "two" / "last.pt")
     again = run("two", second, *still, "epochs=2", checkpoint=checkpoint)
     assert read_receipt(again.path) == receipt
+    with pytest.raises(train.TrainingError, match="has its weights already"):
+        run("two", second, "initial_bundle=another", "ema_decay=0", "image_size=48", checkpoint=checkpoint)

@@ -167,7 +167,7 @@ class TrainConfig(BaseModel):
         if self.stem != "patch" and self.pretrained:
             raise ValueError(f"stem={self.stem} has no pretrained weights: use stem=patch or pretrained=false")
         if self.initial_bundle and self.pretrained:
-            raise ValueError("initial_bundle and pretrained=true both name weights to start from: use one of them")
+            raise ValueError("both initial_bundle and pretrained=true name weights to start from: add pretrained=false")
         if 0 < self.cache_size < self.image_size:
             raise ValueError(f"cache_size={self.cache_size} is smaller than image_size={self.image_size}")
         if self.metadata and (self.mixup_alpha or self.cutmix_alpha) and self.mix_probability == 1:

@@ -91,6 +91,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     data_id, classes = fingerprint(frame), classes_in(frame)
     if checkpoint and checkpoint["dataset_fingerprint"] != data_id:
         raise TrainingError(f"{config.manifest} has changed since this run began; start a new run.")
+    if checkpoint and config.initial_bundle != checkpoint["config"].get("initial_bundle", ""):
+        raise TrainingError("A resumed run has its weights already; start a new run from that initial_bundle.")
     initial = InitialWeights.read(config.initial_bundle) if config.initial_bundle and not checkpoint else None
     if initial:
         initial.check(frame, data_id)
