@@ -6,6 +6,7 @@ that the code reads, with their defaults.
 """
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -38,16 +39,46 @@ def commands(text: str) -> list[str]:
     return [command.split(" #")[0].strip() for command in found]
 
 
+# In one process for all, as each by itself would import torch again; without the repository on its path (-P), which the
+# programs do not have either.
+ASK_FOR_HELP = """
+import contextlib, io, json, runpy, sys
+answers = {}
+for program in sys.argv[1:]:
+    sys.argv = [program, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        try:
+            runpy.run_path(program, run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except Exception as error:
+            code = f"{type(error).__name__}: {error}"
+    answers[program] = code, text.getvalue()
+print(json.dumps(answers))
+"""
+
+
+def programs(text: str) -> set[str]:
+    """The programs of a text's commands that are asked for their help."""
+    return {command.split()[0] for command in commands(text) if command.startswith(("scripts/", "training/"))}
+
+
 @cache
-def help_of(program: str) -> tuple[int, str]:
-    """Exit code and text of `python PROGRAM --help`, so wide that no option is cut; for a shell script, its source."""
-    if program.endswith(".sh"):
-        return 0, (ROOT / program).read_text()
+def helps() -> dict[str, tuple[int | str, str]]:
+    """Exit code and text of `python PROGRAM --help` for each that there is, so wide that no option is cut; for a shell
+    script 0 and its source."""
+    there = [
+        program
+        for program in sorted(set().union(*(programs(path.read_text()) for path in TEXTS)))
+        if (ROOT / program).is_file()
+    ]
+    python = [program for program in there if program.endswith(".py")]
     environment = os.environ | {"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"}
-    done = subprocess.run(
-        [sys.executable, program, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout + done.stderr
+    done = subprocess.run([sys.executable, "-P", "-c", ASK_FOR_HELP, *python],
+                          cwd=ROOT, env=environment, capture_output=True, text=True, check=True)  # fmt: skip
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return {program: (0, (ROOT / program).read_text()) for program in there} | answers
 
 
 def options(text: str) -> set[str]:
@@ -64,14 +95,14 @@ def test_the_reader_of_commands_sees_what_it_must():
     assert options("a [--alias champion] --n=3 x--y") == {"--alias", "--n"}
 
 
-@pytest.mark.timeout(300)  # each program is asked once for its help, and training's imports take a while
+@pytest.mark.timeout(300)  # the first asks all programs for their help, and training's imports take a while
 @pytest.mark.parametrize("path", named(TEXTS))
 def test_commands_and_their_options_exist(path):
     for command in commands(path.read_text()):
         program = command.split()[0]
         assert (ROOT / program).is_file(), f"{path.name}: {command}: there is no {program}"
         if program.startswith(("scripts/", "training/")):
-            code, text = help_of(program)
+            code, text = helps()[program]
             assert code == 0, text
             assert options(command) <= options(text), f"{path.name}: {command}: {text}"
     for module in re.findall(r"python3? -m ([\w.]+)", path.read_text()):
