@@ -16,7 +16,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlflow_tracking.promotion.evaluation_set import IMAGES, ROWS, EvaluationSet, EvaluationSetError, freeze
+from mlflow_tracking.promotion.evaluation_set import (
+    BEFORE_METADATA,
+    COLUMNS,
+    IMAGES,
+    ROWS,
+    EvaluationSet,
+    EvaluationSetError,
+    freeze,
+)
 from mlflow_tracking.promotion.execute import Executor, StepFailed
 from mlflow_tracking.promotion.plan import Action, Release, Step
 from mlflow_tracking.registry import RegisteredVersion
@@ -34,8 +42,10 @@ def rows(tmp_path) -> pd.DataFrame:
         path.write_bytes(f"picture {number}".encode())
         lesion = f"L{number // 2 if label == 'MEL' else 1000 + number}"
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        made.append((str(path), f"image{number}", label, lesion, "ham10000", digest, f"{number:016x}"))
-    return pd.DataFrame(made, columns=["path", "image_id", "label", "lesion_id", "source", "sha256", "phash"])
+        age = None if number % 5 == 0 else float(number % 90)
+        told = (age, ("", "male", "female")[number % 3], "head/neck" if number % 2 else "")
+        made.append((str(path), f"image{number}", label, lesion, "ham10000", digest, f"{number:016x}", *told))
+    return pd.DataFrame(made, columns=["path", *COLUMNS[1:]])
 
 
 def test_frozen_and_loaded_it_is_the_same(rows, tmp_path):
@@ -51,6 +61,24 @@ def test_frozen_and_loaded_it_is_the_same(rows, tmp_path):
     assert Counter(frozen.labels.tolist()) == {0: 60, 1: 220, 5: 20}
     assert frozen.lesions.max() + 1 == 270
     assert not list((tmp_path / "set").glob(".*")), "nothing temporary stays"
+
+
+def test_it_keeps_what_is_known_of_the_patients(rows, tmp_path):
+    (tmp_path / "set").mkdir()
+    frozen = freeze(rows, tmp_path / "set").frame.set_index("image_id")
+    assert frozen.loc["image5", ["age", "sex", "site"]].tolist() == ["", "female", "head/neck"]
+    assert frozen.loc["image12", ["age", "sex", "site"]].tolist() == ["12", "", ""]
+
+
+def test_a_set_from_before_it_kept_metadata_is_the_same_set(rows, tmp_path):
+    (tmp_path / "set").mkdir()
+    freeze(rows, tmp_path / "set")
+    path = tmp_path / "set" / ROWS
+    pd.read_csv(path, dtype=str)[list(BEFORE_METADATA)].to_csv(path, index=False, lineterminator="\n")
+    before = EvaluationSet.load(tmp_path / "set")
+    assert before.digest == "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    assert tuple(before.frame.columns) == COLUMNS
+    assert set(before.frame["age"]) == set(before.frame["site"]) == {""}
 
 
 def test_neither_order_nor_place_matters(rows, tmp_path):

@@ -29,7 +29,7 @@ from handlers.predictor import Predictor
 from handlers.preprocessing import ImageError
 from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.answers import AnswerBook, Answers, short
-from mlflow_tracking.promotion.evaluation_set import EvaluationSet, freeze
+from mlflow_tracking.promotion.evaluation_set import COLUMNS, EvaluationSet, freeze
 from mlflow_tracking.promotion.gates.base import NO_SET, Candidate, Gate, Outcome
 from mlflow_tracking.promotion.gates.judge import GATES, GateSettingsError, Judge, Judgement, load_gates
 from mlflow_tracking.promotion.gates.quality import lower_difference
@@ -85,6 +85,8 @@ class Server:
     asked: int = 0
     fail: list[int] = field(default_factory=list)  # statuses of the next answers
     deaf: bool = False  # to metadata
+    takes: dict[str, list] = field(default_factory=dict)
+    told: list[tuple[bytes, dict]] = field(default_factory=list)  # pictures of patches and what came with them
 
     def predict(self, image: bytes, version: str, metadata: dict | None = None) -> dict:
         self.asked += 1
@@ -93,10 +95,13 @@ class Server:
         time.sleep(self.seconds)
         model = {"digest": self.digests[version], "precision": "f32"}
         for case in self.bundle.golden():
-            if (case.image, case.metadata) == (image, None if self.deaf else metadata):
+            if (case.image, case.metadata) == (image, None if self.deaf else metadata or None):
                 top = max(case.probabilities, key=case.probabilities.__getitem__)
                 shifted = case.probabilities | {top: case.probabilities[top] + self.golden_shift}
                 return {"model": model, "probabilities": shifted}
+        assert set(metadata or {}) <= set(self.takes), "TorchServe refuses what the model does not take"
+        self.told.append((image, dict(metadata or {})))
+        model["takes"] = self.takes
         code = seen(image)
         if self.disturbed and version == "2" and hashlib.sha256(image).digest() not in self.originals:
             code = "NV" if code in ("MEL", "BCC", "SCC") else "MEL"
@@ -112,9 +117,9 @@ def evaluation(tmp_path_factory) -> EvaluationSet:
             path = folder / f"{code}{number}.png"
             path.write_bytes(image := patch(code, number))
             digest = hashlib.sha256(image).hexdigest()
-            rows.append((str(path), path.stem, code, f"{code}-{number // 2}", "drawn", digest, digest[:16]))
-    columns = ["path", "image_id", "label", "lesion_id", "source", "sha256", "phash"]
-    return freeze(pd.DataFrame(rows, columns=columns), folder)
+            told = (float(number + 20) if number % 2 else None, "female", "palms/soles" if number % 3 else "knee")
+            rows.append((str(path), path.stem, code, f"{code}-{number // 2}", "drawn", digest, digest[:16], *told))
+    return freeze(pd.DataFrame(rows, columns=["path", *COLUMNS[1:]]), folder)
 
 
 def receipt(*digests: str) -> Receipt:
@@ -446,6 +451,32 @@ def test_the_judgement_that_counts_last_is_the_newest(case):
     assert forced.id != judgement.id
 
 
+def test_a_model_that_takes_metadata_is_told_what_the_set_knows(case):
+    case.server.takes = {"age": [0, 120], "site": ["palms/soles", "head/neck"]}
+    _ = case.candidate.answers
+    known = {row.sha256: row for row in case.candidate.evaluation.frame.itertuples()}
+    assert len(case.server.told) == 1 + len(known)
+    for image, told in case.server.told[1:]:
+        row = known[hashlib.sha256(image).hexdigest()]
+        number = int(row.image_id.removeprefix(row.label))
+        # No sex, which it does not take; no "knee", which it does not know.
+        expected = {"age": number + 20.0} if number % 2 else {}
+        assert told == expected | ({"site": "palms/soles"} if number % 3 else {})
+
+
+def test_a_changed_picture_comes_with_the_metadata_of_the_original(case):
+    case.server.takes = {"age": [0, 120]}
+    _ = case.candidate.answers
+    case.server.told.clear()
+    gate = case.gates["stress"].model_copy(update={"images": 4})
+    assert gate.evaluate(case.candidate).passed
+    ages = [{"age": float(age)} if age else {} for age in case.candidate.evaluation.frame["age"][:4]]
+    assert {} in ages and any(ages)
+    told = [told for _, told in case.server.told[1:]]
+    key = lambda one: one.get("age", 0)  # noqa: E731
+    assert [sorted(told[start : start + 4], key=key) for start in range(0, 16, 4)] == [sorted(ages, key=key)] * 4
+
+
 def test_answers_are_asked_once_and_asking_goes_on_where_it_stopped(case):
     remarks = []
 
@@ -460,16 +491,16 @@ def test_answers_are_asked_once_and_asking_goes_on_where_it_stopped(case):
     case.candidate.progress = progress
     with pytest.raises(Stop):
         _ = case.candidate.answers
-    assert case.server.asked == 160
+    assert case.server.asked == 1 + 160, "the first is asked what the model takes"
     assert remarks[0] == f"version 2 has answered 16 of {len(case.candidate.evaluation)} pictures"
     [path] = (case.folder / "judgements").glob("answers-*")
     path.write_bytes(path.read_bytes()[:-20])  # and the machine went down within a line
     case.candidate.progress = remarks.append
     answers = case.candidate.answers
-    assert case.server.asked == len(case.candidate.evaluation) + 1, "one answer was lost"
+    assert case.server.asked == 2 + len(case.candidate.evaluation) + 1, "one answer was lost"
     assert balanced_accuracy(case.candidate.evaluation.labels, answers.probabilities) == 1.0
     case.candidate.book.complete(case.server, case.candidate.release, case.candidate.evaluation)
-    assert case.server.asked == len(case.candidate.evaluation) + 1
+    assert case.server.asked == 2 + len(case.candidate.evaluation) + 1
 
 
 def test_a_busy_worker_is_asked_again_and_a_broken_one_is_not_the_candidates_fault(case, monkeypatch):

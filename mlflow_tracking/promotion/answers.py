@@ -1,7 +1,8 @@
 """What a version answers to the frozen set, asked over REST and kept as it comes: asking that was cut off goes on.
 
 One file for a bundle and a set, one line of JSON for a picture. The answers are those of TorchServe itself, so they are
-judged with everything that serving adds: the archive's code, its preprocessing, its precision on this machine.
+judged with everything that serving adds: the archive's code, its preprocessing, its precision on this machine. A model
+that takes metadata (handlers.metadata) is told what the set knows.
 """
 
 import json
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handlers.files import atomic_file
+from handlers.metadata import Metadata, Values
 from handlers.taxonomy import BY_CODE, CODES
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
@@ -52,19 +54,30 @@ def ask(
     images: Sequence[bytes],
     each: Callable[[int], None] = lambda done: None,
     parallel: int = PARALLEL,
+    metadata: Sequence[Values] | None = None,
 ) -> Answers:
-    """Ask one version about some pictures. `each` is called with the number answered, and may raise to stop.
+    """Ask one version about some pictures, telling it `metadata` of each. `each` is called with the number answered,
+    and may raise to stop.
 
     Raises:
         TorchServeError: a picture got no answer, or another model's.
         TorchServeUnavailable
     """
+    pairs = list(zip(images, metadata or [{}] * len(images), strict=True))
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(parallel) as pool:
-        for start in range(0, len(images), BATCH):
-            rows += pool.map(lambda image: _ask_one(torchserve, release, image), images[start : start + BATCH])
+        for start in range(0, len(pairs), BATCH):
+            rows += pool.map(lambda pair: _row(torchserve, release, *pair), pairs[start : start + BATCH])
             each(len(rows))
     return _answers(rows)
+
+
+def told(torchserve: TorchServe, release: Release, evaluation: EvaluationSet) -> list[Values]:
+    """For each picture of the set what a version can be told of it; one answer says what it takes. Raises as `ask`."""
+    answer = _answer(torchserve, release, evaluation.images([0])[0], {})
+    takes = Metadata.from_dict(answer["model"].get("takes", {}))
+    known = [takes.understood(row) for row in evaluation.frame.to_dict("records")]
+    return [{name: value for name, value in row.items() if value is not None} for row in known]
 
 
 class AnswerBook:
@@ -88,9 +101,11 @@ class AnswerBook:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as clean:  # without a line that a crash cut off
                 clean.writelines(_line(digest, row) for digest, row in known.items())
+            metadata = told(torchserve, release, evaluation)
         for start in range(0, len(missing), BATCH):
             positions = missing[start : start + BATCH]
-            answers = ask(torchserve, release, evaluation.images(positions))
+            images, tell = evaluation.images(positions), [metadata[position] for position in positions]
+            answers = ask(torchserve, release, images, metadata=tell)
             fresh = dict(zip((digests[position] for position in positions), _rows(answers), strict=True))
             with path.open("ab") as file:
                 file.writelines(_line(digest, row) for digest, row in fresh.items())
@@ -117,11 +132,17 @@ def short(digest: str) -> str:
     return digest.removeprefix("sha256:")[:12]
 
 
-def _ask_one(torchserve: TorchServe, release: Release, image: bytes) -> dict[str, Any]:
+def _row(torchserve: TorchServe, release: Release, image: bytes, metadata: Values) -> dict[str, Any]:
+    began = time.monotonic()
+    answer = _answer(torchserve, release, image, metadata)
+    milliseconds = 1000 * (time.monotonic() - began)
+    return {"p": [answer["probabilities"][code] for code in CODES], "ms": round(milliseconds, 2)}
+
+
+def _answer(torchserve: TorchServe, release: Release, image: bytes, metadata: Values) -> dict[str, Any]:
     for wait in (0.5, 2.0, None):  # a queue that is full, a worker that was killed: it passes
-        began = time.monotonic()
         try:
-            answer = torchserve.predict(image, release.version)
+            answer = torchserve.predict(image, release.version, metadata=metadata)
         except TorchServeError as error:
             if error.status not in BUSY or wait is None:
                 raise
@@ -130,8 +151,7 @@ def _ask_one(torchserve: TorchServe, release: Release, image: bytes) -> dict[str
             break
     if answer["model"]["digest"] != release.digest:
         raise TorchServeError(500, f"another model answered for version {release.version}")
-    milliseconds = 1000 * (time.monotonic() - began)
-    return {"p": [answer["probabilities"][code] for code in CODES], "ms": round(milliseconds, 2)}
+    return answer
 
 
 def _answers(rows: list[dict[str, Any]]) -> Answers:

@@ -2,7 +2,8 @@
 
 Two files, kept as one artifact in the registry:
 
-    rows.csv     file, image_id, label (class code), lesion_id, source, sha256, phash of each picture, sorted by sha256
+    rows.csv     file, image_id, label (class code), lesion_id, source, sha256, phash of each picture, and age, sex and
+                 site, blank where unknown; sorted by sha256
     images.zip   the pictures, byte for byte, each named after its hash
 
 Its digest is the hash of rows.csv, which holds the hashes of the pictures, so one value vouches for all of it. The
@@ -24,11 +25,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from handlers.files import atomic_file
+from handlers.metadata import FIELDS
 from handlers.taxonomy import CODES
 
 ROWS = "rows.csv"
 IMAGES = "images.zip"
-COLUMNS = ("file", "image_id", "label", "lesion_id", "source", "sha256", "phash")
+BEFORE_METADATA = ("file", "image_id", "label", "lesion_id", "source", "sha256", "phash")
+COLUMNS = (*BEFORE_METADATA, *FIELDS)
 # A class keeps at least this many pictures in a smaller set, if it has them: a recall out of two says nothing.
 FEWEST_OF_A_CLASS = 20
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -56,9 +59,11 @@ class EvaluationSet:
                 missing = set(frame["file"]) - set(archive.namelist())
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise EvaluationSetError(f"The evaluation set in {folder} cannot be read: {error}.") from error
-        if tuple(frame.columns) != COLUMNS or frame.empty or missing or set(frame["label"]) - set(CODES):
+        # A set from before it kept metadata is still the one that was frozen; nothing is known of its patients.
+        known = tuple(frame.columns) in (COLUMNS, BEFORE_METADATA)
+        if not known or frame.empty or missing or set(frame["label"]) - set(CODES):
             raise EvaluationSetError(f"The evaluation set in {folder} is incomplete, or of another kind.")
-        return cls(folder, frame, digest_of(text))
+        return cls(folder, frame.reindex(columns=list(COLUMNS), fill_value=""), digest_of(text))
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -119,7 +124,7 @@ def freeze(rows: pd.DataFrame, folder: Path, images: int | None = None) -> Evalu
                 raise EvaluationSetError(f"{path} is not the file in the manifest any more; make the manifest anew.")
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), image)
     with atomic_file(folder / ROWS) as file:
-        file.write(frame.to_csv(index=False, lineterminator="\n").encode())
+        file.write(frame.to_csv(index=False, float_format="%g", lineterminator="\n").encode())
     return EvaluationSet.load(folder)
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from pydantic import Field
 
 from handlers.preprocessing import decode
-from mlflow_tracking.promotion.answers import ask
+from mlflow_tracking.promotion.answers import ask, told
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
 
@@ -42,12 +42,14 @@ class StressFlips(SetGate):
         number = min(self.images, len(evaluation))  # the set's order is a random one
         originals = [decode(image).image for image in evaluation.images(range(number))]
         before = candidate.answers.malignant[:number]
+        torchserve, release = candidate.torchserve, candidate.release
+        metadata = told(torchserve, release, evaluation)[:number]
         flips = {}
         for change, apply in CHANGES.items():
-            candidate.progress(f"version {candidate.release.version} is asked about pictures that are {change}")
+            candidate.progress(f"version {release.version} is asked about pictures that are {change}")
             changed = [_png(apply(image)) for image in originals]
-            after = ask(candidate.torchserve, candidate.release, changed, lambda done: candidate.progress("")).malignant
-            flips[change] = float((before != after).mean())
+            after = ask(torchserve, release, changed, lambda done: candidate.progress(""), metadata=metadata)
+            flips[change] = float((before != after.malignant).mean())
         share = float(np.mean(list(flips.values())))
         worst = max(flips, key=flips.__getitem__)
         reason = (
