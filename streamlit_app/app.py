@@ -74,6 +74,7 @@ def chosen_uploads() -> list[Upload]:
             label_visibility="collapsed",
         )  # fmt: skip
         if source == "Camera":
+            st.caption("Through a dermoscope only: of an ordinary photograph of skin the classes mean nothing.")
             taken = st.camera_input("Photograph the lesion", label_visibility="collapsed", resolution="1080p")
             files = [taken] if taken else []
         else:

@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 from streamlit_app.client import UNKNOWN, Answer, Refusal, ServingError
 from streamlit_app.readings import Reading
-from streamlit_app.utils import HEAT_COLOURS, NATURES, certainty, likely_set, nature, percent
+from streamlit_app.utils import HEAT_COLOURS, NATURES, certainty, in_a_word, likely_set, nature, percent
 
 NOTICE = "Research use only. Not a medical device."
 
@@ -13,7 +13,8 @@ NOTICE = "Research use only. Not a medical device."
 OUTAGES = {
     "unreachable": (
         "The model server is away",
-        "Is it started? <code>make status</code> tells. Your pictures are kept: press Try again once it is back.",
+        "Whoever runs it can ask <code>make status</code> or <code>docker compose ps</code>. Your pictures are kept: "
+        "press Try again once it is back.",
     ),
     "timeout": ("The model server takes too long", "It may be starting or overloaded. Try again in a moment."),
     "busy": ("The model server is busy", "Too many requests wait already. Try again in a moment."),
@@ -40,7 +41,7 @@ def welcome() -> str:
     parts = [  # icons are names in the symbol font that Streamlit brings along
         ("bar_chart", "Nine probabilities", "Eight diagnoses and “none of the above”; what is malignant is marked."),
         ("blur_on", "A heatmap", "Where in the picture the model found its evidence, for the class you choose."),
-        ("balance", "How sure it is", "In plain words, with the short list of diagnoses it cannot rule out."),
+        ("balance", "How sure it is", "In plain words, with a short list that usually holds the right class."),
     ]
     cells = "".join(
         f'<li><span class="sl-icon" aria-hidden="true">{icon}</span><h3>{head}</h3><p>{text}</p></li>'
@@ -54,26 +55,28 @@ def hero() -> str:
     return (
         '<section class="sl-hero"><h1>What does the model see?</h1>'
         "<p>Upload dermoscopy pictures and read its nine probabilities and its heatmap. "
-        "Pictures stay in memory and are not stored.</p></section>"
+        "They are not stored; a log keeps each one’s fingerprint (SHA-256) and its probabilities.</p></section>"
     )
 
 
 def _tag(answer: Answer, code: str) -> str:
-    kind = nature(answer, code)
-    return f'<span class="sl-tag sl-{kind}">{NATURES[kind].capitalize()}</span>'
+    return f'<span class="sl-tag sl-{nature(answer, code)}">{in_a_word(answer, code).capitalize()}</span>'
 
 
 def verdict(answer: Answer, name: str) -> str:
     """The most probable class and how it was answered."""
     top = answer.ranking[0]
+    malignant = ", ".join(code for code, lesion in answer.classes.items() if lesion.malignant)
     lesion = answer.classes[top]
     return (
         f'<section class="sl-verdict sl-edge-{nature(answer, top)}"><div>'
         f'<p class="sl-eyebrow">Most likely · <span class="sl-file">{escape(name)}</span></p>'
         f"<h2>{escape(lesion.name)} {_tag(answer, top)}</h2>"
-        f"<p>{escape(lesion.description)}</p></div>"
+        f"<p>{escape(lesion.description)}</p>"
+        '<p class="sl-caution">The name of the most probable class, not a finding: malignant lesions, too, get benign '
+        "names. A doctor decides.</p></div>"
         f"<dl><div><dd>{percent(answer.probabilities[top])}</dd><dt>probability</dt></div>"
-        f"<div><dd>{percent(answer.malignancy)}</dd><dt>all malignant<br>classes together</dt></div></dl></section>"
+        f"<div><dd>{percent(answer.malignancy)}</dd><dt>all malignant classes<br>together ({escape(malignant)})</dt></div></dl></section>"
     )
 
 
@@ -96,11 +99,11 @@ def legend(answer: Answer) -> str:
 
 
 def heat_scale() -> str:
-    """The heatmap's colours, from no weight to much."""
+    """The heatmap's colours, from the least weight to the most."""
     colours = ", ".join(HEAT_COLOURS)
     return (
-        '<p class="sl-scale"><span>little evidence</span>'
-        f'<i style="background: linear-gradient(90deg, {colours})"></i><span>much</span></p>'
+        '<p class="sl-scale"><span>least evidence</span>'
+        f'<i style="background: linear-gradient(90deg, {colours})"></i><span>most, in this map</span></p>'
     )
 
 
@@ -112,14 +115,18 @@ def uncertainty(answer: Answer) -> str:
         chosen = [code for code in answer.uncertainty.conformal_set or [] if code in answer.classes]
         chips = "".join(f'<li class="sl-{nature(answer, c)}">{escape(answer.classes[c].name)}</li>' for c in chosen)
         level = f"{100 * (answer.uncertainty.confidence_level or 0):g}"
-        promise = f"On pictures like those it was calibrated on, such a set holds the right class in {level} of 100."
+        promise = (
+            f"On pictures like those it was calibrated on, such a set is made to hold the right class {level} times in "
+            "100. What is not in it is not ruled out."
+        )
         cells.append((lead, f'<ul class="sl-chips">{chips or "<li>no class at all</li>"}</ul><p>{promise}</p>'))
     if UNKNOWN in answer.probabilities:
         cells.append(
             (
                 f"None of the above (UNK): {percent(answer.probabilities[UNKNOWN])}",
-                "<p>How likely the picture shows what the model never learned: another disease, healthy skin, no skin "
-                "at all. The higher it is, the less the other eight mean.</p>",
+                "<p>How strange the picture looks to the model: the higher, the less the other eight mean. It notices "
+                "most pictures that show no lesion; a disease it never learned mostly gets the name of one it knows, "
+                "so a low figure rules nothing out.</p>",
             )
         )
     return (
@@ -197,7 +204,8 @@ def guide() -> str:
     """The sidebar's advice on reading an answer."""
     return (
         '<section class="sl-guide"><h4>Reading the heatmap</h4><p>Grad-CAM: the places that spoke for the chosen class '
-        "in the model's last layers. It shows where the model looked, not where a disease is.</p>"
+        "in the model's last layers. It shows where the model looked, not where a disease is, and each map is scaled by "
+        "itself: bright does not mean likely.</p>"
         "<h4>Reading the figures</h4><p>Probabilities of a model trained on dermoscopy pictures of certain clinics. "
         "Other cameras, skins and diseases can mislead it. A doctor decides.</p></section>"
     )

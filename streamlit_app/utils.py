@@ -102,16 +102,21 @@ def nature(answer: Answer, code: str) -> str:
 NATURES = {"malignant": "malignant", "other": "not malignant", "unknown": "no known class"}
 
 
+def in_a_word(answer: Answer, code: str) -> str:
+    """As NATURES has it; of actinic keratosis, which may become a carcinoma, that it is precancerous."""
+    return "precancerous" if code == "AK" else NATURES[nature(answer, code)]
+
+
 def probability_figure(answer: Answer) -> go.Figure:
     """Nine horizontal bars, the most probable on top; what is malignant shows in colour and in words."""
     codes = answer.ranking
     labels = [
         f"{html.escape(answer.classes[code].name)}<br>"
-        f"<span style='font-size:11px;opacity:.75'>{html.escape(code)} · {NATURES[nature(answer, code)]}</span>"
+        f"<span style='font-size:11px;opacity:.75'>{html.escape(code)} · {in_a_word(answer, code)}</span>"
         for code in codes
     ]
     hover = [
-        f"<b>{html.escape(answer.classes[code].name)}</b> ({html.escape(code)}, {NATURES[nature(answer, code)]})<br>"
+        f"<b>{html.escape(answer.classes[code].name)}</b> ({html.escape(code)}, {in_a_word(answer, code)})<br>"
         f"{percent(answer.probabilities[code])}<br>"
         + "<br>".join(html.escape(line) for line in textwrap.wrap(answer.classes[code].description, 52))
         for code in codes
@@ -163,7 +168,10 @@ def certainty(answer: Answer) -> tuple[str, str]:
     """
     choices = math.exp(answer.uncertainty.entropy)
     if answer.ranking[0] == UNKNOWN:
-        return "lost", "The picture is unlike those it was trained on. Its other eight probabilities mean little here."
+        return "lost", (
+            "The picture looks strange to it, as a few pictures of known lesions do, too. Its other eight "
+            "probabilities mean little here."
+        )
     first, second = (answer.classes[code].name for code in answer.ranking[:2])
     measure = f"Entropy {answer.uncertainty.entropy:.2f} nats: as an even choice among {choices:.1f} classes."
     if choices < 1.5:
@@ -174,12 +182,11 @@ def certainty(answer: Answer) -> tuple[str, str]:
 
 
 def likely_set(answer: Answer) -> str | None:
-    """The conformal set as a sentence's start, "With 90 % confidence one of:", or None if the model has none."""
+    """The conformal set's headline, "Likely set, made to be right 90 times in 100:", or None if the model has none."""
     given = answer.uncertainty
     if given.conformal_set is None or given.confidence_level is None:
         return None
-    level = f"{100 * given.confidence_level:g} %"
-    return f"With {level} confidence one of:" if len(given.conformal_set) > 1 else f"With {level} confidence:"
+    return f"Likely set, made to be right {100 * given.confidence_level:g} times in 100:"
 
 
 def overview(readings: Sequence[Reading], thumbnails: Sequence[str | None]) -> pd.DataFrame:
@@ -194,7 +201,7 @@ def overview(readings: Sequence[Reading], thumbnails: Sequence[str | None]) -> p
                 "Picture": small,
                 "File": reading.upload.name,
                 "Most likely": answer.classes[top].name,
-                "Kind": NATURES[nature(answer, top)],
+                "Kind": in_a_word(answer, top),
                 "Probability": 100 * answer.probabilities[top],
                 "All malignant": 100 * answer.malignancy,
                 "None of these": 100 * answer.probabilities.get(UNKNOWN, 0.0),

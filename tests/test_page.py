@@ -307,14 +307,21 @@ class TestWords:
         assert "No known class" in text
         assert "Not malignant" not in text
 
+    def test_what_counts_as_malignant_is_named_and_a_precursor_too(self):
+        ak = answer(probabilities=dict.fromkeys(CLASSES, 0.05) | {"AK": 0.6})
+        shown = cards.verdict(ak, "x.jpg")
+        assert "(MEL, BCC, SCC)" in shown
+        assert "Precancerous" in shown
+        assert "Not malignant" not in shown
+
     def test_likely_set(self):
         def words(chosen, level=0.9):
             return utils.likely_set(
                 answer(uncertainty={"entropy": 1, "conformal_set": chosen, "confidence_level": level})
             )
 
-        assert words(["MEL", "NV"]) == "With 90 % confidence one of:"
-        assert words(["MEL"], 0.95) == "With 95 % confidence:"
+        assert words(["MEL", "NV"]) == "Likely set, made to be right 90 times in 100:"
+        assert words(["MEL"], 0.95) == "Likely set, made to be right 95 times in 100:"
         assert words(None, None) is None
 
     def test_figure_marks_malignant_in_colour_and_words(self):
@@ -405,7 +412,8 @@ class TestApp:
         top = answer_for(jpegs[0])["prediction"]
         assert f"<h2>{top['name']}" in text(page)
         assert f"Evidence for {top['name']}" in text(page)
-        assert "With 90 % confidence" in text(page)
+        assert "Likely set, made to be right 90 times in 100" in text(page)
+        assert "malignant lesions, too, get benign names" in text(page)
         assert "mlflow.example:5001/#/runs/" in text(page)
         assert len(page.get("plotly_chart")) == 1
         assert len(page.get("image")) == 2
