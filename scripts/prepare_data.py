@@ -27,7 +27,7 @@ first; without, the one of --out is taken as it is. The exit code is 3 when MLfl
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -36,10 +36,12 @@ from rich.table import Table
 
 from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.evaluation_set import EvaluationSetError, freeze
-from mlflow_tracking.registry import EVALUATION_SET, Registry, RegistryUnavailable
+from mlflow_tracking.registry import EVALUATION_SET, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings, SettingsError
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest, report_path
 from training.splits import DEFAULT_FRACTIONS, DEFAULT_SEED, SPLITS
+
+Split = Literal["train", "val", "calibration", "test"]
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -62,13 +64,17 @@ def prepare(
         int | None, typer.Option(min=1, help="Threads that read images.", show_default="one a core")
     ] = None,
     freeze_eval: Annotated[bool, typer.Option("--freeze-eval", help="Store a split as the evaluation set.")] = False,
-    eval_split: Annotated[str, typer.Option(help="Which split of the manifest to freeze.")] = "test",
+    eval_split: Annotated[
+        Split | None, typer.Option(help="Which split of the manifest to freeze.", show_default="test")
+    ] = None,
     eval_images: Annotated[
         int | None, typer.Option(min=1, help="About how many pictures to freeze.", show_default="all")
     ] = None,
 ) -> None:
     if not data and not freeze_eval:
         raise typer.BadParameter("give a data set with --data, or a manifest with --out and --freeze-eval.")
+    if not freeze_eval and (eval_split or eval_images):
+        raise typer.BadParameter("--eval-split and --eval-images say what to freeze; add --freeze-eval.")
     # Without a terminal rich would fold the report at 80 columns, in the middle of paths.
     console = Console(highlight=False, soft_wrap=True)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -79,13 +85,13 @@ def prepare(
             _show(console, report)
             console.print(f"\nWritten: {escape(str(out))} and {escape(str(report_path(out)))}")
         if freeze_eval:
-            _freeze(console, out, eval_split, eval_images)
-    except (ManifestError, EvaluationSetError, SettingsError) as error:
-        errors.print(f"[bold red]Error:[/] {escape(str(error))}")
-        raise typer.Exit(2) from None
+            _freeze(console, out, eval_split or "test", eval_images)
     except RegistryUnavailable as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}")
         raise typer.Exit(3) from None
+    except (ManifestError, EvaluationSetError, SettingsError, RegistryError, OSError) as error:
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}")
+        raise typer.Exit(2) from None
 
 
 def _freeze(console: Console, manifest: Path, split: str, images: int | None) -> None:

@@ -299,6 +299,27 @@ def test_unknown_diagnoses_and_class_folders(tmp_path, build):
     assert count(build.report["dropped"], "without a diagnosis") == 1
 
 
+def test_a_folder_does_not_overrule_a_diagnosis_that_we_do_not_know(tmp_path, build):
+    data = class_folders(tmp_path / "mine", {"nevus/1.jpg": 1, "nevus/2.jpg": 2, "nevus/3.jpg": 3, "nevus/4.jpg": 4})
+    write(data / "labels.csv", "image,label\n1.jpg,wart\n2.jpg,\n3.jpg,unknown\n")
+    assert list(build(data).index) == ["2", "3", "4"], "a blank says nothing"
+    assert count(build.report["dropped"], "diagnosis or class folder is unknown") == 1
+
+
+def test_folders_in_a_rows_name_count(tmp_path, build):
+    """patient1/1.jpg is missing: its row is not about another patient's 1.jpg."""
+    data = tmp_path / "clinic"
+    save(data / "patient2" / "1.jpg", 2)
+    save(data / "patient3" / "1.jpg", 3)
+    write(data / "labels.csv", "image,label\npatient1/1.jpg,MEL\npatient2/1.jpg,NV\npatient3/1.jpg,DF\n")
+    frame = build(data)
+    assert sorted(frame["label"]) == ["DF", "NV"]
+    assert count(build.report["notes"], "row without an image") == 1
+    # What all rows begin with may be a folder of another machine.
+    write(data / "labels.csv", "image,label\nD:\\study\\patient2\\1.jpg,NV\nD:\\study\\patient3\\1.jpg,DF\n")
+    assert sorted(build(data)["label"]) == ["DF", "NV"]
+
+
 def test_images_that_do_not_decode(tmp_path, build):
     data = class_folders(tmp_path / "nine", {f"nevus/{number}.jpg": number for number in range(4)})
     whole = (data / "nevus" / "1.jpg").read_bytes()
@@ -350,7 +371,7 @@ def test_odd_rows_cost_only_themselves(tmp_path, build):
     )
     write(
         data / "labels.csv",
-        "image,label\n0.jpg,NV\n1.jpg,NV,too,many\n,MEL\n2.jpg\n3.jpg,MEL\n3.jpg,NV\n4.jpg,BCC\n4.jpg,BCC\n7.jpg,DF\n"
+        "image,label\n0.jpg,NV\n1.jpg,NV,too,many\n,MEL\n2.jpg\n3.jpg,MEL\n3.jpg,NV\n4.jpg,BCC\n4.jpg,bcc\n7.jpg,DF\n"
         "a/7.jpg,VASC\n",
     )
     frame = build(data)
@@ -404,14 +425,23 @@ def test_links_count_as_what_they_lead_to(tmp_path, build):
 def test_file_name_that_is_not_text(tmp_path, build):
     data = class_folders(tmp_path / "nine", {"nevus/1.jpg": 1})
     try:
-        os.link(data / "nevus" / "1.jpg", os.fsencode(data / "nevus") + b"/\xff.jpg")
+        for name in (b"\xff", "（1）".encode() + b"\xe9"):
+            os.link(data / "nevus" / "1.jpg", os.fsencode(data / "nevus") + b"/" + name + b".jpg")
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     assert list(build(data).index) == ["1"]
-    assert count(build.report["notes"], "not valid UTF-8") == 1
+    assert count(build.report["notes"], "not valid UTF-8") == 2
 
 
 # Faults that stop it
+
+
+def test_folders_may_overlap_whichever_is_named_first(tmp_path, build):
+    data = class_folders(tmp_path / "data", {"nine/nevus/ISIC_0000001.jpg": 1, "nine/melanoma/ISIC_0000002.jpg": 2})
+    csv = isic2019_truth(data / "csv" / "truth.csv", {"ISIC_0000001": "NV"}).parent
+    for directories in ((data, csv), (csv, data), (data / "nine" / "nevus", data), (data, data, csv, csv)):
+        assert list(build(*directories)["label"]) == ["NV", "MEL"]
+        assert len(build.report["data"]) == len(set(directories))
 
 
 @pytest.mark.parametrize(

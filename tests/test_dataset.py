@@ -115,6 +115,12 @@ def test_a_bad_image_stops_it_with_its_name_and_leaves_nothing(frame, tmp_path, 
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_cache_that_has_no_place_is_told_in_a_sentence(frame, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="image cache in .*file.* cannot be used"):
+        build_cache(frame, Preprocessing(16), tmp_path / "file" / "cache")
+
+
 def test_an_interrupted_cache_is_not_taken_for_a_whole_one(frame, tmp_path):
     def interrupt(done, total):
         if done == 5:
@@ -225,6 +231,14 @@ def test_the_crop_keeps_at_least_the_asked_share_of_the_area():
     # nothing from beyond the edge
     reach = theta[:, :, 2].abs() + torch.stack([theta[:, 0, 0].abs(), theta[:, 1, 1]], 1)
     assert reach.max() <= 1.0001
+
+
+def test_a_crop_turned_by_quarters_stays_in_the_picture_and_reaches_its_edges():
+    turned = augment("crop_scale=0.5", "crop_aspect=1.3", "rotate_degrees=0", "translate=0")
+    theta = turned.geometry(500, generator())
+    reach = theta[:, :, 2].abs() + theta[:, :, :2].abs().sum(2)
+    assert (reach.amax(0) <= 1.0001).all()
+    assert (reach.amax(0) > 0.98).all()
 
 
 def colours(overrides, pixels):

@@ -172,6 +172,15 @@ def test_files_that_do_not_fit_are_refused(tmp_path, text, says):
     assert says in output
 
 
+def test_names_that_are_numbers_stay_as_they_are(tmp_path, monkeypatch):
+    isic_scoring.write_submission(tmp_path / "truth.csv", ["001", "1", "ISIC_0000003"], np.eye(9)[:3])
+    isic_scoring.write_submission(tmp_path / "submission.csv", ["001", "1"], np.eye(9)[:2])
+    done = subprocess.CompletedProcess([], 0, '{"aggregate": {}}', "")
+    monkeypatch.setattr(isic_scoring.subprocess, "run", lambda *args, **options: done)
+    scored = isic_scoring.score(tmp_path / "truth.csv", tmp_path / "submission.csv")
+    assert (scored["images"], scored["left_out"]) == (2, {"truth": 1, "submission": 0})
+
+
 def test_the_scorer_gets_the_truths_weights_and_names_that_meet(tmp_path, monkeypatch):
     given = []
 

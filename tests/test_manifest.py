@@ -209,9 +209,11 @@ def test_no_lesion_and_no_photograph_is_in_two_splits(tmp_path_factory, images):
     lines, shown = ["image,label,lesion_id"], {}
     for number, (seed, lesion, code, test, squashed) in enumerate(images):
         folder = "Test" if test else "Train"
-        save(data / folder / f"{number}.jpg", seed, size=(90, 90) if squashed else (96, 72))
-        lines.append(f"{folder}/{number}.jpg,{code},{lesion or ''}")
-        shown[str(number)] = (seed, lesion, folder)
+        # Some with an ISIC name, of another picture each.
+        name = f"ISIC_{number:07}" if number % 3 == 0 else str(number)
+        save(data / folder / f"{name}.jpg", seed, size=(90, 90) if squashed else (96, 72))
+        lines.append(f"{folder}/{name}.jpg,{code},{lesion or ''}")
+        shown[name] = (seed, lesion, folder)
     write(data / "labels.csv", "\n".join([*lines, "always,NV,"]))
     save(data / "Train" / "always.jpg", 1000)  # lest all others be left out for contradicting each other
     shown["always"] = (1000, 0, "Train")
@@ -225,6 +227,44 @@ def test_no_lesion_and_no_photograph_is_in_two_splits(tmp_path_factory, images):
             splits_of.setdefault(("lesion", lesion), set()).add(split)
         assert folder == "Train" or split == "test"
     assert all(len(splits) == 1 for splits in splits_of.values())
+
+
+def test_a_lesion_of_two_parts_of_a_data_set_is_one(tmp_path):
+    for part in ("train", "test"):
+        rows = "".join(f"{part}{number}.jpg,NV,L{number}\n" for number in range(8))
+        write(tmp_path / "set" / part / "labels.csv", "image,label,lesion_id\n" + rows)
+        for number in range(8):
+            save(tmp_path / "set" / part / f"{part}{number}.jpg", number + 100 * len(part))
+    save(tmp_path / "set" / "train" / "melanoma" / "learnt.jpg", 7)
+    for data in ([tmp_path / "set"], [tmp_path / "set" / "train", tmp_path / "set" / "test"]):
+        build_manifest(data, tmp_path / "m.csv")
+        frame = read_manifest(tmp_path / "m.csv").set_index("image_id")
+        for number in range(8):
+            assert frame.loc[f"train{number}", "lesion_id"] == frame.loc[f"test{number}", "lesion_id"]
+
+
+def test_lesion_ids_that_are_taken_for_different_lesions_are_told(tmp_path):
+    for clinic in ("north", "south"):
+        write(tmp_path / clinic / "labels.csv", f"image,label,lesion_id\n{clinic}.jpg,NV,L1\n")
+        save(tmp_path / clinic / f"{clinic}.jpg", len(clinic) + ord(clinic[0]))
+    report = build_manifest([tmp_path], tmp_path / "m.csv")
+    assert report["groups"] == 2
+    [told] = [entry for kind, entry in report["notes"].items() if "taken for different lesions" in kind]
+    assert told == {"count": 1, "examples": ["L1"]}
+
+
+def test_a_near_duplicate_of_a_copy_that_is_not_kept_is_of_its_group(tmp_path):
+    """Two files have one ISIC identifier and show different pictures; a third is the second of them, smaller."""
+    rows = [f"HAM_{number},ISIC_{number:07},nv,,,," for number in range(10)]
+    ham = ham10000(tmp_path / "ham", rows)
+    nine = tmp_path / "nine"
+    for number in range(10):
+        save(nine / "nevus" / f"ISIC_{number:07}.jpg", 500 + number)
+        save(nine / "nevus" / f"mole_{number}.jpg", 500 + number, size=(80, 60))
+    build_manifest([ham, nine], tmp_path / "m.csv")
+    frame = read_manifest(tmp_path / "m.csv").set_index("image_id")
+    for number in range(10):
+        assert frame.loc[f"mole_{number}", "lesion_id"] == frame.loc[f"ISIC_{number:07}", "lesion_id"]
 
 
 # The same data, the same manifest
@@ -252,8 +292,13 @@ def test_the_same_bytes_again_and_in_any_order(tmp_path, mixed):
         build_manifest(directories, out)
         written.append(out.read_bytes())
     assert written[0] == written[1] == written[2]
+    everything = mixed[0].parent
+    for directories in ((everything, mixed[1]), (mixed[1], everything), (mixed[1] / "Train" / "nevus", everything)):
+        build_manifest(directories, out)
+        assert out.read_bytes() == written[0]
+    build_manifest([everything, everything], out)
     report = (tmp_path / "one" / "m.report.json").read_bytes()
-    build_manifest([mixed[0].parent], out)
+    build_manifest([everything], out)
     assert (tmp_path / "one" / "m.report.json").read_bytes() == report
 
 
@@ -395,6 +440,15 @@ def test_a_manifest_that_was_tampered_with(tmp_path, change, sentence):
         read_manifest(path)
 
 
+def test_a_manifest_with_a_comma_too_many_in_each_row(tmp_path):
+    path = tmp_path / "m.csv"
+    build_manifest([class_folders(tmp_path / "x", {"nevus/1.jpg": 1, "melanoma/2.jpg": 2})], path)
+    head, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([head, *(row + "," for row in rows)]) + "\n")
+    with pytest.raises(ManifestError, match="more fields than the header"):
+        read_manifest(path)
+
+
 def test_no_manifest(tmp_path):
     with pytest.raises(ManifestError, match="There is no manifest"):
         read_manifest(tmp_path / "m.csv")
@@ -416,6 +470,22 @@ def command():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return lambda *arguments: CliRunner().invoke(module.app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--eval-images", 20], "add --freeze-eval"),
+        (["--eval-split", "val"], "add --freeze-eval"),
+        (["--freeze-eval", "--eval-split", "tset"], "not one of"),
+    ],
+)
+def test_command_refuses_options_before_it_works(tmp_path, command, options, says):
+    data = class_folders(tmp_path / "x", {"nevus/1.jpg": 1})
+    result = command("--data", data, "--out", tmp_path / "m.csv", *options)
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "m.csv").exists()
 
 
 def test_command_prints_the_report(tmp_path, mixed, command):

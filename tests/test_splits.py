@@ -84,4 +84,6 @@ def test_shares_written_as_a_difference_are_the_same_shares():
 
 
 def test_the_only_group_of_a_class_is_learnt_from():
-    assert assign_splits({"a": ["DF", "DF"]}) == {"a": "train"}
+    for shares in ((0.7, 0.1, 0.1, 0.1), (0.4, 0.2, 0.2, 0.2), (0.1, 0.3, 0.3, 0.3)):
+        fractions = dict(zip(SPLITS, shares, strict=True))
+        assert assign_splits({"a": ["DF", "DF"]}, fractions=fractions) == {"a": "train"}

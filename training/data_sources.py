@@ -3,12 +3,14 @@
 A row finds its image by the ISIC identifier wherever the image lies, so that the ISIC 2019 truth also speaks of the
 same photos in a copy of HAM10000 or in class folders. Any other name ("img_001.jpg") means nothing outside its own
 data set: it is looked up under the table's folder, or, if none of the table's names is found there, in the whole data
-directory that holds the table.
+directory that holds the table. Folders before a name count, but for those that all rows begin with, which may be those
+of another machine.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path
 
 from training import vocabulary
@@ -20,6 +22,8 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 AUTHORITIES = ("isic2019", "isic2018", "ham10000", "labels", "folder")
 
 _TEST_FOLDERS = frozenset({"test", "testing"})
+# Parts of one data set, each perhaps with a table of its own: a lesion's id holds in all of them.
+_PARTS = _TEST_FOLDERS | {"train", "training", "val", "valid", "validation"}
 
 
 class SourceError(ValueError):
@@ -45,7 +49,7 @@ class SourceImage:
     root: Path
     isic_id: str | None
     source: str | None = None
-    claims: set[tuple[str, str]] = field(default_factory=set)  # (authority, class code)
+    claims: set[tuple[str, str]] = field(default_factory=set)  # (authority, class code; "" for one that is not known)
     unknown_labels: set[str] = field(default_factory=set)
     lesions: set[tuple[str, str]] = field(default_factory=set)  # (folder where the id is valid: "" everywhere, id)
     age: float | None = None
@@ -75,11 +79,13 @@ def read_sources(directories: Sequence[Path]) -> Sources:
     images: list[SourceImage] = []
     tables: list[tuple[Table, Path]] = []
     seen: set[Path] = set()
-    for root in directories:
+    # The outermost first: what lies in several of them belongs to that one, in whatever order they are named.
+    for root in sorted(directories, key=lambda directory: len(directory.parts)):
         image_paths, table_paths = _scan(root, faults)
         found_tables = 0
         for path in table_paths:
             if path in seen:  # --data X --data X/part
+                found_tables += str(path) not in ignored
                 continue
             seen.add(path)
             table = read_table(path)
@@ -115,7 +121,7 @@ def _scan(root: Path, faults: Faults) -> tuple[list[Path], list[Path]]:
     images, tables = [], []
     for path in _files(root):
         ending = path.suffix.casefold()
-        if "\udc80" <= max(str(path)) <= "\udcff":  # how Python shows bytes that are no UTF-8
+        if any("\udc80" <= letter <= "\udcff" for letter in str(path)):  # how Python shows bytes that are no UTF-8
             faults.add("file name is not valid UTF-8; rename the file", ascii(str(path)))
         elif ending in IMAGE_ENDINGS:
             images.append(path)
@@ -160,16 +166,18 @@ def _join(
         return scopes[folder]
 
     for table, root in tables:
-        local = scope(table.path.parent)
-        if not any(_find(row.image, local) for row in table.rows):
+        local, shared = scope(table.path.parent), _shared_folders(table.rows)
+        if not any(_find(row.image, local, shared) for row in table.rows):
             local = scope(root)
         labels: dict[str, set[str]] = defaultdict(set)
         for row in table.rows:
             known = vocabulary.isic_id(Path(row.image.replace("\\", "/")).name.partition(".")[0])
             key = known or row.image
-            found = by_isic_id.get(known, []) if known else _find(row.image, local)
-            labels[key].add(row.label)
-            if len(labels[key]) == 2:
+            found = by_isic_id.get(known, []) if known else _find(row.image, local, shared)
+            before = len(labels[key])
+            if label := vocabulary.text_or_blank(row.label):
+                labels[key].add(vocabulary.class_code(label) or label)
+            if len(labels[key]) == 2 > before:
                 faults.add("table gives one image two diagnoses", f"{table.path.name}: {key}")
             if not found:
                 faults.add(f"row without an image in {table.path.name}", row.image)
@@ -195,25 +203,39 @@ def _index(images: Iterable[SourceImage]) -> dict[str, list[SourceImage]]:
     return index
 
 
-def _find(name: str, index: dict[str, list[SourceImage]]) -> list[SourceImage]:
-    """The images a row's name may mean: by as much of its path as fits."""
-    parts = [part for part in name.replace("\\", "/").casefold().split("/") if part not in ("", ".", "..")]
-    for start in range(len(parts)):
+def _parts(name: str) -> list[str]:
+    return [part for part in name.replace("\\", "/").casefold().split("/") if part not in ("", ".", "..")]
+
+
+def _shared_folders(rows: Sequence[Row]) -> int:
+    """How many folders the names of all rows begin with: those may be left out, others tell two files apart."""
+    return len(commonprefix([_parts(row.image)[:-1] for row in rows])) if rows else 0
+
+
+def _find(name: str, index: dict[str, list[SourceImage]], shared: int) -> list[SourceImage]:
+    """The images a row's name may mean: by as much of its path as fits, leaving out `shared` folders at most."""
+    parts = _parts(name)
+    for start in range(min(shared + 1, len(parts))):
         if found := index.get("/".join(parts[start:])):
             return found
     return []
 
 
 def _apply(row: Row, table: Table, image: SourceImage, faults: Faults) -> None:
-    if row.label:
-        code = vocabulary.class_code(row.label)
-        if code:
-            image.claims.add((table.kind, code))
-        else:
-            image.unknown_labels.add(row.label)
-            faults.add(f"unknown diagnosis {row.label!r} in {table.path.name}", row.image)
+    if label := vocabulary.text_or_blank(row.label):
+        code = vocabulary.class_code(label)
+        # One that is not known is a word on the image all the same: a lesser authority must not have the last one.
+        image.claims.add((table.kind, code or ""))
+        if not code:
+            image.unknown_labels.add(label)
+            faults.add(f"unknown diagnosis {label!r} in {table.path.name}", row.image)
     if row.lesion_id:
-        image.lesions.add(("" if image.isic_id else str(table.path.parent), row.lesion_id))
+        folder = table.path.parent
+        while folder.name.casefold() in _PARTS:
+            folder = folder.parent
+        image.lesions.add((str(folder), row.lesion_id))
+        if image.isic_id:
+            image.lesions.add(("", row.lesion_id))
     image.age = row.age if image.age is None else image.age
     image.sex = image.sex or row.sex
     image.site = image.site or row.site

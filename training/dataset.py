@@ -110,18 +110,23 @@ def build_cache(
     described = {"schema": SCHEMA, "size": size, "interpolation": preprocessing.interpolation, "sha256": hashes}
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     path = cache_dir / f"{size}px-{key}.npy"
-    if not path.is_file():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        needed, free = len(rows) * size * size * 3, shutil.disk_usage(cache_dir).free
-        if needed > free:
-            raise DataError(f"The image cache needs {needed >> 20:,} MiB but {cache_dir} has {free >> 20:,} MiB left.")
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            _fill(temporary, rows, preprocessing, progress)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    pixels: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+    try:
+        if not path.is_file():
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            needed, free = len(rows) * size * size * 3, shutil.disk_usage(cache_dir).free
+            if needed > free:
+                raise DataError(
+                    f"The image cache needs {needed >> 20:,} MiB but {cache_dir} has {free >> 20:,} MiB left."
+                )
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            try:
+                _fill(temporary, rows, preprocessing, progress)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        pixels: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+    except OSError as error:
+        raise DataError(f"The image cache in {cache_dir} cannot be used: {error.strerror or error}.") from error
     return pixels
 
 
@@ -252,16 +257,18 @@ class Augment:
         """Affine maps (n, 2, 3) from output to input coordinates, both in [-1, 1]."""
         c = self.config
         angle = uniform(n, -c.rotate_degrees, c.rotate_degrees, generator) * (math.pi / 180)
-        if c.rotate90:
-            angle = angle + torch.randint(4, (n,), generator=generator) * (math.pi / 2)
+        turns = torch.randint(4, (n,), generator=generator) if c.rotate90 else torch.zeros(n)
+        angle = angle + turns * (math.pi / 2)
         side = uniform(n, c.crop_scale, 1.0, generator).sqrt()
         stretch = torch.exp(uniform(n, -math.log(c.crop_aspect), math.log(c.crop_aspect), generator) / 2)
         # a stretched crop still fits inside the picture
         width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
         mirror = 1 - 2 * torch.randint(2, (n,), generator=generator) if c.flip else torch.ones(n)
         # the crop lies anywhere in the picture, and may leave it by `translate`
-        x = uniform(n, -1, 1, generator) * (1 - width + 2 * c.translate)
-        y = uniform(n, -1, 1, generator) * (1 - height + 2 * c.translate)
+        lies = turns % 2 == 1
+        across, down = torch.where(lies, height, width), torch.where(lies, width, height)
+        x = uniform(n, -1, 1, generator) * (1 - across + 2 * c.translate)
+        y = uniform(n, -1, 1, generator) * (1 - down + 2 * c.translate)
         cos, sin = angle.cos(), angle.sin()
         rows = [width * cos * mirror, -height * sin, x, width * sin * mirror, height * cos, y]
         return torch.stack(rows, dim=1).view(n, 2, 3)

@@ -135,6 +135,7 @@ def main(
     python training/explanations.py --bundle model_store/skin_vit --data data/manifest.csv --out reports/explanations
     """
     try:
+        out.mkdir(parents=True, exist_ok=True)
         frame = read_manifest(data)
         rows = frame[(frame["split"] == split) & frame["label"].isin(KNOWN_CODES)].sort_values("sha256").head(most)
         if rows.empty:
@@ -143,8 +144,7 @@ def main(
         with tempfile.TemporaryDirectory() as cache:  # decoded patients' pictures, which are not to stay in `out`
             pixels = build_cache(rows.reset_index(drop=True), loaded.config.preprocessing, Path(cache))
             table = judge(loaded, np.asarray(pixels))
-        out.mkdir(parents=True, exist_ok=True)
-    except (ManifestError, BundleError, DataError) as error:
+    except (ManifestError, BundleError, DataError, OSError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None
     write_json(out / "explanations.json", {"bundle": loaded.digest, "data": fingerprint(rows), "split": split} | table)

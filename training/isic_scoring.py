@@ -57,7 +57,7 @@ def score(truth: Path, submission: Path) -> dict[str, Any]:
     frames = []
     for path, weights in ((truth, WEIGHTS), (submission, ())):
         try:
-            frame = pd.read_csv(path, encoding="utf-8-sig")
+            frame = pd.read_csv(path, encoding="utf-8-sig", dtype={"image": str})
         except (OSError, ValueError) as error:
             raise ScoringError(f"{path} cannot be read as a table: {error}") from error
         if missing := [column for column in ("image", *CODES) if column not in frame]:

@@ -66,7 +66,7 @@ def build_manifest(
     _check_fractions(fractions)
     if not data_dirs:
         raise ManifestError("No data directory was given.")
-    roots = [Path(directory).expanduser().resolve() for directory in data_dirs]
+    roots = list(dict.fromkeys(Path(directory).expanduser().resolve() for directory in data_dirs))
     try:
         sources = read_sources(roots)
     except SourceError as error:
@@ -119,6 +119,8 @@ def read_manifest(path: str | Path) -> pd.DataFrame:
         raise ManifestError(f"There is no manifest {path}; make it with scripts/prepare_data.py.") from error
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path} cannot be read as a manifest: {error}") from error
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first columns for names of the rows
+        raise ManifestError(f"{path} has rows of more fields than the header; make it anew with scripts/prepare_data.py.")
     missing = [column for column in COLUMNS if column not in frame]
     if missing:
         raise ManifestError(f"{path} lacks the column {', '.join(missing)}; make it anew with scripts/prepare_data.py.")
@@ -184,7 +186,7 @@ def _check_fractions(fractions: Mapping[str, float]) -> None:
 def _check_values(path: Path, frame: pd.DataFrame, column: str, good: pd.Series, rule: str) -> None:
     if not good.all():
         line = int(np.argmin(good.to_numpy()))
-        raise ManifestError(f"{path}, line {line + 2}: {column} is {frame[column][line]!r}; it {rule}.")
+        raise ManifestError(f"{path}, line {line + 2}: {column} is {frame[column].iloc[line]!r}; it {rule}.")
 
 
 def _read_images(

@@ -1,6 +1,6 @@
 """What is told of a manifest: counts per class, source and split, duplicates, what was dropped and what looked odd."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,13 @@ def make_report(
 
 
 def _note_weak_spots(frame: pd.DataFrame, photos: list[Photo], notes: Faults) -> None:
+    groups: dict[str, set[str]] = defaultdict(set)
+    for photo in photos:
+        for _, lesion in photo.lesions:
+            groups[lesion].add(photo.group)
+    for lesion, apart in groups.items():
+        if len(apart) > 1:
+            notes.add("lesion id in tables of several folders: taken for different lesions", lesion)
     for photo in photos:
         if not photo.lesions:
             notes.add("image without a lesion id: its group is itself and its duplicates", photo.name)

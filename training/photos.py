@@ -14,6 +14,7 @@ from training.duplicates import ImageDigest
 
 SAME_BYTES = "same file as another"
 SAME_ID = "same ISIC identifier as another"
+UNKNOWN_LABEL = "image whose diagnosis or class folder is unknown"
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Photo:
 
 def merge_copies(described: list[tuple[SourceImage, ImageDigest]], faults: Faults, dropped: Faults) -> list[Photo]:
     """Files with the same ISIC identifier or the same bytes become one photo. The file kept is that of the first
-    source in AUTHORITIES' order, then the one with most pixels, then by digest and name: its place does not matter."""
+    source in AUTHORITIES' order, then one whose name is no second download's ("a (1).jpg"), then the one with most
+    pixels, then by digest and name: its place does not matter."""
     by_key: dict[str, list[int]] = defaultdict(list)
     for index, (image, digest) in enumerate(described):
         by_key[digest.sha256].append(index)
@@ -78,12 +80,19 @@ def _keeping_order(item: tuple[SourceImage, ImageDigest]) -> tuple[int, bool, in
 
 
 def near_pairs(photos: list[Photo]) -> list[tuple[int, int]]:
-    hashes = np.array([photo.digest.phash for photo in photos], dtype=np.uint64)
-    pairs = duplicates.candidate_pairs(hashes)
+    """Pairs of indices (i < j) of which any two copies are near duplicates: a copy may be another picture's crop."""
+    owners, digests = [], []
+    for index, photo in enumerate(photos):
+        for digest in {digest.sha256: digest for _, digest in photo.copies}.values():
+            owners.append(index)
+            digests.append(digest)
+    pairs = duplicates.candidate_pairs(np.array([digest.phash for digest in digests], dtype=np.uint64))
+    pairs = pairs[np.array(owners)[pairs[:, 0]] != np.array(owners)[pairs[:, 1]]] if len(pairs) else pairs
     if not len(pairs):
         return []
-    thumbnails = np.stack([photo.digest.thumbnail for photo in photos])
-    return [(int(i), int(j)) for i, j in pairs[duplicates.confirm(thumbnails, pairs)]]
+    thumbnails = np.stack([digest.thumbnail for digest in digests])
+    same = pairs[duplicates.confirm(thumbnails, pairs)]
+    return sorted({(owners[i], owners[j]) for i, j in same.tolist()})
 
 
 def settle_labels(photos: list[Photo], near: list[tuple[int, int]], faults: Faults, dropped: Faults) -> Counter[str]:
@@ -97,17 +106,15 @@ def settle_labels(photos: list[Photo], near: list[tuple[int, int]], faults: Faul
     for index, photo in enumerate(photos):
         where = f"{photo.name} ({photo.kept.path})"
         if not photo.claims:
-            unknown = {label for image, _ in photo.copies for label in image.unknown_labels}
-            reason = (
-                "image whose diagnosis or class folder is unknown"
-                if unknown
-                else "image without a diagnosis: no row, no class folder"
-            )
-            dropped.add(reason, where + "".join(f": {label}" for label in sorted(unknown)))
+            unknown = _listed(photo)
+            dropped.add(UNKNOWN_LABEL if unknown else "image without a diagnosis: no row, no class folder", where + unknown)
             continue
         claims = photo.claims.union(*(photos[other].claims for other in neighbours[index]))
         authority = min((name for name, _ in claims), key=AUTHORITIES.index)
-        codes = sorted({code for name, code in claims if name == authority})
+        codes = sorted({code or "not known" for name, code in claims if name == authority})
+        if codes == ["not known"]:
+            dropped.add(UNKNOWN_LABEL, where + _listed(photo, *(photos[other] for other in neighbours[index])))
+            continue
         if len(codes) > 1:
             who = "folders alone" if authority == "folder" else authority
             dropped.add(f"contradictory diagnoses from {who}", f"{where}: {', '.join(codes)}")
@@ -117,9 +124,15 @@ def settle_labels(photos: list[Photo], near: list[tuple[int, int]], faults: Faul
             faults.add("akiec without an ISIC 2019 truth: taken as AK, may be SCC", where)
         settled[authority] += 1
         for name, code in sorted(photo.claims):
-            if code != photo.label:
+            if code not in (photo.label, ""):
                 faults.add(f"{name} says {code}, overruled by {authority}: {photo.label}", where)
     return settled
+
+
+def _listed(*photos: Photo) -> str:
+    """The diagnoses and folders that are not known to the vocabulary."""
+    labels = {label for photo in photos for image, _ in photo.copies for label in image.unknown_labels}
+    return "".join(f": {label}" for label in sorted(labels))
 
 
 def group_photos(photos: list[Photo], near: list[tuple[int, int]]) -> None:

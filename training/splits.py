@@ -50,7 +50,8 @@ def assign_splits(
         wanted = {split: images * shares[split] / total_share for split in SPLITS}
         wanted["test"] = max(Fraction(0), wanted["test"] - sum(len(groups[name]) for name in fixed))
         splits |= dict.fromkeys(fixed, "test")
-        splits |= _cut(free, groups, wanted)
+        # The only group of a class is learnt from, whatever the shares.
+        splits |= _cut(free, groups, wanted) if len(names) > 1 else dict.fromkeys(free, "train")
     return splits
 
 
@@ -61,7 +62,6 @@ def _dice(seed: int, name: str) -> bytes:
 def _cut(names: Sequence[str], groups: Mapping[str, Sequence[str]], wanted: Mapping[str, Fraction]) -> dict[str, str]:
     total = sum(len(groups[name]) for name in names)
     scale = total / (sum(wanted.values()) or Fraction(1))
-    # train comes last: it takes the only group of a class.
     ends, end = [], Fraction(0)
     for split in ("test", "calibration", "val", "train"):
         end += wanted[split] * scale

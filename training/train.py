@@ -231,7 +231,7 @@ def open_manifest(config: TrainConfig) -> pd.DataFrame:
     if not manifest.is_file():
         if not folder.is_dir() or not any(path for path in folder.iterdir() if not path.name.startswith(".")):
             raise DataError(
-                f"There is no manifest {manifest} and no data in {folder}: put a data set there (README, 'Data'), "
+                f"There is no manifest {manifest} and no data in {folder}: put a data set there (README, 'Train on your own data'), "
                 "or run python scripts/prepare_data.py --data DIR and give manifest=FILE."
             )
         build_manifest([folder], manifest, console=console)
