@@ -28,7 +28,7 @@ from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
 EPILOG = """
 Examples:
 
-  python scripts/lineage.py sha256:cfcfc86a2feec92a
+  python scripts/lineage.py sha256:DIGEST
 
   python scripts/lineage.py 3 --json
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from handlers.bundle import BundleError
 from handlers.preprocessing import ImageError
+from mlflow_tracking.settings import Settings, SettingsError
 
 EPILOG = """
 Examples:
@@ -31,7 +32,9 @@ TIMEOUT_S = 75.0  # longer than TorchServe waits for its worker (torchserve/mode
 def main(
     images: Annotated[list[Path], typer.Argument(help="Image files (JPEG, PNG, WebP, BMP, TIFF).")],
     bundle: Annotated[Path | None, typer.Option(help="A bundle folder; predicts in this process.")] = None,
-    url: Annotated[str, typer.Option(help="TorchServe's address.", envvar="TORCHSERVE_URL")] = "http://127.0.0.1:8080",
+    url: Annotated[
+        str | None, typer.Option(help="TorchServe's address.", show_default="that of TORCHSERVE_URL, or of make up")
+    ] = None,
     version: Annotated[str | None, typer.Option(help="With --url: a version other than the served default.")] = None,
     tta: Annotated[bool, typer.Option("--tta", help="Average over the picture and its mirror images.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON answer a line instead of a table.")] = False,
@@ -43,7 +46,15 @@ def main(
     console = Console(stderr=as_json)
     given = {"age": age, "sex": sex, "site": site}
     metadata = {name: value for name, value in given.items() if value is not None}
-    ask = _ask_bundle(bundle, tta, metadata) if bundle else _ask_server(url, version, tta, metadata)
+    try:
+        ask = (
+            _ask_bundle(bundle, tta, metadata)
+            if bundle
+            else _ask_server(url or Settings.load().inference_url, version, tta, metadata)
+        )
+    except SettingsError as error:
+        console.print(f"[red]{error}[/]")
+        raise typer.Exit(2) from None
     refused = False
     answers: list[tuple[Path, dict[str, Any]]] = []
     for path in images:

@@ -76,7 +76,8 @@ def verdict(answer: Answer, name: str) -> str:
         '<p class="sl-caution">The name of the most probable class, not a finding: malignant lesions, too, get benign '
         "names. A doctor decides.</p></div>"
         f"<dl><div><dd>{percent(answer.probabilities[top])}</dd><dt>probability</dt></div>"
-        f"<div><dd>{percent(answer.malignancy)}</dd><dt>all malignant classes<br>together ({escape(malignant)})</dt></div></dl></section>"
+        f"<div><dd>{percent(answer.malignancy)}</dd>"
+        f"<dt>all malignant classes<br>together ({escape(malignant)})</dt></div></dl></section>"
     )
 
 
@@ -204,8 +205,8 @@ def guide() -> str:
     """The sidebar's advice on reading an answer."""
     return (
         '<section class="sl-guide"><h4>Reading the heatmap</h4><p>Grad-CAM: the places that spoke for the chosen class '
-        "in the model's last layers. It shows where the model looked, not where a disease is, and each map is scaled by "
-        "itself: bright does not mean likely.</p>"
+        "in the model's last layers. It shows where the model looked, not where a disease is, and each map is scaled "
+        "by itself: bright does not mean likely.</p>"
         "<h4>Reading the figures</h4><p>Probabilities of a model trained on dermoscopy pictures of certain clinics. "
         "Other cameras, skins and diseases can mislead it. A doctor decides.</p></section>"
     )

@@ -1,9 +1,9 @@
 """The arrows between the rooms.
 
-handlers -> nothing of the repository (it is copied whole into every archive), and no server's library;
-training -> handlers; mlflow_tracking -> handlers, training.metrics and training.receipt; streamlit_app -> no sibling
-and no torch; scripts -> everything. Imports are package-qualified, so that any file can also be run from its own
-folder. Importing anything starts nothing, writes nothing and prints nothing.
+handlers -> nothing of the repository (it is copied whole into every archive), and no server's library; training ->
+handlers and the settings; mlflow_tracking -> handlers, training.metrics and training.receipt; streamlit_app -> no
+sibling and no torch; scripts -> everything. Imports are package-qualified, so that any file can also be run from its
+own folder. Importing anything starts nothing, writes nothing and prints nothing.
 """
 
 import ast
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("handlers", "training", "mlflow_tracking", "streamlit_app", "scripts")
 MAY_IMPORT = {
     "handlers": (),
-    "training": ("handlers",),
+    "training": ("handlers", "mlflow_tracking.settings"),
     "mlflow_tracking": ("handlers", "training.metrics", "training.receipt"),
     "streamlit_app": (),
     "scripts": ROOMS,

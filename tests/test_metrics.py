@@ -207,6 +207,7 @@ def test_every_headline_has_an_interval_that_holds_it(drawn):
     apart = assess(codes, nine, sets, np.arange(len(y)), 20, with_unknown=False)
     assert set(headline(table)) - set(headline(apart)) == {
         "rejected", "balanced_accuracy_9", "unknown_auroc", "unknown_fpr_at_95", "unknown_called_malignant",
+        "as_served_accuracy", "as_served_malignant_missed",
     }  # fmt: skip
     json.dumps(table, allow_nan=False)
 
@@ -233,6 +234,11 @@ def test_known_lesions_are_judged_among_known_classes_and_their_rejection_apart(
     assert table["summary"]["accuracy"] == 1
     assert table["rejected"] == pytest.approx(1 / 3)
     assert table["balanced_accuracy_9"] == pytest.approx(3 / 4)  # MEL was called UNK; NV, BCC and UNK are right
+    # of MEL and BCC, both malignant, the first was called UNK
+    assert table["as_served"] == {
+        "accuracy": pytest.approx(2 / 3), "recall": {"MEL": 0, "NV": 1, "BCC": 1}, "malignant_missed": 0.5,
+    }  # fmt: skip
+    assert "malignant_missed" not in assess(["NV"], probabilities[1:2], None, ["b"])["as_served"]
     assert table["unknown"] == {
         "images": 1, "auroc": 1, "fpr_at_95": 0, "recall": 1, "called_malignant": 0,
     }  # fmt: skip

@@ -50,7 +50,7 @@ cd "$run"
 # Workers inherit everything, and a PYTHONPATH with the repository in it would win over the code in the archive.
 keep=()
 for name in CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH NVIDIA_VISIBLE_DEVICES OMP_NUM_THREADS STACK_STATE; do
-  if [[ -n "${!name:-}" ]]; then keep+=("$name=${!name}"); fi
+  if [[ -n "${!name+x}" ]]; then keep+=("$name=${!name}"); fi # an empty CUDA_VISIBLE_DEVICES means: no GPU
 done
 # For a share of requests that the challenger answers too (handlers/shadow.py); without the file nothing happens.
 store="${MODEL_STORE:-model_store}"

@@ -18,7 +18,11 @@ from training import metrics
 MIN_SLICE = 30
 SLICE_METRICS = ("accuracy", "balanced_accuracy", "macro_auc", "ece")
 MELANOMA_FIGURES = ("recall", "specificity_at_95")
-BESIDE_FIGURES = {"conformal": ("coverage", "mean_size"), "unknown": ("auroc", "fpr_at_95", "called_malignant")}
+BESIDE_FIGURES = {
+    "as_served": ("accuracy", "malignant_missed"),
+    "conformal": ("coverage", "mean_size"),
+    "unknown": ("auroc", "fpr_at_95", "called_malignant"),
+}
 AGE_BANDS = {"under 30": (0, 30), "30 to 49": (30, 50), "50 to 69": (50, 70), "70 and over": (70, 200)}
 
 
@@ -35,7 +39,9 @@ def assess(
     Classification is judged over the eight known classes: images whose true class is one of them, with UNK's
     probability shared out again. What UNK does to them stands beside it: `rejected` is the share of known lesions
     called unknown first of all; `balanced_accuracy_9` is over all nine codes that have images, so that it counts those
-    as wrong; `unknown`, where there are UNK images, how well the ninth probability tells them from known lesions.
+    as wrong; `as_served` has accuracy and recall counted that way, and the share of malignant lesions whose most
+    probable class is not malignant; `unknown`, where there are UNK images, tells how well the ninth probability tells
+    them from known lesions.
 
     Args:
         labels: true class code of each image.
@@ -81,8 +87,20 @@ def _beside(
     if with_unknown and is_known.any():
         table["rejected"] = float((nine[is_known].argmax(1) == CODES.index(UNKNOWN)).mean())
         table["balanced_accuracy_9"] = metrics.balanced_accuracy(truth, nine)
+        table["as_served"] = _as_served(truth[is_known], nine[is_known].argmax(1))
         if not is_known.all():
             table["unknown"] = unknown_figures(nine[is_known], nine[~is_known])
+    return table
+
+
+def _as_served(truth: NDArray[np.int64], top: NDArray[np.int64]) -> dict[str, Any]:
+    """Figures of the most probable of the nine, for known lesions: true and named classes as indices (N,)."""
+    malignant = np.array([BY_CODE[code].malignant for code in CODES])
+    is_malignant = malignant[truth]
+    table: dict[str, Any] = {"accuracy": float((truth == top).mean())}
+    table["recall"] = {CODES[k]: float((top[truth == k] == k).mean()) for k in np.unique(truth)}
+    if is_malignant.any():
+        table["malignant_missed"] = float((~malignant[top[is_malignant]]).mean())
     return table
 
 
@@ -90,7 +108,7 @@ def _flat(table: dict[str, Any]) -> dict[str, float]:
     """The single figures of `_beside`, by their names in `headline`."""
     figures: dict[str, float] = {name: table[name] for name in ("rejected", "balanced_accuracy_9") if name in table}
     for part, names in BESIDE_FIGURES.items():
-        figures |= {f"{part}_{name}": table[part][name] for name in names if part in table}
+        figures |= {f"{part}_{name}": table[part][name] for name in names if name in table.get(part, {})}
     return figures
 
 

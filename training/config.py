@@ -130,7 +130,9 @@ class TrainConfig(BaseModel):
     rotate90: bool = Field(True, description="quarter turns at random")
     rotate_degrees: NonNegative = Field(15.0, description="further rotation, up to +- this")
     translate: Probability = Field(0.05, description="shift, up to +- this share of the side")
-    crop_scale: Probability = Field(0.7, gt=0, description="random resized crop: smallest share of the area, before stretching")
+    crop_scale: Probability = Field(
+        0.7, gt=0, description="random resized crop: smallest share of the area, before stretching"
+    )
     crop_aspect: float = Field(1.2, ge=1, description="random resized crop: largest stretch of one side")
     brightness: Probability = 0.2
     contrast: Probability = 0.2

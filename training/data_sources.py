@@ -10,7 +10,7 @@ of another machine.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 
 from training import vocabulary
@@ -209,7 +209,8 @@ def _parts(name: str) -> list[str]:
 
 def _shared_folders(rows: Sequence[Row]) -> int:
     """How many folders the names of all rows begin with: those may be left out, others tell two files apart."""
-    return len(commonprefix([_parts(row.image)[:-1] for row in rows])) if rows else 0
+    levels = zip(*(_parts(row.image)[:-1] for row in rows), strict=False)  # as many as the shortest name has
+    return sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))
 
 
 def _find(name: str, index: dict[str, list[SourceImage]], shared: int) -> list[SourceImage]:

@@ -21,6 +21,7 @@ from sklearn.metrics import classification_report
 from handlers.bundle import BundleError, write_json
 from handlers.predictor import Prediction, Predictor, Request
 from handlers.taxonomy import CODES, KNOWN_CODES
+from mlflow_tracking.settings import Settings
 from training.assessment import assess, conditional, headline, slices
 from training.figures import (
     class_bars_figure,
@@ -229,6 +230,7 @@ def main(
     python training/evaluate.py --bundle model_store/skin_vit --data my_clinic --tta --out reports/clinic
     """
     try:
+        Settings.load()  # a wrong one is told before the work, not after it
         rows, split = open_rows(data, split, out)
         seen = check_overlap(bundle, rows, allow_overlap)
         predictor = Predictor.load(bundle)
@@ -236,7 +238,7 @@ def main(
         table = evaluate(rows, answers, bootstrap)
         sheet = examples(predictor, rows, answers, picture_alone)
         figures = pictures(rows, answers, table) | {"examples.png": sheet}
-    except (ManifestError, BundleError, ValueError) as error:
+    except (ManifestError, BundleError, ValueError) as error:  # SettingsError is one
         errors.print(str(error))
         raise SystemExit(1) from None
 

@@ -120,7 +120,9 @@ def read_manifest(path: str | Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path} cannot be read as a manifest: {error}") from error
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first columns for names of the rows
-        raise ManifestError(f"{path} has rows of more fields than the header; make it anew with scripts/prepare_data.py.")
+        raise ManifestError(
+            f"{path} has rows of more fields than the header; make it anew with scripts/prepare_data.py."
+        )
     missing = [column for column in COLUMNS if column not in frame]
     if missing:
         raise ManifestError(f"{path} lacks the column {', '.join(missing)}; make it anew with scripts/prepare_data.py.")

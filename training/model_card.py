@@ -26,7 +26,8 @@ SHIPPED = ROOT / "model_store" / "skin_vit"
 FIGURES = {
     "accuracy": "accuracy",
     "balanced accuracy, 8 classes": "balanced_accuracy",
-    "balanced accuracy, UNK counted as wrong": "balanced_accuracy_9",
+    "accuracy as served": "as_served_accuracy",
+    "balanced accuracy as served": "balanced_accuracy_9",
     "macro F1": "macro_f1",
     "weighted F1": "weighted_f1",
     "macro AUC": "macro_auc",
@@ -63,7 +64,7 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
         figures=_figures(test),
         classes=_classes(test),
         slices=_slices(test["slices"]),
-        missed=1 / (1 - melanoma["recall"]),
+        missed=1 - test["as_served"]["recall"]["MEL"],
         alarms=1 - melanoma["specificity_at_95"],
         level=config["calibration"]["conformal"]["confidence_level"],
         coverage=", ".join(f"{code} {coverage[code]:.0%}" for code in KNOWN_CODES if code in coverage),
@@ -76,6 +77,7 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
 
 def _figures(test: dict[str, Any]) -> str:
     values = test["summary"] | {"balanced_accuracy_9": test["balanced_accuracy_9"]}
+    values["as_served_accuracy"] = test["as_served"]["accuracy"]
     lines = ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
     for name, key in FIGURES.items():
         low, high = test["intervals_95"][key]
@@ -84,13 +86,15 @@ def _figures(test: dict[str, Any]) -> str:
 
 
 def _classes(test: dict[str, Any]) -> str:
-    lines = [f"| class | images | {' | '.join(CLASS_FIGURES)} |", "| --- " * (2 + len(CLASS_FIGURES)) + "|"]
+    lines = [f"| class | images | {' | '.join(CLASS_FIGURES)} | recall as served |"]
+    lines.append("| --- " * (3 + len(CLASS_FIGURES)) + "|")
     for code in KNOWN_CODES:  # JSON keeps no order
         figures = test["per_class"][code]
         cells = [
             _with_interval(figures[key], test["per_class_intervals_95"][code][key]) for key in CLASS_FIGURES.values()
         ]
-        lines.append(f"| {code} | {figures['support']} | {' | '.join(cells)} |")
+        served = test["as_served"]["recall"][code]
+        lines.append(f"| {code} | {figures['support']} | {' | '.join(cells)} | {served:.2f} |")
     return "\n".join(lines)
 
 

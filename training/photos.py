@@ -107,7 +107,9 @@ def settle_labels(photos: list[Photo], near: list[tuple[int, int]], faults: Faul
         where = f"{photo.name} ({photo.kept.path})"
         if not photo.claims:
             unknown = _listed(photo)
-            dropped.add(UNKNOWN_LABEL if unknown else "image without a diagnosis: no row, no class folder", where + unknown)
+            dropped.add(
+                UNKNOWN_LABEL if unknown else "image without a diagnosis: no row, no class folder", where + unknown
+            )
             continue
         claims = photo.claims.union(*(photos[other].claims for other in neighbours[index]))
         authority = min((name for name, _ in claims), key=AUTHORITIES.index)

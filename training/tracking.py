@@ -17,9 +17,8 @@ from types import ModuleType
 import pandas as pd
 from matplotlib.figure import Figure
 
+from mlflow_tracking.settings import Settings
 from training.config import ROOT, TrainConfig
-
-DEFAULT_SERVER = "http://127.0.0.1:5001"
 
 
 class TrackingError(RuntimeError):
@@ -151,18 +150,20 @@ def choose_store(output: Path, remembered: str = "") -> tuple[str, str]:
     """Where to log: (uri, a sentence to show or "").
 
     MLFLOW_TRACKING_URI if it is set; the store of the run being resumed; the stack's server if it answers; otherwise a
-    database in the output folder.
+    database in the output folder. Raises SettingsError.
     """
-    if uri := os.environ.get("MLFLOW_TRACKING_URI") or remembered:
+    settings = Settings.load()
+    if uri := settings.mlflow_tracking_uri or remembered:
         return uri, ""
+    server = settings.registry_uri
     try:
-        with urllib.request.urlopen(f"{DEFAULT_SERVER}/health", timeout=2) as answer:
+        with urllib.request.urlopen(f"{server}/health", timeout=2) as answer:
             if answer.status == 200:
-                return DEFAULT_SERVER, ""
+                return server, ""
     except OSError:
         pass
     uri = f"sqlite:///{(output / 'mlflow.db').resolve()}"
-    return uri, f"No MLflow server at {DEFAULT_SERVER}: logging to {output / 'mlflow.db'}."
+    return uri, f"No MLflow server at {server}: logging to {output / 'mlflow.db'}."
 
 
 def log_evaluation(run_id: str, folder: Path, name: str, values: Mapping[str, float | None]) -> str:
@@ -172,7 +173,8 @@ def log_evaluation(run_id: str, folder: Path, name: str, values: Mapping[str, fl
     """
     uri, notice = choose_store(folder)
     if notice:  # a database of its own would know no run
-        return f"Not logged: no MLflow server at {DEFAULT_SERVER}; set MLFLOW_TRACKING_URI to name another store."
+        server = Settings.load().registry_uri
+        return f"Not logged: no MLflow server at {server}; set MLFLOW_TRACKING_URI to name another store."
     mlflow = _import_mlflow()
     client = mlflow.MlflowClient(uri)
     try:

@@ -25,6 +25,7 @@ from torch import nn
 from handlers.backbone import BackboneError, build_backbone, fuse
 from handlers.bundle import BundleError
 from handlers.preprocessing import Preprocessing
+from mlflow_tracking.settings import SettingsError
 from training import metrics
 from training.checkpoints import BEST, LAST, CheckpointError, find, load, restore, save
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
@@ -231,8 +232,9 @@ def open_manifest(config: TrainConfig) -> pd.DataFrame:
     if not manifest.is_file():
         if not folder.is_dir() or not any(path for path in folder.iterdir() if not path.name.startswith(".")):
             raise DataError(
-                f"There is no manifest {manifest} and no data in {folder}: put a data set there (README, 'Train on your own data'), "
-                "or run python scripts/prepare_data.py --data DIR and give manifest=FILE."
+                f"There is no manifest {manifest} and no data in {folder}: put a data set there "
+                "(README, 'Train on your own data'), or run python scripts/prepare_data.py --data DIR and give "
+                "manifest=FILE."
             )
         build_manifest([folder], manifest, console=console)
     return read_manifest(manifest)
@@ -329,7 +331,7 @@ def main(
             )
         folder.mkdir(parents=True, exist_ok=True)
         train(settings, folder, checkpoint, Interruption())
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, SettingsError) as error:
         errors.print(str(error))
         raise SystemExit(2) from None
     except Interrupted as interrupt:
