@@ -23,6 +23,9 @@ from tests.conftest import ROOT
 
 START_SECONDS = 120  # two busy cores
 NOWHERE = "http://127.0.0.1:9"
+# No proxy, and no certificates, which take longer to read than the server takes to answer.
+PLAIN: dict[str, Any] = {"trust_env": False, "verify": False}
+PAUSE = 0.02  # seconds between a client's requests: both cores are wanted by what is tested beside it
 
 
 @dataclass
@@ -55,7 +58,7 @@ class Server:
 
     def healthy(self) -> bool:
         try:
-            return httpx.get(self.health, timeout=2, trust_env=False).is_success
+            return httpx.get(self.health, timeout=2, **PLAIN).is_success
         except httpx.HTTPError:
             return False
 
@@ -195,13 +198,13 @@ class Promotion:
             content=image,
             headers={"Content-Type": "image/jpeg"},
             timeout=60,
-            trust_env=False,
+            **PLAIN,
         )
 
     def tell(self, path: str, image: bytes, **fields: str) -> httpx.Response:
         """A form with an image and further fields."""
         url = f"{self.url}/predictions/skin_vit{path}"
-        return httpx.post(url, data=fields, files={"data": image}, timeout=60, trust_env=False)
+        return httpx.post(url, data=fields, files={"data": image}, timeout=60, **PLAIN)
 
     def served(self) -> str | None:
         """The version that answers."""

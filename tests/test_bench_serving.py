@@ -184,6 +184,7 @@ def test_a_wrong_architecture_is_refused_in_a_sentence():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.live
 @pytest.mark.timeout(300)
 def test_it_measures_real_servers(tmp_path):
@@ -207,7 +208,7 @@ def test_it_measures_real_servers(tmp_path):
 
 @pytest.mark.live
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=[pytest.mark.slow]), signal.SIGTERM])
 def test_it_ends_its_servers_when_it_is_stopped(tmp_path, how):
     bundle, temporary = tiny_bundle(tmp_path / "bundle"), tmp_path / "temporary"
     temporary.mkdir()

@@ -128,17 +128,17 @@ def swapping(registry, first_registration, full_bundle, short_folder) -> Iterato
         server.stop()
 
 
-@pytest.mark.parametrize("swaps", [2, pytest.param(10, marks=[pytest.mark.load])])
-def test_swaps_fail_no_request_and_never_go_back(swapping: Promotion, tmp_path, swaps: int):
+@pytest.mark.load  # two swaps: tests/test_promotion.py
+def test_swaps_fail_no_request_and_never_go_back(swapping: Promotion, tmp_path):
     first = swapping.served()
-    versions = [swapping.register(tmp_path) for _ in range(swaps)]
+    versions = [swapping.register(tmp_path) for _ in range(10)]
     port = int(swapping.server.env["TORCHSERVE_PORT"])
     with Clients(port, Call(photograph(0)), 4).asking(retry=False) as clients:
         for version in versions:
             steps, _ = swapping.champion(version)
             assert f"serve version {version}" in steps
         time.sleep(1)  # what comes after the last swap counts too
-    print(f"\n{swaps} swaps under 4 clients: {clients.answered} answered, {len(clients.lost)} lost")
+    print(f"\n{len(versions)} swaps under 4 clients: {clients.answered} answered, {len(clients.lost)} lost")
     assert clients.lost == []
     for served in clients.served:
         assert [int(version) for version in served] == sorted(int(version) for version in served)

@@ -31,7 +31,7 @@ from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.registry import Registry
 from scripts.serving_bench.ports import free_ports
 from tests.conftest import ROOT
-from tests.live import NOWHERE, Promotion, run_script, torchserve_server, variant
+from tests.live import NOWHERE, PAUSE, Promotion, run_script, torchserve_server, variant
 from tests.models import tiny_bundle
 from tests.waiting import eventually
 
@@ -99,15 +99,15 @@ def test_predictions_and_management_are_apart(serving_first):
 
 def test_two_moves_lose_no_request_and_retire_the_oldest(serving_first, second, tmp_path):
     third = serving_first.register(tmp_path)
-    answers: list[tuple[int, str]] = []
+    told: list[list[tuple[int, str]]] = [[] for _ in range(4)]
     stop = threading.Event()
 
-    def ask() -> None:
-        while not stop.is_set():
+    def ask(answers: list[tuple[int, str]]) -> None:
+        while not stop.wait(PAUSE):
             answer = serving_first.predict()
             answers.append((answer.status_code, answer.json().get("model", {}).get("version", answer.text)))
 
-    clients = [threading.Thread(target=ask) for _ in range(4)]
+    clients = [threading.Thread(target=ask, args=(answers,)) for answers in told]
     for client in clients:
         client.start()
     try:
@@ -122,8 +122,13 @@ def test_two_moves_lose_no_request_and_retire_the_oldest(serving_first, second, 
         for client in clients:
             client.join()
     assert result.settled
-    assert {status for status, _ in answers} == {200}
-    assert {version for _, version in answers} == {"1", second, third}
+    assert {status for answers in told for status, _ in answers} == {200}
+    order = ["1", second, third]
+    for answers in told:
+        versions = [version for _, version in answers]
+        assert versions == sorted(versions, key=order.index), "no client goes back to an older version"
+        assert versions[-1] == third
+    assert {version for answers in told for _, version in answers} == set(order)
     status = {version: serving_first.tag(version, "status") for version in ("1", second, third)}
     assert status == {"1": "retired", second: "standby", third: "serving"}
     assert serving_first.predict("/1").status_code == 404
@@ -301,15 +306,6 @@ def test_an_archive_runs_its_own_code(serving_first, short_folder):
         server.stop()
 
 
-def test_stopping_leaves_no_process(serving_first):
-    group = ["pgrep", "-g", str(serving_first.server.process.pid)]
-    serving_first.server.process.send_signal(signal.SIGTERM)
-    serving_first.server.process.wait(20)
-    eventually(lambda: subprocess.run(group, check=False, capture_output=True).returncode == 1, 15)
-    serving_first.server.start()
-    eventually(lambda: serving_first.served() == "1")
-
-
 def test_the_command_moves_the_alias_and_shows_every_step(serving_first, second):
     done = run_script("promote.py", "--version", second, **serving_first.env)
     assert done.returncode == 0, done.stderr
@@ -404,3 +400,10 @@ def test_a_model_that_takes_metadata_is_promoted_and_told_over_rest(serving_firs
     assert answers.iloc[1].to_dict() == pytest.approx(alone, abs=1e-2)
     with pytest.raises(ValueError, match="image 0: age must be years"):
         model.predict(pd.DataFrame({"image": sample_images[:1], "age": [500.0]}))
+
+
+def test_stopping_leaves_no_process(serving_first):
+    group = ["pgrep", "-g", str(serving_first.server.process.pid)]
+    serving_first.server.process.send_signal(signal.SIGTERM)
+    serving_first.server.process.wait(20)
+    eventually(lambda: subprocess.run(group, check=False, capture_output=True).returncode == 1, 15)

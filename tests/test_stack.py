@@ -280,10 +280,10 @@ def ready(stack, image: bytes) -> dict[str, Callable[[], object]]:
     ("program", "part"),
     [
         ("streamlit run", "streamlit"),
-        ("mlflow server", "mlflow"),
+        pytest.param("mlflow server", "mlflow", marks=[pytest.mark.slow]),
         ("uvicorn", "mlflow"),
         ("promotion.service", "promoter"),
-        ("model_service_worker", "torchserve"),
+        pytest.param("model_service_worker", "torchserve", marks=[pytest.mark.slow]),  # tests/test_load.py
         ("org.pytorch.serve.ModelServer", "torchserve"),
         ("supervisor.supervisord", "torchserve"),
     ],

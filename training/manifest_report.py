@@ -84,11 +84,11 @@ def make_report(
 def _note_weak_spots(frame: pd.DataFrame, photos: list[Photo], notes: Faults) -> None:
     groups: dict[str, set[str]] = defaultdict(set)
     for photo in photos:
-        for _, lesion in photo.lesions:
-            groups[lesion].add(photo.group)
-    for lesion, apart in groups.items():
+        for _, name in photo.lesions:
+            groups[name].add(photo.group)
+    for name, apart in groups.items():
         if len(apart) > 1:
-            notes.add("lesion id in tables of several folders: taken for different lesions", lesion)
+            notes.add("lesion id in tables of several folders: taken for different lesions", name)
     for photo in photos:
         if not photo.lesions:
             notes.add("image without a lesion id: its group is itself and its duplicates", photo.name)
