@@ -12,8 +12,9 @@ the joint graph against the plain forward, the processor's best matrix
 product, and our part of a worker's start.
 
 Leave the machine alone meanwhile: figures of a busy one are worth
-nothing. The default takes about 20 minutes on two cores, --quick two,
---tune four. Slowness is reported, not an error.
+nothing, and each has beside it how fast the processor was just then.
+The default takes half an hour on two cores, --quick two minutes, --tune
+four. Slowness is reported, not an error.
 """
 
 import io
@@ -151,9 +152,17 @@ class Bench:
     ) -> dict[str, Any]:
         """Load a running server in one way; the row for the results, and a line for who waits."""
         bodies = [form(file, answer) for file in self.images[image]]
+        before = pieces.pace()
         load = measure(server.port, servers.PATH, bodies, clients, seconds or self.seconds)
+        pace = (before + pieces.pace()) / 2
         row: dict[str, Any] = {"system": system, "precision": "", "settings": str(settings), "image": image}
-        row |= {"answer": answer, "memory": server.memory(), "ready_seconds": server.ready_seconds, **asdict(load)}
+        row |= {
+            "pace": pace,
+            "answer": answer,
+            "memory": server.memory(),
+            "ready_seconds": server.ready_seconds,
+            **asdict(load),
+        }
         console.print(f"  {image}, {answer}, {clients} clients: {load.rps:.1f} requests/s, p95 {load.p95:.0f} ms")
         return row
 

@@ -96,7 +96,8 @@ def results(**changed) -> dict:
         return {
             "system": system, "precision": "bf16" if "auto" in system else "", "settings": "1×2, 1",
             "image": "600×450", "ready_seconds": 1.0, "answer": answer, "clients": clients, "requests": 9, "rps": rps,
-            "p50": p95, "p95": p95, "p99": p95, "client_cores": 0.1, "memory": {"python": 900.0, "java": 0.0},
+            "p50": p95, "p95": p95, "p99": p95, "client_cores": 0.1, "pace": 1000.0 if clients == 16 else 2000.0,
+            "memory": {"python": 900.0, "java": 0.0},
         }  # fmt: skip
 
     cells = [row("torchserve", "overlay", n, 5.0, 200.0 * n) for n in (1, 4, 16)]
@@ -131,7 +132,7 @@ def test_verdicts_follow_from_the_figures():
     assert verdicts["the goal: requests/s by the stock handler's, 16 clients, any precision"].reached is False
     text = report.markdown(results())
     assert "| requests/s by the stock handler's, 16 clients, f32 |  | ≥ 10 | not measured |" in text
-    assert "| ours auto (bf16) | 1×2, 1 | grid | 16 | 100.0 | 20.0 |" in text
+    assert "| ours auto (bf16) | 1×2, 1 | grid | 16 | 100.0 | 20.0 | 160 | 160 | 160 | 900 | 50 |" in text
     assert {bar.name for bar in report.figure(results()).data} == {"stock handler: overlay", "ours auto (bf16): grid"}
 
 
@@ -200,6 +201,7 @@ def test_it_measures_real_servers(tmp_path):
     assert all(row["requests"] >= 3 and row["memory"]["python"] > 100 for row in found["cells"])
     assert {row["system"] for row in found["cells"] if row["memory"]["java"]} == {"onnxruntime", "ours f32"}
     assert len(found["agreement"]) == 3 and max(found["agreement"].values()) < 0.01
+    assert all(row["pace"] > 1 for row in found["cells"])
     assert found["graph"]["f32"]["batches"]["8"]["plain"] > 0 and found["peaks"]["f32"]["gflops"] > 1
     assert found["handler"]["600×450"]["f32"]["batches"]["1"]["decode"] > 0 and found["start"]["fresh"] > 0
     assert (out / "README.md").read_text() == report.markdown(found)

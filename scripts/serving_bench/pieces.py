@@ -39,6 +39,7 @@ from mlflow_tracking.settings import MODEL_NAME
 BATCHES = (1, 8)
 ROUNDS = 6  # of joint graph and plain forward in turn
 SIZES = (1024, 2048, 4096)  # of the matrix products that the peak is the best of
+PACE_SIZE = 2048
 # In a fresh interpreter: what TorchServe's worker does after it has imported torch and itself.
 START = """
 import importlib, json, sys, time
@@ -222,6 +223,16 @@ def peaks(seconds: float, sizes: tuple[int, ...] = SIZES) -> dict[str, dict[str,
         best = max(tried, key=tried.__getitem__)
         found[precision] = {"gflops": tried[best], "by": best, "tried": tried}
     return found
+
+
+def pace(seconds: float = 0.1) -> float:
+    """GFLOP/s of one fixed matrix product: how much of the processor is there just now.
+
+    On a shared machine that changes within minutes, and with it every figure.
+    """
+    torch.set_num_threads(os.cpu_count() or 1)
+    call = _torch_product(PACE_SIZE, "bf16" if OpenVinoRuntime.has_bf16() else "f32")
+    return 2 * PACE_SIZE**3 / (float(np.median(timed(call, seconds))) * 1e6)
 
 
 def _torch_product(size: int, precision: str) -> Callable[[], object]:

@@ -34,6 +34,8 @@ difference of a probability to the eager model's was {agreement}. The client's t
 - Each of the others is shown at the best of the settings tried for each number of clients and kind of answer. `2×1, 8`
   means two workers of one thread each, batches of eight.
 - "× stock" is requests/s by the stock handler's at the same number of clients.
+- "pace" is how fast the processor did a fixed matrix product right before and after, in % of its fastest beside any
+  figure here. Far below 100 somebody else had the processor, and the figure is lower than it would be.
 - MB is resident memory, of Python's processes and of Java; each process counts what it shares with others.
 """
 
@@ -114,15 +116,28 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
         rows.append([target.name, value, wanted, verdict[target.reached]])
     if results["cells"]:
         yield Table("Targets", ["ratio", "measured", "aim", "verdict"], rows)
-    headers = ["server", "settings", "answer", "clients", "req/s", "× stock", "p50 ms", "p95 ms", "p99 ms", "MB"]
+    headers = [
+        "server",
+        "settings",
+        "answer",
+        "clients",
+        "req/s",
+        "× stock",
+        "p50 ms",
+        "p95 ms",
+        "p99 ms",
+        "MB",
+        "pace",
+    ]
+    fastest = max((row["pace"] for row in results["cells"] + results["tried"]), default=1.0)
     for image in _images(results):
         for kind, answers in (("with Grad-CAM", ("grid", "overlay")), ("probabilities alone", ("none",))):
             chosen = [r for r in results["cells"] if r["image"] == image and r["answer"] in answers]
             stock = {row["clients"]: row["rps"] for row in chosen if row["system"] == NAIVE}
             if chosen:
-                yield Table(f"{image} JPEG, {kind}", headers, [_cell(row, stock) for row in chosen])
+                yield Table(f"{image} JPEG, {kind}", headers, [_cell(row, stock, fastest) for row in chosen])
     if results["tried"]:
-        yield Table("Settings tried, 600×450 JPEG", headers, [_cell(row, {}) for row in results["tried"]])
+        yield Table("Settings tried, 600×450 JPEG", headers, [_cell(row, {}, fastest) for row in results["tried"]])
     yield from _pieces(results)
 
 
@@ -136,12 +151,12 @@ def title(row: dict[str, Any]) -> str:
     return TITLES.get(row["system"], row["system"]) + (f" ({row['precision']})" if told else "")
 
 
-def _cell(row: dict[str, Any], stock: dict[int, float]) -> list[str]:
+def _cell(row: dict[str, Any], stock: dict[int, float], fastest: float) -> list[str]:
     times = f"{row['rps'] / stock[row['clients']]:.1f}" if row["clients"] in stock else ""
     latency = [f"{row[name]:.0f}" for name in ("p50", "p95", "p99")]
     memory = " + ".join(f"{row['memory'][name]:.0f}" for name in ("python", "java") if row["memory"][name])
     what = [title(row), row["settings"], row["answer"], str(row["clients"])]
-    return [*what, f"{row['rps']:.1f}", times, *latency, memory]
+    return [*what, f"{row['rps']:.1f}", times, *latency, memory, f"{100 * row['pace'] / fastest:.0f}"]
 
 
 def _pieces(results: dict[str, Any]) -> Iterator[Table]:
