@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import requests
 import typer
@@ -46,15 +46,7 @@ def main(
     console = Console(stderr=as_json)
     given = {"age": age, "sex": sex, "site": site}
     metadata = {name: value for name, value in given.items() if value is not None}
-    try:
-        ask = (
-            _ask_bundle(bundle, tta, metadata)
-            if bundle
-            else _ask_server(url or Settings.load().inference_url, version, tta, metadata)
-        )
-    except SettingsError as error:
-        console.print(f"[red]{error}[/]")
-        raise typer.Exit(2) from None
+    ask = _ask_bundle(bundle, tta, metadata) if bundle else _ask_server(url or _served(), version, tta, metadata)
     refused = False
     answers: list[tuple[Path, dict[str, Any]]] = []
     for path in images:
@@ -70,6 +62,13 @@ def main(
         console.print(_table(answers))
         console.print("[dim]Research use only. Not a medical device.[/dim]")
     raise typer.Exit(1 if refused else 0)
+
+
+def _served() -> str:
+    try:
+        return Settings.load().inference_url
+    except SettingsError as error:
+        _stop(str(error))
 
 
 def _ask_bundle(folder: Path, tta: bool, metadata: dict[str, str]) -> Any:
@@ -139,8 +138,8 @@ def _table(answers: list[tuple[Path, dict[str, Any]]]) -> Table:
     return table
 
 
-def _stop(message: str) -> Any:
-    Console(stderr=True).print(f"[red]{message}[/red]", highlight=False)
+def _stop(message: str) -> NoReturn:
+    Console(stderr=True).print(f"[red]{escape(message)}[/red]", highlight=False, soft_wrap=True)
     sys.exit(2)
 
 

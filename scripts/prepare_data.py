@@ -27,7 +27,7 @@ first; without, the one of --out is taken as it is. The exit code is 3 when MLfl
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -39,9 +39,7 @@ from mlflow_tracking.promotion.evaluation_set import EvaluationSetError, freeze
 from mlflow_tracking.registry import EVALUATION_SET, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings, SettingsError
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest, report_path
-from training.splits import DEFAULT_FRACTIONS, DEFAULT_SEED, SPLITS
-
-Split = Literal["train", "val", "calibration", "test"]
+from training.splits import DEFAULT_FRACTIONS, DEFAULT_SEED, SPLITS, Split
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 

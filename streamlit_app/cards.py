@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 from streamlit_app.client import UNKNOWN, Answer, Refusal, ServingError
 from streamlit_app.readings import Reading
-from streamlit_app.utils import HEAT_COLOURS, NATURES, certainty, in_a_word, likely_set, nature, percent
+from streamlit_app.utils import HEAT_COLOURS, NATURES, certainty, in_a_word, nature, percent
 
 NOTICE = "Research use only. Not a medical device."
 
@@ -112,15 +112,18 @@ def uncertainty(answer: Answer) -> str:
     """How sure the model is, the likely set, and what UNK means."""
     word, sentence = certainty(answer)
     cells = [(f"The model is {word}", f"<p>{escape(sentence)}</p>")]
-    if lead := likely_set(answer):
-        chosen = [code for code in answer.uncertainty.conformal_set or [] if code in answer.classes]
+    given = answer.uncertainty
+    if given.conformal_set is not None and given.confidence_level is not None:
+        chosen = [code for code in given.conformal_set if code in answer.classes]
         chips = "".join(f'<li class="sl-{nature(answer, c)}">{escape(answer.classes[c].name)}</li>' for c in chosen)
-        level = f"{100 * (answer.uncertainty.confidence_level or 0):g}"
+        level = f"{100 * given.confidence_level:g}"
         promise = (
             f"On pictures like those it was calibrated on, such a set is made to hold the right class {level} times in "
             "100. What is not in it is not ruled out."
         )
-        cells.append((lead, f'<ul class="sl-chips">{chips or "<li>no class at all</li>"}</ul><p>{promise}</p>'))
+        cells.append(
+            ("The likely classes", f'<ul class="sl-chips">{chips or "<li>no class at all</li>"}</ul><p>{promise}</p>')
+        )
     if UNKNOWN in answer.probabilities:
         cells.append(
             (

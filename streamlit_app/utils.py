@@ -181,14 +181,6 @@ def certainty(answer: Answer) -> tuple[str, str]:
     return "unsure", f"Its probability is spread over many classes. {measure}"
 
 
-def likely_set(answer: Answer) -> str | None:
-    """The conformal set's headline, "Likely set, made to be right 90 times in 100:", or None if the model has none."""
-    given = answer.uncertainty
-    if given.conformal_set is None or given.confidence_level is None:
-        return None
-    return f"Likely set, made to be right {100 * given.confidence_level:g} times in 100:"
-
-
 def overview(readings: Sequence[Reading], thumbnails: Sequence[str | None]) -> pd.DataFrame:
     """One row for each answered picture, for the table on the page; probabilities in percent."""
     rows = []

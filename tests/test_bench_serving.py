@@ -185,7 +185,6 @@ def test_a_wrong_architecture_is_refused_in_a_sentence():
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.live
 @pytest.mark.timeout(300)
 def test_it_measures_real_servers(tmp_path):

@@ -9,7 +9,6 @@ from tests.tiny_lesions import tiny_manifest
 from training.config import ROOT
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_it_compares_the_three_and_refuses_in_a_sentence(tmp_path):
     manifest = tiny_manifest(tmp_path / "data")

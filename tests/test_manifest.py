@@ -235,7 +235,6 @@ def test_a_lesion_of_two_parts_of_a_data_set_is_one(tmp_path):
         write(tmp_path / "set" / part / "labels.csv", "image,label,lesion_id\n" + rows)
         for number in range(8):
             save(tmp_path / "set" / part / f"{part}{number}.jpg", number + 100 * len(part))
-    save(tmp_path / "set" / "train" / "melanoma" / "learnt.jpg", 7)
     for data in ([tmp_path / "set"], [tmp_path / "set" / "train", tmp_path / "set" / "test"]):
         build_manifest(data, tmp_path / "m.csv")
         frame = read_manifest(tmp_path / "m.csv").set_index("image_id")

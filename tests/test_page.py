@@ -314,15 +314,15 @@ class TestWords:
         assert "Precancerous" in shown
         assert "Not malignant" not in shown
 
-    def test_likely_set(self):
-        def words(chosen, level=0.9):
-            return utils.likely_set(
+    def test_the_likely_classes_are_told_with_their_level(self):
+        def shown(chosen, level=0.9):
+            return cards.uncertainty(
                 answer(uncertainty={"entropy": 1, "conformal_set": chosen, "confidence_level": level})
             )
 
-        assert words(["MEL", "NV"]) == "Likely set, made to be right 90 times in 100:"
-        assert words(["MEL"], 0.95) == "Likely set, made to be right 95 times in 100:"
-        assert words(None, None) is None
+        assert "made to hold the right class 90 times in 100" in shown(["MEL", "NV"])
+        assert "made to hold the right class 95 times in 100" in shown(["MEL"], 0.95)
+        assert "The likely classes" not in shown(None, None)
 
     def test_figure_marks_malignant_in_colour_and_words(self):
         given = answer()
@@ -412,7 +412,7 @@ class TestApp:
         top = answer_for(jpegs[0])["prediction"]
         assert f"<h2>{top['name']}" in text(page)
         assert f"Evidence for {top['name']}" in text(page)
-        assert "Likely set, made to be right 90 times in 100" in text(page)
+        assert "made to hold the right class 90 times in 100" in text(page)
         assert "malignant lesions, too, get benign names" in text(page)
         assert "mlflow.example:5001/#/runs/" in text(page)
         assert len(page.get("plotly_chart")) == 1

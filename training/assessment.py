@@ -17,6 +17,7 @@ from training import metrics
 # A slice with fewer images says nothing; its figures are left out.
 MIN_SLICE = 30
 SLICE_METRICS = ("accuracy", "balanced_accuracy", "macro_auc", "ece")
+MALIGNANT = np.array([BY_CODE[code].malignant for code in CODES])
 MELANOMA_FIGURES = ("recall", "specificity_at_95")
 BESIDE_FIGURES = {
     "as_served": ("accuracy", "malignant_missed"),
@@ -95,12 +96,11 @@ def _beside(
 
 def _as_served(truth: NDArray[np.int64], top: NDArray[np.int64]) -> dict[str, Any]:
     """Figures of the most probable of the nine, for known lesions: true and named classes as indices (N,)."""
-    malignant = np.array([BY_CODE[code].malignant for code in CODES])
-    is_malignant = malignant[truth]
+    is_malignant = MALIGNANT[truth]
     table: dict[str, Any] = {"accuracy": float((truth == top).mean())}
     table["recall"] = {CODES[k]: float((top[truth == k] == k).mean()) for k in np.unique(truth)}
     if is_malignant.any():
-        table["malignant_missed"] = float((~malignant[top[is_malignant]]).mean())
+        table["malignant_missed"] = float((~MALIGNANT[top[is_malignant]]).mean())
     return table
 
 
@@ -118,13 +118,12 @@ def unknown_figures(known: NDArray[np.float64], unknown: NDArray[np.float64]) ->
     `recall` is the share of unknown images called UNK first of all, `called_malignant` that called a malignant class.
     """
     last = CODES.index(UNKNOWN)
-    malignant = [CODES.index(code) for code in CODES if BY_CODE[code].malignant]
     top = unknown.argmax(1)
     return {
         "images": len(unknown),
         **metrics.detection(known[:, last], unknown[:, last]),
         "recall": float((top == last).mean()),
-        "called_malignant": float(np.isin(top, malignant).mean()),
+        "called_malignant": float(MALIGNANT[top].mean()),
     }
 
 

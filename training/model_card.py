@@ -15,7 +15,7 @@ from handlers.bundle import Bundle, BundleError
 from handlers.files import atomic_file
 from handlers.taxonomy import KNOWN_CODES
 from training import stress, unknowns
-from training.assessment import slice_order
+from training.assessment import headline, slice_order
 from training.config import ROOT
 from training.terminal import console, errors
 
@@ -76,8 +76,7 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
 
 
 def _figures(test: dict[str, Any]) -> str:
-    values = test["summary"] | {"balanced_accuracy_9": test["balanced_accuracy_9"]}
-    values["as_served_accuracy"] = test["as_served"]["accuracy"]
+    values = headline(test)
     lines = ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
     for name, key in FIGURES.items():
         low, high = test["intervals_95"][key]

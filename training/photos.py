@@ -81,18 +81,19 @@ def _keeping_order(item: tuple[SourceImage, ImageDigest]) -> tuple[int, bool, in
 
 def near_pairs(photos: list[Photo]) -> list[tuple[int, int]]:
     """Pairs of indices (i < j) of which any two copies are near duplicates: a copy may be another picture's crop."""
-    owners, digests = [], []
-    for index, photo in enumerate(photos):
-        for digest in {digest.sha256: digest for _, digest in photo.copies}.values():
-            owners.append(index)
-            digests.append(digest)
-    pairs = duplicates.candidate_pairs(np.array([digest.phash for digest in digests], dtype=np.uint64))
-    pairs = pairs[np.array(owners)[pairs[:, 0]] != np.array(owners)[pairs[:, 1]]] if len(pairs) else pairs
+    copies = [
+        (index, digest)
+        for index, photo in enumerate(photos)
+        for digest in {digest.sha256: digest for _, digest in photo.copies}.values()
+    ]
+    owners = np.array([index for index, _ in copies], dtype=np.int64)
+    pairs = duplicates.candidate_pairs(np.array([digest.phash for _, digest in copies], dtype=np.uint64))
+    pairs = pairs[owners[pairs[:, 0]] != owners[pairs[:, 1]]]
     if not len(pairs):
         return []
-    thumbnails = np.stack([digest.thumbnail for digest in digests])
-    same = pairs[duplicates.confirm(thumbnails, pairs)]
-    return sorted({(owners[i], owners[j]) for i, j in same.tolist()})
+    thumbnails = np.stack([digest.thumbnail for _, digest in copies])
+    same = owners[pairs[duplicates.confirm(thumbnails, pairs)]]
+    return sorted({(int(i), int(j)) for i, j in same})
 
 
 def settle_labels(photos: list[Photo], near: list[tuple[int, int]], faults: Faults, dropped: Faults) -> Counter[str]:

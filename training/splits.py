@@ -4,8 +4,10 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Literal, get_args
 
-SPLITS = ("train", "val", "calibration", "test")
+Split = Literal["train", "val", "calibration", "test"]
+SPLITS: tuple[str, ...] = get_args(Split)
 # 70 % to learn from; the rest in equal parts for choosing the epoch, fitting the calibration, and the final measure.
 DEFAULT_FRACTIONS = {"train": 0.7, "val": 0.1, "calibration": 0.1, "test": 0.1}
 DEFAULT_SEED = 2019

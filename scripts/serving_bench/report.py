@@ -35,7 +35,7 @@ difference of a probability to the eager model's was {agreement}. The client's t
   means two workers of one thread each, batches of eight.
 - "× stock" is requests/s by the stock handler's at the same number of clients.
 - "pace" is how fast the processor did a fixed matrix product right before and after, in % of its fastest beside any
-  figure here. Far below 100 somebody else had the processor, and the figure is lower than it would be.
+  figure here. Far below 100 the processor was slower than it can be, and so is what was measured.
 - MB is resident memory, of Python's processes and of Java; each process counts what it shares with others.
 """
 
