@@ -224,6 +224,12 @@ def test_the_prediction_log_is_put_elsewhere_or_turned_off(env, fake_java):
     assert not any(line.startswith("LOG_PREDICTIONS") for line in lines)
 
 
+def test_no_gpu_may_be_used_where_the_environment_says_so(env, fake_java):
+    java = {"JAVA_HOME": str(fake_java("17.0.1").parents[1])}
+    _, lines, _ = start(env, **java, CUDA_VISIBLE_DEVICES="")
+    assert "CUDA_VISIBLE_DEVICES=" in lines, "dropped, it would mean all of them"
+
+
 def test_an_old_java_is_passed_over(env, fake_java):
     old, new = fake_java("11.0.2", "old"), fake_java("21.0.8", "new")
     _, lines, _ = start(env, JAVA_HOME=str(old.parents[1]), PATH=f"{new.parent}:{os.environ['PATH']}")
