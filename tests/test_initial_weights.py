@@ -5,6 +5,8 @@ head; another network is refused. What the bundle has seen stays in the receipt 
 manifest that would judge a model by such images is refused.
 """
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +16,7 @@ from tests.models import tiny_backbone, tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints, train
 from training.config import load_config
-from training.dataset import DataError
+from training.dataset import DataError, classes_in
 from training.initial_weights import InitialWeights
 from training.manifest import fingerprint, read_manifest
 from training.receipt import make_receipt, overlap, read_receipt
@@ -146,3 +148,26 @@ def test_a_run_starts_from_it_and_hands_its_receipt_on(tmp_path, monkeypatch):
     assert read_receipt(again.path) == receipt
     with pytest.raises(train.TrainingError, match="has its weights already"):
         run("two", second, "initial_bundle=another", "ema_decay=0", "image_size=48", checkpoint=checkpoint)
+
+
+def test_frozen_epochs_train_only_what_the_bundle_did_not_bring(tmp_path, monkeypatch):
+    """So a model learns what age, sex and site add, and answers pictures alone as before; resumed, too."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    stop = train.Interruption()
+    monkeypatch.setattr(stop, "watch", lambda: None)
+    manifest = tiny_manifest(tmp_path / "data")
+    table = pd.read_csv(manifest)
+    table.assign(site=np.where(table["label"] == "NV", "head/neck", "palms/soles")).to_csv(manifest, index=False)
+    seen = read_manifest(manifest)
+    one = tiny_bundle(tmp_path / "one", architecture="test_vit", options={}, classes=classes_in(seen),
+                      receipt=make_receipt(seen, fingerprint(seen)))  # fmt: skip
+    settings = [*TINY, f"manifest={manifest}", f"initial_bundle={one.path}", "metadata=[site]", "ema_decay=0"]
+    settings += ["image_size=64", "freeze_epochs=2", "mixup_alpha=0.5", "mix_probability=0.3",
+                 "batch_size=8", "lr=0.01"]  # fmt: skip
+    train.train(load_config(None, settings), tmp_path, None, stop)
+    checkpoint = checkpoints.load(tmp_path / "last.pt")
+    train.train(load_config(None, [*settings, "epochs=2"]), tmp_path, checkpoint, stop)
+    before, after = (load_file(bundle / WEIGHTS) for bundle in (one.path, tmp_path / "bundle"))
+    assert {name for name in after if name not in before or not torch.equal(after[name], before[name])} == {
+        "metadata_head.hidden.weight", "metadata_head.logits.weight"}  # fmt: skip
+    assert after["metadata_head.logits.weight"].any()

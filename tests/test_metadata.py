@@ -40,7 +40,7 @@ from training.calibration import fit_calibration
 from training.config import ConfigError, load_config
 from training.dataset import DataError, encode_rows, withhold
 from training.manifest import read_manifest
-from training.recipe import make_optimizer, set_trainable
+from training.recipe import heads_of, make_optimizer, set_trainable
 from training.train import load_data
 
 ALL = Metadata.of(FIELDS)
@@ -204,7 +204,7 @@ def test_the_metadata_head_is_optimised_and_not_frozen_with_the_backbone():
     groups = make_optimizer(model, load_config(None, ["layer_decay=0.5"])).param_groups
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert {scales[id(p)] for p in model.metadata_head.parameters()} == {1.0}, "it learns as fast as the head"
-    set_trainable(model, head_only=True)
+    set_trainable(model, heads_of(model))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"head.weight", "head.bias", "metadata_head.hidden.weight", "metadata_head.logits.weight"}
 

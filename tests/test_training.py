@@ -29,7 +29,7 @@ from tests.tiny_lesions import tiny_manifest
 from training import checkpoints, evaluate, finish, tracking, train
 from training.config import ROOT, load_config
 from training.losses import ClassificationLoss, class_weights, prior_logits
-from training.recipe import learning_rate, make_mix, make_optimizer, seed_everything, set_trainable
+from training.recipe import heads_of, learning_rate, make_mix, make_optimizer, seed_everything, set_trainable
 from training.tracking import Tracker, TrackingError, choose_store, code_revision
 
 # MLflow's own models of its database use an option that SQLAlchemy will drop.
@@ -137,13 +137,13 @@ def test_a_frozen_backbone_stays_as_it_is():
     model = build_backbone("resnet18", 3, 32)
     optimizer = make_optimizer(model, load_config(None))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for head_only in (True, False):
-        set_trainable(model, head_only)
+    for heads in (heads_of(model), []):
+        set_trainable(model, heads)
         model(torch.randn(4, 3, 32, 32)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-        if head_only:
+        if heads:
             assert changed == {"fc.weight", "fc.bias"}  # not even a running mean of a batch norm
     assert {"conv1.weight", "bn1.running_mean", "bn1.weight"} <= changed
 

@@ -104,7 +104,9 @@ class TrainConfig(BaseModel):
     layer_decay: Probability = Field(
         1.0, gt=0, description="discriminative learning rates: each layer's is this times that of the one above"
     )
-    freeze_epochs: int = Field(0, ge=0, description="epochs at first in which the head alone is trained")
+    freeze_epochs: int = Field(
+        0, ge=0, description="epochs at first that train only the heads that begin anew; all heads, if none does"
+    )
     warmup_epochs: NonNegative = Field(2.0, description="linear warm-up")
     min_lr: NonNegative = Field(1e-6, description="where the cosine ends")
     grad_clip: NonNegative = Field(1.0, description="largest gradient norm; 0: no clipping")

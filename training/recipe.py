@@ -83,15 +83,20 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def set_trainable(model: nn.Module, head_only: bool) -> None:
-    """Put the model into training mode: all of it, or the heads alone, with the rest as it is when it predicts."""
-    model.train(not head_only)
-    model.requires_grad_(not head_only)
-    if head_only:
-        backbone: Any = model
-        for head in (backbone.get_classifier(), getattr(backbone, "metadata_head", None)):
-            if head is not None:
-                head.train().requires_grad_(True)
+def set_trainable(model: nn.Module, heads: Collection[str] = ()) -> None:
+    """Put the model into training mode: all of it, or the heads of these names alone, with the rest as it is when it
+    predicts."""
+    model.train(not heads)
+    model.requires_grad_(not heads)
+    for name in heads:
+        model.get_submodule(name).train().requires_grad_(True)
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """The names of the classifier and, where there is one, of the head for metadata."""
+    backbone: Any = model
+    names = (backbone.default_cfg["classifier"], "metadata_head")
+    return [name for name in names if hasattr(backbone, name)]
 
 
 def make_mix(config: TrainConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -37,6 +37,7 @@ from training.manifest import ManifestError, build_manifest, fingerprint, read_m
 from training.recipe import (
     attention_kernel,
     choose_device,
+    heads_of,
     learning_rate,
     make_mix,
     make_optimizer,
@@ -104,7 +105,10 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     model = build_backbone(
         config.architecture, len(classes), config.image_size, pretrained, config.options, len(inputs.columns)
     )
+    # What frozen epochs train: the heads that begin anew, or all of them where none does.
+    heads: list[str] = (checkpoint or {}).get("heads", heads_of(model))
     if initial and (anew := initial.put_into(model, classes)):
+        heads = anew
         console.print(
             f"Of {config.initial_bundle}, all but the {' and the '.join(anew)} is used: its classes or inputs "
             "are others."
@@ -141,6 +145,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     tracker.start(config, remembered["run_id"], {"code_revision": code_revision(), "device": str(device)})
     tracker.dataset(frame, Path(config.manifest), data_id)
     described: dict[str, Any] = {"config": config.to_dict(), "classes": list(classes), "dataset_fingerprint": data_id}
+    described["heads"] = heads
     described["initial"] = initial.described() if initial else (checkpoint or {}).get("initial")
     described["mlflow"] = {"uri": tracker.uri, "run_id": tracker.run_id}
 
@@ -168,7 +173,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             generator = seed_everything(config.seed, epoch)
             order = epoch_order(data["train"].labels, config.seed, epoch, config.sampler_power)
             order = order[: steps * config.batch_size]  # whole batches: batch norm cannot take a batch of one
-            set_trainable(model, head_only=epoch < config.freeze_epochs)
+            set_trainable(model, heads if epoch < config.freeze_epochs else ())
             total = torch.zeros((), device=device)
             with progress_bar(f"epoch {epoch + 1}/{config.epochs}") as advance:
                 for step, batch in enumerate(batches(data["train"], order, config.batch_size, device)):
@@ -177,8 +182,9 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
                         group["lr"] = lr * group.get("lr_scale", 1.0)  # runs begun by version 0.1 have none
                     pixels, labels, metadata = batch
                     images, targets = mix(augment(pixels, generator), labels)
-                    # A mixed picture is of no one patient: it is learnt from by itself.
-                    told = withhold(metadata, inputs, config.metadata_drop, generator) if targets.ndim == 1 else None
+                    # A mixed picture is of no one patient: it is learnt from by itself, told nothing.
+                    share = config.metadata_drop if targets.ndim == 1 else 1.0
+                    told = withhold(metadata, inputs, share, generator)
                     autocast = torch.autocast(device.type, precision, enabled=precision is not torch.float32)
                     with autocast, attention_kernel(device):
                         logits = fuse(model, model(images.contiguous(memory_format=torch.channels_last)), told)
