@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from handlers.graph import complete
-from handlers.predictor import Predictor
+from handlers.metadata import FIELDS
+from handlers.predictor import Predictor, Request
 from training import model_card
 from training.receipt import SEEN_SPLITS, read_receipt
 
@@ -48,12 +49,14 @@ def test_figures_stand_under_their_names():
 def test_the_evaluations_are_of_the_shipped_bundle(evidence):
     told = {path.stem: json.loads(path.read_text()) for path in EVALUATION.glob("*.json")}
     digest = told["metrics"]["bundle"]
-    assert {told[name]["bundle"] for name in ("metrics", "stress", "explanations", "unknowns")} == {digest}
+    assert {told[name]["bundle"] for name in told} == {digest}
     assert Predictor.load(SHIPPED, runtime="torch").bundle.digest == digest
-    assert told["metrics"]["images"] == evidence["images"]["test"]
-    assert told["metrics"]["overlap"]["overlaps"] is False
-    for name, value in told["metrics"]["summary"].items():
-        assert evidence["metrics"]["test"][name] == pytest.approx(value, abs=2e-3), name
+    for table, fields, split in (("metrics", [], "test_picture_alone"), ("with_metadata", list(FIELDS), "test")):
+        assert told[table]["metadata"] == fields
+        assert told[table]["images"] == evidence["images"]["test"]
+        assert told[table]["overlap"]["overlaps"] is False
+        for name, value in told[table]["summary"].items():
+            assert evidence["metrics"][split][name] == pytest.approx(value, abs=2e-3), name
     assert told["unknowns"]["data"] == evidence["dataset_fingerprint"]
 
 
@@ -69,7 +72,8 @@ def test_the_shipped_model_is_small_and_gives_its_golden_answers(tmp_path):
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 25e6
     predictor = Predictor(complete(SHIPPED, tmp_path / "bundle"))
     cases = predictor.bundle.golden()
-    for case, answer in zip(cases, predictor.predict([case.image for case in cases]), strict=True):
+    requests = [Request(case.image, metadata=case.metadata) for case in cases]
+    for case, answer in zip(cases, predictor.predict(requests), strict=True):
         probability, cam = case.disagreement(answer.probabilities, answer.grid)
         assert probability <= 0.01
         assert cam <= 0.01

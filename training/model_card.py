@@ -2,7 +2,8 @@
 
     python training/model_card.py
 
-reads docs/evaluation/ (metrics.json, unknowns.json, stress.json, explanations.json) and the shipped bundle.
+reads docs/evaluation/ (metrics.json of pictures alone, with_metadata.json, unknowns.json, stress.json,
+explanations.json) and the shipped bundle.
 """
 
 import json
@@ -61,7 +62,8 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
         megabytes=sum(file["bytes"] for file in loaded.files.values()) / 1e6,
         all_images=sum(config["evidence"]["images"].values()),
         test=test,
-        figures=_figures(test),
+        told=told["with_metadata"],
+        figures=_figures(test, told["with_metadata"]),
         classes=_classes(test),
         slices=_slices(test["slices"]),
         missed=1 - test["as_served"]["recall"]["MEL"],
@@ -75,12 +77,16 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
     )
 
 
-def _figures(test: dict[str, Any]) -> str:
-    values = headline(test)
-    lines = ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
+def _figures(*tables: dict[str, Any]) -> str:
+    """A row for each figure, and for each table of metrics its value and its interval."""
+    lines = ["| figure | picture alone | 95 % interval | with age, sex and site | 95 % interval |", "| --- " * 5 + "|"]
+    values = [headline(table) for table in tables]
     for name, key in FIGURES.items():
-        low, high = test["intervals_95"][key]
-        lines.append(f"| {name} | {values[key]:.3f} | {low:.3f} to {high:.3f} |")
+        cells = []
+        for table, figures in zip(tables, values, strict=True):
+            low, high = table["intervals_95"][key]
+            cells += [f"{figures[key]:.3f}", f"{low:.3f} to {high:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -128,7 +134,12 @@ def main(
 
     python training/export.py runs/NAME/bundle model_store/skin_vit
 
-    python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --out docs/evaluation
+    python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --out reports/told
+
+    cp reports/told/metrics.json docs/evaluation/with_metadata.json
+
+    python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --picture-alone
+    --out docs/evaluation
 
     python training/stress.py --bundle model_store/skin_vit --data data/manifest.csv --out docs/evaluation
 

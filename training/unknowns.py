@@ -189,10 +189,12 @@ def judge(bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uin
 def served(predictor: Predictor, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]]) -> dict[str, Any]:
     """A bundle's own ninth probability, as served: training.assessment.unknown_figures of each kind of far picture.
 
+    Of age, sex and site, which far pictures lack, it is told nothing, for known lesions neither.
+
     Args:
         rows: of known lesions that the bundle has not seen.
     """
-    known = nine_of(ask(predictor, rows))
+    known = nine_of(ask(predictor, rows, picture_alone=True))
     table = {}
     for kind, pictures in far.items():
         encoded = [cv2.imencode(".png", picture[..., ::-1])[1].tobytes() for picture in pictures]
