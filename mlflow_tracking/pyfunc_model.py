@@ -1,9 +1,10 @@
 """The registered model as MLflow runs it: images in, nine probabilities out, for `mlflow models serve`, Spark, Python.
 
     model = mlflow.pyfunc.load_model("models:/skin_vit@champion")
-    model.predict([Path("lesion.jpg").read_bytes()])
+    model.predict(pd.DataFrame({"image": [Path("lesion.jpg").read_bytes()]}))
 
-A model that takes metadata wants a table: `pd.DataFrame({"image": [...], "age": [55.0], "sex": ["female"]})`.
+With columns `age`, `sex` and `site`, as far as they are known, for a model that takes them; one that takes none is
+content with a list of images, too.
 
 MLflow keeps this file itself with the model (models-from-code): nothing is pickled. TorchServe does not go this way; it
 gets the same bundle in an archive.

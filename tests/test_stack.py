@@ -171,10 +171,11 @@ def test_all_doors_give_the_same_probabilities(stack, sample_images, tmp_path):
         return [json.loads(line)["probabilities"] for line in done.stdout.splitlines()]
 
     code = """
-import json, sys, mlflow
+import sys, mlflow, pandas
 from pathlib import Path
 model = mlflow.pyfunc.load_model("models:/skin_vit@champion")
-print(model.predict([Path(p).read_bytes() for p in sys.argv[1:]]).to_json(orient="records"))
+images = [Path(p).read_bytes() for p in sys.argv[1:]]
+print(model.predict(pandas.DataFrame({"image": images})).to_json(orient="records"))
 """
     stack.env["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     pyfunc = stack.run("-c", code, *paths)
