@@ -151,7 +151,7 @@ def test_a_run_starts_from_it_and_hands_its_receipt_on(tmp_path, monkeypatch):
 
 
 def test_frozen_epochs_train_only_what_the_bundle_did_not_bring(tmp_path, monkeypatch):
-    """So a model learns what age, sex and site add, and answers pictures alone as before."""
+    """So a model learns what age, sex and site add, and answers pictures alone as before; in a resumed run, too."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     stop = train.Interruption()
     monkeypatch.setattr(stop, "watch", lambda: None)
@@ -162,10 +162,15 @@ def test_frozen_epochs_train_only_what_the_bundle_did_not_bring(tmp_path, monkey
     one = tiny_bundle(tmp_path / "one", architecture="test_vit", options={}, classes=classes_in(seen),
                       receipt=make_receipt(seen, fingerprint(seen)))  # fmt: skip
     settings = [*TINY, f"manifest={manifest}", f"initial_bundle={one.path}", "metadata=[site]", "ema_decay=0"]
-    settings += ["image_size=64", "freeze_epochs=1", "mixup_alpha=0.5", "mix_probability=0.3",
+    settings += ["image_size=64", "freeze_epochs=2", "mixup_alpha=0.5", "mix_probability=0.3",
                  "batch_size=8", "lr=0.01"]  # fmt: skip
-    train.train(load_config(None, settings), tmp_path, None, stop)
-    assert checkpoints.load(tmp_path / "last.pt")["heads"] == ["metadata_head"], "a resumed run goes on with it"
+    with monkeypatch.context() as patch:  # as if it had been stopped after the first epoch
+        patch.setattr(train, "finish", lambda *given: given[5].end("KILLED"))
+        train.train(load_config(None, settings), tmp_path, None, stop)
+    checkpoint = checkpoints.load(tmp_path / "last.pt")
+    # The weights that are exported are those of the last epoch, whichever is better.
+    checkpoint["best"] = None
+    train.train(load_config(None, [*settings, "epochs=2"]), tmp_path, checkpoint, stop)
     before, after = (load_file(bundle / WEIGHTS) for bundle in (one.path, tmp_path / "bundle"))
     assert {name for name in after if name not in before or not torch.equal(after[name], before[name])} == {
         "metadata_head.hidden.weight", "metadata_head.logits.weight"}  # fmt: skip

@@ -49,7 +49,7 @@ def test_figures_stand_under_their_names():
 def test_the_evaluations_are_of_the_shipped_bundle(evidence):
     told = {path.stem: json.loads(path.read_text()) for path in EVALUATION.glob("*.json")}
     digest = told["metrics"]["bundle"]
-    assert {told[name]["bundle"] for name in told} == {digest}
+    assert {table["bundle"] for table in told.values()} == {digest}
     assert Predictor.load(SHIPPED, runtime="torch").bundle.digest == digest
     for table, fields, split in (("metrics", [], "test_picture_alone"), ("with_metadata", list(FIELDS), "test")):
         assert told[table]["metadata"] == fields

@@ -77,15 +77,14 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
     )
 
 
-def _figures(*tables: dict[str, Any]) -> str:
-    """A row for each figure, and for each table of metrics its value and its interval."""
+def _figures(alone: dict[str, Any], told: dict[str, Any]) -> str:
+    """A row for each figure: its value and interval by the picture alone, and with metadata."""
     lines = ["| figure | picture alone | 95 % interval | with age, sex and site | 95 % interval |", "| --- " * 5 + "|"]
-    values = [headline(table) for table in tables]
     for name, key in FIGURES.items():
         cells = []
-        for table, figures in zip(tables, values, strict=True):
+        for table in (alone, told):
             low, high = table["intervals_95"][key]
-            cells += [f"{figures[key]:.3f}", f"{low:.3f} to {high:.3f}"]
+            cells += [f"{headline(table)[key]:.3f}", f"{low:.3f} to {high:.3f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
