@@ -12,7 +12,7 @@ esac
 
 started=$(mktemp)
 python training/train.py manifest=/app/runs/manifest.csv data_dir=/app/data "$@"
-bundle=$(find /app/runs -path '*/bundle/bundle.json' -newer "$started" | head -n 1)
-if [ -n "$bundle" ]; then
-  python scripts/register_model.py --bundle "$(dirname "$bundle")"
-fi
+# Of runs side by side each may find the other's as well: what is registered already is told so, and left.
+find /app/runs -path '*/bundle/bundle.json' -newer "$started" | while IFS= read -r bundle; do
+  python scripts/register_model.py --bundle "$(dirname "$bundle")" || exit 1
+done

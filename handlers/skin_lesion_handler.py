@@ -77,9 +77,11 @@ class SkinLesionHandler:
         positions = [index for index, answer in enumerate(answers) if isinstance(answer, Request)]
         predictions = self._predict([answers[index] for index in positions])
         for index, prediction in zip(positions, predictions, strict=True):
+            request = answers[index]
             # The challenger is shown the picture alone; an answer that used more cannot be compared with its.
-            if self.shadow and isinstance(prediction, Prediction) and not answers[index].metadata:
-                self.shadow.offer(Offer(answers[index].image, prediction.image.sha256, prediction.probabilities))
+            alone = not request.metadata and not request.tta
+            if self.shadow and isinstance(prediction, Prediction) and alone:
+                self.shadow.offer(Offer(request.image, prediction.image.sha256, prediction.probabilities))
             answers[index] = prediction
         responses = [_respond(answer, context, index) for index, answer in enumerate(answers)]
         if self.logs_predictions:

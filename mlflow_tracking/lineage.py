@@ -106,7 +106,8 @@ def _digest_in(rows: list[dict[str, Any]], wanted: str) -> str | None:
     """The digest that the audit log names for a version (its newest) or for the first digits of a digest."""
     for row in reversed(rows):
         digest = str(row.get("digest", ""))
-        if digest and (row.get("version") == wanted or digest.removeprefix("sha256:").startswith(wanted)):
+        named = digest.removeprefix("sha256:").startswith(wanted) and len(wanted) >= FEWEST_DIGITS
+        if digest and (named or row.get("version") == wanted):
             return digest
     return None
 

@@ -296,7 +296,9 @@ def bench(
     size: int = typer.Option(224, min=32, help="Its input's side, pixels."),
     bundle: Path | None = typer.Option(None, help="A bundle instead, such as model_store/skin_vit."),
     system: list[str] = typer.Option([], help="torchserve, onnxruntime, fastapi, ours; repeat for more. Default: all."),
-    precision: list[str] = typer.Option(["auto", "f32"], help="Of this project's handler; repeat for more."),
+    precision: list[str] = typer.Option(
+        ["auto", "f32"], help="Of this project's handler; repeat for more (--tune: the first)."
+    ),
     clients: list[int] = typer.Option([1, 4, 16], min=1, help="Clients at once; repeat for more."),
     seconds: float = typer.Option(2.0, min=0.1, help="For each figure; slow servers take three answers a client."),
     quick: bool = typer.Option(False, help="Two minutes: small picture, 1 and 4 clients, half a second, one setting."),

@@ -122,6 +122,11 @@ def bench(
         preprocessing = cache_preprocessing(settings)
         folder = Path(settings.cache_dir) if settings.cache_dir else data.parent / "cache"
         images = load_split(frame, "train", classes, preprocessing, folder)
+        if len(images) < settings.batch_size:
+            raise DataError(
+                f"{data} has {len(images)} training images, fewer than a batch of {settings.batch_size}; "
+                "give a smaller batch_size=."
+            )
         step = Step(settings, len(classes))
     except (ConfigError, DataError, ManifestError) as error:
         errors.print(str(error))

@@ -66,7 +66,8 @@ def replay(
                 table = replay_set(torchserve, executor.book, evaluation, champion, challenger)
                 tables["frozen evaluation set"] = table
         for folder in samples:
-            files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+            found = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+            files = sorted(path for path in found if not path.name.startswith("."))  # macOS leaves ._NAME.jpg
             if not files:
                 raise RegistryError(f"{folder} holds no pictures ({', '.join(sorted(ENDINGS))}).")
             tables[str(folder)] = replay_samples(torchserve, files, champion, challenger)
@@ -87,6 +88,8 @@ def replay(
             f"[bold]{escape(name)}[/]: {table['images']} pictures, {table['agreement']:.1%} agree; "
             f"{table['into_malignant']} turn malignant, {table['out_of_malignant']} turn benign"
         )
+        for refused, reason in table.get("refused", {}).items():
+            console.print(f"  [yellow]{escape(refused)} was left out:[/] {escape(reason)}")
         for who, version in (("champion", champion), ("challenger", challenger)):
             figures = table[who]
             quality = (

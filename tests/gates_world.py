@@ -70,7 +70,8 @@ class Server:
     def predict(self, image: bytes, version: str, metadata: dict | None = None) -> dict:
         self.asked += 1
         if self.fail:
-            raise TorchServeError(self.fail.pop(0), "busy")
+            status = self.fail.pop(0)
+            raise TorchServeError(status, "busy", passing=status >= 500)
         time.sleep(self.seconds)
         model = {"digest": self.digests[version], "precision": "f32"}
         for case in self.bundle.golden():

@@ -99,6 +99,7 @@ class FakeTorchServe:
     up: bool = True
     broken: set[str] = field(default_factory=set)  # versions whose workers do not start
     shift: dict[str, float] = field(default_factory=dict)  # versions that answer wrongly
+    resting: set[str] = field(default_factory=set)  # versions whose worker has just died, until it is waited for
     precision: str = "f32"
 
     def _say(self, effect):
@@ -107,7 +108,9 @@ class FakeTorchServe:
         return self.doors.call(effect)
 
     def versions(self):
-        return self._say(lambda: {v: ServedVersion(v, a, 1, 1) for v, a in self.loaded.items()})
+        return self._say(
+            lambda: {v: ServedVersion(v, a, int(v not in self.resting), 1) for v, a in self.loaded.items()}
+        )
 
     def default(self):
         return self._say(lambda: self.default_version)
@@ -124,6 +127,7 @@ class FakeTorchServe:
         self._say(effect)
 
     def wait_ready(self, version, timeout, each=None):
+        self.resting.discard(version)
         return self._say(lambda: version in self.loaded and version not in self.broken)
 
     def set_default(self, version):

@@ -10,9 +10,10 @@ import pytest
 
 from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.answers import Answers
-from mlflow_tracking.promotion.replay import compare
+from mlflow_tracking.promotion.gates.report import write_replay
+from mlflow_tracking.promotion.replay import compare, replay_samples
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
-from tests.gates_world import answer
+from tests.gates_world import CHAMPION, answer, patch
 from training.metrics import balanced_accuracy
 
 pytest_plugins = ["tests.fixtures_gates"]
@@ -81,6 +82,31 @@ def test_a_busy_worker_is_asked_again_and_a_broken_one_is_not_the_candidates_fau
     case.server.digests["1"] = "sha256:" + "0" * 64
     with pytest.raises(TorchServeError, match="another model answered"):
         _ = case.candidate.champion_answers
+
+
+def test_samples_that_are_no_pictures_are_named_and_left_out(case, tmp_path):
+    for number, code in enumerate(("MEL", "NV")):
+        (tmp_path / f"{code}.png").write_bytes(patch(code, number))
+    (tmp_path / "notes.png").write_text("no picture")
+    real = case.server.predict
+
+    def predict(image, version, metadata=None):
+        if image == b"no picture":
+            raise TorchServeError(415, "TorchServe answered 415: This is not a JPEG.")
+        return real(image, version, metadata)
+
+    case.server.predict = predict
+    files = [tmp_path / name for name in ("MEL.png", "notes.png", "NV.png")]
+    table = replay_samples(case.server, files, CHAMPION, case.candidate.release)
+    assert (table["images"], table["agreement"]) == (2, 1.0)
+    assert table["refused"] == {"notes.png": "TorchServe answered 415: This is not a JPEG."}
+    write_replay(tmp_path, "1", "2", {"clinic": table})
+    assert "notes.png</code> was left out: TorchServe answered 415" in (tmp_path / "report.html").read_text()
+    with pytest.raises(TorchServeError, match="None of the 1 pictures can be read; notes.png"):
+        replay_samples(case.server, files[1:2], CHAMPION, case.candidate.release)
+    case.server.fail = [500] * 3
+    with pytest.raises(TorchServeError, match="busy"):
+        replay_samples(case.server, files[:1], CHAMPION, case.candidate.release)
 
 
 def answers_of(codes: list[str]) -> Answers:

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+from mlflow_tracking import lineage
 from mlflow_tracking.promotion.audit import START, AuditLog, Head, line_hash, person
 
 
@@ -145,3 +146,10 @@ def test_a_person_is_named():
     name, _, host = person().partition("@")
     assert name
     assert host
+
+
+def test_a_number_is_a_version_and_not_the_beginning_of_a_digest():
+    rows = [{"version": "3", "digest": "sha256:abab" + "0" * 60}, {"version": "7", "digest": "sha256:3f00" + "0" * 60}]
+    assert lineage._digest_in(rows, "3") == rows[0]["digest"]
+    assert lineage._digest_in(rows, "4") is None
+    assert lineage._digest_in(rows, "3f000000") == rows[1]["digest"]

@@ -23,3 +23,6 @@ def test_it_compares_the_three_and_refuses_in_a_sentence(tmp_path):
     refused = subprocess.run([*command, "imagesize=32"], capture_output=True, text=True)
     assert refused.returncode == 1
     assert "did you mean 'image_size'?" in refused.stderr
+    few = subprocess.run([*command, *settings, "batch_size=64"], capture_output=True, text=True, timeout=60)
+    assert few.returncode == 1
+    assert "48 training images, fewer than a batch of 64" in few.stderr

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from training.config import DEFAULT_PRESET, load_config
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TEXTS = [*DOCUMENTS, *sorted((ROOT / "training" / "configs").glob("*.yaml"))]
@@ -105,6 +107,10 @@ def test_commands_and_their_options_exist(path):
             code, text = helps()[program]
             assert code == 0, text
             assert options(command) <= options(text), f"{path.name}: {command}: {text}"
+        if program == "training/train.py" and "--resume" not in command:  # a resumed run has settings of its own
+            preset = re.search(r"--config (\w+)", command)
+            given = [quoted or plain for quoted, plain in re.findall(r'"(\w+=[^"]*)"|\s(\w+=[^\s"]+)', command)]
+            load_config(preset[1] if preset else DEFAULT_PRESET, given)
     for module in re.findall(r"python3? -m ([\w.]+)", path.read_text()):
         if (ROOT / module.split(".")[0]).is_dir():
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{path.name}: there is no module {module}"

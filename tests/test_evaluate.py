@@ -104,14 +104,16 @@ def test_a_folder_is_evaluated_whole(bundle, tmp_path):
 
 def test_what_makes_other_figures_makes_another_name(tmp_path):
     (tmp_path / "our clinic").mkdir()
+    own, other, folder = tmp_path / "m.csv", tmp_path / "our clinic" / "m.csv", tmp_path / "our clinic"
     told = {
-        evaluate.run_prefix(data, split, tta, alone)
-        for data, split in ((tmp_path / "m.csv", "test"), (tmp_path / "m.csv", "all"), (tmp_path / "our clinic", "all"))
+        evaluate.run_prefix(data, data == own, split, tta, alone)
+        for data, split in ((own, "test"), (own, "all"), (other, "test"), (folder, "all"))
         for tta in (False, True)
         for alone in (False, True)
     }
-    assert len(told) == 12
+    assert len(told) == 16
     assert {"evaluation_test", "evaluation_test_picture_alone", "evaluation_our_clinic_all_tta"} <= told
+    assert "evaluation_our_clinic_m_test" in told
 
 
 def test_an_evaluation_stands_in_the_run_under_its_own_name(manifest, tmp_path, monkeypatch):

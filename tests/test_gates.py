@@ -4,19 +4,25 @@ A good candidate passes all of them, with the limits of the gates.yaml that is s
 says so.
 """
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from handlers.bundle import WEIGHTS
 from handlers.metadata import Metadata
 from handlers.predictor import Predictor
 from handlers.preprocessing import ImageError
 from handlers.taxonomy import CODES
+from mlflow_tracking.promotion.answers import Answers
+from mlflow_tracking.promotion.evaluation_set import EvaluationSet
+from mlflow_tracking.promotion.gates import behaviour
 from mlflow_tracking.promotion.gates.base import Outcome
 from mlflow_tracking.promotion.gates.judge import GATES, Judgement, load_gates
 from mlflow_tracking.promotion.gates.quality import lower_difference
+from mlflow_tracking.promotion.torchserve_client import TorchServeError
 from mlflow_tracking.version_card import golden_difference
 from tests.gates_world import SETTINGS, SIGNATURE, answer, receipt, resealed
 from tests.models import tiny_bundle
@@ -174,6 +180,35 @@ def test_a_checkpoint_that_is_another_model_fails_golden_parity(case, tmp_path):
     verdict = gate.evaluate(case.candidate)
     assert verdict.outcome is Outcome.FAILED
     assert "its checkpoint gives a golden probability off by" in verdict.reason
+
+
+def test_a_worker_that_dies_over_golden_pictures_costs_the_candidate_nothing(case, monkeypatch):
+    monkeypatch.setattr("mlflow_tracking.promotion.answers.time.sleep", lambda seconds: None)
+    gate = case.gates["golden parity"]
+    case.server.fail = [507, 500]
+    assert gate.evaluate(case.candidate).passed
+    case.server.fail = [503] * 3
+    with pytest.raises(TorchServeError):
+        gate.evaluate(case.candidate)
+    case.server.fail = [400]  # the handler's own word
+    assert gate.evaluate(case.candidate).outcome is Outcome.FAILED
+
+
+def test_large_pictures_are_changed_in_small(case, monkeypatch):
+    """Their PNG would be over the server's limit, and the version could never be judged."""
+    sent = []
+    noise = np.random.default_rng(0).integers(0, 256, (2400, 3200, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG", quality=30)
+    monkeypatch.setattr(EvaluationSet, "images", lambda self, positions: [buffer.getvalue()] * len(positions))
+    monkeypatch.setattr(behaviour, "told", lambda *given: [{}] * 2)
+    monkeypatch.setattr(case.server, "predict", lambda image, version, metadata=None: sent.append(len(image)) or {
+        "model": {"digest": case.server.digests[version]}, "probabilities": answer(NV=0.97)})  # fmt: skip
+    gate = case.gates["stress"].model_copy(update={"images": 2})
+    monkeypatch.setattr(type(case.candidate), "answers", Answers(np.eye(9)[[1, 1]], np.ones(2)))
+    assert gate.evaluate(case.candidate).passed
+    assert len(sent) == 8
+    assert max(sent) < 4e6
 
 
 @pytest.mark.parametrize("lacking", ["receipt", "colours", "melanomas", "champion"])

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from handlers.bundle import WEIGHTS, Bundle, BundleError
+from handlers.metadata import Metadata
 from tests.models import tiny_backbone, tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints, train
@@ -81,7 +82,21 @@ def test_the_same_classes_in_another_order_are_others(start):
 def test_metadata_may_be_new(start):
     initial, _ = start
     told = tiny_backbone(seed=1, metadata_width=5)
-    assert initial.put_into(told, initial.bundle.config.classes) == ["metadata_head"]
+    inputs = Metadata.of(["age", "sex"])
+    assert initial.put_into(told, initial.bundle.config.classes, inputs) == ["metadata_head"]
+
+
+def test_metadata_of_another_kind_begin_anew_though_they_are_as_wide(tmp_path):
+    sex, age = Metadata.of(["sex"]), Metadata.of(["age"])
+    assert len(sex.columns) == len(age.columns)
+    images = read_manifest(tiny_manifest(tmp_path / "data"))
+    given = tiny_bundle(tmp_path / "bundle", metadata=sex, receipt=make_receipt(images, fingerprint(images)))
+    initial, width = InitialWeights.read(given.path), len(age.columns)
+    for inputs, anew in ((sex, []), (age, ["metadata_head"])):
+        told = tiny_backbone(seed=1, metadata_width=width)
+        before = told.metadata_head.logits.weight.clone()
+        assert initial.put_into(told, given.config.classes, inputs) == anew
+        assert torch.equal(told.metadata_head.logits.weight, before) is bool(anew)
 
 
 @pytest.mark.parametrize("options", [{"depth": 3, "embed_dim": 48, "num_heads": 3}, {"depth": 1, "embed_dim": 48,

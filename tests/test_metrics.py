@@ -135,8 +135,12 @@ def test_a_class_without_images_is_left_out(drawn):
     entry = metrics.per_class(y, wider, list("abcdef"))["f"]
     assert entry["support"] == 0
     assert entry["recall"] is entry["f1"] is entry["auc"] is None
-    only_one = np.zeros(10, int)
-    assert math.isnan(metrics.macro_auc(only_one, np.tile([0.7, 0.3], (10, 1))))
+    only_one, sure = np.zeros(10, int), np.tile([0.7, 0.3], (10, 1))
+    assert math.isnan(metrics.macro_auc(only_one, sure))
+    table = metrics.report(only_one, sure, ["a", "b"], np.arange(10), resamples=5)
+    json.dumps(table, allow_nan=False)
+    assert "macro_auc" not in table["intervals_95"]
+    assert table["intervals_95"]["accuracy"] == (1.0, 1.0)
 
 
 def test_intervals_are_wider_for_lesions_with_many_images(drawn):

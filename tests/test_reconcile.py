@@ -102,6 +102,40 @@ def test_a_failure_is_tried_again_ever_more_rarely(world, clock):
     assert world.torchserve.default_version == "2", "and setting it again is trying again"
 
 
+def test_a_failure_may_last_for_weeks(world, clock):
+    world.serve("1")
+    world.torchserve.broken = {"2"}
+    world.registry.aliases["champion"] = "2"
+    promoter = world.promoter()
+    promoter.reconcile()
+    [back] = promoter.setbacks.values()
+    back.attempts, back.retry_at = 5000, 0.0
+    assert "could not be loaded" in promoter.reconcile().errors[0]
+    [back] = promoter.setbacks.values()
+    assert back.retry_at == clock[0] + 300
+
+
+def test_a_champion_that_has_just_lost_its_worker_is_compared_with_all_the_same(world, monkeypatch):
+    compared = []
+
+    class Compares(Golden):
+        def evaluate(self, candidate):
+            compared.append(candidate.champion and candidate.champion.version)
+            return super().evaluate(candidate)
+
+    world.serve("1")
+    promoter = world.promoter()
+    promoter.executor.judge.gates = (Compares(),)
+    real = promoter.executor._load
+    monkeypatch.setattr(
+        promoter.executor, "_load", lambda release: (real(release), world.torchserve.resting.add("1"))[0]
+    )
+    world.registry.aliases["champion"] = "2"
+    promoter.reconcile()
+    assert world.torchserve.default_version == "2"
+    assert compared == ["1"], "or version 2 would pass as the very first one"
+
+
 def test_what_is_refused_first_never_stays(world):
     world.torchserve.shift = {"1": 0.002}
     world.registry.aliases["champion"] = "1"
@@ -349,6 +383,21 @@ def test_rolled_back_from_is_nobodys_last_good_version(world):
     book = ledger.read(world.torchserve.store)
     assert book.withdrawn == (), "promoted again, it is as good as any"
     assert book.release(book.last_good).version == "3"
+
+
+def test_asked_for_again_before_it_left_it_is_not_withdrawn(world):
+    """A roll-back whose target cannot be loaded, given up by a person."""
+    for version in "12":
+        world.serve(version)
+    promoter = world.promoter()
+    world.registry.aliases["champion"] = "1"
+    promoter.executor.withdraw(Release("2", world.registry.tags["2"]["digest"]))
+    world.registry.aliases["champion"] = "2"
+    assert promoter.reconcile().settled
+    assert ledger.read(world.torchserve.store).withdrawn == ()
+    world.serve("3")
+    book = ledger.read(world.torchserve.store)
+    assert book.release(book.last_good).version == "2"
 
 
 def test_a_roll_back_takes_back_what_came_to_serve_while_it_waited(world):

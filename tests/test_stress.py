@@ -21,13 +21,19 @@ from handlers.taxonomy import CODES, KNOWN_CODES
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import explanations, stress
-from training.manifest import ManifestError
+from training.manifest import ManifestError, read_manifest
+from training.receipt import DIGITS, Receipt, SeenImages
 from training.synthetic import draw_lesion
+
+
+def receipt(**seen: tuple[str, ...]) -> Receipt:
+    images = {"sha256": (), "phash": (), "isic_ids": (), "lesions": ()} | seen
+    return Receipt("sha256:elsewhere", {"train": SeenImages(**images)})
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle", receipt=receipt())
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +129,9 @@ def test_pictures_are_opened_as_serving_opens_them(tmp_path):
 def test_the_sheet_is_written(bundle, manifest, tmp_path):
     code, output = run(stress.main, "--bundle", bundle.path, "--data", manifest, "--out", tmp_path)
     assert code == 0, output
-    assert json.loads((tmp_path / "stress.json").read_text())["images"] == 18
+    table = json.loads((tmp_path / "stress.json").read_text())
+    assert table["images"] == 18
+    assert table["overlap"]["overlaps"] is False
     with Image.open(tmp_path / "stress.png") as picture:
         picture.verify()
     assert "| quarter turn |" in (tmp_path / "stress.md").read_text()
@@ -135,6 +143,19 @@ def test_a_split_without_images_is_one_sentence(main, bundle, manifest, tmp_path
     code, output = run(main, *args)
     assert code == 1
     assert "no image of a known class in the split 'tset'" in output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("main", [stress.main, explanations.main])
+def test_what_the_model_was_made_from_is_refused(main, manifest, tmp_path):
+    digest = (
+        read_manifest(manifest).query("split == 'test'")["sha256"].min()
+    )  # the one that explanations.py takes first
+    bundle = tiny_bundle(tmp_path / "bundle", receipt=receipt(sha256=(digest[:DIGITS],)))
+    args = ["--bundle", bundle.path, "--data", manifest, "--out", tmp_path / "out"]
+    code, output = run(main, *args)
+    assert code == 1
+    assert "are the same image" in output.replace("\n", " ")
+    assert not list(tmp_path.glob("out/*"))
 
 
 class CornerModel:
@@ -177,7 +198,9 @@ def test_shuffled_weights_give_another_map_and_leave_the_bundle_alone(bundle):
 
 
 def test_checks_are_written(manifest, tmp_path):
-    bundle = tiny_bundle(tmp_path / "bundle", seed=1)  # the other one shows no heat on coloured noise
+    bundle = tiny_bundle(
+        tmp_path / "bundle", seed=1, receipt=receipt()
+    )  # the other one shows no heat on coloured noise
     out = tmp_path / "out"
     code, output = run(explanations.main, "--bundle", bundle.path, "--data", manifest, "--out", out, "--most", 6)
     assert code == 0, output

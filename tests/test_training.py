@@ -8,6 +8,7 @@ a tracking server that dies does not take the training with it; a user's mistake
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -359,6 +360,30 @@ def test_it_stops_early_and_resumes_to_the_end(bare, tmp_path):
     again = run(tmp_path / "run", load_config(None, settings), resume=True)
     assert again["epoch"] == state["epoch"]
     assert [name for name, _ in bare if name in ("epoch", "finish")] == ["finish"]
+
+
+@pytest.mark.parametrize("change", ["weight_decay=2", "layer_decay=0.5", "optimizer=adam"])
+def test_a_resumed_run_learns_by_the_settings_it_is_given(bare, tmp_path, change):
+    manifest = tiny_manifest(tmp_path / "data")
+    base = [*TINY, f"manifest={manifest}", "ema_decay=0.5", "layer_decay=0.8", "weight_decay=0.5", "lr=1e-2"]
+    run(tmp_path / "as it was", load_config(None, [*base, "epochs=1"]))
+    shutil.copytree(tmp_path / "as it was", tmp_path / "changed")
+    plain = run(tmp_path / "as it was", load_config(None, [*base, "epochs=2"]), resume=True)
+    changed = run(tmp_path / "changed", load_config(None, [*base, "epochs=2", change]), resume=True)
+    assert strip(changed["history"])[0] == strip(plain["history"])[0]
+    assert strip(changed["history"])[1] != strip(plain["history"])[1]
+
+
+def test_a_resumed_run_may_watch_another_figure(bare, tmp_path):
+    """The best epoch so far is then judged by that figure, or none after it could ever be better, or each would be."""
+    manifest = tiny_manifest(tmp_path / "data")
+    base = [*TINY, f"manifest={manifest}", "lr=1e-2", "ema_decay=0.5"]
+    first = run(tmp_path / "run", load_config(None, [*base, "epochs=1"]))
+    assert first["best"]["score"] > 0
+    told = run(tmp_path / "run", load_config(None, [*base, "epochs=4", "monitor=loss"]), resume=True)
+    losses = [row["val_loss"] for row in told["history"]]
+    assert told["best"] == {"epoch": int(np.argmin(losses)) + 1, "score": -min(losses)}
+    assert told["best"]["epoch"] > 1
 
 
 def test_a_diverging_run_says_so(bare, tmp_path):

@@ -26,6 +26,11 @@ from training.manifest import fingerprint, read_manifest
 DIMENSIONS, CLASSES = 12, 4
 
 
+@pytest.fixture(autouse=True)
+def fewer_draws(monkeypatch):
+    monkeypatch.setattr(unknowns, "RESAMPLES", 60)
+
+
 @pytest.fixture(scope="module")
 def known():
     """Four classes around corners in the first four of twelve dimensions, and a head that tells them apart."""
@@ -139,19 +144,29 @@ def test_intervals_of_near_figures_are_over_lesions(tmp_path, monkeypatch):
     monkeypatch.setattr(
         metrics, "resampled", lambda groups, *rest: drawn.append(list(groups)) or resampled(groups, *rest)
     )
-    unknowns.judge(tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC")), rows, {}, tmp_path / "cache")
-    known = rows[(rows["split"] == "test") & (rows["label"] != "UNK")]
-    assert drawn == [known["lesion_id"].tolist(), ["one"] * 48]
+    bundle = tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC"))
+    unknowns.judge(bundle, rows, {}, tmp_path / "cache", unknowns.draw_lesions(frame))
+    assert drawn == [["one"] * 48]
+
+
+def test_known_lesions_are_drawn_alike_for_every_class_held_out(tmp_path):
+    frame = read_manifest(tiny_manifest(tmp_path))
+    drawn = unknowns.draw_lesions(frame)
+    assert drawn.shape == (9, unknowns.RESAMPLES)
+    assert (drawn.sum() == 9).all()
+    assert set(drawn.index) == set(frame.loc[frame["split"] == "test", "lesion_id"])
+    assert drawn.to_numpy().var() == pytest.approx(8 / 9, rel=0.1), "with replacement"
 
 
 def test_a_model_is_judged_near_and_far(tmp_path):
     frame = read_manifest(own_lesions(tmp_path / "data"))
     bundle = tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC"))
     rows = unknowns.hold_out(frame, "MEL")
-    table = unknowns.judge(bundle, rows, far_images(2), tmp_path / "cache")
+    drawn = unknowns.draw_lesions(frame)
+    table, draws = unknowns.judge(bundle, rows, far_images(2), tmp_path / "cache", drawn)
     assert table["images"] == 48
     near = {name: figures["near"] for name, figures in table["detectors"].items()}
-    again = unknowns.judge(bundle, rows, {}, tmp_path / "cache")["detectors"]
+    again = unknowns.judge(bundle, rows, {}, tmp_path / "cache", drawn)[0]["detectors"]
     assert {name: figures["near"] for name, figures in again.items()} == near, "the same study draws the same"
     assert set(table["detectors"]) == set(DETECTORS)
     for figures in table["detectors"].values():
@@ -159,11 +174,15 @@ def test_a_model_is_judged_near_and_far(tmp_path):
         assert 0 <= low <= figures["near"]["auroc"] <= high <= 1
         assert figures["near"]["called_malignant"] <= table["called_malignant_by_all"]
         assert len(figures["far"]) == 6
-    means = unknowns.summarise({"MEL": table})
-    twice = unknowns.summarise({"MEL": table, "NV": table})
+    means = unknowns.summarise({"MEL": table}, {"MEL": draws})
+    twice = unknowns.summarise({"MEL": table, "NV": table}, {"MEL": draws, "NV": draws})
+    shuffled = {name: np.random.default_rng(0).permutation(values) for name, values in draws.items()}
+    apart = unknowns.summarise({"MEL": table, "NV": table}, {"MEL": draws, "NV": shuffled})
     for name in means:
-        (low, high), (least, most) = (m[name]["near_auroc_interval_95"] for m in (means, twice))
-        assert high - low == pytest.approx(2**0.5 * (most - least)), "two classes know twice as much"
+        (low, high), same, (least, most) = (m[name]["near_auroc_interval_95"] for m in (means, twice, apart))
+        assert same == (low, high), "the same lesions twice tell no more"
+        assert high - low >= 1.2 * (most - least), "others do"
+    assert any(np.ptp(row["near_auroc_interval_95"]) for row in apart.values())
     ranking = [row["near_auroc"] for row in means.values()]
     assert ranking == sorted(ranking, reverse=True)
     as_served = unknowns.served(Predictor(bundle), frame[frame["split"] == "test"], far_images(2))

@@ -52,13 +52,18 @@ def restore(
 ) -> tuple[int, list[dict[str, Any]], dict[str, Any] | None]:
     """Put everything back as it was; returns the epochs done, their history and the best of them.
 
+    The optimiser's settings stay those of `optimizer`: a run may be resumed with others.
+
     Raises:
         CheckpointError: the settings now describe another network.
     """
     try:
         model.load_state_dict(state["model"])
         ema.module.load_state_dict(state["ema"])
+        settings = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)
         scaler.load_state_dict(state["scaler"])
         return state["epoch"], state["history"], state["best"]
     except (KeyError, RuntimeError, ValueError) as error:

@@ -66,11 +66,16 @@ def open_rows(data: Path, split: str | None, out: Path) -> tuple[pd.DataFrame, s
     return rows.reset_index(drop=True), split
 
 
-def run_prefix(data: Path, split: str, tta: bool, picture_alone: bool) -> str:
-    """Under which name an evaluation stands in its MLflow run: another for each thing that makes other figures."""
-    folder = re.sub(r"[^A-Za-z0-9.-]", "_", data.resolve().name) if data.is_dir() else ""
+def run_prefix(data: Path, own: bool, split: str, tta: bool, picture_alone: bool) -> str:
+    """Under which name an evaluation stands in its MLflow run: another for each thing that makes other figures.
+
+    `own`: the data is the manifest that the model was made from, which needs no name.
+    """
+    path = data.resolve()
+    name = "" if own else path.name if path.is_dir() else f"{path.parent.name}_{path.stem}"
+    words = [re.sub(r"[^A-Za-z0-9.-]", "_", name)] if name else []
     ways = {"picture_alone": picture_alone, "tta": tta}
-    return "_".join(["evaluation", *filter(None, [folder]), split, *(name for name, asked in ways.items() if asked)])
+    return "_".join(["evaluation", *words, split, *(way for way, asked in ways.items() if asked)])
 
 
 def check_overlap(bundle: Path, rows: pd.DataFrame, allowed: bool) -> dict[str, Any]:
@@ -225,9 +230,9 @@ def main(
 
     Examples:
 
-    python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --out reports/test
+    python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --out runs/evaluation
 
-    python training/evaluate.py --bundle model_store/skin_vit --data my_clinic --tta --out reports/clinic
+    python training/evaluate.py --bundle model_store/skin_vit --data my_clinic --tta --out runs/clinic
     """
     try:
         Settings.load()  # a wrong one is told before the work, not after it
@@ -255,7 +260,10 @@ def main(
     show(table)
     console.print(f"Written to {out}.")
     if run_id := predictor.config.evidence.get("run_id"):
-        console.print(log_evaluation(run_id, out, run_prefix(data, split, tta, picture_alone), headline(table)))
+        receipt = read_receipt(bundle)
+        made_from = receipt.dataset_fingerprint if receipt else None
+        own = data.is_file() and fingerprint(read_manifest(data)) == made_from
+        console.print(log_evaluation(run_id, out, run_prefix(data, own, split, tta, picture_alone), headline(table)))
 
 
 def show(table: dict[str, Any]) -> None:

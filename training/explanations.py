@@ -22,6 +22,7 @@ from handlers.bundle import Bundle, BundleError, write_json
 from handlers.graph import TorchRuntime
 from handlers.taxonomy import KNOWN_CODES
 from training.dataset import DataError, build_cache
+from training.evaluate import OverlapError, check_overlap
 from training.figures import deletion_figure
 from training.manifest import ManifestError, fingerprint, read_manifest
 from training.terminal import console, errors
@@ -127,12 +128,17 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for explanations.json and the deletion curves.")],
     split: Annotated[str, typer.Option(help="Which split of the manifest.")] = "test",
     most: Annotated[int, typer.Option(min=1, help="Images at most; those with the smallest hashes.")] = 300,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Explain even images that the model was made from.")
+    ] = False,
 ) -> None:
     """Check a model's heatmaps: shuffled weights, deletion curves, heat on the border.
 
+    Images that the model was made from are refused, as by evaluate.py.
+
     Example:
 
-    python training/explanations.py --bundle model_store/skin_vit --data data/manifest.csv --out reports/explanations
+    python training/explanations.py --bundle model_store/skin_vit --data data/manifest.csv --out runs/evaluation
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -140,14 +146,16 @@ def main(
         rows = frame[(frame["split"] == split) & frame["label"].isin(KNOWN_CODES)].sort_values("sha256").head(most)
         if rows.empty:
             raise ManifestError(f"{data} has no image of a known class in the split {split!r}.")
+        seen = check_overlap(bundle, rows, allow_overlap)
         loaded = Bundle.load(bundle)
         with tempfile.TemporaryDirectory() as cache:  # decoded patients' pictures, which are not to stay in `out`
             pixels = build_cache(rows.reset_index(drop=True), loaded.config.preprocessing, Path(cache))
             table = judge(loaded, np.asarray(pixels))
-    except (ManifestError, BundleError, DataError, OSError) as error:
+    except (ManifestError, BundleError, DataError, OverlapError, OSError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None
-    write_json(out / "explanations.json", {"bundle": loaded.digest, "data": fingerprint(rows), "split": split} | table)
+    described = {"bundle": loaded.digest, "data": fingerprint(rows), "split": split, "overlap": seen}
+    write_json(out / "explanations.json", described | table)
     deletion_figure(table["deletion"]).savefig(out / "deletion.png", dpi=110)
     shown = Table("check", "figure")
     for what, value in table["randomised"].items():

@@ -12,6 +12,7 @@ from torch import nn
 from handlers.backbone import is_vision_transformer
 from handlers.bundle import WEIGHTS, Bundle, BundleError
 from handlers.graph import BASIS, ORIGIN
+from handlers.metadata import Metadata
 from training.dataset import DataError
 from training.receipt import Receipt, overlap, read_receipt
 
@@ -57,9 +58,9 @@ class InitialWeights:
         """What a run's checkpoints keep of it."""
         return {"digest": self.bundle.digest, "receipt": self.receipt.to_dict()}
 
-    def put_into(self, backbone: nn.Module, classes: tuple[str, ...]) -> list[str]:
+    def put_into(self, backbone: nn.Module, classes: tuple[str, ...], inputs: Metadata | None = None) -> list[str]:
         """Load the weights, with positions resampled to the backbone's grid. Returns the names of the heads that begin
-        anew, as their classes or their inputs are others.
+        anew, as their `classes` or their `inputs` beside the picture (None: no metadata) are others.
 
         Raises:
             BundleError: the backbone is another than the bundle's.
@@ -76,7 +77,8 @@ class InitialWeights:
         anew = []
         for head in (model.default_cfg["classifier"], "metadata_head"):
             shapes, given = ({n: w.shape for n, w in s.items() if n.startswith(f"{head}.")} for s in (own, weights))
-            if classes != config.classes or (head == "metadata_head" and shapes != given):
+            told = (inputs or Metadata()) == config.metadata or head != "metadata_head"
+            if classes != config.classes or not told:
                 weights = {name: tensor for name, tensor in weights.items() if name not in given}
                 anew += [head] if shapes else []
         try:

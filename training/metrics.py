@@ -231,7 +231,8 @@ def bootstrap(
 
     Images of one lesion are not independent; resampling images would make the intervals too narrow (cluster bootstrap,
     Davison & Hinkley 1997, section 3.8). The calibration error grows with the noise of its bins, of which a resampling
-    has more: its draws are moved down by that bias, their mean less the estimate (section 2.1), to 0 at least.
+    has more: its draws are moved down by that bias, their mean less the estimate (section 2.1), to 0 at least. A figure
+    that no draw has, such as the AUC of images of one class, is left out.
     """
     y, p = np.asarray(labels, np.int64), np.asarray(probabilities, np.float64)
     draws: dict[str, list[float]] = {name: [] for name in metrics}
@@ -241,7 +242,7 @@ def bootstrap(
     if "ece" in draws:
         bias = float(np.mean(draws["ece"])) - expected_calibration_error(y, p)
         draws["ece"] = [max(draw - bias, 0.0) for draw in draws["ece"]]
-    return {name: interval(values) for name, values in draws.items()}
+    return {name: interval(values) for name, values in draws.items() if np.isfinite(values).any()}
 
 
 def bootstrap_per_class(
@@ -272,7 +273,7 @@ def resampled(groups: ArrayLike, resamples: int, seed: int = 0) -> Iterator[NDAr
         yield np.concatenate([by_group[i] for i in rng.integers(len(by_group), size=len(by_group))])
 
 
-def interval(draws: Sequence[float]) -> tuple[float, float]:
+def interval(draws: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
     """The middle 95 % of bootstrap draws."""
     return float(np.nanquantile(draws, 0.025)), float(np.nanquantile(draws, 0.975))
 

@@ -22,6 +22,7 @@ from handlers.preprocessing import ImageError, decode
 from handlers.taxonomy import CODES, KNOWN_CODES
 from training import metrics
 from training.assessment import conditional
+from training.evaluate import OverlapError, check_overlap
 from training.figures import sheet_figure
 from training.manifest import ManifestError, fingerprint, read_manifest
 from training.synthetic import draw_lesion
@@ -195,26 +196,32 @@ def main(
     data: Annotated[Path, typer.Option(help="A manifest.csv, as prepare_data writes it.")],
     out: Annotated[Path, typer.Option(help="Folder for stress.json, stress.md and a sheet of the faults, drawn.")],
     split: Annotated[str, typer.Option(help="Which split of the manifest.")] = "test",
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Ask even about images that the model was made from.")
+    ] = False,
 ) -> None:
     """Put ruler, ink, hair, bubbles, vignette, blur, JPEG, white balance and turns on each image, and ask again.
 
+    Images that the model was made from are refused, as by evaluate.py.
+
     Example:
 
-    python training/stress.py --bundle model_store/skin_vit --data data/manifest.csv --out reports/stress
+    python training/stress.py --bundle model_store/skin_vit --data data/manifest.csv --out runs/evaluation
     """
     try:
         frame = read_manifest(data)
         rows = frame[(frame["split"] == split) & frame["label"].isin(KNOWN_CODES)].reset_index(drop=True)
         if rows.empty:
             raise ManifestError(f"{data} has no image of a known class in the split {split!r}.")
+        seen = check_overlap(bundle, rows, allow_overlap)
         predictor = Predictor.load(bundle)
         table = stress(predictor, rows)
-    except (ManifestError, BundleError) as error:
+    except (ManifestError, BundleError, OverlapError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None
     out.mkdir(parents=True, exist_ok=True)
     described = {"bundle": predictor.bundle.digest, "data": fingerprint(rows), "split": split, "images": len(rows)}
-    write_json(out / "stress.json", described | {"faults": table})
+    write_json(out / "stress.json", described | {"overlap": seen} | {"faults": table})
     (out / "stress.md").write_text(markdown(table), encoding="utf-8")
     picture = np.asarray(draw_lesion(0, "MEL", (320, 240)))
     drawn = {name: fault(picture, np.random.default_rng(0)) for name, fault in FAULTS.items()}

@@ -8,7 +8,8 @@
 | labels     | any other image and diagnosis column                      | diagnosis, and the others if present  |
 | metadata   | an image column and a lesion, age, sex or site            | these (ISIC metadata, 2018 groupings) |
 
-The one thing told from a name: a truth file with the word "test" in it is a challenge's official test set.
+The one thing told from a name: a truth file with the word "test" in it is a challenge's official test set, also in the
+columns of HAM10000, with which it comes.
 """
 
 import csv
@@ -125,7 +126,8 @@ def read_table(path: Path) -> Table | str:
         )
         if kept
     )
-    is_test = kind in ("isic2019", "isic2018") and "test" in re.split(r"[^a-z]+", path.stem.casefold())
+    words = set(re.split(r"[^a-z]+", path.stem.casefold()))
+    is_test = "test" in words and (kind in ("isic2019", "isic2018") or (kind == "ham10000" and "isic" in words))
     return Table(path, kind, is_test, rows, tuple(faults))
 
 

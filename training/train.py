@@ -107,7 +107,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     )
     # What frozen epochs train: the heads that begin anew, or all of them where none does.
     heads: list[str] = (checkpoint or {}).get("heads", heads_of(model))
-    if initial and (anew := initial.put_into(model, classes)):
+    if initial and (anew := initial.put_into(model, classes, inputs)):
         heads = anew
         console.print(
             f"Of {config.initial_bundle}, all but the {' and the '.join(anew)} is used: its classes or inputs "
@@ -135,6 +135,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     best: dict[str, Any] | None = None
     if checkpoint:
         start, history, best = restore(checkpoint, model, ema, optimizer, scaler)
+        if best:  # by what is watched now
+            best = {"epoch": best["epoch"], "score": score_of(history[best["epoch"] - 1], config)}
 
     # ---- the run
     remembered = checkpoint["mlflow"] if checkpoint else {"uri": "", "run_id": ""}
@@ -179,7 +181,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
                 for step, batch in enumerate(batches(data["train"], order, config.batch_size, device)):
                     lr = learning_rate(config, epoch * steps + step, steps)
                     for group in optimizer.param_groups:
-                        group["lr"] = lr * group.get("lr_scale", 1.0)  # runs begun by version 0.1 have none
+                        group["lr"] = lr * group["lr_scale"]
                     pixels, labels, metadata = batch
                     images, targets = mix(augment(pixels, generator), labels)
                     # A mixed picture is of no one patient: it is learnt from by itself, told nothing.
@@ -209,7 +211,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": lr, **judged}
             row["seconds"] = time.monotonic() - began
             history.append(row)
-            score = -row["val_loss"] if config.monitor == "loss" else row["val_balanced_accuracy"]
+            score = score_of(row, config)
             improved = best is None or score > best["score"]
             if improved:
                 best = {"epoch": epoch + 1, "score": score}
@@ -289,6 +291,11 @@ def validation(labels: NDArray[np.int64], logits: NDArray[np.floating[Any]]) -> 
         "val_macro_f1": metrics.macro_f1(y, p),
         "val_macro_auc": metrics.macro_auc(y, p),
     }
+
+
+def score_of(row: Mapping[str, float], config: TrainConfig) -> float:
+    """What picks the best epoch, higher being better, of one epoch's figures."""
+    return -row["val_loss"] if config.monitor == "loss" else row["val_balanced_accuracy"]
 
 
 def describe(row: Mapping[str, float], epochs: int) -> str:

@@ -31,7 +31,7 @@ from training.checkpoints import LAST, CheckpointError, load
 from training.config import ROOT, ConfigError, TrainConfig, load_config
 from training.dataset import DataError, build_cache
 from training.detectors import DETECTORS, Known, Outputs
-from training.evaluate import ask, nine_of
+from training.evaluate import OverlapError, ask, check_overlap, nine_of
 from training.far_images import far_images
 from training.manifest import COLUMNS, ManifestError, fingerprint, read_manifest
 from training.terminal import console, errors
@@ -40,7 +40,7 @@ BATCH = 128
 FAR_IMAGES = 40  # of each kind
 FALSE_ALARM = 0.05  # the share of known lesions that a threshold calls unknown, as in FPR at 95 %
 MIN_IMAGES = 30  # of a class to be held out
-RESAMPLES = 200  # for the intervals of near AUROCs
+RESAMPLES = 500  # for the intervals of near AUROCs
 SERVED = "vim"  # the detector that training/finish.py gives to a bundle
 FIGURES = {
     "near AUROC": "near_auroc",
@@ -135,10 +135,25 @@ class Extractor:
         return Outputs(together, together @ self.weight.T + self.bias)
 
 
-def judge(bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]], cache: Path) -> dict[str, Any]:
+def draw_lesions(frame: pd.DataFrame) -> pd.DataFrame:
+    """How often each known lesion of the test split is drawn, in RESAMPLES draws with replacement: a row a lesion.
+
+    The held-out models are all judged on these lesions (but for the class that each lacks), so they share the draws:
+    the mean of their figures is no surer than the lesions are many.
+    """
+    lesions = np.unique(frame.loc[(frame["split"] == "test") & (frame["label"] != UNKNOWN), "lesion_id"])
+    even = np.full(len(lesions), 1 / len(lesions))
+    counts = np.random.default_rng(0).multinomial(len(lesions), even, size=RESAMPLES)
+    return pd.DataFrame(counts.T, index=lesions)
+
+
+def judge(
+    bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]], cache: Path, drawn: pd.DataFrame
+) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
     """Every detector on one held-out model: near unknowns (the UNK rows of its manifest), and far ones by kind.
 
-    Interval and standard error of the near AUROC are those of RESAMPLES bootstraps over lesions, known and unknown.
+    The interval of the near AUROC is by bootstrap over lesions: known ones as `drawn` by draw_lesions, unknown ones
+    resampled. Beside the table stands the near AUROC of each draw (RESAMPLES,), by detector.
 
     Detectors are fitted on the validation split, as in training/finish.py: on the training images a network's features
     are closer together than on any others. The thresholds of `called_malignant` (the share of unknowns that pass
@@ -159,8 +174,10 @@ def judge(bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uin
     kinds = {kind: extract(_squash(pictures, preprocessing)) for kind, pictures in far.items()}
     tested = (rows["split"] == "test") & ~unknown
     y = rows.loc[tested, "label"].map(classes.index).to_numpy(np.int64)
-    lesions = (rows.loc[chosen, "lesion_id"] for chosen in (tested, unknown))
-    pairs = list(zip(*(metrics.resampled(each, RESAMPLES) for each in lesions), strict=True))
+    times = drawn.loc[rows.loc[tested, "lesion_id"]].to_numpy()
+    known_draws = [np.repeat(np.arange(len(y)), column) for column in times.T]
+    pairs = list(zip(known_draws, metrics.resampled(rows.loc[unknown, "lesion_id"], RESAMPLES), strict=True))
+    draws = {}
 
     table: dict[str, Any] = {
         "images": int(unknown.sum()),
@@ -176,14 +193,14 @@ def judge(bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uin
             *map(score, (parts["test"], parts["near"])),
         )
         passes = at_near <= limit
-        drawn = [metrics.detection(at_test[a], at_near[b])["auroc"] for a, b in pairs]
+        draws[name] = np.array([metrics.detection(at_test[a], at_near[b])["auroc"] for a, b in pairs])
         table["detectors"][name] = {
             "near": metrics.detection(at_test, at_near)
-            | {"auroc_interval_95": metrics.interval(drawn), "auroc_error": float(np.std(drawn))}
+            | {"auroc_interval_95": metrics.interval(draws[name])}
             | {"called_malignant": float((passes & _malignant(parts["near"], classes)).mean())},
             "far": {kind: metrics.detection(at_test, score(out)) for kind, out in kinds.items()},
         }
-    return table
+    return table, draws
 
 
 def served(predictor: Predictor, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]]) -> dict[str, Any]:
@@ -203,21 +220,20 @@ def served(predictor: Predictor, rows: pd.DataFrame, far: dict[str, list[NDArray
     return table
 
 
-def summarise(held_out: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def summarise(
+    held_out: dict[str, dict[str, Any]], draws: dict[str, dict[str, NDArray[np.float64]]]
+) -> dict[str, dict[str, Any]]:
     """Means over the held-out classes (and, for far, over the kinds), best near AUROC first.
 
-    The interval of the mean near AUROC is normal, from the standard errors of the classes, whose models are trained one
-    by one; the pictures are what it is about, not other trainings.
+    The interval of the mean near AUROC is that of the draws' means: it is about other pictures, not other trainings.
     """
     means = {}
     for name in DETECTORS:
         tables = [table["detectors"][name] for table in held_out.values()]
         far = [figures for table in tables for figures in table["far"].values()]
-        auroc = float(np.mean([table["near"]["auroc"] for table in tables]))
-        error = float(np.linalg.norm([table["near"]["auroc_error"] for table in tables])) / len(tables)
         means[name] = {
-            "near_auroc": auroc,
-            "near_auroc_interval_95": (auroc - 1.96 * error, auroc + 1.96 * error),
+            "near_auroc": float(np.mean([table["near"]["auroc"] for table in tables])),
+            "near_auroc_interval_95": metrics.interval(np.mean([draws[code][name] for code in held_out], axis=0)),
             "near_fpr_at_95": float(np.mean([table["near"]["fpr_at_95"] for table in tables])),
             "near_called_malignant": float(np.mean([table["near"]["called_malignant"] for table in tables])),
             "far_auroc": float(np.mean([figures["auroc"] for figures in far])),
@@ -286,6 +302,9 @@ def main(
     ] = None,
     most: Annotated[int, typer.Option(min=0, help="Training images of a class, at most; 0: all.")] = 1500,
     bundle: Annotated[Path | None, typer.Option(help="Also show far pictures to this bundle, as it is served.")] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Even if the bundle was made from images of the test split.")
+    ] = False,
 ) -> None:
     """Hold out each class in turn, and see which detector best tells it from the known ones.
 
@@ -307,19 +326,23 @@ def main(
         cache = out / "cache"
         test = frame.loc[frame["split"] == "test", "path"].tolist()
         far = far_images(FAR_IMAGES, corners=test)
-        held_out = {}
+        held_out, draws, drawn = {}, {}, draw_lesions(frame)
+        known = frame[(frame["split"] == "test") & frame["label"].isin(KNOWN_CODES)]
+        if bundle:
+            check_overlap(bundle, known, allow_overlap)
         for code in chosen:
             folder = out / f"without_{code}"
             trained = train_without(frame, code, config, folder.resolve(), cache.resolve(), most)
-            held_out[code] = judge(trained, read_manifest(folder / "manifest.csv"), far, cache)
+            held_out[code], draws[code] = judge(trained, read_manifest(folder / "manifest.csv"), far, cache, drawn)
             console.print(f"{code} judged.")
-        known = frame[(frame["split"] == "test") & frame["label"].isin(KNOWN_CODES)]
         predictor = Predictor.load(bundle) if bundle else None
         as_served = served(predictor, known, far) if predictor else {}
-    except (ManifestError, BundleError, CheckpointError, ConfigError, DataError, StudyError, OSError) as error:
+    except (
+        ManifestError, BundleError, CheckpointError, ConfigError, DataError, OverlapError, StudyError, OSError,
+    ) as error:  # fmt: skip
         errors.print(str(error))
         raise SystemExit(1) from None
-    means = summarise(held_out)
+    means = summarise(held_out, draws)
     study = {"data": fingerprint(frame), "config": config, "most": most, "means": means, "held_out": held_out}
     study |= {"bundle": predictor.bundle.digest if predictor else None, "served": as_served}
     write_json(out / "unknowns.json", study)

@@ -26,7 +26,6 @@ from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeEr
 # Enough to keep a worker busy, and not so many that the champion's requests wait behind a queue.
 PARALLEL = 2
 BATCH = 16  # pictures between two looks at whether the answers are still wanted
-BUSY = (503, 507)
 MALIGNANT = np.array([BY_CODE[code].malignant for code in CODES])
 
 
@@ -72,9 +71,25 @@ def ask(
     return _answers(rows)
 
 
+def ask_one(torchserve: TorchServe, release: Release, image: bytes, metadata: Values | None) -> dict[str, Any]:
+    """The whole answer of one version to one picture; what passes is waited for a little. Raises as `ask`."""
+    for wait in (0.5, 2.0, None):
+        try:
+            answer = torchserve.predict(image, release.version, metadata=metadata)
+        except TorchServeError as error:
+            if not error.passing or wait is None:
+                raise
+            time.sleep(wait)
+        else:
+            break
+    if answer["model"]["digest"] != release.digest:
+        raise TorchServeError(500, f"another model answered for version {release.version}: {answer['model']['digest']}")
+    return answer
+
+
 def told(torchserve: TorchServe, release: Release, evaluation: EvaluationSet) -> list[Values]:
     """For each picture of the set what a version can be told of it; one answer says what it takes. Raises as `ask`."""
-    answer = _answer(torchserve, release, evaluation.images([0])[0], {})
+    answer = ask_one(torchserve, release, evaluation.images([0])[0], {})
     takes = Metadata.from_dict(answer["model"].get("takes", {}))
     known = [takes.understood(row) for row in evaluation.frame.to_dict("records")]
     return [{name: value for name, value in row.items() if value is not None} for row in known]
@@ -134,24 +149,9 @@ def short(digest: str) -> str:
 
 def _row(torchserve: TorchServe, release: Release, image: bytes, metadata: Values) -> dict[str, Any]:
     began = time.monotonic()
-    answer = _answer(torchserve, release, image, metadata)
+    answer = ask_one(torchserve, release, image, metadata)
     milliseconds = 1000 * (time.monotonic() - began)
     return {"p": [answer["probabilities"][code] for code in CODES], "ms": round(milliseconds, 2)}
-
-
-def _answer(torchserve: TorchServe, release: Release, image: bytes, metadata: Values) -> dict[str, Any]:
-    for wait in (0.5, 2.0, None):  # a queue that is full, a worker that was killed: it passes
-        try:
-            answer = torchserve.predict(image, release.version, metadata=metadata)
-        except TorchServeError as error:
-            if error.status not in BUSY or wait is None:
-                raise
-            time.sleep(wait)
-        else:
-            break
-    if answer["model"]["digest"] != release.digest:
-        raise TorchServeError(500, f"another model answered for version {release.version}")
-    return answer
 
 
 def _answers(rows: list[dict[str, Any]]) -> Answers:

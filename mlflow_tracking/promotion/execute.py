@@ -25,6 +25,8 @@ from mlflow_tracking.registry import Registry
 STARTUP = 120.0  # TorchServe's own default
 # How long a pass waits for a worker that is starting, before it looks again whether that is still wanted.
 PATIENCE = 3.0
+# What serves is compared with; how long its worker may take to come back if it has just died.
+RECOVERY = 30.0
 JUDGEMENTS = "judgements"  # in the model store: what was asked of whom, and the answers
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -121,6 +123,10 @@ class Executor:
     def withdraw(self, release: Release) -> None:
         """Note that a person has rolled back from a release."""
         self._write(self.ledger().rolled_back(release.archive))
+
+    def reinstate(self, release: Release) -> None:
+        """Note that what serves is asked for although a person had rolled back from it."""
+        self._write(self.ledger().reinstated(release.archive))
 
     def prune(self, actual: Actual, asked: Iterable[Release], keep: int) -> list[str]:
         """Delete the archives that nobody needs, but for the `keep` youngest; returns their names.
@@ -241,7 +247,12 @@ class Executor:
 
     def _judgement(self, release: Release) -> Judgement:
         """The verdicts on a release that is loaded: those that were kept, or new ones."""
-        champion = _champion(self.observe(), release)
+        actual = self.observe()
+        if (serving := actual.serving) and Loaded(serving, ready=False) in actual.loaded.values():
+            # Without it the candidate would pass as the very first one.
+            self.torchserve.wait_ready(serving.version, RECOVERY, lambda: self.progress("the champion's worker starts"))
+            actual = self.observe()
+        champion = _champion(actual, release)
         evaluation = self.evaluation_set()
         question = self.judge.question(
             release.digest, evaluation.digest if evaluation else None, champion.digest if champion else None

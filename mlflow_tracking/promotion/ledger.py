@@ -87,6 +87,10 @@ class Ledger:
         last_good = None if self.last_good == archive else self.last_good
         return replace(self, last_good=last_good, withdrawn=tuple(sorted({*self.withdrawn, archive})))
 
+    def reinstated(self, archive: str) -> "Ledger":
+        """With an archive that is asked for again: taken back once, it never left."""
+        return replace(self, withdrawn=tuple(name for name in self.withdrawn if name != archive))
+
     def retired(self, archive: str) -> "Ledger":
         """With an archive that no longer belongs in TorchServe; the file stays in the store."""
         return replace(self, loaded=tuple(name for name in self.loaded if name != archive))

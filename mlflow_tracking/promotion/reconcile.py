@@ -145,6 +145,8 @@ class Reconciler:
         actual = self._observe(asked, errors)
         if actual is not None:
             self._record_serving(actual)
+            if (again := desired.champion) and again == actual.serving and again in actual.withdrawn:
+                self.executor.reinstate(again)
             self._forget(desired, actual)
             self._recall(desired, actual)
             desired = replace(desired, blocked=self._blocked())
@@ -325,7 +327,7 @@ class Reconciler:
         """Keep a setback. Whether it is news: tried again in vain for the same reason is none."""
         known = self.setbacks.get(release)
         attempts = known.attempts + 1 if known else 1
-        wait = 0.0 if attempts == 1 else min(LONGEST_WAIT, 2.0**attempts)
+        wait = 0.0 if attempts == 1 else min(LONGEST_WAIT, 2.0 ** min(attempts, 16))
         approved = release.archive in self.executor.ledger().loaded
         self.setbacks[release] = Setback(reason, final, attempts, time.monotonic() + wait, approved)
         return known is None or known.reason != reason

@@ -1,16 +1,17 @@
 """Shadow replay: the same pictures answered by champion and challenger, and where the two part."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from handlers.taxonomy import CODES
-from mlflow_tracking.promotion.answers import AnswerBook, Answers, ask
+from mlflow_tracking.promotion.answers import PARALLEL, AnswerBook, Answers, ask
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.torchserve_client import TorchServe
+from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
 from training import metrics
 
 EXAMPLES = 20  # flips named one by one
@@ -73,7 +74,32 @@ def replay_set(
 def replay_samples(
     torchserve: TorchServe, files: Sequence[Path], champion: Release, challenger: Release
 ) -> dict[str, Any]:
-    """Both versions on pictures whose truth is not known. Raises as `ask`, and OSError."""
-    images = [file.read_bytes() for file in files]
-    before, after = ask(torchserve, champion, images), ask(torchserve, challenger, images)
-    return compare(None, before, after, [file.name for file in files])
+    """Both versions on pictures whose truth is not known; `refused` has those that were no pictures, with the reason.
+
+    Raises as `ask`, and OSError; TorchServeError when no picture is left.
+    """
+
+    def both(file: Path) -> tuple[Answers, Answers] | str:
+        image = file.read_bytes()  # here, so that a folder of many is never in memory whole
+        try:
+            return ask(torchserve, champion, [image], parallel=1), ask(torchserve, challenger, [image], parallel=1)
+        except TorchServeError as error:
+            if error.passing or error.status >= 500:
+                raise
+            return str(error)
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        found = list(zip(files, pool.map(both, files), strict=True))
+    pairs = [pair for _, pair in found if not isinstance(pair, str)]
+    refused = {file.name: pair for file, pair in found if isinstance(pair, str)}
+    if not pairs:
+        name, reason = next(iter(refused.items()))
+        raise TorchServeError(400, f"None of the {len(files)} pictures can be read; {name}: {reason}")
+    before, after = (_together([pair[side] for pair in pairs]) for side in (0, 1))
+    names = [file.name for file, pair in found if not isinstance(pair, str)]
+    return compare(None, before, after, names) | {"refused": refused}
+
+
+def _together(answers: Sequence[Answers]) -> Answers:
+    parts = zip(*((one.probabilities, one.milliseconds) for one in answers), strict=True)
+    return Answers(*(np.concatenate(part) for part in parts))

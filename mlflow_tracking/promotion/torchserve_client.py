@@ -16,6 +16,8 @@ QUICK = 10.0
 STARTS = 2
 # A golden image on a machine that is busy loading another model.
 PREDICTION = 75.0
+# A worker that died, a queue that is full, a worker that was killed.
+PASSING = (500, 503, 507)
 
 
 class TorchServeUnavailable(ConnectionError):
@@ -23,11 +25,16 @@ class TorchServeUnavailable(ConnectionError):
 
 
 class TorchServeError(RuntimeError):
-    """TorchServe answered with an error; `status` is its HTTP status."""
+    """TorchServe answered with an error; `status` is its HTTP status.
 
-    def __init__(self, status: int, message: str) -> None:
+    `passing` says that it is TorchServe's own and may be gone when it is asked again: a worker died, or the queue is
+    full. The handler's refusals are none of these.
+    """
+
+    def __init__(self, status: int, message: str, passing: bool = False) -> None:
         super().__init__(message)
         self.status = status
+        self.passing = passing
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,8 @@ def _answer(client: httpx.Client, method: str, path: str, **options: Any) -> Any
         return values
     # TorchServe's own errors are {code, type, message}; the handler's are {error: {code, message}}.
     message = values.get("message") or values.get("error", {}).get("message") or response.reason_phrase
-    raise TorchServeError(response.status_code, f"TorchServe answered {response.status_code}: {message}")
+    passing = response.status_code in PASSING and "error" not in values
+    raise TorchServeError(response.status_code, f"TorchServe answered {response.status_code}: {message}", passing)
 
 
 def _served(entry: dict[str, Any]) -> ServedVersion:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from pydantic import Field
 
-from handlers.preprocessing import decode
+from handlers.preprocessing import SHRINK_SIDE, decode
 from mlflow_tracking.promotion.answers import ask, told
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
@@ -40,7 +40,8 @@ class StressFlips(SetGate):
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
         """The share of turned answers over `images` pictures and all changes."""
         number = min(self.images, len(evaluation))  # the set's order is a random one
-        originals = [decode(image).image for image in evaluation.images(range(number))]
+        # Large ones in small, as the changed pictures are sent as PNG, which may be several times the file's size.
+        originals = [decode(image, SHRINK_SIDE).image for image in evaluation.images(range(number))]
         before = candidate.answers.malignant[:number]
         torchserve, release = candidate.torchserve, candidate.release
         metadata = told(torchserve, release, evaluation)[:number]

@@ -93,12 +93,17 @@ def _comparison(table: dict[str, Any]) -> str:
         f"<td>{flip.get('truth', '')}</td></tr>"
         for flip in table["flips"]
     )
+    refused = "".join(
+        f"<li><code>{escape(name)}</code> was left out: {escape(reason)}</li>"
+        for name, reason in table.get("refused", {}).items()
+    )
     named = f"<table><tr><th>picture</th><th>champion</th><th>this version</th><th>truth</th></tr>{flips}</table>"
     return (
         f"<p>{table['agreement']:.1%} of the answers to {table['images']} pictures agree; {table['into_malignant']} "
         f"turn malignant, {table['out_of_malignant']} turn benign. Of the champion's answers 95 % took "
         f"{champion['p95_milliseconds']:.0f} ms or less, of this version's "
         f"{challenger['p95_milliseconds']:.0f} ms, each asked by itself.</p>{named if flips else ''}"
+        f"{f'<ul>{refused}</ul>' if refused else ''}"
     )
 
 
