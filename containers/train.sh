@@ -10,6 +10,9 @@ case "${1:-}" in
   *) exec "$@" ;;
 esac
 
+# A signal is the training's, which keeps what it has; without a trap this shell, and with it the container, would be
+# gone before.
+trap : TERM INT
 started=$(mktemp)
 python training/train.py manifest=/app/runs/manifest.csv data_dir=/app/data "$@"
 # Of runs side by side each may find the other's as well: what is registered already is told so, and left.

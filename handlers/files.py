@@ -1,6 +1,7 @@
 """Writing files so that a reader, or a crash at any moment, finds the old content or the new; the one way to do it."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     While it is written it lies beside `path`, hidden, under a name that ends in TEMPORARY.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    # Not the process's number: containers that share a folder have the same ones.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             yield file

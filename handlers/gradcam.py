@@ -50,12 +50,13 @@ class PooledConvGradCam(GradCam):
 
     @staticmethod
     def supports(backbone: Any) -> bool:
-        """Average pooling straight into one linear layer."""
-        pool = getattr(backbone, "global_pool", None)
+        """Average pooling straight into one linear layer, with nothing between (as in MobileNetV3)."""
+        pool, head = getattr(backbone, "global_pool", None), backbone.get_classifier()
         return (
             isinstance(pool, SelectAdaptivePool2d)
             and pool.pool_type in ("avg", "fast")
-            and isinstance(backbone.get_classifier(), nn.Linear)
+            and isinstance(head, nn.Linear)
+            and head.in_features == backbone.num_features
         )
 
     def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

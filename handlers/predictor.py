@@ -8,7 +8,8 @@ answer.probabilities["MEL"], answer.grid
 
 import base64
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -149,6 +150,8 @@ class Predictor:
             runtime = "openvino" if bundle.has_graph else "torch"
         self.bundle = bundle
         self.config = bundle.config
+        # A runtime holds one request at a time: without this, answers of two threads would be each other's.
+        self._one_at_a_time = threading.Lock()
         self.runtime = self._start(runtime, precision, threads, device)
         # Pillow and OpenCV let go of Python's lock, so the pictures of a batch are read and drawn side by side.
         at_a_time = min(MAX_DECODING, threads or os.cpu_count() or 1)
@@ -204,7 +207,11 @@ class Predictor:
         asked = [request if isinstance(request, Request) else Request(bytes(request)) for request in requests]
         read = list(self._map(self._read, asked))
         accepted = [one for one in read if not isinstance(one, ImageError)]
-        answers = iter(self._interpret(*self._infer(accepted), accepted) if accepted else [])
+        answers: Iterator[Prediction] = iter(())
+        if accepted:
+            with self._one_at_a_time:
+                inferred = self._infer(accepted)
+            answers = iter(self._interpret(*inferred, accepted))
         return [one if isinstance(one, ImageError) else next(answers) for one in read]
 
     def _map(self, function: Callable[[A], B], items: Sequence[A]) -> Iterable[B]:

@@ -6,9 +6,11 @@ Training, evaluation and serving all go through this module, so a model sees the
 import hashlib
 import io
 import re
+import threading
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -28,6 +30,12 @@ MAX_ASPECT_RATIO = 8.0
 MAX_SCANS = 100
 # Segments of a JPEG and chunks of a PNG are read one by one, in Python; large files have a few thousand.
 MAX_PARTS = 100_000
+# Exif comes in one segment of 64 KB; the few programs that need more write several. Pillow joins them one by one, each
+# time copying all before it, and unpacks whatever length a tag claims.
+MAX_EXIF_SEGMENTS = 20
+MAX_EXIF_BYTES = 1 << 20
+# A WebP of more pixels than this is decoded alone: Pillow holds three canvases of it, 16 bytes a pixel.
+ALONE_PIXELS = 4_000_000
 # A picture whose shorter side (pixels) is twice this or more is shrunk by whole boxes as soon as it is decoded, down to
 # this at least: eight of 50 megapixels in one batch would hold 1.6 GB until they are answered.
 SHRINK_SIDE = 512
@@ -36,7 +44,12 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _SIGNATURES = (_JPEG, _PNG, b"BM", b"II*\x00", b"MM\x00*")
 # A marker of a JPEG that a length follows, or its end: no stuffed byte, padding, restart inside a scan, start or TEM.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
+# TIFF: where strips and tiles are, of which Pillow makes a list whatever the type; and the types that are plain bytes.
+_TIFF_PLACES, _TIFF_BYTES = (273, 279, 324, 325), (1, 2, 7)
+_WHITE_IS_ZERO = 262, 0  # TIFF's photometric interpretation
+_RUN_LENGTHS = (1, 2)  # compressions of a BMP that Pillow decodes in Python, a pixel at a time
+_alone = threading.Lock()
 # What makes a picture with this EXIF orientation upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -98,7 +111,9 @@ def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             _check_header(opened)
-            image, size = _load(opened, min_side)
+            large = opened.format == "WEBP" and opened.width * opened.height > ALONE_PIXELS
+            with _alone if large else nullcontext():
+                image, size = _load(opened, min_side)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -135,30 +150,62 @@ def _check_header(image: Image.Image) -> None:
             "unusual_shape",
             f"The image is {width}×{height}; one side may be {MAX_ASPECT_RATIO:g} times the other at most.",
         )
+    if image.format == "BMP" and image.info.get("compression") in _RUN_LENGTHS:
+        raise ImageError(400, "invalid_image", "The BMP is compressed by run lengths; save it as PNG and send that.")
     if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
         raise ImageError(400, "animated_image", "The image is an animation; send one still picture.")
 
 
 def _check_parts(data: bytes) -> None:
-    """Refuse a JPEG or PNG of more parts than any camera or program writes, each of which costs time."""
-    position, parts, scans = len(_PNG) if data.startswith(_PNG) else 2, 0, 0
-    if data.startswith(_PNG):
-        while position < len(data) and parts <= MAX_PARTS and data[position + 4 : position + 8] != b"IEND":
-            position += 12 + int.from_bytes(data[position : position + 4])  # length, name and checksum: 4 bytes each
-            parts += 1
-    elif data.startswith(_JPEG):
-        while (found := _MARKER.search(data, position)) and parts <= MAX_PARTS and scans <= MAX_SCANS:
-            marker, position = data[found.start() + 1], found.end()
-            if marker == _END_OF_IMAGE:
-                break
-            position += int.from_bytes(data[position : position + 2])  # which counts itself
-            parts, scans = parts + 1, scans + (marker == _START_OF_SCAN)
-    if parts > MAX_PARTS or scans > MAX_SCANS:
-        raise ImageError(
-            400,
-            "invalid_image",
-            f"The file has more than {MAX_SCANS} scans or {MAX_PARTS:,} parts; save the image anew and send that.",
+    """Refuse a file of more parts than any camera or program writes, each of which costs time."""
+    excess = _excess_of_png if data.startswith(_PNG) else _excess_of_jpeg if data.startswith(_JPEG) else _excess_of_tiff
+    if found := excess(data):
+        message = f"The file has more than {found}, which no camera writes; save the image anew and send that."
+        raise ImageError(400, "invalid_image", message)
+
+
+def _excess_of_png(data: bytes) -> str:
+    """What it has too many of: chunks, or colour profiles, each of which may unpack to a megabyte; "" where nothing."""
+    position, parts, profiles = len(_PNG), 0, 0
+    while position < len(data) and (name := data[position + 4 : position + 8]) != b"IEND":
+        position += 12 + int.from_bytes(data[position : position + 4])  # length, name and checksum: 4 bytes each
+        parts, profiles = parts + 1, profiles + (name == b"iCCP")
+        if parts > MAX_PARTS or profiles > 1:
+            return "one colour profile" if profiles > 1 else f"{MAX_PARTS:,} chunks"
+    return ""
+
+
+def _excess_of_jpeg(data: bytes) -> str:
+    """What it has too many of: segments, those of Exif, or scans."""
+    position, parts, scans, exif = 2, 0, 0, 0
+    while found := _MARKER.search(data, position):
+        marker, position = data[found.start() + 1], found.end()
+        if marker == _END_OF_IMAGE:
+            break
+        exif += marker == _APP1 and data.startswith(b"Exif\0\0", position + 2)
+        position += int.from_bytes(data[position : position + 2])  # which counts itself
+        parts, scans = parts + 1, scans + (marker == _START_OF_SCAN)
+        if parts > MAX_PARTS:
+            return f"{MAX_PARTS:,} segments"
+        if scans > MAX_SCANS or exif > MAX_EXIF_SEGMENTS:
+            return f"{MAX_SCANS} scans" if scans > MAX_SCANS else f"{MAX_EXIF_SEGMENTS} segments of Exif"
+    return ""
+
+
+def _excess_of_tiff(data: bytes) -> str:
+    """What it has too many of: values in a field of its first page, which Pillow unpacks one by one."""
+    if data[:4] not in (b"II*\x00", b"MM\x00*"):
+        return ""
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    page = int.from_bytes(data[4:8], order)
+    fields = int.from_bytes(data[page : page + 2], order)
+    for entry in range(page + 2, min(page + 2 + 12 * fields, len(data)), 12):
+        tag, kind, length = (
+            int.from_bytes(data[entry + start : entry + end], order) for start, end in ((0, 2), (2, 4), (4, 8))
         )
+        if length > MAX_PARTS and (kind not in _TIFF_BYTES or tag in _TIFF_PLACES):
+            return f"{MAX_PARTS:,} values in a field"
+    return ""
 
 
 def _load(image: Image.Image, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
@@ -168,8 +215,7 @@ def _load(image: Image.Image, min_side: int | None) -> tuple[Image.Image, tuple[
         # draft keeps both sides at or above the asked ones, so ask for the shape scaled to the shorter side.
         scale = min_side / min(sent)
         image.draft(None, (max(1, round(sent[0] * scale)), max(1, round(sent[1] * scale))))
-    # Pillow turns a TIFF upright itself, and tells the upright size from the beginning.
-    orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
+    orientation = _orientation(image)
     image.load()
     shrink = 1 if min_side is None else max(1, min(image.size) // max(min_side, SHRINK_SIDE))
     rgb = _to_rgb(image, shrink)
@@ -178,11 +224,26 @@ def _load(image: Image.Image, min_side: int | None) -> tuple[Image.Image, tuple[
     return rgb, (sent[1], sent[0]) if orientation in (5, 6, 7, 8) else sent
 
 
+def _orientation(image: Image.Image) -> int:
+    """What its Exif says of how the camera was held; 1 for upright."""
+    if image.format == "TIFF":  # Pillow turns it upright itself, and tells the upright size from the beginning
+        return 1
+    if image.format == "PNG":
+        image.load()  # what stands behind the pixels may say it too
+    if len(image.info.get("exif") or b"") > MAX_EXIF_BYTES:
+        raise ImageError(400, "invalid_image", f"The Exif data are over {MAX_EXIF_BYTES:,} bytes; leave them out.")
+    return int(image.getexif().get(0x0112, 1))
+
+
 def _to_rgb(image: Image.Image, shrink: int) -> Image.Image:
     """RGB out of any mode, each side divided by `shrink`; of the full size there are two copies at a time at most."""
+    tags = getattr(image, "tag_v2", None)
     if image.mode.startswith("I"):  # 16-bit grey
         grey = image.convert("I").reduce(shrink)
-        image, shrink = Image.fromarray((np.clip(np.asarray(grey), 0, 65535) // 257).astype(np.uint8)), 1
+        levels = (np.clip(np.asarray(grey), 0, 65535) // 257).astype(np.uint8)
+        tag, value = _WHITE_IS_ZERO
+        inverted = tags is not None and tags.get(tag) == value  # which Pillow heeds in 8 bits alone
+        image, shrink = Image.fromarray(255 - levels if inverted else levels), 1
     elif image.mode == "F":
         raise ImageError(400, "invalid_image", "Floating-point images have no defined brightness; send 8 or 16 bits.")
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import handlers
 from handlers.bundle import Bundle
 from handlers.graph import complete
-from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.settings import MODEL_NAME, reach_directly
 from mlflow_tracking.version_card import description, requirements, signature_types, tags
 
 if TYPE_CHECKING:
@@ -350,10 +349,7 @@ def quiet_client(uri: str) -> None:
     # Files go through MLflow: by itself the client would turn to the object store, which only the server can reach.
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
-    if (host := urlsplit(uri).hostname) in ("127.0.0.1", "localhost"):
-        for name in ("NO_PROXY", "no_proxy"):  # where both are there, the lower case wins
-            others = [one for one in os.environ.get(name, "").split(",") if one and one != host]
-            os.environ[name] = ",".join([*others, host])
+    reach_directly(uri)
 
 
 def _registered(one: "ModelVersion", aliases: tuple[str, ...] | None = None) -> RegisteredVersion:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -13,6 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL_NAME = "skin_vit"
 # Bytes of a socket's path; systems allow 103 or 107, and supervisord adds its process id for a moment.
 SOCKET_PATH = 95
+
+
+def reach_directly(uri: str) -> None:
+    """Let no proxy stand between this process and a server on this machine; other addresses are left alone."""
+    if (host := urlsplit(uri).hostname) in ("127.0.0.1", "localhost"):
+        for name in ("NO_PROXY", "no_proxy"):  # where both are there, the lower case wins
+            others = [one for one in os.environ.get(name, "").split(",") if one and one != host]
+            os.environ[name] = ",".join([*others, host])
 
 
 class SettingsError(ValueError):

@@ -40,7 +40,7 @@ find_python() {
 free_gb() { df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}'; }
 
 environment() {
-    local here stamp wanted place python version started=$SECONDS
+    local here stamp wanted place python version index started=$SECONDS
     here=$(pwd -P)
     stamp=.venv/.complete      # what this environment was made from; written last
     place=.venv/.place         # where it was made: its scripts name that folder
@@ -74,6 +74,11 @@ environment() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep -m 1 -o '^uv==[^ ;]*' requirements/all.txt)" \
         || die "pip could not fetch uv (see above)."
     export VIRTUAL_ENV=$here/.venv
+    # uv reads none of pip's settings; who has an index of their own has mostly told pip.
+    if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
+        index=${PIP_INDEX_URL:-$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)}
+        [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
+    fi
     [ -t 2 ] || options+=(--quiet)
     # A package whose installation was cut off can look installed: after an interruption install each again (uv keeps them).
     [ ! -e .venv/.unfinished ] || options+=(--reinstall)

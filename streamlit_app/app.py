@@ -12,7 +12,16 @@ import streamlit as st
 from PIL import Image
 
 from streamlit_app import cards, utils
-from streamlit_app.client import UNKNOWN, Answer, Promotion, ServingError, TorchServe, promotion, setting
+from streamlit_app.client import (
+    OF_THE_PICTURE,
+    UNKNOWN,
+    Answer,
+    Promotion,
+    ServingError,
+    TorchServe,
+    promotion,
+    setting,
+)
 from streamlit_app.readings import Reading, Readings, Upload
 
 HERE = Path(__file__).parent
@@ -208,8 +217,8 @@ readings: Readings = st.session_state.setdefault("readings", Readings())
 readings.announce(promoted.serving if promoted else None)
 everything = read(uploads, readings)
 answered = [reading for reading in everything if reading.answer]
-refused = [reading for reading in everything if reading.problem and reading.problem.kind == "refused"]
-outage = next((r.problem for r in everything if r.problem and r.problem.kind != "refused"), None)
+refused = [reading for reading in everything if reading.problem and reading.problem.kind in OF_THE_PICTURE]
+outage = next((r.problem for r in everything if r.problem and r.problem.kind not in OF_THE_PICTURE), None)
 if outage:
     st.html(cards.outage(outage))
     st.button("Try again", type="primary", icon=":material/refresh:")

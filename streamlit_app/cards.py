@@ -22,6 +22,7 @@ OUTAGES = {
         "No model is being served yet",
         "A model appears here once the registry has a version with the alias <code>champion</code>.",
     ),
+    "failed": ("The model failed on this picture", "Its log says why. Other pictures may be read all the same."),
     "refused": ("This class cannot be explained", "The heatmap of the most likely class is shown instead."),
     "unexpected": ("The model server gave an answer this page does not understand", "Its log may tell more."),
 }
@@ -181,8 +182,9 @@ def outage(error: ServingError) -> str:
 
 
 def refused(readings: list[Reading]) -> str:
-    """The pictures that the model server refused, with its reasons."""
-    head = "This picture was refused" if len(readings) == 1 else f"{len(readings)} pictures were refused"
+    """The pictures that the model server refused, or failed on, with its reasons."""
+    word = "refused" if all(r.problem and r.problem.kind == "refused" for r in readings) else "not read"
+    head = f"This picture was {word}" if len(readings) == 1 else f"{len(readings)} pictures were {word}"
     rows = "".join(
         f'<li><span class="sl-file">{escape(r.upload.name)}</span> {escape(str(r.problem))}</li>' for r in readings
     )
@@ -222,6 +224,8 @@ def counts(readings: list[Reading]) -> str:
     parts = [f"<b>{len(answers)}</b> read", f"<b>{tops.count('malignant')}</b> with a malignant class on top"]
     if "unknown" in tops:
         parts.append(f"<b>{tops.count('unknown')}</b> unlike any known class")
-    if len(answers) < len(readings):
-        parts.append(f"<b>{len(readings) - len(answers)}</b> refused")
+    refused = sum(r.problem is not None and r.problem.kind == "refused" for r in readings)
+    for number, word in ((refused, "refused"), (len(readings) - len(answers) - refused, "not read")):
+        if number:
+            parts.append(f"<b>{number}</b> {word}")
     return f'<p class="sl-counts">{" · ".join(parts)}</p>'

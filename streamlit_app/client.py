@@ -6,7 +6,7 @@ Every call has a time-out, follows no redirect and ignores proxy settings: the s
 import os
 import time
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import requests
 import urllib3.exceptions
@@ -19,9 +19,11 @@ PARALLEL = 4  # enough to fill TorchServe's batches without filling its queue
 CONNECT_SECONDS, READ_SECONDS = 3.0, 30.0
 BUSY_WAITS = (0.3, 0.7, 1.5)  # seconds before each further try
 BUSY = (503, 507)  # queue full or worker restarting; worker died on the way. Predicting again harms nothing.
+FAILED = 500  # of TorchServe: the worker died; of the handler: the model failed on this picture
 
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Kind = Literal["unreachable", "timeout", "busy", "no_model", "refused", "unexpected"]
+Kind = Literal["unreachable", "timeout", "busy", "no_model", "refused", "failed", "unexpected"]
+OF_THE_PICTURE: tuple[Kind, ...] = ("refused", "failed")  # others may be read all the same
 
 
 class Model(BaseModel):
@@ -201,7 +203,7 @@ class TorchServe:
             except requests.RequestException as error:
                 raise self._translate(error) from error
             else:
-                if response.status_code not in BUSY or wait is None:
+                if wait is None or not _passes(response):
                     return _read(response)
             time.sleep(wait)
         raise AssertionError("unreachable: the last try returns or raises")
@@ -229,13 +231,28 @@ class TorchServe:
         return ServingError("unexpected", f"{self.url} cannot be asked: check TORCHSERVE_URL.")
 
 
+def _passes(response: requests.Response) -> bool:
+    """Whether it may be another answer in a moment: TorchServe's own trouble, not the handler's word."""
+    status = response.status_code
+    return status in BUSY or (status == FAILED and not _ours(_json(response)))
+
+
+def _json(response: requests.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None
+
+
+def _ours(body: Any) -> dict[str, Any]:
+    """The handler's own error in a body; empty where it is TorchServe's, or none."""
+    error = body.get("error") if isinstance(body, dict) else None
+    return error if isinstance(error, dict) else {}
+
+
 def _read(response: requests.Response) -> Answer:
     """The answer in a response, or the ServingError it stands for: our shape of error, or TorchServe's own."""
-    status = response.status_code
-    try:
-        body = response.json()
-    except ValueError:
-        body = None
+    status, body = response.status_code, _json(response)
     if status == 200:
         try:
             return Answer.model_validate(body)
@@ -243,7 +260,7 @@ def _read(response: requests.Response) -> Answer:
             what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:2])
             raise ServingError("unexpected", f"The answer is not in the form this page knows ({what}).") from error
     body = body if isinstance(body, dict) else {}
-    ours = body["error"] if isinstance(body.get("error"), dict) else {}
+    ours = _ours(body)
     said = str(ours.get("message") or body.get("message") or "")[:300]
     if status in BUSY:
         raise ServingError("busy", said or "All workers are busy.")
@@ -252,6 +269,8 @@ def _read(response: requests.Response) -> Answer:
     if status in (400, 413, 415):
         own_413 = "The image is larger than the model server accepts."  # TorchServe's own words name a Java class
         raise ServingError("refused", said if ours else own_413 if status == 413 else said or "It was refused.")
+    if status == FAILED and ours:
+        raise ServingError("failed", said or "The model failed on this picture.")
     raise ServingError("unexpected", f"The model server answered with status {status}. {said}".strip())
 
 

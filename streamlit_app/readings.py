@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
-from streamlit_app.client import PARALLEL, Answer, Model, ServingError, TorchServe
+from streamlit_app.client import OF_THE_PICTURE, PARALLEL, Answer, Model, ServingError, TorchServe
 
 Key = tuple[str, str | None, tuple[tuple[str, float | str], ...]]  # hash of the picture, class, what was told
 
@@ -64,35 +64,53 @@ class Readings:
     def ask_all(
         self, server: TorchServe, uploads: Sequence[Upload], progress: Callable[[float], object] = lambda _: None
     ) -> list[Reading]:
-        """A reading of each upload, in order, all by one model; after an outage the rest is not asked.
+        """A reading of each upload, in order, all by one model; after an outage the rest is not asked, and a picture on
+        which the model fails is not asked again this time.
 
         A model is told of patients once it has said, in its first answer, what it takes.
         """
+        failed: dict[Key, ServingError] = {}
         for _ in range(4):  # again when that is known, and when the model was changed in between
-            outage = self._ask_missing(server, uploads, progress)
-            if outage or all(self._key(upload) in self._known for upload in uploads):
+            outage = self._ask_missing(server, uploads, progress, failed)
+            if outage or all(self._key(upload) in (self._known | failed) for upload in uploads):
                 break
         otherwise = outage or ServingError("busy", "The model was changed while it was being asked.")
-        results = [self._known.get(self._key(upload), otherwise) for upload in uploads]
+        results = [(failed | self._known).get(self._key(upload), otherwise) for upload in uploads]
         return [
             Reading(upload, problem=result) if isinstance(result, ServingError) else Reading(upload, answer=result)
             for upload, result in zip(uploads, results, strict=True)
         ]
 
     def _ask_missing(
-        self, server: TorchServe, uploads: Sequence[Upload], progress: Callable[[float], object]
+        self,
+        server: TorchServe,
+        uploads: Sequence[Upload],
+        progress: Callable[[float], object],
+        failed: dict[Key, ServingError],
     ) -> ServingError | None:
-        """Ask what is not known yet, several at a time; returns the first outage."""
-        missing = {key: upload for upload in uploads if (key := self._key(upload)) not in self._known}
+        """Ask what is not known yet, several at a time; returns the first outage, and adds to `failed`."""
+        missing = {key: upload for upload in uploads if (key := self._key(upload)) not in (self._known | failed)}
+        outage: ServingError | None = None
         with ThreadPoolExecutor(PARALLEL) as pool:
             asked = {pool.submit(_ask, server, upload, key): key for key, upload in missing.items()}
             for number, done in enumerate(as_completed(asked), 1):
-                result = done.result()
-                if isinstance(result, ServingError) and result.kind != "refused":
+                if outage := self._note(asked.pop(done), done.result(), failed):
                     pool.shutdown(wait=False, cancel_futures=True)
-                    return result
-                self._remember(asked[done], result)
+                    break
                 progress(number / len(missing))
+        for done, key in asked.items():  # what was under way when the outage showed
+            if not done.cancelled():
+                self._note(key, done.result(), failed)
+        return outage
+
+    def _note(self, key: Key, result: Answer | ServingError, failed: dict[Key, ServingError]) -> ServingError | None:
+        """Keep what came of a picture; an outage, which says nothing of it, is returned."""
+        if isinstance(result, ServingError) and result.kind not in OF_THE_PICTURE:
+            return result
+        if isinstance(result, ServingError) and result.kind != "refused":
+            failed[key] = result
+        else:
+            self._remember(key, result)
         return None
 
     def _key(self, upload: Upload, target: str | None = None) -> Key:

@@ -44,7 +44,9 @@ def open_picture(data: bytes) -> Image.Image | None:
                 opened.draft("RGB", (DISPLAY_SIDE, DISPLAY_SIDE))
                 picture = ImageOps.exif_transpose(opened)
                 if picture.mode.startswith("I"):  # 16-bit grey
-                    picture = Image.fromarray((np.clip(np.asarray(picture), 0, 65535) // 257).astype(np.uint8))
+                    levels = (np.clip(np.asarray(picture), 0, 65535) // 257).astype(np.uint8)
+                    white_is_zero = getattr(opened, "tag_v2", {}).get(262) == 0  # a TIFF's, heeded in 8 bits alone
+                    picture = Image.fromarray(255 - levels if white_is_zero else levels)
                 picture.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
                 if "A" in picture.mode or "transparency" in picture.info:
                     picture = picture.convert("RGBA")

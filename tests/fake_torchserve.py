@@ -106,6 +106,8 @@ class FakeTorchServe:
     def __init__(self, port: int = 0) -> None:
         self.mode, self.busy_for, self.version = "ok", 0, "3"
         self.refuse_target: str | None = None
+        self.fails_on: bytes | None = None  # a picture that the handler says the model failed on
+        self.dies_for = 0  # so many times a worker dies over a request, which TorchServe answers itself
         self.takes: dict[str, list] = {}
         self.asked: list[str | None] = []  # the target of every prediction, in order of arrival
         self.told: list[dict[str, str]] = []  # what else came with it
@@ -135,6 +137,11 @@ class FakeTorchServe:
         if self.busy_for > 0 or self.mode == "busy":
             self.busy_for -= 1
             return 503, _torchserve(503, "ServiceUnavailableException", 'Model "skin_vit" has no worker to serve.')
+        if self.dies_for > 0:
+            self.dies_for -= 1
+            return 500, _torchserve(500, "InternalServerException", "Worker died.")
+        if image == self.fails_on:
+            return 500, {"error": {"code": "internal_error", "message": "The model failed on this request."}}
         if self.mode == "no_model":
             return 404, _torchserve(404, "ModelNotFoundException", "Model not found: skin_vit")
         if self.mode == "too_large":

@@ -140,6 +140,13 @@ def test_a_service_is_confined(name):
         assert source in COMPOSE["volumes"] or place.endswith(":ro"), "nothing of this machine's can be written"
 
 
+@pytest.mark.parametrize("name", ["bucket", "mlflow", "register", "promoter", "training"])
+def test_no_proxy_of_dockers_client_stands_between_neighbours(name):
+    told = COMPOSE["services"][name]["environment"]
+    assert {"localhost", "127.0.0.1", "mlflow", "minio", "postgres", "torchserve"} <= set(told["NO_PROXY"].split(","))
+    assert told["no_proxy"] == told["NO_PROXY"]
+
+
 def test_only_what_people_or_scrapers_open_is_published():
     published = {name for name, one in COMPOSE["services"].items() if one.get("ports")}
     assert published == {"streamlit", "mlflow", "proxy", "prometheus", "grafana"}

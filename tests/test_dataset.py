@@ -6,6 +6,7 @@ what a lesion's label survives, nothing else.
 """
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from handlers.files import atomic_file
 from handlers.preprocessing import Preprocessing
 from tests.tiny_lesions import COLOURS, tiny_manifest
+from training import dataset
 from training.config import load_config
 from training.dataset import (
     LUMA,
@@ -84,6 +87,28 @@ def test_images_are_decoded_once(frame, tmp_path):
     assert "decoded" not in calls
     np.testing.assert_array_equal(first, again)
     assert not again.flags.writeable
+
+
+def test_two_containers_fill_the_same_cache(frame, tmp_path, monkeypatch):
+    """Each has processes of the same numbers as the other."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    real, begun = dataset._fill, []
+
+    def fill(path, *rest):
+        if not begun:  # the other one begins, and ends, while this one is at it
+            begun.append(path)
+            path.touch()
+            build_cache(frame, Preprocessing(16), tmp_path)
+        real(path, *rest)
+
+    monkeypatch.setattr(dataset, "_fill", fill)
+    pixels = build_cache(frame, Preprocessing(16), tmp_path)
+    assert pixels.any(axis=(1, 2, 3)).all()
+    with atomic_file(tmp_path / "manifest") as ours:
+        with atomic_file(tmp_path / "manifest") as theirs:
+            theirs.write(b"theirs")
+        ours.write(b"ours")
+    assert (tmp_path / "manifest").read_bytes() == b"ours"
 
 
 def test_another_size_or_another_list_is_another_cache(frame, tmp_path):

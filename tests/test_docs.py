@@ -27,6 +27,7 @@ MADE = ("data/", "runs/", "model_store/skin_vit-", ".stack", ".venv")
 # Read here, but set by the system, by a tool for its children, or by the tests for themselves.
 NOT_OURS = {"CI", "HOME", "NO_PROXY", "no_proxy", "PATH", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV"}
 NOT_OURS |= {"BASH_SOURCE", "NAMED_SECRETS"}
+NOT_OURS |= {"PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"}
 NOT_OURS |= {"SHADOW_FILE", "SHADOW_URL"}  # by start_torchserve.sh for its workers
 
 

@@ -8,6 +8,7 @@ app: reads downwards, and stops with a clear word when it cannot go on.
 
 import csv
 import io
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,15 @@ class TestClient:
     def test_busy_for_a_moment_is_not_noticed(self, server, jpegs, quick):
         server.busy_for = 3
         assert TorchServe(server.url).predict(jpegs[0])
+        assert len(server.asked) == 4
+
+    def test_a_worker_that_dies_is_not_noticed_and_a_model_that_fails_is_not_asked_again(self, server, jpegs, quick):
+        server.dies_for = 2
+        assert TorchServe(server.url).predict(jpegs[0])
+        server.fails_on = jpegs[0]
+        with pytest.raises(ServingError, match="The model failed on this request") as caught:
+            TorchServe(server.url).predict(jpegs[0])
+        assert caught.value.kind == "failed"
         assert len(server.asked) == 4
 
     @pytest.mark.parametrize(
@@ -192,6 +202,36 @@ class TestReadings:
         assert len(server.asked) < 20, "a server that is away is asked for every single picture"
         server.mode = "ok"
         assert all(r.answer for r in readings.ask_all(TorchServe(server.url), uploads))
+
+    def test_one_picture_that_fails_costs_the_others_nothing(self, server, jpegs, quick):
+        server.fails_on = jpegs[0]
+        readings, uploads = Readings(), self.uploads(jpegs)
+        for number in (1, 2):
+            results = readings.ask_all(TorchServe(server.url), uploads)
+            assert [r.problem and r.problem.kind for r in results] == ["failed", None, None]
+            assert len(server.asked) == len(jpegs) + number - 1, "it alone is asked again, once"
+        assert "<b>2</b> read" in (line := cards.counts(results))
+        assert "<b>1</b> not read" in line
+        assert "refused" not in line
+        assert "This picture was not read" in cards.refused([results[0]])
+        server.fails_on = None
+        assert all(r.answer for r in readings.ask_all(TorchServe(server.url), uploads))
+
+    def test_what_was_answered_before_an_outage_is_kept(self, server, drawn_image, quick, monkeypatch):
+        uploads = [Upload.of(f"{i}.jpg", b"\xff\xd8\xff" + bytes([i])) for i in range(4)]
+        real = TorchServe.predict
+
+        def predict(self, image, *rest):
+            if image == uploads[0].image:
+                raise ServingError("timeout", "No answer.")
+            time.sleep(0.2)  # under way when the outage shows
+            return real(self, image, *rest)
+
+        monkeypatch.setattr(TorchServe, "predict", predict)
+        results = Readings().ask_all(TorchServe(server.url), uploads)
+        assert [bool(r.answer) for r in results] == [False, True, True, True]
+        assert "<b>3</b> read" in (line := cards.counts(results))
+        assert "<b>1</b> not read" in line
 
     def test_a_new_model_reads_everything_anew(self, server, jpegs):
         readings, torchserve, uploads = Readings(), TorchServe(server.url), self.uploads(jpegs)

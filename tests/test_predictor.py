@@ -2,6 +2,7 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -25,6 +26,19 @@ def bundle(tmp_path_factory):
 @pytest.fixture(scope="module")
 def predictor(bundle):
     return Predictor(bundle, precision="f32", version="7")
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "torch"])
+def test_threads_get_their_own_answers(bundle, runtime):
+    """As MLflow's scoring server asks."""
+    predictor, cases = Predictor(bundle, runtime=runtime, precision="f32"), bundle.golden()
+
+    def own(case):
+        return [predictor.predict([Request(case.image, metadata=case.metadata)])[0] for _ in range(6)]
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for case, answers in zip(cases, pool.map(own, cases), strict=True):
+            assert max(case.difference(answer.probabilities) for answer in answers) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import io
 import struct
 import tracemalloc
 import zlib
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from handlers import preprocessing
 from handlers.preprocessing import MAX_BYTES, ImageError, Preprocessing, decode
+from streamlit_app.utils import open_picture
+from tests.hostile import images
 
 
 def encode(image: Image.Image, format_: str, **options) -> bytes:
@@ -74,6 +78,77 @@ def test_exif_orientations_of_one_photo_give_the_same_picture(picture, orientati
     decoded = decode(encode(stored, format_, exif=exif))
     assert (decoded.width, decoded.height) == (80, 60)
     assert np.array_equal(np.asarray(decoded.image), np.asarray(picture))
+
+
+def tiff(*fields: tuple[int, int, int, int], more: bytes = b"") -> bytes:
+    """A TIFF of (tag, type, count, value) fields, 200 bytes long, and `more`."""
+    entries = b"".join(struct.pack("<HHII", *field) for field in sorted(fields))
+    return (b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries).ljust(200, b"\0") + more
+
+
+# 16 by 16 pixels of 16 bits
+GREY = [(256, 4, 1, 16), (257, 4, 1, 16), (258, 3, 1, 16), (259, 3, 1, 1), (273, 4, 1, 200), (277, 3, 1, 1),
+        (278, 4, 1, 16), (279, 4, 1, 512)]  # fmt: skip
+BLACK_IS_ZERO, WHITE_IS_ZERO = (262, 3, 1, 1), (262, 3, 1, 0)
+
+
+@pytest.mark.parametrize("read", [lambda data: decode(data).image, open_picture], ids=["served", "shown"])
+def test_white_is_zero_where_a_tiff_says_so(read):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).tobytes()
+    black, white = (np.asarray(read(tiff(*GREY, how, more=ramp))) for how in (BLACK_IS_ZERO, WHITE_IS_ZERO))
+    assert (black[0, 0, 0], black[-1, -1, 0]) == (0, 255)
+    assert np.array_equal(white, 255 - black)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+EXIF = b"\xff\xe1\0\x14Exif\0\0MM\0*\0\0\0\x08\0\0\0\0"
+TURNS = b"MM\0*\0\0\0\x08\0\0"
+PROFILE = chunk(b"iCCP", b"k\0\0" + zlib.compress(b""))
+
+
+def with_exif(png: bytes, place: int, more: int) -> bytes:
+    return png[:place] + chunk(b"eXIf", TURNS + bytes(more)) + png[place:]
+
+
+def with_field(*field: int) -> bytes:
+    return tiff(*GREY, BLACK_IS_ZERO, field, more=bytes(900_000))
+
+
+COSTLY = {  # what may just be, and what may not, out of a JPEG and a PNG
+    "segments of Exif": lambda jpeg, png: [jpeg[:2] + EXIF * n + jpeg[2:] for n in (20, 21)],
+    "Exif before the pixels": lambda jpeg, png: [with_exif(png, 33, n) for n in (0, 1 << 20)],
+    "Exif behind the pixels": lambda jpeg, png: [with_exif(png, -12, n) for n in (0, 1 << 20)],
+    "colour profiles": lambda jpeg, png: [png[:33] + PROFILE * n + png[33:] for n in (1, 2)],
+    "resolutions": lambda jpeg, png: [with_field(282, 5, n, 200) for n in (1, 100_001)],
+    "places of tiles": lambda jpeg, png: [with_field(324, 1, n, 200) for n in (4, 100_001)],
+    "lengths of tiles": lambda jpeg, png: [with_field(325, 7, n, 200) for n in (4, 100_001)],
+    "more than XMP": lambda jpeg, png: [with_field(700, *kind, 200_000, 200) for kind in ((1,), (3,))],
+    "run lengths": lambda jpeg, png: [encode(Image.new("P", (64, 64)), "BMP"), images.bmp_runs(64)],
+}
+
+
+@pytest.mark.parametrize("what", COSTLY)
+def test_what_costs_pillow_much_more_than_it_has_bytes_is_refused(picture, what):
+    small = picture.resize((32, 24))
+    allowed, costly = COSTLY[what](encode(small, "JPEG"), encode(small, "PNG"))
+    decode(allowed)
+    with pytest.raises(ImageError) as caught:
+        decode(costly)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_image")
+    assert "damaged" not in str(caught.value), "it is said what is wrong"
+
+
+def test_large_webps_are_decoded_one_at_a_time(picture, monkeypatch):
+    alone = MagicMock()
+    monkeypatch.setattr(preprocessing, "_alone", alone)
+    decode(encode(picture, "WEBP"))
+    assert not alone.__enter__.called
+    decode(encode(Image.new("RGB", (2100, 2000)), "WEBP", lossless=True))
+    assert alone.__enter__.called
+    assert alone.__exit__.called
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "YCbCr", "I;16"])

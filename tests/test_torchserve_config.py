@@ -119,6 +119,17 @@ def test_ports_and_folders_follow_the_environment(render_config, env, tmp_path):
     assert "$" not in "".join(values.values())
 
 
+def test_letters_beyond_ascii_are_as_java_reads_them(render_config, env):
+    """A properties file is Latin-1 to Java, with other letters by their numbers."""
+    place = Path(env["STACK_STATE"]) / "prüf läsion 皮"
+    text = render_config.render(env | {"STACK_STATE": str(place), "MODEL_STORE": str(place / "store")})[0].read_text()
+    assert text.isascii()
+    lines = text.encode("latin-1").decode("unicode_escape").splitlines()
+    values = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert values["model_store"] == str(place / "store")
+    assert values["management_address"].startswith(f"unix:{place}/")
+
+
 def test_the_promoter_looks_for_management_where_the_start_puts_it(render_config, env, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)

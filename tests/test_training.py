@@ -12,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pandas as pd
@@ -22,7 +24,7 @@ import typer
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from handlers.backbone import build_backbone
+from handlers.backbone import BackboneError, build_backbone
 from handlers.bundle import Bundle
 from handlers.gradcam import grad_cam
 from handlers.predictor import Predictor
@@ -386,6 +388,19 @@ def test_a_resumed_run_may_watch_another_figure(bare, tmp_path):
     assert told["best"]["epoch"] > 1
 
 
+@pytest.mark.parametrize("architecture", ["convnext_atto", "mobilenetv3_small_050", "deit_tiny_distilled_patch16_224"])
+def test_what_cannot_be_explained_is_refused_before_it_is_trained(bare, tmp_path, architecture):
+    settings = [
+        *TINY,
+        f"manifest={tiny_manifest(tmp_path / 'data')}",
+        f"architecture={architecture}",
+        "pretrained=false",
+    ]
+    with pytest.raises(BackboneError, match=f"{architecture} cannot be explained by Grad-CAM here"):
+        run(tmp_path / "run", load_config(None, settings))
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_a_diverging_run_says_so(bare, tmp_path):
     settings = [*TINY, f"manifest={tiny_manifest(tmp_path / 'data')}", "lr=1e30", "epochs=3", "warmup_epochs=0"]
     with pytest.raises(train.TrainingError, match=r"The loss is nan in epoch \d; try a lower lr"):
@@ -561,6 +576,25 @@ def test_a_dying_server_is_told_once_and_caught_up_with_later(store):
     history = mlflow.MlflowClient().get_metric_history(tracker.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
     assert len(warnings) == 1
+
+
+def test_no_proxy_stands_before_the_server_on_this_machine(tmp_path, monkeypatch):
+    class Well(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Well) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_PORT", str(server.server_port))
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, "")
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert choose_store(tmp_path) == (f"http://127.0.0.1:{server.server_port}", "")
 
 
 def test_where_it_logs(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import socket
+import struct
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -61,13 +62,15 @@ def render(env: Mapping[str, str]) -> tuple[Path, list[str]]:
         metrics_port=env.get("TORCHSERVE_METRICS_PORT", "8082"),
         grpc_inference_port=env.get("TORCHSERVE_GRPC_PORT", "0"),
         grpc_management_port=env.get("TORCHSERVE_GRPC_MANAGEMENT_PORT", "0"),
-        management=management,
+        management=_escaped(management),
         model_store=_escaped(store),
         metrics_config=_escaped(HERE / "metrics.yaml"),
     )
     models, remarks = snapshot(store)
     if models:
-        text += f"\n# From the ledger of {store}.\nmodel_snapshot={json.dumps(models, separators=(',', ':'))}\n"
+        text += (
+            f"\n# From the ledger of {_escaped(store)}.\nmodel_snapshot={json.dumps(models, separators=(',', ':'))}\n"
+        )
     path = run / "config.properties"
     _write(path, text)
     return path, remarks
@@ -127,9 +130,11 @@ def _folder(env: Mapping[str, str], name: str, default: str) -> Path:
     return ROOT / (env.get(name) or default)
 
 
-def _escaped(path: Path) -> str:
-    """A path as a value in a properties file, where a backslash is an escape."""
-    return str(path).replace("\\", "\\\\")
+def _escaped(value: Path | str) -> str:
+    """A value in a properties file, which Java reads as Latin-1, with a backslash for escapes: letters beyond ASCII
+    by their numbers in UTF-16."""
+    units = struct.iter_unpack(">H", str(value).replace("\\", "\\\\").encode("utf-16-be"))
+    return "".join(chr(unit) if unit < 128 else f"\\u{unit:04x}" for (unit,) in units)
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,7 +119,7 @@ def build_cache(
                 raise DataError(
                     f"The image cache needs {needed >> 20:,} MiB but {cache_dir} has {free >> 20:,} MiB left."
                 )
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
             try:
                 _fill(temporary, rows, preprocessing, progress)
                 temporary.replace(path)

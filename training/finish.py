@@ -43,9 +43,9 @@ def outputs_of(
         tokens = backbone.forward_features(standardise(pixels, config.preprocessing))
         pooled = backbone.forward_head(tokens, pre_logits=True)
         alone = backbone.get_classifier()(pooled)
-        features.append(pooled.double().cpu().numpy())
-        logits.append(alone.double().cpu().numpy())
-        told.append(fuse(backbone, alone, metadata).double().cpu().numpy())
+        features.append(pooled.cpu().double().numpy())
+        logits.append(alone.cpu().double().numpy())
+        told.append(fuse(backbone, alone, metadata).cpu().double().numpy())
     return Outputs(np.concatenate(features), np.concatenate(logits)), np.concatenate(told)
 
 
@@ -72,7 +72,7 @@ def find_space(model: nn.Module, val: Outputs, labels: NDArray[np.int64]) -> Kno
     if reason:
         console.print(f"The unknown will be told by the logits alone, not by the features: {reason}.")
         return None
-    weight, bias = (tensor.detach().double().cpu().numpy() for tensor in (head.weight, head.bias))
+    weight, bias = (tensor.detach().cpu().double().numpy() for tensor in (head.weight, head.bias))
     return known_space(Known(Outputs(val.features[known], val.logits[known]), labels[known], weight, bias))
 
 

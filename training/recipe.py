@@ -35,7 +35,8 @@ def choose_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     if config.precision != "auto":
         return torch.device(name), named[config.precision]
     if name == "cuda":
-        return torch.device(name), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slower than fp32
+        return torch.device(name), torch.bfloat16 if bf16 else torch.float16
     return torch.device(name), torch.float32
 
 

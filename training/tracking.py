@@ -17,7 +17,7 @@ from types import ModuleType
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.settings import Settings, reach_directly
 from training.config import ROOT, TrainConfig
 
 
@@ -154,8 +154,10 @@ def choose_store(output: Path, remembered: str = "") -> tuple[str, str]:
     """
     settings = Settings.load()
     if uri := settings.mlflow_tracking_uri or remembered:
+        reach_directly(uri)
         return uri, ""
     server = settings.registry_uri
+    reach_directly(server)
     try:
         with urllib.request.urlopen(f"{server}/health", timeout=2) as answer:
             if answer.status == 200:

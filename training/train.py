@@ -24,6 +24,7 @@ from torch import nn
 
 from handlers.backbone import BackboneError, build_backbone, fuse
 from handlers.bundle import BundleError
+from handlers.gradcam import grad_cam
 from handlers.preprocessing import Preprocessing
 from mlflow_tracking.settings import SettingsError
 from training import metrics
@@ -105,6 +106,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     model = build_backbone(
         config.architecture, len(classes), config.image_size, pretrained, config.options, len(inputs.columns)
     )
+    try_explaining(model, config)
     # What frozen epochs train: the heads that begin anew, or all of them where none does.
     heads: list[str] = (checkpoint or {}).get("heads", heads_of(model))
     if initial and (anew := initial.put_into(model, classes, inputs)):
@@ -232,6 +234,21 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     except BaseException:
         tracker.end("KILLED" if stop.number else "FAILED")
         raise
+
+
+def try_explaining(model: nn.Module, config: TrainConfig) -> None:
+    """Have an empty picture classified and explained: what timm has and Grad-CAM does not know shows now, not after the
+    last epoch. Raises BackboneError."""
+    nothing = torch.zeros(1, 3, config.image_size, config.image_size)
+    try:
+        with torch.no_grad():
+            grad_cam(model.eval())(nothing, torch.tensor([-1]))
+    except Exception as error:  # timm's models fail in their own many ways
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise BackboneError(
+            f"{config.architecture} cannot be explained by Grad-CAM here ({reason[0][:200]}); choose a vision "
+            "transformer, ResNet, EfficientNet or EfficientNetV2 of timm."
+        ) from error
 
 
 def open_manifest(config: TrainConfig) -> pd.DataFrame:

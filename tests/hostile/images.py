@@ -219,11 +219,23 @@ def png(width: int, height: int, depth: int = 8, colour: int = 2, more: bytes = 
     return SIGNATURES["png"] + header + more + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def tiff(width: int, height: int, **tags: int) -> bytes:
-    """A TIFF that claims a size and holds next to nothing; `tags` as t273=…, others in place of the usual ones."""
-    values = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: 64}
+def tiff(width: int, height: int, **tags: int | tuple[int, int, int]) -> bytes:
+    """A TIFF that claims a size and holds next to nothing; `tags` as t273=…, others in place of the usual ones: one
+    value, or type, number of values, and where they are."""
+    values: dict[int, int | tuple[int, int, int]] = {
+        256: width,
+        257: height,
+        258: 8,
+        259: 1,
+        262: 1,
+        273: 8,
+        277: 1,
+        278: height,
+        279: 64,
+    }
     values |= {int(name[1:]): value for name, value in tags.items()}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(values.items()))
+    fields = {tag: value if isinstance(value, tuple) else (4, 1, value) for tag, value in values.items()}
+    entries = b"".join(struct.pack("<HHII", tag, *field) for tag, field in sorted(fields.items()))
     return b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + struct.pack("<I", 0) + bytes(64)
 
 
@@ -272,6 +284,16 @@ def bombs(data: bytes) -> Cases:
     yield Case("progressive jpeg of 10,000 scans", more_scans(progressive, 10_000), BROKEN)
     yield Case("jpeg of two million segments", jpeg[:2] + b"\xff\xe1\0\x02" * 2_000_000 + jpeg[2:], BROKEN)
     yield Case("jpeg of 20 MiB of comments", jpeg[:2] + (b"\xff\xfe\xff\xff" + bytes(65533)) * 320 + jpeg[2:], LARGE)
+    exif = b"\xff\xe1\0\xd0Exif\0\0" + bytes(200)
+    yield Case("jpeg of 90,000 segments of Exif", jpeg[:2] + exif * 90_000 + jpeg[2:], BROKEN)
+    tiles = tiff(4000, 5000, t322=1, t323=1, t324=(1, 20_000_000, 200))
+    yield Case("tiff of 20 million tiles", tiles + bytes(20_000_000), BROKEN)
+    yield Case("tiff of 2.5 million resolutions", tiff(64, 64, t282=(5, 2_500_000, 200)) + bytes(20_000_000), BROKEN)
+    profile = chunk(b"iCCP", b"key\0\0" + zlib.compress(bytes(1_000_000), 9))
+    yield Case("png of 15,000 profiles", png(64, 64, more=profile * 15_000), BROKEN)
+    turns = b"MM\0*" + struct.pack(">IHHHII", 8, 1, 0x112, 5, 2_000_000, 26) + bytes(16_000_000)
+    yield Case("png of two million orientations", png(64, 64, more=chunk(b"eXIf", turns)), BROKEN)
+    yield Case("bmp of 7000 by 7000 in run lengths", bmp_runs(7000), BROKEN)
     yield Case(
         "exif of 60 KB of rubbish", jpeg[:2] + b"\xff\xe1\xea\x62Exif\0\0MM\0*" + b"\xff" * 59990 + jpeg[2:], PERHAPS
     )
@@ -288,6 +310,15 @@ def bmp(width: int, height: int) -> bytes:
     return (
         b"BM" + struct.pack("<IHHIIiiHHIIiiII", 118, 0, 0, 54, 40, width, height, 1, 24, 0, 64, 0, 0, 0, 0) + bytes(64)
     )
+
+
+def bmp_runs(side: int) -> bytes:
+    """A BMP of four bytes a row: a run of one pixel, and the rest left out."""
+    body = b"\x01\x05\0\0" * side + b"\0\1"
+    start = 54 + 1024
+    head = struct.pack("<IHHI", start + len(body), 0, 0, start)
+    head += struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(body), 0, 0, 256, 0)
+    return b"BM" + head + bytes(1024) + body
 
 
 def riff(kind: bytes, body: bytes) -> bytes:
