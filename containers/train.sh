@@ -13,9 +13,8 @@ esac
 # A signal is the training's, which keeps what it has; without a trap this shell, and with it the container, would be
 # gone before.
 trap : TERM INT
-started=$(mktemp)
-python training/train.py manifest=/app/runs/manifest.csv data_dir=/app/data "$@"
-# Of runs side by side each may find the other's as well: what is registered already is told so, and left.
-find /app/runs -path '*/bundle/bundle.json' -newer "$started" | while IFS= read -r bundle; do
-  python scripts/register_model.py --bundle "$(dirname "$bundle")" || exit 1
-done
+note=$(mktemp) # where the training writes which bundle it made: others may be made in the same volume
+BUNDLE_NOTE=$note python training/train.py manifest=/app/runs/manifest.csv data_dir=/app/data "$@"
+if [ -s "$note" ]; then
+  python scripts/register_model.py --bundle "$(cat "$note")"
+fi

@@ -30,6 +30,8 @@ MAX_ASPECT_RATIO = 8.0
 MAX_SCANS = 100
 # Segments of a JPEG and chunks of a PNG are read one by one, in Python; large files have a few thousand.
 MAX_PARTS = 100_000
+# A TIFF's largest table is a transfer function of three times 65,536 values.
+MAX_VALUES = 200_000
 # Exif comes in one segment of 64 KB; the few programs that need more write several. Pillow joins them one by one, each
 # time copying all before it, and unpacks whatever length a tag claims.
 MAX_EXIF_SEGMENTS = 20
@@ -203,8 +205,9 @@ def _excess_of_tiff(data: bytes) -> str:
         tag, kind, length = (
             int.from_bytes(data[entry + start : entry + end], order) for start, end in ((0, 2), (2, 4), (4, 8))
         )
-        if length > MAX_PARTS and (kind not in _TIFF_BYTES or tag in _TIFF_PLACES):
-            return f"{MAX_PARTS:,} values in a field"
+        most = MAX_PARTS if tag in _TIFF_PLACES else MAX_VALUES
+        if length > most and (kind not in _TIFF_BYTES or tag in _TIFF_PLACES):
+            return f"{most:,} values in a field"
     return ""
 
 
@@ -228,11 +231,12 @@ def _orientation(image: Image.Image) -> int:
     """What its Exif says of how the camera was held; 1 for upright."""
     if image.format == "TIFF":  # Pillow turns it upright itself, and tells the upright size from the beginning
         return 1
-    if image.format == "PNG":
+    if image.format == "PNG" and "exif" not in image.info:
         image.load()  # what stands behind the pixels may say it too
     if len(image.info.get("exif") or b"") > MAX_EXIF_BYTES:
         raise ImageError(400, "invalid_image", f"The Exif data are over {MAX_EXIF_BYTES:,} bytes; leave them out.")
-    return int(image.getexif().get(0x0112, 1))
+    value = image.getexif().get(0x0112, 1)
+    return value if isinstance(value, int) else 1  # of a type that it should not have, it says nothing
 
 
 def _to_rgb(image: Image.Image, shrink: int) -> Image.Image:

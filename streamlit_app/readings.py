@@ -99,8 +99,15 @@ class Readings:
                     break
                 progress(number / len(missing))
         for done, key in asked.items():  # what was under way when the outage showed
-            if not done.cancelled():
-                self._note(key, done.result(), failed)
+            if done.cancelled():
+                continue
+            result = done.result()
+            if isinstance(result, Answer):
+                tells = self.model in (None, (result.model.version, result.model.digest))
+            else:
+                tells = result.kind == "failed"
+            if tells:  # a refusal, or another model's answer, might make it forget the others
+                self._note(key, result, failed)
         return outage
 
     def _note(self, key: Key, result: Answer | ServingError, failed: dict[Key, ServingError]) -> ServingError | None:

@@ -127,7 +127,8 @@ class FakeTorchServe:
         self._say(effect)
 
     def wait_ready(self, version, timeout, each=None):
-        self.resting.discard(version)
+        if version not in self.broken:
+            self.resting.discard(version)
         return self._say(lambda: version in self.loaded and version not in self.broken)
 
     def set_default(self, version):

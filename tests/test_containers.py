@@ -140,10 +140,11 @@ def test_a_service_is_confined(name):
         assert source in COMPOSE["volumes"] or place.endswith(":ro"), "nothing of this machine's can be written"
 
 
-@pytest.mark.parametrize("name", ["bucket", "mlflow", "register", "promoter", "training"])
+@pytest.mark.parametrize("name", ["minio", "bucket", "mlflow", "register", "promoter", "training", "grafana"])
 def test_no_proxy_of_dockers_client_stands_between_neighbours(name):
     told = COMPOSE["services"][name]["environment"]
-    assert {"localhost", "127.0.0.1", "mlflow", "minio", "postgres", "torchserve"} <= set(told["NO_PROXY"].split(","))
+    named = {"localhost", "127.0.0.1", "mlflow", "minio", "postgres", "torchserve", "prometheus"}
+    assert named <= set(told["NO_PROXY"].split(","))
     assert told["no_proxy"] == told["NO_PROXY"]
 
 

@@ -95,11 +95,10 @@ def test_two_containers_fill_the_same_cache(frame, tmp_path, monkeypatch):
     real, begun = dataset._fill, []
 
     def fill(path, *rest):
-        if not begun:  # the other one begins, and ends, while this one is at it
-            begun.append(path)
-            path.touch()
-            build_cache(frame, Preprocessing(16), tmp_path)
         real(path, *rest)
+        if not begun:  # the other one begins, and ends, before this one has given its file its name
+            begun.append(path)
+            build_cache(frame, Preprocessing(16), tmp_path)
 
     monkeypatch.setattr(dataset, "_fill", fill)
     pixels = build_cache(frame, Preprocessing(16), tmp_path)

@@ -28,6 +28,7 @@ MADE = ("data/", "runs/", "model_store/skin_vit-", ".stack", ".venv")
 NOT_OURS = {"CI", "HOME", "NO_PROXY", "no_proxy", "PATH", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV"}
 NOT_OURS |= {"BASH_SOURCE", "NAMED_SECRETS"}
 NOT_OURS |= {"PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"}
+NOT_OURS |= {"BUNDLE_NOTE"}  # by train.sh for the training
 NOT_OURS |= {"SHADOW_FILE", "SHADOW_URL"}  # by start_torchserve.sh for its workers
 
 

@@ -86,6 +86,15 @@ def tiff(*fields: tuple[int, int, int, int], more: bytes = b"") -> bytes:
     return (b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries).ljust(200, b"\0") + more
 
 
+@pytest.mark.parametrize(("kind", "value"), [(1, b"\6\0\0\0"), (7, b"\6\0\0\0"), (2, b"6\0\0\0"), (2, b"up\0\0")])
+def test_an_orientation_of_another_type_says_nothing(picture, kind, value):
+    field = struct.pack(">HHHI", 1, 0x0112, kind, 1 if kind != 2 else value.index(0) + 1) + value + bytes(4)
+    body = b"Exif\0\0MM\0*\0\0\0\x08" + field
+    jpeg = encode(picture, "JPEG")
+    with_it = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+    assert np.array_equal(np.asarray(decode(with_it).image), np.asarray(decode(jpeg).image))
+
+
 # 16 by 16 pixels of 16 bits
 GREY = [(256, 4, 1, 16), (257, 4, 1, 16), (258, 3, 1, 16), (259, 3, 1, 1), (273, 4, 1, 200), (277, 3, 1, 1),
         (278, 4, 1, 16), (279, 4, 1, 512)]  # fmt: skip
@@ -122,10 +131,11 @@ COSTLY = {  # what may just be, and what may not, out of a JPEG and a PNG
     "Exif before the pixels": lambda jpeg, png: [with_exif(png, 33, n) for n in (0, 1 << 20)],
     "Exif behind the pixels": lambda jpeg, png: [with_exif(png, -12, n) for n in (0, 1 << 20)],
     "colour profiles": lambda jpeg, png: [png[:33] + PROFILE * n + png[33:] for n in (1, 2)],
-    "resolutions": lambda jpeg, png: [with_field(282, 5, n, 200) for n in (1, 100_001)],
+    "resolutions": lambda jpeg, png: [with_field(282, 5, n, 200) for n in (1, 200_001)],
+    "a transfer function": lambda jpeg, png: [with_field(301, 3, n, 200) for n in (3 << 16, 1 << 18)],
     "places of tiles": lambda jpeg, png: [with_field(324, 1, n, 200) for n in (4, 100_001)],
     "lengths of tiles": lambda jpeg, png: [with_field(325, 7, n, 200) for n in (4, 100_001)],
-    "more than XMP": lambda jpeg, png: [with_field(700, *kind, 200_000, 200) for kind in ((1,), (3,))],
+    "more than XMP": lambda jpeg, png: [with_field(700, kind, 300_000, 200) for kind in (1, 3)],
     "run lengths": lambda jpeg, png: [encode(Image.new("P", (64, 64)), "BMP"), images.bmp_runs(64)],
 }
 

@@ -22,7 +22,7 @@ from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.gates.base import Candidate
 from mlflow_tracking.promotion.gates.identity import DigestAndSignature, GoldenParity
-from mlflow_tracking.promotion.plan import Release
+from mlflow_tracking.promotion.plan import Action, Release, Step
 from mlflow_tracking.promotion.reconcile import Reconciler
 from scripts.promote import Rollback
 from tests.reconcile_world import Golden, Killed, World, full_disk
@@ -134,6 +134,33 @@ def test_a_champion_that_has_just_lost_its_worker_is_compared_with_all_the_same(
     promoter.reconcile()
     assert world.torchserve.default_version == "2"
     assert compared == ["1"], "or version 2 would pass as the very first one"
+
+
+def test_a_champion_that_finds_no_place_beside_the_candidate_keeps_serving(world, monkeypatch):
+    world.serve("1")
+    promoter = world.promoter()
+    real = promoter.executor._load
+
+    def load(release):
+        real(release)
+        world.torchserve.broken.add("1")
+        world.torchserve.resting.add("1")
+
+    monkeypatch.setattr(promoter.executor, "_load", load)
+    world.registry.aliases["champion"] = "2"
+    [error] = promoter.reconcile().errors
+    assert "version 1, which serves, has lost its worker" in error
+    assert set(world.torchserve.loaded) == {"1"}
+    assert world.torchserve.default_version == "1"
+    # one that is broken for good is not waited for
+    promoter.executor._given_up.add("1")
+    promoter.setbacks.clear()
+    monkeypatch.setattr(promoter.executor, "_load", real)
+    world.torchserve.resting.add("1")
+    promoter.executor.run(Step(Action.LOAD, Release("2", world.registry.tags["2"]["digest"])))
+    world.torchserve.resting.add("1")
+    promoter.executor.run(Step(Action.CHECK, Release("2", world.registry.tags["2"]["digest"])))
+    assert Release("2", world.registry.tags["2"]["digest"]) in promoter.executor.observe().approved
 
 
 def test_what_is_refused_first_never_stays(world):

@@ -4,6 +4,7 @@ It needs nothing but the output folder and the data, so it can be run again: res
 comes straight here.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -209,5 +210,7 @@ def finish(
         console.print(f"{split}  {figures}")
     # The registry finds a run by its id only on its own server.
     told = tracker.url and not tracker.failed
+    if note := os.environ.get("BUNDLE_NOTE"):  # containers/train.sh registers it
+        Path(note).write_text(str(bundle.path))
     source = f"--run-id {tracker.run_id}" if told else f"--bundle {bundle.path}"
     console.print(f"Bundle: {bundle.path}\nRegister it: python scripts/register_model.py {source}")

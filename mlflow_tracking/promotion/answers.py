@@ -71,14 +71,22 @@ def ask(
     return _answers(rows)
 
 
-def ask_one(torchserve: TorchServe, release: Release, image: bytes, metadata: Values | None) -> dict[str, Any]:
-    """The whole answer of one version to one picture; what passes is waited for a little. Raises as `ask`."""
+def ask_one(
+    torchserve: TorchServe,
+    release: Release,
+    image: bytes,
+    metadata: Values | None,
+    each: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """The whole answer of one version to one picture; what passes is waited for a little, `each` being called before,
+    which may raise to stop. Raises as `ask`."""
     for wait in (0.5, 2.0, None):
         try:
             answer = torchserve.predict(image, release.version, metadata=metadata)
         except TorchServeError as error:
             if not error.passing or wait is None:
                 raise
+            each()
             time.sleep(wait)
         else:
             break

@@ -70,6 +70,7 @@ class Executor:
         self._verifier = Verifier(store)
         # Loaded versions without a ready worker: since when (monotonic seconds), and whether it was started anew.
         self._unready: dict[str, tuple[float, bool]] = {}
+        self._given_up: set[str] = set()  # versions whose worker did not come back, started anew or not
 
     def observe(self, asked: Iterable[Release] = ()) -> Actual:
         """What is there now. `asked` are releases the ledger may not know yet.
@@ -80,6 +81,7 @@ class Executor:
         served = self.torchserve.versions()
         for version in [version for version in self._unready if version not in served or served[version].ready]:
             del self._unready[version]
+        self._given_up -= {version for version, one in served.items() if one.ready}
         default = self.torchserve.default() if served else None
         ledger = self.ledger()
         names = {name: entry.release for name, entry in ledger.archives.items()}
@@ -217,6 +219,7 @@ class Executor:
             raise NotYet(f"Version {release.version} has no ready worker yet; waiting for it.")
         if anew:
             del self._unready[release.version]
+            self._given_up.add(release.version)
             raise StepFailed(f"version {release.version} has no ready worker after {startup:g} s; see TorchServe's log")
         # A dead worker still counts as one, so first there must be none.
         self.torchserve.scale(release.version, 0, synchronous=True)
@@ -248,9 +251,18 @@ class Executor:
     def _judgement(self, release: Release) -> Judgement:
         """The verdicts on a release that is loaded: those that were kept, or new ones."""
         actual = self.observe()
-        if (serving := actual.serving) and Loaded(serving, ready=False) in actual.loaded.values():
+        serving = actual.serving
+        if serving and Loaded(serving, ready=False) in actual.loaded.values() and serving.version not in self._given_up:
             # Without it the candidate would pass as the very first one.
-            self.torchserve.wait_ready(serving.version, RECOVERY, lambda: self.progress("the champion's worker starts"))
+            if not self.torchserve.wait_ready(
+                serving.version, RECOVERY, lambda: self.progress("the champion's worker starts")
+            ):
+                with suppress(TorchServeError):
+                    self.torchserve.unregister(release.version)
+                raise StepFailed(
+                    f"version {serving.version}, which serves, has lost its worker and does not get it back beside "
+                    f"version {release.version}, which was taken out again: is there memory for both?"
+                )
             actual = self.observe()
         champion = _champion(actual, release)
         evaluation = self.evaluation_set()

@@ -66,9 +66,14 @@ class GoldenParity(Gate):
         cases = candidate.bundle.golden()
         if not cases:
             return self.holds(False, "the bundle has no golden images")
+
+        def go_on() -> None:
+            candidate.progress(f"version {release.version} is asked about its golden pictures")
+
         for case in cases:
+            go_on()
             try:
-                answer = ask_one(candidate.torchserve, release, case.image, case.metadata)
+                answer = ask_one(candidate.torchserve, release, case.image, case.metadata, go_on)
             except TorchServeError as error:
                 if error.passing:  # a worker died, which may be for want of memory: no reason to refuse it for good
                     raise
