@@ -5,50 +5,35 @@ Training, evaluation and serving all go through this module, so a model sees the
 
 import hashlib
 import io
-import re
 import threading
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from handlers.file_limits import JPEG, MAX_PIXELS, PNG, TIFF, excess
 
 # Pillow's decoders that are reachable from untrusted bytes. JPEG includes MPO, the multi-picture JPEG of phones.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 # Dermoscopes and phones write 1 to 15 MB; this leaves room and still bounds what one request can cost.
 MAX_BYTES = 20 * 1024 * 1024
-# 48 megapixels is the largest common camera sensor.
-MAX_PIXELS = 50_000_000
 MIN_SIDE = 16
 # A lesion photo is at most a panorama; beyond this the squashed input no longer resembles a lesion.
 MAX_ASPECT_RATIO = 8.0
 
-# Each scan of a JPEG is a walk over the whole picture, and a scan may have 80 bytes: without a limit, 20 MiB keep a
-# worker busy for hours. Encoders write 1 to 12; libtiff has the same limit for JPEG inside TIFF.
-MAX_SCANS = 100
-# Segments of a JPEG and chunks of a PNG are read one by one, in Python; large files have a few thousand.
-MAX_PARTS = 100_000
-# A TIFF's largest table is a transfer function of three times 65,536 values.
-MAX_VALUES = 200_000
-# Exif comes in one segment of 64 KB; the few programs that need more write several. Pillow joins them one by one, each
-# time copying all before it, and unpacks whatever length a tag claims.
-MAX_EXIF_SEGMENTS = 20
+# Exif has 64 KB in most files, and Pillow unpacks whatever length a tag claims.
 MAX_EXIF_BYTES = 1 << 20
-# A WebP of more pixels than this is decoded alone: Pillow holds three canvases of it, 16 bytes a pixel.
-ALONE_PIXELS = 4_000_000
+# Pillow holds three canvases of a WebP, 16 bytes a pixel, and libwebp tables of its own; so it has half the pixels of
+# others, and but for small ones it is decoded alone.
+MAX_WEBP_PIXELS, ALONE_PIXELS = 25_000_000, 262_144
 # A picture whose shorter side (pixels) is twice this or more is shrunk by whole boxes as soon as it is decoded, down to
 # this at least: eight of 50 megapixels in one batch would hold 1.6 GB until they are answered.
 SHRINK_SIDE = 512
 
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-_SIGNATURES = (_JPEG, _PNG, b"BM", b"II*\x00", b"MM\x00*")
-# A marker of a JPEG that a length follows, or its end: no stuffed byte, padding, restart inside a scan, start or TEM.
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
-_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
-# TIFF: where strips and tiles are, of which Pillow makes a list whatever the type; and the types that are plain bytes.
-_TIFF_PLACES, _TIFF_BYTES = (273, 279, 324, 325), (1, 2, 7)
+_SIGNATURES = (JPEG, PNG, b"BM", *TIFF)
 _WHITE_IS_ZERO = 262, 0  # TIFF's photometric interpretation
 _RUN_LENGTHS = (1, 2)  # compressions of a BMP that Pillow decodes in Python, a pixel at a time
 _alone = threading.Lock()
@@ -108,7 +93,9 @@ def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
         )
     if not (data.startswith(_SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):
         raise ImageError(415, "unsupported_media_type", f"This is not a {_SUPPORTED} image.")
-    _check_parts(data)
+    if more := excess(data):
+        message = f"The file has more than {more}, which no camera writes; save the image anew and send that."
+        raise ImageError(400, "invalid_image", message)
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
@@ -138,10 +125,10 @@ def ignore_oddities() -> None:
 
 def _check_header(image: Image.Image) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            413, "image_too_large", f"The image has {width}×{height} pixels; the limit is {MAX_PIXELS:,} in all."
-        )
+    most = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
+    if width * height > most:
+        message = f"The image has {width}×{height} pixels; the limit is {most:,} in all."
+        raise ImageError(413, "image_too_large", message)
     if min(width, height) < MIN_SIDE:
         raise ImageError(
             400, "image_too_small", f"The image is {width}×{height}; each side needs {MIN_SIDE} pixels or more."
@@ -152,63 +139,19 @@ def _check_header(image: Image.Image) -> None:
             "unusual_shape",
             f"The image is {width}×{height}; one side may be {MAX_ASPECT_RATIO:g} times the other at most.",
         )
+    if image.format == "TIFF" and _area(image) > width * height:
+        raise ImageError(400, "invalid_image", "The strips or tiles of the TIFF lie over each other; save it anew.")
     if image.format == "BMP" and image.info.get("compression") in _RUN_LENGTHS:
         raise ImageError(400, "invalid_image", "The BMP is compressed by run lengths; save it as PNG and send that.")
     if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
         raise ImageError(400, "animated_image", "The image is an animation; send one still picture.")
 
 
-def _check_parts(data: bytes) -> None:
-    """Refuse a file of more parts than any camera or program writes, each of which costs time."""
-    excess = _excess_of_png if data.startswith(_PNG) else _excess_of_jpeg if data.startswith(_JPEG) else _excess_of_tiff
-    if found := excess(data):
-        message = f"The file has more than {found}, which no camera writes; save the image anew and send that."
-        raise ImageError(400, "invalid_image", message)
-
-
-def _excess_of_png(data: bytes) -> str:
-    """What it has too many of: chunks, or colour profiles, each of which may unpack to a megabyte; "" where nothing."""
-    position, parts, profiles = len(_PNG), 0, 0
-    while position < len(data) and (name := data[position + 4 : position + 8]) != b"IEND":
-        position += 12 + int.from_bytes(data[position : position + 4])  # length, name and checksum: 4 bytes each
-        parts, profiles = parts + 1, profiles + (name == b"iCCP")
-        if parts > MAX_PARTS or profiles > 1:
-            return "one colour profile" if profiles > 1 else f"{MAX_PARTS:,} chunks"
-    return ""
-
-
-def _excess_of_jpeg(data: bytes) -> str:
-    """What it has too many of: segments, those of Exif, or scans."""
-    position, parts, scans, exif = 2, 0, 0, 0
-    while found := _MARKER.search(data, position):
-        marker, position = data[found.start() + 1], found.end()
-        if marker == _END_OF_IMAGE:
-            break
-        exif += marker == _APP1 and data.startswith(b"Exif\0\0", position + 2)
-        position += int.from_bytes(data[position : position + 2])  # which counts itself
-        parts, scans = parts + 1, scans + (marker == _START_OF_SCAN)
-        if parts > MAX_PARTS:
-            return f"{MAX_PARTS:,} segments"
-        if scans > MAX_SCANS or exif > MAX_EXIF_SEGMENTS:
-            return f"{MAX_SCANS} scans" if scans > MAX_SCANS else f"{MAX_EXIF_SEGMENTS} segments of Exif"
-    return ""
-
-
-def _excess_of_tiff(data: bytes) -> str:
-    """What it has too many of: values in a field of its first page, which Pillow unpacks one by one."""
-    if data[:4] not in (b"II*\x00", b"MM\x00*"):
-        return ""
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-    page = int.from_bytes(data[4:8], order)
-    fields = int.from_bytes(data[page : page + 2], order)
-    for entry in range(page + 2, min(page + 2 + 12 * fields, len(data)), 12):
-        tag, kind, length = (
-            int.from_bytes(data[entry + start : entry + end], order) for start, end in ((0, 2), (2, 4), (4, 8))
-        )
-        most = MAX_PARTS if tag in _TIFF_PLACES else MAX_VALUES
-        if length > most and (kind not in _TIFF_BYTES or tag in _TIFF_PLACES):
-            return f"{most:,} values in a field"
-    return ""
+def _area(image: Any) -> int:
+    """The pixels of all strips or tiles of a TIFF, of each of its layers where these stand by themselves."""
+    samples, separate = image.tag_v2.get(277, 1), image.tag_v2.get(284, 1) == 2
+    places = (tile[1] for tile in image.tile)
+    return sum((right - left) * (low - top) for left, top, right, low in places) // (samples if separate else 1)
 
 
 def _load(image: Image.Image, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
@@ -218,6 +161,9 @@ def _load(image: Image.Image, min_side: int | None) -> tuple[Image.Image, tuple[
         # draft keeps both sides at or above the asked ones, so ask for the shape scaled to the shorter side.
         scale = min_side / min(sent)
         image.draft(None, (max(1, round(sent[0] * scale)), max(1, round(sent[1] * scale))))
+    if image.format == "TIFF":
+        # Pillow would unpack all of Exif and GPS after the pixels, whatever length they claim, but for a file of pages.
+        setattr(image, "is_animated", True)  # noqa: B010
     orientation = _orientation(image)
     image.load()
     shrink = 1 if min_side is None else max(1, min(image.size) // max(min_side, SHRINK_SIDE))
@@ -233,7 +179,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
     if image.format == "PNG" and "exif" not in image.info:
         image.load()  # what stands behind the pixels may say it too
-    if len(image.info.get("exif") or b"") > MAX_EXIF_BYTES:
+    written = len(image.info.get("Raw profile type exif") or "") // 2  # ImageMagick's, a text of hexadecimal digits
+    if max(len(image.info.get("exif") or b""), written) > MAX_EXIF_BYTES:
         raise ImageError(400, "invalid_image", f"The Exif data are over {MAX_EXIF_BYTES:,} bytes; leave them out.")
     value = image.getexif().get(0x0112, 1)
     return value if isinstance(value, int) else 1  # of a type that it should not have, it says nothing
@@ -251,6 +198,8 @@ def _to_rgb(image: Image.Image, shrink: int) -> Image.Image:
     elif image.mode == "F":
         raise ImageError(400, "invalid_image", "Floating-point images have no defined brightness; send 8 or 16 bits.")
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        if image.mode == "LA" and shrink > 1:  # while it has two channels
+            image, shrink = image.reduce(shrink), 1
         image = image if image.mode == "RGBA" else image.convert("RGBA")
     elif image.mode not in ("L", "RGB"):
         image = image.convert("RGB")

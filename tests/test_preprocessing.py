@@ -19,7 +19,6 @@ from PIL import Image
 from handlers import preprocessing
 from handlers.preprocessing import MAX_BYTES, ImageError, Preprocessing, decode
 from streamlit_app.utils import open_picture
-from tests.hostile import images
 
 
 def encode(image: Image.Image, format_: str, **options) -> bytes:
@@ -109,54 +108,12 @@ def test_white_is_zero_where_a_tiff_says_so(read):
     assert np.array_equal(white, 255 - black)
 
 
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-EXIF = b"\xff\xe1\0\x14Exif\0\0MM\0*\0\0\0\x08\0\0\0\0"
-TURNS = b"MM\0*\0\0\0\x08\0\0"
-PROFILE = chunk(b"iCCP", b"k\0\0" + zlib.compress(b""))
-
-
-def with_exif(png: bytes, place: int, more: int) -> bytes:
-    return png[:place] + chunk(b"eXIf", TURNS + bytes(more)) + png[place:]
-
-
-def with_field(*field: int) -> bytes:
-    return tiff(*GREY, BLACK_IS_ZERO, field, more=bytes(900_000))
-
-
-COSTLY = {  # what may just be, and what may not, out of a JPEG and a PNG
-    "segments of Exif": lambda jpeg, png: [jpeg[:2] + EXIF * n + jpeg[2:] for n in (20, 21)],
-    "Exif before the pixels": lambda jpeg, png: [with_exif(png, 33, n) for n in (0, 1 << 20)],
-    "Exif behind the pixels": lambda jpeg, png: [with_exif(png, -12, n) for n in (0, 1 << 20)],
-    "colour profiles": lambda jpeg, png: [png[:33] + PROFILE * n + png[33:] for n in (1, 2)],
-    "resolutions": lambda jpeg, png: [with_field(282, 5, n, 200) for n in (1, 200_001)],
-    "a transfer function": lambda jpeg, png: [with_field(301, 3, n, 200) for n in (3 << 16, 1 << 18)],
-    "places of tiles": lambda jpeg, png: [with_field(324, 1, n, 200) for n in (4, 100_001)],
-    "lengths of tiles": lambda jpeg, png: [with_field(325, 7, n, 200) for n in (4, 100_001)],
-    "more than XMP": lambda jpeg, png: [with_field(700, kind, 300_000, 200) for kind in (1, 3)],
-    "run lengths": lambda jpeg, png: [encode(Image.new("P", (64, 64)), "BMP"), images.bmp_runs(64)],
-}
-
-
-@pytest.mark.parametrize("what", COSTLY)
-def test_what_costs_pillow_much_more_than_it_has_bytes_is_refused(picture, what):
-    small = picture.resize((32, 24))
-    allowed, costly = COSTLY[what](encode(small, "JPEG"), encode(small, "PNG"))
-    decode(allowed)
-    with pytest.raises(ImageError) as caught:
-        decode(costly)
-    assert (caught.value.status, caught.value.code) == (400, "invalid_image")
-    assert "damaged" not in str(caught.value), "it is said what is wrong"
-
-
 def test_large_webps_are_decoded_one_at_a_time(picture, monkeypatch):
     alone = MagicMock()
     monkeypatch.setattr(preprocessing, "_alone", alone)
-    decode(encode(picture, "WEBP"))
+    decode(encode(picture.resize((64, 48)), "WEBP"))
     assert not alone.__enter__.called
-    decode(encode(Image.new("RGB", (2100, 2000)), "WEBP", lossless=True))
+    decode(encode(Image.new("RGB", (700, 400)), "WEBP", lossless=True))
     assert alone.__enter__.called
     assert alone.__exit__.called
 
@@ -278,18 +235,6 @@ def test_a_large_picture_shrinks_and_looks_the_same(picture, mode):
     assert shrunk.image.size == (750, 563), "not below SHRINK_SIDE"
     resize = Preprocessing(128).resize
     assert np.abs(resize(shrunk.image).astype(int) - resize(whole.image)).mean() < 1
-
-
-def test_a_jpeg_may_have_a_hundred_scans_whatever_lies_behind_its_end(picture):
-    progressive = encode(picture, "JPEG", progressive=True)
-    last = progressive[progressive.rindex(b"\xff\xda") : -2]
-    usual = progressive.count(b"\xff\xda")
-    decode(progressive[:-2] + last * (100 - usual) + progressive[-2:] + b"\xff\xda\0\0" * 500)
-    many = progressive[:-2] + last * (101 - usual) + progressive[-2:]
-    hidden = b"\xff\x01\0\x06\xff\xfe\0\x06\xff\xd9\0\0"  # an end, for whom TEM has a length
-    for data in (many, many[:2] + hidden + many[2:]):
-        with pytest.raises(ImageError, match="more than 100 scans"):
-            decode(data)
 
 
 def test_a_long_picture_shrinks_too(picture):

@@ -293,6 +293,16 @@ def bombs(data: bytes) -> Cases:
     yield Case("png of 15,000 profiles", png(64, 64, more=profile * 15_000), BROKEN)
     turns = b"MM\0*" + struct.pack(">IHHHII", 8, 1, 0x112, 5, 2_000_000, 26) + bytes(16_000_000)
     yield Case("png of two million orientations", png(64, 64, more=chunk(b"eXIf", turns)), BROKEN)
+    segment = b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)
+    yield Case("jpeg that ends, with Exif behind it", jpeg[:2] + b"\xff\xd9" + segment * 300 + jpeg[2:], BROKEN)
+    yield Case("jpeg of 20 MB of padding", jpeg[:2] + b"\xff" * 20_000_000 + jpeg[2:], BROKEN)
+    nameless = chunk(b"zTXt", b"\0\0" + zlib.compress(bytes(1 << 20), 9))
+    yield Case("png of 15,000 texts", png(64, 64, more=nameless * 15_000), BROKEN)
+    raw = b"Raw profile type exif\0\nexif\n%8d\n" % len(turns) + turns[:8_000_000].hex().encode()
+    yield Case("png of a million orientations, as text", png(64, 64, more=chunk(b"tEXt", raw)), BROKEN)
+    yield Case("png of 49 megapixels of 16 bits", png(7000, 7000, 16, 6, whole=False), BROKEN)
+    strips = tiff(6000, 6000, t273=(4, 100_000, 200), t278=1, t279=(4, 100_000, 400_200)) + bytes(1_000_000)
+    yield Case("tiff of 100,000 strips at one place", strips, BROKEN)
     yield Case("bmp of 7000 by 7000 in run lengths", bmp_runs(7000), BROKEN)
     yield Case(
         "exif of 60 KB of rubbish", jpeg[:2] + b"\xff\xe1\xea\x62Exif\0\0MM\0*" + b"\xff" * 59990 + jpeg[2:], PERHAPS
