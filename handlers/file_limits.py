@@ -7,7 +7,6 @@ here no camera or program writes; docs/reliability.md has what it would cost.
 
 import re
 import struct
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -51,10 +50,11 @@ _JPEG_IN_TIFF = 7
 
 def excess(data: bytes) -> str:
     """What a JPEG, PNG or TIFF has more of than any camera or program writes, in words; "" where there is nothing."""
-    look: Callable[[bytes], str] = (
-        _png if data.startswith(PNG) else _jpeg if data.startswith(JPEG) else _tiff if data.startswith(TIFF) else str
-    )
-    return look(data) if look is not str else ""
+    if data.startswith(PNG):
+        return _png(data)
+    if data.startswith(JPEG):
+        return _jpeg(data)
+    return _tiff(data) if data.startswith(TIFF) else ""
 
 
 def _png(data: bytes) -> str:
@@ -139,7 +139,7 @@ def _excess_of_pixels(data: bytes, numbers: dict[int, list[int]]) -> str:
     def largest(tag: int, default: int = 0) -> int:
         return max(numbers.get(tag, ()), default=default)
 
-    # Counted once each, the bytes of strips that share them would be unpacked as often as they are named.
+    # Strips may name the same bytes, which are then unpacked as often.
     if any(sum(numbers.get(tag, ())) > len(data) for tag in (_STRIP_BYTES, _TILE_BYTES)):
         return "its own bytes in strips or tiles"
     if largest(_COMPRESSION) == _JPEG_IN_TIFF:

@@ -9,7 +9,7 @@ answer.probabilities["MEL"], answer.grid
 import base64
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -150,7 +150,6 @@ class Predictor:
             runtime = "openvino" if bundle.has_graph else "torch"
         self.bundle = bundle
         self.config = bundle.config
-        # A runtime holds one request at a time: without this, answers of two threads would be each other's.
         self._one_at_a_time = threading.Lock()
         self.runtime = self._start(runtime, precision, threads, device)
         # Pillow and OpenCV let go of Python's lock, so the pictures of a batch are read and drawn side by side.
@@ -207,11 +206,7 @@ class Predictor:
         asked = [request if isinstance(request, Request) else Request(bytes(request)) for request in requests]
         read = list(self._map(self._read, asked))
         accepted = [one for one in read if not isinstance(one, ImageError)]
-        answers: Iterator[Prediction] = iter(())
-        if accepted:
-            with self._one_at_a_time:
-                inferred = self._infer(accepted)
-            answers = iter(self._interpret(*inferred, accepted))
+        answers = iter(self._interpret(*self._infer(accepted), accepted) if accepted else [])
         return [one if isinstance(one, ImageError) else next(answers) for one in read]
 
     def _map(self, function: Callable[[A], B], items: Sequence[A]) -> Iterable[B]:
@@ -256,7 +251,7 @@ class Predictor:
         starts = np.cumsum([0, *counts[:-1]])
         rows = np.stack([view for of_request in views for view in of_request])
         metadata = np.stack([self.config.metadata.encode(r.metadata or {}) for r in requests])
-        row_logits, row_maps, row_residuals = self.runtime(
+        row_logits, row_maps, row_residuals = self._run(
             rows, np.repeat(wanted, counts), np.repeat(metadata, counts, axis=0)
         )
         logits = np.add.reduceat(row_logits, starts) / np.array(counts)[:, None]
@@ -266,8 +261,13 @@ class Predictor:
         shown = np.where(wanted < 0, row_logits[starts].argmax(1), wanted)
         moved = np.flatnonzero(shown != targets)
         if len(moved):
-            maps[moved] = self.runtime(rows[starts[moved]], targets[moved], metadata[moved])[1]
+            maps[moved] = self._run(rows[starts[moved]], targets[moved], metadata[moved])[1]
         return logits, residuals, maps, targets
+
+    def _run(self, *inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The runtime's outputs. It holds one request at a time: two threads would get each other's."""
+        with self._one_at_a_time:
+            return self.runtime(*inputs)
 
     def _interpret(
         self,

@@ -34,7 +34,6 @@ MAX_WEBP_PIXELS, ALONE_PIXELS = 25_000_000, 262_144
 SHRINK_SIDE = 512
 
 _SIGNATURES = (JPEG, PNG, b"BM", *TIFF)
-_WHITE_IS_ZERO = 262, 0  # TIFF's photometric interpretation
 _RUN_LENGTHS = (1, 2)  # compressions of a BMP that Pillow decodes in Python, a pixel at a time
 _alone = threading.Lock()
 # What makes a picture with this EXIF orientation upright.
@@ -163,7 +162,7 @@ def _load(image: Image.Image, min_side: int | None) -> tuple[Image.Image, tuple[
         image.draft(None, (max(1, round(sent[0] * scale)), max(1, round(sent[1] * scale))))
     if image.format == "TIFF":
         # Pillow would unpack all of Exif and GPS after the pixels, whatever length they claim, but for a file of pages.
-        setattr(image, "is_animated", True)  # noqa: B010
+        image.is_animated = True  # type: ignore[attr-defined]
     orientation = _orientation(image)
     image.load()
     shrink = 1 if min_side is None else max(1, min(image.size) // max(min_side, SHRINK_SIDE))
@@ -188,13 +187,11 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image, shrink: int) -> Image.Image:
     """RGB out of any mode, each side divided by `shrink`; of the full size there are two copies at a time at most."""
-    tags = getattr(image, "tag_v2", None)
     if image.mode.startswith("I"):  # 16-bit grey
         grey = image.convert("I").reduce(shrink)
         levels = (np.clip(np.asarray(grey), 0, 65535) // 257).astype(np.uint8)
-        tag, value = _WHITE_IS_ZERO
-        inverted = tags is not None and tags.get(tag) == value  # which Pillow heeds in 8 bits alone
-        image, shrink = Image.fromarray(255 - levels if inverted else levels), 1
+        white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # a TIFF's, which Pillow heeds in 8 bits alone
+        image, shrink = Image.fromarray(255 - levels if white_is_zero else levels), 1
     elif image.mode == "F":
         raise ImageError(400, "invalid_image", "Floating-point images have no defined brightness; send 8 or 16 bits.")
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -99,15 +99,10 @@ class Readings:
                     break
                 progress(number / len(missing))
         for done, key in asked.items():  # what was under way when the outage showed
-            if done.cancelled():
-                continue
-            result = done.result()
-            if isinstance(result, Answer):
-                tells = self.model in (None, (result.model.version, result.model.digest))
-            else:
-                tells = result.kind == "failed"
-            if tells:  # a refusal, or another model's answer, might make it forget the others
-                self._note(key, result, failed)
+            result = None if done.cancelled() else done.result()
+            # Another model's answer would make it forget the others, and nobody asks again.
+            if isinstance(result, Answer) and self.model in (None, (result.model.version, result.model.digest)):
+                self._remember(key, result)
         return outage
 
     def _note(self, key: Key, result: Answer | ServingError, failed: dict[Key, ServingError]) -> ServingError | None:

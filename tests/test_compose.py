@@ -245,17 +245,41 @@ def test_no_secret_is_to_be_seen(stack):
         assert not any(value in listed for value in secrets.values()), service
 
 
-def test_training_in_its_container_logs_registers_and_is_served(stack, image):
-    for code in ("MEL", "NV", "BCC"):
-        folder = stack.folder / "data" / {"MEL": "melanoma", "NV": "nevus", "BCC": "basal cell carcinoma"}[code]
+@pytest.fixture(scope="module")
+def small_training(stack):
+    """The words of a short training, on drawn lesions."""
+    for code, name in (("MEL", "melanoma"), ("NV", "nevus"), ("BCC", "basal cell carcinoma")):
+        folder = stack.folder / "data" / name
         folder.mkdir(parents=True, exist_ok=True)
         for seed in range(40):
             draw_lesion(seed, code).resize((96, 72)).save(folder / f"{code.lower()}_{seed}.jpg", quality=90)
+    return "training", "--config", "resnet18", "pretrained=false", "image_size=64", "batch_size=16", "bootstrap=0"
+
+
+def test_a_training_that_is_stopped_ends_by_itself(stack, small_training):
+    """It is no child of the container's init, which has to tell it all the same."""
+    container = stack("run", "--detach", "-T", *small_training, "--epochs", "1000").stdout.split()[-1]
+
+    def docker(*words: str) -> str:
+        done = subprocess.run(["docker", *words, container], env=stack.env, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    try:
+        stack.wait_for(lambda: re.search(r"epoch +1/1000 .*lr", docker("logs")), 120)
+        docker("stop", "--time", "30")
+        said = docker("logs")
+        assert re.search(r"Interrupted; [1-9]\d* whole epochs are kept", said), said
+        assert "--resume" in said
+        assert docker("inspect", "--format", "{{.State.ExitCode}}").strip() == "143"
+        runs = stack.registry("POST", "/runs/search", experiment_ids=[str(n) for n in range(9)])["runs"]
+        assert "KILLED" in {run["info"]["status"] for run in runs}
+    finally:
+        docker("rm", "--force")
+
+
+def test_training_in_its_container_logs_registers_and_is_served(stack, image, small_training):
     began = time.monotonic()
-    done = stack(
-        *("run", "--rm", "-T", "training", "--config", "resnet18", "--epochs", "1"),
-        *("pretrained=false", "image_size=64", "batch_size=16", "bootstrap=0"),
-    )
+    done = stack("run", "--rm", "-T", *small_training, "--epochs", "1")
     print(f"\none epoch in the container: {time.monotonic() - began:.0f} s")
     assert "version 2 is registered" in done.stdout, done.stdout + done.stderr
     version = stack.registry("GET", "/model-versions/get", name="skin_vit", version="2")["model_version"]

@@ -3,7 +3,6 @@
 Each limit has a file that is just within it and is read, and one beyond it, which is refused before it is opened.
 """
 
-import io
 import struct
 import zlib
 
@@ -14,14 +13,7 @@ from PIL import Image
 from handlers.file_limits import excess
 from handlers.preprocessing import ImageError, decode
 from tests.hostile import images
-from tests.hostile.images import chunk
-
-
-def encode(image: Image.Image, format_: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format_, **options)
-    return buffer.getvalue()
-
+from tests.hostile.images import chunk, encode
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
 JPEG, PNG = encode(PICTURE, "JPEG"), encode(PICTURE, "PNG")
@@ -44,11 +36,7 @@ def in_png(more: bytes, place: int = 33) -> bytes:
 
 def tiff(more: bytes = bytes(900_000), **fields: tuple[int, int, int]) -> bytes:
     """16 by 16 grey pixels; `fields` as t282=(type, number of values, where), others in place of the usual ones."""
-    usual = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 273: 300, 277: 1, 278: 16, 279: 256}
-    given = {tag: (4, 1, value) for tag, value in usual.items()}
-    given |= {int(name[1:]): field for name, field in fields.items()}
-    entries = b"".join(struct.pack("<HHII", tag, *field) for tag, field in sorted(given.items()))
-    return (b"II*\0" + struct.pack("<IH", 8, len(given)) + entries).ljust(300, b"\0") + more
+    return images.tiff(16, 16, **{"t273": 300, "t279": 256, **fields}).ljust(300, b"\0") + more
 
 
 def strips(number: int) -> bytes:

@@ -19,6 +19,7 @@ from PIL import Image
 from handlers import preprocessing
 from handlers.preprocessing import MAX_BYTES, ImageError, Preprocessing, decode
 from streamlit_app.utils import open_picture
+from tests.hostile import images
 
 
 def encode(image: Image.Image, format_: str, **options) -> bytes:
@@ -79,12 +80,6 @@ def test_exif_orientations_of_one_photo_give_the_same_picture(picture, orientati
     assert np.array_equal(np.asarray(decoded.image), np.asarray(picture))
 
 
-def tiff(*fields: tuple[int, int, int, int], more: bytes = b"") -> bytes:
-    """A TIFF of (tag, type, count, value) fields, 200 bytes long, and `more`."""
-    entries = b"".join(struct.pack("<HHII", *field) for field in sorted(fields))
-    return (b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries).ljust(200, b"\0") + more
-
-
 @pytest.mark.parametrize(("kind", "value"), [(1, b"\6\0\0\0"), (7, b"\6\0\0\0"), (2, b"6\0\0\0"), (2, b"up\0\0")])
 def test_an_orientation_of_another_type_says_nothing(picture, kind, value):
     field = struct.pack(">HHHI", 1, 0x0112, kind, 1 if kind != 2 else value.index(0) + 1) + value + bytes(4)
@@ -94,16 +89,11 @@ def test_an_orientation_of_another_type_says_nothing(picture, kind, value):
     assert np.array_equal(np.asarray(decode(with_it).image), np.asarray(decode(jpeg).image))
 
 
-# 16 by 16 pixels of 16 bits
-GREY = [(256, 4, 1, 16), (257, 4, 1, 16), (258, 3, 1, 16), (259, 3, 1, 1), (273, 4, 1, 200), (277, 3, 1, 1),
-        (278, 4, 1, 16), (279, 4, 1, 512)]  # fmt: skip
-BLACK_IS_ZERO, WHITE_IS_ZERO = (262, 3, 1, 1), (262, 3, 1, 0)
-
-
 @pytest.mark.parametrize("read", [lambda data: decode(data).image, open_picture], ids=["served", "shown"])
 def test_white_is_zero_where_a_tiff_says_so(read):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).tobytes()
-    black, white = (np.asarray(read(tiff(*GREY, how, more=ramp))) for how in (BLACK_IS_ZERO, WHITE_IS_ZERO))
+    heads = (images.tiff(16, 16, t258=16, t262=how, t273=200, t279=512) for how in (1, 0))
+    black, white = (np.asarray(read(head.ljust(200, b"\0") + ramp)) for head in heads)
     assert (black[0, 0, 0], black[-1, -1, 0]) == (0, 255)
     assert np.array_equal(white, 255 - black)
 

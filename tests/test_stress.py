@@ -147,9 +147,8 @@ def test_a_split_without_images_is_one_sentence(main, bundle, manifest, tmp_path
 
 @pytest.mark.parametrize("main", [stress.main, explanations.main])
 def test_what_the_model_was_made_from_is_refused(main, manifest, tmp_path):
-    digest = (
-        read_manifest(manifest).query("split == 'test'")["sha256"].min()
-    )  # the one that explanations.py takes first
+    # the one that explanations.py takes first
+    digest = read_manifest(manifest).query("split == 'test'")["sha256"].min()
     bundle = tiny_bundle(tmp_path / "bundle", receipt=receipt(sha256=(digest[:DIGITS],)))
     args = ["--bundle", bundle.path, "--data", manifest, "--out", tmp_path / "out"]
     code, output = run(main, *args)
@@ -198,9 +197,8 @@ def test_shuffled_weights_give_another_map_and_leave_the_bundle_alone(bundle):
 
 
 def test_checks_are_written(manifest, tmp_path):
-    bundle = tiny_bundle(
-        tmp_path / "bundle", seed=1, receipt=receipt()
-    )  # the other one shows no heat on coloured noise
+    # the other one shows no heat on coloured noise
+    bundle = tiny_bundle(tmp_path / "bundle", seed=1, receipt=receipt())
     out = tmp_path / "out"
     code, output = run(explanations.main, "--bundle", bundle.path, "--data", manifest, "--out", out, "--most", 6)
     assert code == 0, output

@@ -1,209 +1,38 @@
 """Training.
 
-The loss is the formula it claims to be; a network can memorise a batch; a resumed run is the uninterrupted run, to the
-last bit, and goes on in the same MLflow run even after a kill -9; SIGTERM leaves a run marked KILLED and a checkpoint;
-a tracking server that dies does not take the training with it; a user's mistake is one sentence and an exit code.
+A resumed run is the uninterrupted run, to the last bit, and goes on in the same MLflow run even after a kill -9; SIGTERM
+leaves a run marked KILLED and a checkpoint; what a run cannot come to its end with is refused at its beginning; a user's
+mistake is one sentence and an exit code.
 """
 
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import typer
-from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from handlers.backbone import BackboneError, build_backbone
+from handlers.backbone import BackboneError
 from handlers.bundle import Bundle
-from handlers.gradcam import grad_cam
 from handlers.predictor import Predictor
 from tests.tiny_lesions import tiny_manifest
-from training import checkpoints, evaluate, finish, tracking, train
+from training import checkpoints, evaluate, finish, train
 from training.config import ROOT, load_config
-from training.losses import ClassificationLoss, class_weights, prior_logits
-from training.recipe import heads_of, learning_rate, make_mix, make_optimizer, seed_everything, set_trainable
-from training.tracking import Tracker, TrackingError, choose_store, code_revision
+from training.tracking import code_revision
 
 # MLflow's own models of its database use an option that SQLAlchemy will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 # timm's smallest vision transformer, made for tests
 TINY = ["architecture=test_vit", "image_size=32", "batch_size=16", "lr=1e-3", "warmup_epochs=1", "bootstrap=10"]
-
-
-def logits_and_labels(n=16, classes=5):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, classes, generator=generator) * 2, torch.randint(classes, (n,), generator=generator)
-
-
-# ---- losses
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_cross_entropy_is_torchs(smoothing):
-    z, y = logits_and_labels()
-    expected = F.cross_entropy(z, y, label_smoothing=smoothing)
-    torch.testing.assert_close(ClassificationLoss(label_smoothing=smoothing)(z, y), expected)
-    soft = torch.softmax(torch.randn(16, 5), 1)
-    expected = F.cross_entropy(z, soft, label_smoothing=smoothing)
-    torch.testing.assert_close(ClassificationLoss(label_smoothing=smoothing)(z, soft), expected)
-
-
-def test_class_weights_weigh_each_images_loss():
-    z, y = logits_and_labels()
-    w = torch.tensor([1.0, 2, 3, 4, 5])
-    expected = F.cross_entropy(z, y, weight=w, reduction="none").mean()
-    torch.testing.assert_close(ClassificationLoss(w)(z, y), expected)
-
-
-def test_focal_loss_by_hand():
-    z, y = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]), torch.tensor([0, 1])  # p of the truth: 3/4 and 1/2
-    expected = -((1 / 4) ** 2 * math.log(3 / 4) + (1 / 2) ** 2 * math.log(1 / 2)) / 2
-    assert ClassificationLoss(gamma=2.0)(z, y).item() == pytest.approx(expected)
-
-
-def test_class_weights_balance_and_keep_the_size_of_the_loss():
-    counts = [900, 90, 10]
-    for power in (0.0, 0.5, 1.0):
-        w = class_weights(counts, power)
-        assert (w * torch.tensor(counts)).sum().item() == pytest.approx(1000, rel=1e-5)
-        assert (w[1] / w[0]).item() == pytest.approx(10**power, rel=1e-5)
-
-
-# ---- optimiser, schedule, mixing
-
-
-def test_logit_adjustment_takes_the_class_frequencies_off():
-    """Menon et al. 2021: logits that are the priors' logarithms know nothing, and are all the same without them."""
-    counts = [900, 90, 10]
-    knows_nothing = np.log(np.array(counts) / 1000)
-    assert np.ptp(knows_nothing - prior_logits(counts, 1.0)) == pytest.approx(0, abs=1e-12)
-    assert knows_nothing - prior_logits(counts, 0.5) == pytest.approx(knows_nothing / 2)
-    assert not prior_logits(counts, 0.0).any()
-
-
-@pytest.mark.parametrize("hidden", [[], [8]])
-def test_the_bias_takes_it_to_wherever_the_model_goes(hidden):
-    backbone = build_backbone("test_vit", 3, 32, options={"head_hidden": hidden} if hidden else {}).eval()
-    images, shift = torch.rand(2, 3, 32, 32), np.array([-0.1, -2.0, -4.0])
-    with torch.inference_mode():
-        before = backbone(images)
-        finish.lower_bias(backbone, shift)
-        assert backbone(images).numpy() == pytest.approx(before.numpy() - shift, abs=1e-5)
-
-
-def test_learning_rate_warms_up_and_falls_as_a_cosine():
-    config = load_config(None, ["lr=1e-3", "min_lr=1e-5", "epochs=10", "warmup_epochs=2"])
-    rates = [learning_rate(config, step, 100) for step in range(1000)]
-    assert rates[0] == pytest.approx(1e-3 / 200)
-    assert max(rates) == rates[200] == pytest.approx(1e-3)
-    assert rates[:201] == sorted(rates[:201])
-    assert rates[200:] == sorted(rates[200:], reverse=True)
-    assert rates[600] == pytest.approx((1e-3 + 1e-5) / 2)  # half way down
-    assert rates[-1] == pytest.approx(1e-5, rel=0.01)
-    assert learning_rate(load_config(None, ["lr=1e-3", "scheduler=constant", "warmup_epochs=0"]), 0, 100) == 1e-3
-
-
-def test_warm_restarts_begin_again_each_time_with_twice_the_period():
-    settings = ["lr=1e-3", "min_lr=1e-5", "epochs=9", "warmup_epochs=2", "scheduler=restarts", "restart_epochs=1"]
-    rates = [learning_rate(load_config(None, settings), step, 100) for step in range(900)]
-    tops = [step for step in range(201, 900) if rates[step] > rates[step - 1]]
-    assert tops == [300, 500]  # periods of 1, 2 and 4 epochs after the warm-up
-    assert [rates[step] for step in tops] == pytest.approx([1e-3] * 2)
-    assert rates[400] == pytest.approx((1e-3 + 1e-5) / 2)
-    assert rates[499] == pytest.approx(1e-5, rel=0.01)
-
-
-def test_deeper_layers_learn_faster():
-    model = build_backbone("test_vit", 3, 32)
-    groups = make_optimizer(model, load_config(None, ["layer_decay=0.5"])).param_groups
-    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    scales = {name: scale[id(p)] for name, p in model.named_parameters()}
-    assert scales["head.weight"] == 1
-    assert scales["patch_embed.proj.weight"] == min(scales.values()) < scales["blocks.0.attn.qkv.weight"] < 1
-    plain = make_optimizer(model, load_config(None)).param_groups
-    assert {group["lr_scale"] for group in plain} == {1.0}
-
-
-def test_a_frozen_backbone_stays_as_it_is():
-    model = build_backbone("resnet18", 3, 32)
-    optimizer = make_optimizer(model, load_config(None))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for heads in (heads_of(model), []):
-        set_trainable(model, heads)
-        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-        if heads:
-            assert changed == {"fc.weight", "fc.bias"}  # not even a running mean of a batch norm
-    assert {"conv1.weight", "bn1.running_mean", "bn1.weight"} <= changed
-
-
-@pytest.mark.parametrize("architecture", ["test_vit", "resnet18", "efficientnet_b0"])
-def test_a_head_with_hidden_layers(architecture):
-    model = build_backbone(architecture, 3, 32, options={"head_hidden": [16, 8], "drop_rate": 0.3})
-    widths = [
-        (layer.in_features, layer.out_features) for layer in model.get_classifier() if hasattr(layer, "in_features")
-    ]
-    assert widths == [(model.num_features, 16), (16, 8), (8, 3)]
-    assert [type(layer).__name__ for layer in model.get_classifier()][1:4] == ["BatchNorm1d", "ReLU", "Dropout"]
-    cam = grad_cam(model.eval())
-    logits, maps, features = cam(torch.randn(2, 3, 32, 32), torch.tensor([-1, 0]))
-    assert logits.shape == (2, 3)
-    assert not cam.exportable
-    assert maps.ndim == 3
-    assert features.shape == (2, model.num_features)
-
-
-@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
-def test_norms_biases_and_tokens_are_not_decayed(name, kind):
-    model = build_backbone("test_vit", 3, 32)
-    optimizer = make_optimizer(model, load_config(None, [f"optimizer={name}", "weight_decay=0.1"]))
-    assert type(optimizer) is kind
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    for parameter_name, parameter in model.named_parameters():
-        spared = parameter.ndim == 1 or parameter_name in ("pos_embed", "cls_token")
-        assert decay[id(parameter)] == (0 if spared else 0.1), parameter_name
-
-
-def test_mixing_blends_images_and_targets_alike():
-    mix = make_mix(load_config(None, ["mixup_alpha=1", "mix_probability=1"]), 4)
-    labels = torch.arange(4)
-    torch.manual_seed(0)
-    images, targets = mix(torch.eye(4)[:, :, None, None].repeat(1, 1, 2, 2), labels)
-    torch.testing.assert_close(images[:, :, 0, 0], targets)  # each image is its own one-hot
-    assert 0 < targets.max(1).values[0] < 1
-    plain = make_mix(load_config(None), 4)
-    assert plain("images", "labels") == ("images", "labels")
-
-
-def test_a_network_memorises_a_batch():
-    seed_everything(0, 0)
-    config = load_config(None, ["lr=2e-3", "weight_decay=0"])
-    model = build_backbone("test_vit", 4, 32)
-    optimizer, criterion = make_optimizer(model, config), ClassificationLoss()
-    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
-    losses = []
-    for _ in range(60):
-        loss = criterion(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] > 1
-    assert losses[-1] < 0.02
 
 
 # ---- checkpoints
@@ -540,86 +369,6 @@ def test_best_is_not_mistaken_for_a_resumable_checkpoint(tmp_path):
     code, output = command("--resume", tmp_path / "best.pt")
     assert code == 2
     assert "last.pt" in output
-
-
-# ---- tracking
-
-
-def test_a_store_that_does_not_answer_is_refused_before_training():
-    tracker = Tracker("http://127.0.0.1:9", print)
-    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI=sqlite"):
-        tracker.start(load_config(None))
-
-
-def test_a_dying_server_is_told_once_and_caught_up_with_later(store):
-    warnings = []
-    tracker = Tracker(os.environ["MLFLOW_TRACKING_URI"], warnings.append)
-    tracker.start(load_config(None))
-    mlflow, real = tracker._mlflow, tracker._mlflow.log_metrics
-
-    def refusing(*args, **kwargs):
-        raise ConnectionError("refused")
-
-    try:
-        mlflow.log_metrics = refusing
-        tracker.epoch(1, {"loss": 3.0})
-        tracker.epoch(2, {"loss": 2.0})
-        assert len(warnings) == 1
-        assert "training goes on" in warnings[0]
-        mlflow.log_metrics = real
-        tracker.epoch(3, {"loss": 1.0})
-        mlflow.log_metrics = refusing
-        tracker.epoch(4, {"loss": 0.5})  # the last one: nothing but the end comes after it
-    finally:
-        mlflow.log_metrics = real
-    tracker.end("FINISHED")
-    history = mlflow.MlflowClient().get_metric_history(tracker.run_id, "loss")
-    assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
-    assert len(warnings) == 1
-
-
-def test_no_proxy_stands_before_the_server_on_this_machine(tmp_path, monkeypatch):
-    class Well(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Well) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        monkeypatch.setenv("MLFLOW_PORT", str(server.server_port))
-        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-        for name in ("NO_PROXY", "no_proxy"):
-            monkeypatch.setenv(name, "")
-        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        assert choose_store(tmp_path) == (f"http://127.0.0.1:{server.server_port}", "")
-
-
-def test_where_it_logs(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://named:1")
-    assert choose_store(tmp_path, "http://remembered:1") == ("http://named:1", "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert choose_store(tmp_path, "http://remembered:1") == ("http://remembered:1", "")
-    monkeypatch.setenv("MLFLOW_PORT", "9")
-    uri, notice = choose_store(tmp_path)
-    assert uri == f"sqlite:///{tmp_path}/mlflow.db"
-    assert "No MLflow server at http://127.0.0.1:9" in notice
-
-
-def test_the_code_revision_is_honest(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert code_revision() == "unknown"
-    (tmp_path / "file").write_text("1")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "one"]):
-        subprocess.run([*git, *words], check=True)
-    clean = code_revision()
-    assert len(clean) == 40
-    (tmp_path / "file").write_text("2")
-    assert code_revision() == f"{clean}-dirty"
 
 
 # ---- the real thing: processes, signals, MLflow, the bundle

@@ -145,8 +145,14 @@ def test_intervals_of_near_figures_are_over_lesions(tmp_path, monkeypatch):
         metrics, "resampled", lambda groups, *rest: drawn.append(list(groups)) or resampled(groups, *rest)
     )
     bundle = tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC"))
-    unknowns.judge(bundle, rows, {}, tmp_path / "cache", unknowns.draw_lesions(frame))
+    lesions = unknowns.draw_lesions(frame)
+    table, draws = unknowns.judge(bundle, rows, {}, tmp_path / "cache", lesions)
     assert drawn == [["one"] * 48]
+    assert any(np.ptp(values) for values in draws.values())
+    once = lesions.map(lambda times: 1)
+    table, draws = unknowns.judge(bundle, rows, {}, tmp_path / "cache", once)
+    for name, values in draws.items():
+        assert values == pytest.approx(table["detectors"][name]["near"]["auroc"]), "each lesion once is the test itself"
 
 
 def test_known_lesions_are_drawn_alike_for_every_class_held_out(tmp_path):

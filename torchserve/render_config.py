@@ -68,9 +68,7 @@ def render(env: Mapping[str, str]) -> tuple[Path, list[str]]:
     )
     models, remarks = snapshot(store)
     if models:
-        text += (
-            f"\n# From the ledger of {_escaped(store)}.\nmodel_snapshot={json.dumps(models, separators=(',', ':'))}\n"
-        )
+        text += f"\n# From the store's ledger.\nmodel_snapshot={json.dumps(models, separators=(',', ':'))}\n"
     path = run / "config.properties"
     _write(path, text)
     return path, remarks

@@ -34,17 +34,13 @@ from training.figures import (
 )
 from training.isic_scoring import write_submission
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest
-from training.receipt import overlap, read_receipt
+from training.receipt import check_overlap, read_receipt
 from training.terminal import console, errors, progress_bar
 from training.tracking import log_evaluation
 
 BATCH = 32
 THUMBNAIL = 256  # pixels, of the example sheet's pictures
 ALL = "all"
-
-
-class OverlapError(ValueError):
-    """The images are not new to the model, or nobody can tell."""
 
 
 def open_rows(data: Path, split: str | None, out: Path) -> tuple[pd.DataFrame, str]:
@@ -76,30 +72,6 @@ def run_prefix(data: Path, own: bool, split: str, tta: bool, picture_alone: bool
     words = [re.sub(r"[^A-Za-z0-9.-]", "_", name)] if name else []
     ways = {"picture_alone": picture_alone, "tta": tta}
     return "_".join(["evaluation", *words, split, *(way for way, asked in ways.items() if asked)])
-
-
-def check_overlap(bundle: Path, rows: pd.DataFrame, allowed: bool) -> dict[str, Any]:
-    """Hold the images against the bundle's leakage receipt; what was found, for metrics.json.
-
-    Raises:
-        OverlapError: the model was made from some of them, or has no receipt, and this was not `allowed`.
-    """
-    receipt = read_receipt(bundle)
-    if receipt is None:
-        if not allowed:
-            raise OverlapError(
-                f"{bundle} carries no receipt of the images it was made from (receipt.json), so nobody can tell "
-                "whether it has seen these; add --allow-overlap if you know that it has not."
-            )
-        return {"receipt": False}
-    found = overlap(receipt, rows)
-    if found.found and not allowed:
-        raise OverlapError(
-            f"{found} Figures on images that a model has seen say nothing of new ones (all of HAM10000 is inside ISIC "
-            "2019); leave them out, or add --allow-overlap."
-        )
-    counts = {kind: len(getattr(found, kind)) for kind in ("same_image", "same_lesion", "near")}
-    return {"receipt": True, "overlaps": found.found, **counts}
 
 
 def ask(predictor: Predictor, rows: pd.DataFrame, tta: bool = False, picture_alone: bool = False) -> list[Prediction]:

@@ -22,9 +22,9 @@ from handlers.bundle import Bundle, BundleError, write_json
 from handlers.graph import TorchRuntime
 from handlers.taxonomy import KNOWN_CODES
 from training.dataset import DataError, build_cache
-from training.evaluate import OverlapError, check_overlap
 from training.figures import deletion_figure
 from training.manifest import ManifestError, fingerprint, read_manifest
+from training.receipt import OverlapError, check_overlap
 from training.terminal import console, errors
 
 BATCH = 64

@@ -31,6 +31,10 @@ HASH_RADIUS = 4
 CHANCE_SHARE = 0.05
 
 
+class OverlapError(ValueError):
+    """The images are not new to the model, or nobody can tell."""
+
+
 @dataclass(frozen=True)
 class SeenImages:
     """What is kept of one split; four sorted tuples without repetitions."""
@@ -153,6 +157,30 @@ def overlap(receipt: Receipt, frame: pd.DataFrame) -> Overlap:
         elif (np.bitwise_count(hashes ^ np.uint64(int(phash, 16))) <= HASH_RADIUS).any():
             found["near"].append(name)
     return Overlap(len(frame), **found)
+
+
+def check_overlap(bundle: Path, rows: pd.DataFrame, allowed: bool) -> dict[str, Any]:
+    """Hold the images against the bundle's leakage receipt; what was found, for metrics.json.
+
+    Raises:
+        OverlapError: the model was made from some of them, or has no receipt, and this was not `allowed`.
+    """
+    receipt = read_receipt(bundle)
+    if receipt is None:
+        if not allowed:
+            raise OverlapError(
+                f"{bundle} carries no receipt of the images it was made from (receipt.json), so nobody can tell "
+                "whether it has seen these; add --allow-overlap if you know that it has not."
+            )
+        return {"receipt": False}
+    found = overlap(receipt, rows)
+    if found.found and not allowed:
+        raise OverlapError(
+            f"{found} Figures on images that a model has seen say nothing of new ones (all of HAM10000 is inside ISIC "
+            "2019); leave them out, or add --allow-overlap."
+        )
+    counts = {kind: len(getattr(found, kind)) for kind in ("same_image", "same_lesion", "near")}
+    return {"receipt": True, "overlaps": found.found, **counts}
 
 
 def _describe(rows: pd.DataFrame) -> SeenImages:

@@ -22,9 +22,9 @@ from handlers.preprocessing import ImageError, decode
 from handlers.taxonomy import CODES, KNOWN_CODES
 from training import metrics
 from training.assessment import conditional
-from training.evaluate import OverlapError, check_overlap
 from training.figures import sheet_figure
 from training.manifest import ManifestError, fingerprint, read_manifest
+from training.receipt import OverlapError, check_overlap
 from training.synthetic import draw_lesion
 from training.terminal import console, errors, progress_bar
 

@@ -31,9 +31,10 @@ from training.checkpoints import LAST, CheckpointError, load
 from training.config import ROOT, ConfigError, TrainConfig, load_config
 from training.dataset import DataError, build_cache
 from training.detectors import DETECTORS, Known, Outputs
-from training.evaluate import OverlapError, ask, check_overlap, nine_of
+from training.evaluate import ask, nine_of
 from training.far_images import far_images
 from training.manifest import COLUMNS, ManifestError, fingerprint, read_manifest
+from training.receipt import OverlapError, check_overlap
 from training.terminal import console, errors
 
 BATCH = 128

@@ -25,7 +25,7 @@ from mlflow_tracking.registry import Registry
 STARTUP = 120.0  # TorchServe's own default
 # How long a pass waits for a worker that is starting, before it looks again whether that is still wanted.
 PATIENCE = 3.0
-# What serves is compared with; how long its worker may take to come back if it has just died.
+# How long the champion's worker may take to come back, if it has just died, before a candidate's check is given up.
 RECOVERY = 30.0
 JUDGEMENTS = "judgements"  # in the model store: what was asked of whom, and the answers
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -70,7 +70,7 @@ class Executor:
         self._verifier = Verifier(store)
         # Loaded versions without a ready worker: since when (monotonic seconds), and whether it was started anew.
         self._unready: dict[str, tuple[float, bool]] = {}
-        self._given_up: set[str] = set()  # versions whose worker did not come back, started anew or not
+        self._given_up: set[str] = set()  # versions whose worker did not come back though it was started anew
 
     def observe(self, asked: Iterable[Release] = ()) -> Actual:
         """What is there now. `asked` are releases the ledger may not know yet.
@@ -250,21 +250,8 @@ class Executor:
 
     def _judgement(self, release: Release) -> Judgement:
         """The verdicts on a release that is loaded: those that were kept, or new ones."""
-        actual = self.observe()
-        serving = actual.serving
-        if serving and Loaded(serving, ready=False) in actual.loaded.values() and serving.version not in self._given_up:
-            # Without it the candidate would pass as the very first one.
-            if not self.torchserve.wait_ready(
-                serving.version, RECOVERY, lambda: self.progress("the champion's worker starts")
-            ):
-                with suppress(TorchServeError):
-                    self.torchserve.unregister(release.version)
-                raise StepFailed(
-                    f"version {serving.version}, which serves, has lost its worker and does not get it back beside "
-                    f"version {release.version}, which was taken out again: is there memory for both?"
-                )
-            actual = self.observe()
-        champion = _champion(actual, release)
+        self._await_champion(release)
+        champion = _champion(self.observe(), release)
         evaluation = self.evaluation_set()
         question = self.judge.question(
             release.digest, evaluation.digest if evaluation else None, champion.digest if champion else None
@@ -287,6 +274,23 @@ class Executor:
                     progress=self.progress,
                 )
             )
+
+    def _await_champion(self, candidate: Release) -> None:
+        """Give a champion that has just lost its worker time to get it back: without one to be compared with, the
+        candidate would pass as the very first. Raises StepFailed, the candidate being taken out to make room."""
+        actual = self.observe()
+        serving = actual.serving
+        lost = serving is not None and Loaded(serving, ready=False) in actual.loaded.values()
+        if not lost or serving is None or serving.version in self._given_up:
+            return
+        if self.torchserve.wait_ready(serving.version, RECOVERY, lambda: self.progress("the champion's worker starts")):
+            return
+        with suppress(TorchServeError):
+            self.torchserve.unregister(candidate.version)
+        raise StepFailed(
+            f"version {serving.version}, which serves, has lost its worker and does not get it back beside version "
+            f"{candidate.version}, which was taken out again: is there memory for both?"
+        )
 
     def evaluation_set(self) -> EvaluationSet | None:
         """The frozen set that counts now, fetched once and verified; None if there is none.

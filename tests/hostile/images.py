@@ -222,17 +222,7 @@ def png(width: int, height: int, depth: int = 8, colour: int = 2, more: bytes = 
 def tiff(width: int, height: int, **tags: int | tuple[int, int, int]) -> bytes:
     """A TIFF that claims a size and holds next to nothing; `tags` as t273=…, others in place of the usual ones: one
     value, or type, number of values, and where they are."""
-    values: dict[int, int | tuple[int, int, int]] = {
-        256: width,
-        257: height,
-        258: 8,
-        259: 1,
-        262: 1,
-        273: 8,
-        277: 1,
-        278: height,
-        279: 64,
-    }
+    values: dict = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: 64}
     values |= {int(name[1:]): value for name, value in tags.items()}
     fields = {tag: value if isinstance(value, tuple) else (4, 1, value) for tag, value in values.items()}
     entries = b"".join(struct.pack("<HHII", tag, *field) for tag, field in sorted(fields.items()))
