@@ -1,8 +1,8 @@
 """Training.
 
-A resumed run is the uninterrupted run, to the last bit, and goes on in the same MLflow run even after a kill -9; SIGTERM
-leaves a run marked KILLED and a checkpoint; what a run cannot come to its end with is refused at its beginning; a user's
-mistake is one sentence and an exit code.
+A resumed run is the uninterrupted run, to the last bit, and goes on in the same MLflow run even after a kill -9;
+SIGTERM leaves a run marked KILLED and a checkpoint; what a run could not come to its end with is refused before it
+begins; a user's mistake is one sentence and an exit code.
 """
 
 import json
