@@ -44,6 +44,9 @@ def test_flags_win_over_overrides_over_preset_over_base(tmp_path):
         ("precision=bf_16", "bf16"),
         ("device=gpu", "cpu"),
         ("architecture=vit_smal_patch16_224", "vit_small_patch16_224"),
+        ("architecture=vit_small_patch16_224_in21k", "vit_small_patch16_224.augreg_in21k"),
+        ("architecture=vit_tiny_patch16_224.augreg", "vit_tiny_patch16_224.augreg_in21k"),
+        ("architecture=vit_tiny_patch16_224.nonsense", "vit_tiny_patch16_224"),
     ],
 )
 def test_unknown_words_are_refused_with_the_nearest_right_one(override, nearest):
@@ -130,6 +133,13 @@ def test_the_default_preset_is_pretrained():
 def test_preprocessing_is_that_of_the_pretrained_weights():
     assert load_config(None, ["architecture=resnet18"]).preprocessing.mean == (0.485, 0.456, 0.406)
     assert load_config(None, ["architecture=vit_small_patch16_224"]).preprocessing.mean == (0.5, 0.5, 0.5)
+
+
+def test_every_model_that_timm_lists_can_be_trained_from_scratch_whether_it_has_weights_or_not():
+    for name in timm.list_models():
+        assert TrainConfig(architecture=name).preprocessing.std > (0, 0, 0)
+    assert not timm.is_model_pretrained("coatnet_0_224")
+    assert load_config(None, ["architecture=coatnet_0_224", "pretrained=false"]).preprocessing.mean == (0.5, 0.5, 0.5)
 
 
 def test_a_config_survives_being_written_down():

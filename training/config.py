@@ -164,6 +164,15 @@ class TrainConfig(BaseModel):
     def _exists(cls, architecture: str) -> str:
         if not timm.is_model(architecture):
             raise ValueError(f"a timm model{_suggest(architecture, timm.list_models())}")
+        try:
+            described = timm.get_pretrained_cfg(architecture)
+        except RuntimeError:  # a tag that it does not have
+            described = None
+        if described is None:  # by a former name timm builds a model, but knows no weights and no standardisation
+            present = timm.models.get_deprecated_models().get(architecture) or architecture
+            name = present.partition(".")[0]
+            near = _suggest(present, [name, *timm.list_pretrained(f"{name}.*")])
+            raise ValueError(f"a timm model by its present name, with a tag that it has or none{near}")
         return architecture
 
     @model_validator(mode="after")
@@ -198,9 +207,7 @@ class TrainConfig(BaseModel):
     @property
     def preprocessing(self) -> Preprocessing:
         """The network's input, standardised as timm's weights of this architecture expect it."""
-        pretrained_cfg = timm.get_pretrained_cfg(self.architecture)
-        if pretrained_cfg is None:
-            return Preprocessing(self.image_size)
+        pretrained_cfg: Any = timm.get_pretrained_cfg(self.architecture)  # never None: see _exists
         mean, std = (tuple(float(value) for value in values) for values in (pretrained_cfg.mean, pretrained_cfg.std))
         return Preprocessing(self.image_size, mean, std)  # type: ignore[arg-type]  # timm: three channels
 
