@@ -4,10 +4,15 @@ import json
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from mlflow_tracking.settings import Settings
+from scripts import check_presets
 from scripts.check_presets import served_presets
+from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training.config import ROOT
 
@@ -16,6 +21,45 @@ def test_the_documented_table_has_every_preset_to_be_served():
     text = (ROOT / "docs" / "presets.md").read_text()
     assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == served_presets()
     assert "held_out" not in served_presets()
+
+
+def test_a_promoted_preset_is_waited_for_while_torchserve_starts_anew(tmp_path, monkeypatch):
+    bundle = tiny_bundle(tmp_path / "bundle")
+    known = {case.image: case.probabilities for case in bundle.golden()}
+    turns = iter(["away", "busy"])  # and then it answers
+
+    class Restarting(BaseHTTPRequestHandler):
+        def reply(self, values, status=200):
+            content = json.dumps(values).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self):  # which version is the default
+            self.reply([{"modelVersion": "1"}])
+
+        def do_POST(self):
+            image = self.rfile.read(int(self.headers["Content-Length"]))
+            turn = next(turns, "")
+            if turn == "busy":
+                self.reply({"code": 503, "message": "no worker is available"}, 503)
+            elif turn != "away":
+                self.reply({"model": {"digest": bundle.digest}, "probabilities": known[image]})
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(check_presets.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(check_presets.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # for the world outside: none stands between these two
+    with ThreadingHTTPServer(("127.0.0.1", 0), Restarting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        settings = Settings(torchserve_url=url, torchserve_management=url)
+        assert check_presets.promote(bundle, settings) == 0
+        assert next(turns, None) is None
+        server.shutdown()
 
 
 @pytest.mark.slow
