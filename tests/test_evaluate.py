@@ -56,6 +56,8 @@ def test_it_writes_figures_and_pictures(bundle, manifest, tmp_path):
     assert table["images"] == 18
     assert table["overlap"] == {"receipt": True, "overlaps": False, "same_image": 0, "same_lesion": 0, "near": 0}
     assert table["tta"] is True
+    assert table["runtime"] == "openvino"
+    assert table["precision"] in ("f32", "bf16")  # which is the processor's affair
     for name in metrics.SUMMARY:
         low, high = table["intervals_95"][name]
         assert low <= high

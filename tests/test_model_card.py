@@ -53,6 +53,7 @@ def test_the_evaluations_are_of_the_shipped_bundle(evidence):
     assert Predictor.load(SHIPPED, runtime="torch").bundle.digest == digest
     for table, fields, split in (("metrics", [], "test_picture_alone"), ("with_metadata", list(FIELDS), "test")):
         assert told[table]["metadata"] == fields
+        assert (told[table]["runtime"], told[table]["precision"]) == ("torch", "f32")  # a bundle without a graph
         assert told[table]["images"] == evidence["images"]["test"]
         assert told[table]["overlap"]["overlaps"] is False
         for name, value in told[table]["summary"].items():

@@ -220,7 +220,8 @@ def main(
         raise SystemExit(1) from None
 
     out.mkdir(parents=True, exist_ok=True)
-    described = {"bundle": predictor.bundle.digest, "runtime": predictor.runtime.precision, "tta": tta}
+    described = {"bundle": predictor.bundle.digest, "tta": tta}
+    described |= {name: answers[0].model[name] for name in ("runtime", "precision")}
     described["metadata"] = [] if picture_alone else list(predictor.config.metadata.fields)
     described |= {"data": fingerprint(rows), "split": split, "overlap": seen, "resamples": bootstrap}
     write_json(out / "metrics.json", described | table)
