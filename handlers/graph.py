@@ -27,6 +27,7 @@ from handlers.bundle import (
     new_folder,
     seal,
 )
+from handlers.weights import BASIS, misfit, read_weights
 
 if TYPE_CHECKING:
     import openvino
@@ -36,9 +37,6 @@ log = logging.getLogger(__name__)
 # The exported graph in fp32 must give the eager model's answers to this.
 PROBABILITY_TOLERANCE = 1e-4
 MAP_TOLERANCE = 0.01
-# Beside the network's tensors in the weights file: a point of the features' space (D,), and orthonormal directions out
-# of the part of it that known lesions take (D, R).
-ORIGIN, BASIS = "rejection.origin", "rejection.basis"
 
 
 @functools.cache
@@ -137,9 +135,13 @@ class TorchRuntime:
 
 
 def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is imported only when it is needed
-    """The eager torch module of a bundle: normalisation, backbone, Grad-CAM; in eval mode, fp32."""
+    """The eager torch module of a bundle: normalisation, backbone, Grad-CAM; in eval mode, fp32.
+
+    Raises:
+        BundleError: the weights are not those of its architecture, or lack the known space that its rejection needs.
+        BackboneError: timm has no such network.
+    """
     import torch
-    from safetensors.torch import load_file
     from torch import Tensor, nn
 
     from handlers.backbone import build_backbone
@@ -153,18 +155,11 @@ def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is 
         options=config.options,
         metadata_width=len(config.metadata.columns),
     )
-    weights = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS).items()}
-    origin, basis = (weights.pop(name, None) for name in (ORIGIN, BASIS))
-    if config.calibration.rejection and config.calibration.rejection.residual_weight and basis is None:
+    weights = read_weights(bundle)
+    if config.calibration.rejection and config.calibration.rejection.residual_weight and weights.basis is None:
         raise BundleError(f"The bundle's rejection needs {BASIS} in {WEIGHTS}, which is not there.")
-    try:
-        missing, unexpected = backbone.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise BundleError(f"The weights do not fit {config.architecture}: {error}") from error
-    # Batch norm's counter of batches is the one entry that export leaves out.
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise BundleError(f"The weights do not fit {config.architecture}: {(missing + unexpected)[:3]} ...")
+    if fault := misfit(backbone, weights.network):
+        raise BundleError(f"The weights do not fit {config.architecture}: {fault}.")
 
     class ServingModule(nn.Module):
         def __init__(self) -> None:
@@ -174,7 +169,7 @@ def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is 
             scale, offset = config.preprocessing.standardisation
             self.scale, self.offset = (nn.Buffer(torch.tensor(each)[:, None, None]) for each in (scale, offset))
 
-            self.origin, self.basis = (None if t is None else nn.Buffer(t) for t in (origin, basis))
+            self.origin, self.basis = (None if t is None else nn.Buffer(t) for t in (weights.origin, weights.basis))
 
         def images(self, pixels: Tensor) -> Tensor:
             """Pixels uint8 (N, S, S, 3) to the backbone's input (N, 3, S, S)."""

@@ -33,10 +33,11 @@ from handlers.bundle import (
     write_json,
 )
 from handlers.calibration import Calibration
-from handlers.graph import BASIS, ORIGIN, complete
+from handlers.graph import complete
 from handlers.metadata import Metadata
 from handlers.predictor import Prediction, Predictor, Request
 from handlers.preprocessing import Preprocessing, fingerprint
+from handlers.weights import BASIS, ORIGIN
 from training.detectors import KnownSpace
 from training.receipt import RECEIPT, Receipt
 from training.synthetic import draw_lesion

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from handlers.backbone import is_vision_transformer
-from handlers.bundle import WEIGHTS, Bundle, BundleError
-from handlers.graph import BASIS, ORIGIN
+from handlers.bundle import Bundle, BundleError
 from handlers.metadata import Metadata
+from handlers.weights import misfit, read_weights
 from training.dataset import DataError
 from training.receipt import Receipt, overlap, read_receipt
 
@@ -67,8 +66,7 @@ class InitialWeights:
         """
         model: Any = backbone
         config, own = self.bundle.config, model.state_dict()
-        weights = {name: tensor.float() for name, tensor in load_file(self.bundle.path / WEIGHTS).items()}
-        weights = {name: tensor for name, tensor in weights.items() if name not in (ORIGIN, BASIS)}
+        weights = read_weights(self.bundle).network
         if is_vision_transformer(model) and "pos_embed" in weights and model.pos_embed is not None:
             prefix = 0 if model.no_embed_class else model.num_prefix_tokens
             grid = list(model.patch_embed.grid_size)
@@ -81,15 +79,7 @@ class InitialWeights:
             if classes != config.classes or not told:
                 weights = {name: tensor for name, tensor in weights.items() if name not in given}
                 anew += [head] if shapes else []
-        try:
-            missing, unexpected = model.load_state_dict(weights, strict=False)
-            # Batch norm's counter of batches is left out by export.
-            meant = tuple(f"{head}." for head in anew)
-            missing = [name for name in missing if not name.startswith(meant) and not name.endswith("_batches_tracked")]
-            fault = ", ".join([*missing, *unexpected][:3])
-        except RuntimeError as error:
-            fault = str(error).strip().splitlines()[-1].strip()
-        if fault:
+        if fault := misfit(model, weights, anew):
             raise BundleError(
                 f"{self.bundle.path} is {config.architecture} with {config.options}, which these settings do not "
                 f"describe ({fault}); give its architecture, stem, depth and head_hidden."
