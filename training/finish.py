@@ -16,38 +16,21 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from handlers.backbone import build_backbone, fuse
+from handlers.backbone import build_backbone
 from handlers.bundle import write_json
 from training.assessment import assess, headline
 from training.calibration import MIN_IMAGES, fit_calibration
 from training.checkpoints import BEST, LAST, load
 from training.config import TrainConfig
-from training.dataset import Images, batches, standardise
+from training.dataset import Images
 from training.detectors import Known, KnownSpace, Outputs, known_space
 from training.export import export_bundle
 from training.figures import confusion_figure, curves_figure, reliability_figure
+from training.inference import outputs_of
 from training.losses import prior_logits
 from training.receipt import Receipt, make_receipt
 from training.terminal import console
 from training.tracking import Tracker, code_revision
-
-
-@torch.inference_mode()
-def outputs_of(
-    model: nn.Module, images: Images, config: TrainConfig, device: torch.device
-) -> tuple[Outputs, NDArray[np.float64]]:
-    """Features (the classifier's input) and logits of a split's pictures alone, and its logits (N, K) with the metadata
-    that are recorded; in its order, without augmentation, in fp32."""
-    backbone: Any = model.eval()
-    features, logits, told = [], [], []
-    for pixels, _, metadata in batches(images, np.arange(len(images)), config.batch_size, device):
-        tokens = backbone.forward_features(standardise(pixels, config.preprocessing))
-        pooled = backbone.forward_head(tokens, pre_logits=True)
-        alone = backbone.get_classifier()(pooled)
-        features.append(pooled.cpu().double().numpy())
-        logits.append(alone.cpu().double().numpy())
-        told.append(fuse(backbone, alone, metadata).cpu().double().numpy())
-    return Outputs(np.concatenate(features), np.concatenate(logits)), np.concatenate(told)
 
 
 def lower_bias(model: nn.Module, shift: NDArray[np.float64]) -> None:
@@ -75,20 +58,6 @@ def find_space(model: nn.Module, val: Outputs, labels: NDArray[np.int64]) -> Kno
         return None
     weight, bias = (tensor.detach().cpu().double().numpy() for tensor in (head.weight, head.bias))
     return known_space(Known(Outputs(val.features[known], val.logits[known]), labels[known], weight, bias))
-
-
-@torch.inference_mode()
-def predict(
-    model: nn.Module, images: Images, config: TrainConfig, device: torch.device, precision: torch.dtype
-) -> NDArray[np.float32]:
-    """Logits (N, K) of a split with its metadata, in its order, without augmentation."""
-    model.eval()
-    found = []
-    for pixels, _, metadata in batches(images, np.arange(len(images)), config.batch_size, device):
-        with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
-            logits = fuse(model, model(standardise(pixels, config.preprocessing)), metadata)
-        found.append(logits.float().cpu())
-    return torch.cat(found).numpy()
 
 
 def finish(
@@ -131,10 +100,10 @@ def finish(
         data["calibration"].labels if "calibration" in data else [],
         classes,
         config.confidence_level,
-        residuals.get("calibration"),
-        space.weight if space else 0.0,
-        alone.get("calibration") if inputs.fields else None,
-        data["calibration"].lesions if "calibration" in data else None,
+        residuals=residuals.get("calibration"),
+        residual_weight=space.weight if space else 0.0,
+        alone=alone.get("calibration") if inputs.fields else None,
+        lesions=data["calibration"].lesions if "calibration" in data else None,
     )
     if calibration.conformal is None:
         console.print(

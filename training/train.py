@@ -31,7 +31,8 @@ from training import metrics
 from training.checkpoints import BEST, LAST, CheckpointError, find, load, restore, save
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
 from training.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split, withhold
-from training.finish import finish, predict
+from training.finish import finish
+from training.inference import predict
 from training.initial_weights import InitialWeights
 from training.losses import ClassificationLoss, class_weights, prior_logits
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest

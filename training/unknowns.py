@@ -33,6 +33,7 @@ from training.dataset import DataError, build_cache
 from training.detectors import DETECTORS, Known, Outputs
 from training.evaluate import ask, nine_of
 from training.far_images import far_images
+from training.inference import pooled
 from training.manifest import COLUMNS, ManifestError, fingerprint, read_manifest
 from training.receipt import OverlapError, check_overlap
 from training.terminal import console, errors
@@ -130,9 +131,8 @@ class Extractor:
         features = []
         for start in range(0, len(pixels), BATCH):
             images = self.module.images(torch.tensor(pixels[start : start + BATCH]))
-            tokens = self.backbone.forward_features(images)
-            features.append(self.backbone.forward_head(tokens, pre_logits=True).double().numpy())
-        together = np.concatenate(features)
+            features.append(pooled(self.backbone, images).double().numpy())
+        together = np.concatenate(features)  # and the head in double, as detectors work on both
         return Outputs(together, together @ self.weight.T + self.bias)
 
 
