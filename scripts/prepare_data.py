@@ -40,6 +40,7 @@ from mlflow_tracking.registry import EVALUATION_SET, Registry, RegistryError, Re
 from mlflow_tracking.settings import Settings, SettingsError
 from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest, report_path
 from training.splits import DEFAULT_FRACTIONS, DEFAULT_SEED, SPLITS, Split
+from training.terminal import progress_bar
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -79,7 +80,8 @@ def prepare(
     fractions = dict(zip(SPLITS, (round(1 - val - calibration - test, 6), val, calibration, test), strict=True))
     try:
         if data:
-            report = build_manifest(data, out, fractions=fractions, seed=seed, workers=workers, console=errors)
+            with progress_bar("reading images") as progress:
+                report = build_manifest(data, out, fractions=fractions, seed=seed, workers=workers, progress=progress)
             _show(console, report)
             console.print(f"\nWritten: {escape(str(out))} and {escape(str(report_path(out)))}")
         if freeze_eval:

@@ -92,8 +92,8 @@ def test_threads_read_the_same_as_one_and_in_order(tmp_path):
     paths = [save(tmp_path / f"{seed}.jpg", seed) for seed in range(20)]
     paths[7] = write(tmp_path / "bad.jpg", b"bad")
     calls = []
-    together = read_images(paths, workers=8, advance=lambda: calls.append(1))
-    assert len(calls) == 20
+    together = read_images(paths, workers=8, progress=lambda *told: calls.append(told))
+    assert calls == [(done, 20) for done in range(1, 21)]
     for path, image in zip(paths, together, strict=True):
         alone = read_image(path)
         if isinstance(image, str) or isinstance(alone, str):
@@ -113,10 +113,10 @@ def test_an_interrupt_ends_the_reading(monkeypatch):
         time.sleep(0.01)
         return "read"
 
-    def interrupt() -> None:
+    def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(duplicates, "read_image", slow)
     with pytest.raises(KeyboardInterrupt):
-        read_images([Path("1.jpg")] * 5000, workers=1, advance=interrupt)
+        read_images([Path("1.jpg")] * 5000, workers=1, progress=interrupt)
     assert len(read) < 2500  # all 5,000 would take 50 seconds

@@ -68,9 +68,13 @@ def read_image(path: Path) -> ImageDigest | str:
 
 
 def read_images(
-    paths: Sequence[Path], workers: int | None = None, advance: Callable[[], object] = lambda: None
+    paths: Sequence[Path],
+    workers: int | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[ImageDigest | str]:
-    """`read_image` of every path, in order, on `workers` threads (default: one a core); `advance` is called after each.
+    """`read_image` of every path, in order, on `workers` threads (default: one a core).
+
+    `progress` is called with (done, total) after each.
 
     Threads, not processes: decoding, resizing and digests let go of Python's lock and are most of the work for
     pictures of usual size; nothing has to start or be sent across, and Ctrl-C ends them at once.
@@ -80,7 +84,7 @@ def read_images(
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for image in pool.map(read_image, paths):
             images.append(image)
-            advance()
+            progress(len(images), len(paths))
     return images
 
 

@@ -53,7 +53,8 @@ def open_rows(data: Path, split: str | None, out: Path) -> tuple[pd.DataFrame, s
     """
     if data.is_dir():
         out.mkdir(parents=True, exist_ok=True)
-        build_manifest([data], out / "manifest.csv", console=errors)
+        with progress_bar("reading images") as progress:
+            build_manifest([data], out / "manifest.csv", progress=progress)
         data, split = out / "manifest.csv", split or ALL
     frame, split = read_manifest(data), split or "test"
     rows = frame if split == ALL else frame[frame["split"] == split]

@@ -9,14 +9,12 @@ identifier or the same bytes one is kept. Beside it stands manifest.report.json:
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from handlers.files import atomic_file
 from handlers.taxonomy import CODES
@@ -44,7 +42,7 @@ def build_manifest(
     fractions: Mapping[str, float] = DEFAULT_FRACTIONS,
     seed: int = DEFAULT_SEED,
     workers: int | None = None,
-    console: Console | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Recognise, check, join and split the data sets in `data_dirs`; write `out` and its report.
 
@@ -54,7 +52,7 @@ def build_manifest(
         fractions: share of the images for each of train, val, calibration and test.
         seed: of the split.
         workers: threads that read images; default one a core.
-        console: where to draw the progress bar; none is drawn without.
+        progress: called with (done, total) as images are read.
 
     Returns:
         The report, as written.
@@ -82,7 +80,7 @@ def build_manifest(
         )
 
     dropped = Faults()
-    described = _read_images(sources.images, dropped, workers, console)
+    described = _read_images(sources.images, dropped, workers, progress)
     photos = merge_copies(described, sources.faults, dropped)
     near = near_pairs(photos)
     settled = settle_labels(photos, near, sources.faults, dropped)
@@ -192,12 +190,9 @@ def _check_values(path: Path, frame: pd.DataFrame, column: str, good: pd.Series,
 
 
 def _read_images(
-    images: list[SourceImage], dropped: Faults, workers: int | None, console: Console | None
+    images: list[SourceImage], dropped: Faults, workers: int | None, progress: Callable[[int, int], object]
 ) -> list[tuple[SourceImage, ImageDigest]]:
-    columns = (TextColumn("Reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=console is None) as progress:
-        task = progress.add_task("", total=len(images))
-        results = duplicates.read_images([image.path for image in images], workers, lambda: progress.advance(task))
+    results = duplicates.read_images([image.path for image in images], workers, progress)
     described = []
     for image, result in zip(images, results, strict=True):
         if isinstance(result, str):

@@ -262,7 +262,8 @@ def open_manifest(config: TrainConfig) -> pd.DataFrame:
                 "(README, 'Train on your own data'), or run python scripts/prepare_data.py --data DIR and give "
                 "manifest=FILE."
             )
-        build_manifest([folder], manifest, console=console)
+        with progress_bar("reading images") as progress:
+            build_manifest([folder], manifest, progress=progress)
     return read_manifest(manifest)
 
 
