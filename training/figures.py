@@ -7,9 +7,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
+from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from training.metrics import area_under_risk_coverage, aucs, expected_calibration_error, reliability, risk_coverage
+from training.metrics import (
+    area_under_risk_coverage,
+    area_under_roc,
+    expected_calibration_error,
+    reliability,
+    risk_coverage,
+    roc,
+)
 
 BLUE, ORANGE, GREY = "#2a6f97", "#e07a1f", "#8a8f98"
 LABEL_AT = 0.5  # share of the row above which a cell's text turns white
@@ -53,10 +60,10 @@ def roc_figure(labels: NDArray[np.int64], probabilities: NDArray[np.float64], cl
     """ROC curve of each class against the rest."""
     figure = Figure(figsize=(6, 5.5), layout="constrained")
     axes = figure.subplots()
-    for index, area in enumerate(aucs(labels, probabilities)):
-        if np.isfinite(area):
-            false_positive, true_positive, _ = roc_curve(labels == index, probabilities[:, index])
-            axes.plot(false_positive, true_positive, label=f"{classes[index]}  {area:.3f}")
+    for index, code in enumerate(classes):
+        mine, scores = labels == index, probabilities[:, index]
+        if mine.any() and not mine.all():
+            axes.plot(*roc(mine, scores), label=f"{code}  {area_under_roc(mine, scores):.3f}")
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     axes.legend(frameon=False, title="AUC", loc="lower right")
