@@ -250,7 +250,7 @@ class Bench:
             plain = pieces.plain_bundle(self.bundle, folder / "plain")
             for precision in precisions:
                 row = pieces.graphs(self.bundle, plain, precision, self.images[SMALL], 2 * seconds)
-                peak = found["peaks"].get(row["precision"], found["peaks"].get("bf16", found["peaks"]["f32"]))
+                peak = found["peaks"].get(row["precision"], found["peaks"]["f32"])
                 rate = row["images_per_second"][str(pieces.BATCHES[-1])]
                 row["share"] = rate * found["flops"]["joint"] / peak["gflops"]
                 row["bare"] = rate

@@ -168,12 +168,10 @@ def graphs(bundle: Bundle, plain: Bundle, precision: str, images: list[bytes], s
     """The joint graph against the plain forward in the same runtime, and what it does alone.
 
     Returns {"precision", "batches": {"1": {"joint": ms, "plain": ms, "ratio"}, "8": ...}, "images_per_second":
-    {"1": ..., "8": ...}}: ms of a whole call, medians of rounds that alternate. A precision that plain graphs do not
-    have (int8 is made for one graph) leaves "plain" and "ratio" out.
+    {"1": ..., "8": ...}}: ms of a whole call, medians of rounds that alternate.
     """
     joint = Predictor(bundle, precision=precision).runtime
-    plainly = joint.precision in ("f32", "bf16")
-    other = Predictor(plain, precision=joint.precision).runtime if plainly else None
+    other = Predictor(plain, precision=joint.precision).runtime
     pixels = [bundle.config.preprocessing(image)[0] for image in images]
     table: dict[str, dict[str, float]] = {}
     rates: dict[str, float] = {}
@@ -182,11 +180,9 @@ def graphs(bundle: Bundle, plain: Bundle, precision: str, images: list[bytes], s
         took: dict[str, list[float]] = {"joint": [], "plain": []}
         for _ in range(ROUNDS):
             took["joint"] += timed(partial(joint, *inputs), seconds / ROUNDS)
-            if other:
-                took["plain"] += timed(partial(other, *inputs), seconds / ROUNDS)
-        table[str(batch)] = {name: statistics.median(values) for name, values in took.items() if values}
-        if other:
-            table[str(batch)]["ratio"] = table[str(batch)]["joint"] / table[str(batch)]["plain"]
+            took["plain"] += timed(partial(other, *inputs), seconds / ROUNDS)
+        table[str(batch)] = {name: statistics.median(values) for name, values in took.items()}
+        table[str(batch)]["ratio"] = table[str(batch)]["joint"] / table[str(batch)]["plain"]
         rates[str(batch)] = 1e3 * batch / statistics.mean(took["joint"])
     return {"precision": joint.precision, "batches": table, "images_per_second": rates}
 

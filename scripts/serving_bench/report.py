@@ -174,10 +174,10 @@ def _pieces(results: dict[str, Any]) -> Iterator[Table]:
         rows = []
         for precision, row in sorted(results["graph"].items()):
             for batch, figures in sorted(row["batches"].items()):
-                plain = [f"{figures['plain']:.2f}", f"{figures['ratio']:.3f}"] if "plain" in figures else ["", ""]
                 rate = f"{row['images_per_second'][batch]:.1f}"
                 gflops = row["images_per_second"][batch] * results["flops"]["joint"]
-                times = [f"{figures['joint']:.2f}", *plain, rate, f"{gflops:.0f}"]
+                compared = [f"{figures['joint']:.2f}", f"{figures['plain']:.2f}", f"{figures['ratio']:.3f}"]
+                times = [*compared, rate, f"{gflops:.0f}"]
                 rows.append([f"{precision} ({row['precision']})", batch, *times])
         headers = ["precision", "batch", "joint graph ms", "plain forward ms", "ratio", "images/s", "GFLOP/s"]
         work = results["flops"]
