@@ -80,7 +80,6 @@ def fit_rejection(
     temperature: float = 1.0,
     residuals: NDArray[np.float64] | None = None,
     residual_weight: float = 0.0,
-    false_rejection: float = FALSE_REJECTION,
 ) -> Rejection:
     """The rejector: how unusually low the familiarity of an image is (handlers.calibration), for known lesions.
 
@@ -88,7 +87,7 @@ def fit_rejection(
     so that p_unk goes from 0.88 to 0.12 over one standard deviation.
 
     UNK comes first of the nine when p_unk > (1 - p_unk) * p, with p the highest probability among the known classes,
-    which is threshold > familiarity + scale * log(p). The threshold is the `false_rejection` quantile of the right
+    which is threshold > familiarity + scale * log(p). The threshold is the FALSE_REJECTION quantile of the right
     side, so that this share of known lesions is called unknown first of all.
 
     So the ninth probability is not the chance of an unknown disease, which nobody can fit without images of one: it
@@ -98,7 +97,7 @@ def fit_rejection(
     familiarity = Rejection(0.0, 1.0, residual_weight).familiarity(logits, residuals)
     scale = max(1.4826 * float(np.median(np.abs(familiarity - np.median(familiarity)))) / 4, 1e-3)
     log_top = log_softmax(logits / temperature, axis=1).max(1)
-    return Rejection(float(np.quantile(familiarity + scale * log_top, false_rejection)), scale, residual_weight)
+    return Rejection(float(np.quantile(familiarity + scale * log_top, FALSE_REJECTION)), scale, residual_weight)
 
 
 def fit_conformal(

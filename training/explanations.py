@@ -28,11 +28,12 @@ from training.receipt import OverlapError, check_overlap
 from training.terminal import console, errors
 
 BATCH = 64
+SEED = 0  # of the shuffled weights and the random order
 STEPS = 10  # of the deletion: a tenth of the cells at a time
 BLUR = 0.08  # sigma of what stands in for hidden cells, in sides: colours stay, structure goes
 
 
-def judge(bundle: Bundle, pixels: NDArray[np.uint8], seed: int = 0) -> dict[str, Any]:
+def judge(bundle: Bundle, pixels: NDArray[np.uint8]) -> dict[str, Any]:
     """All three checks on pixels (N, S, S, 3), each image explained for its own top class.
 
     Returns `randomised` {what was shuffled: mean rank correlation with the true maps}, `deletion` {order: mean
@@ -40,7 +41,7 @@ def judge(bundle: Bundle, pixels: NDArray[np.uint8], seed: int = 0) -> dict[str,
     (share of the heat in the outermost cells) beside `border_cells` (their share of the grid), and `empty`: the share
     of images whose map is zero everywhere, which the other figures leave out.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     runtime = TorchRuntime(bundle)
     logits, maps = _run(runtime, pixels, np.full(len(pixels), -1))
     targets = logits.argmax(1)
@@ -51,7 +52,7 @@ def judge(bundle: Bundle, pixels: NDArray[np.uint8], seed: int = 0) -> dict[str,
 
     randomised = {}
     for name in ("head", "all"):
-        _, other = _run(_shuffled(bundle, name, seed), kept, chosen)
+        _, other = _run(_shuffled(bundle, name, SEED), kept, chosen)
         randomised[name] = _correlation(heat, other)
 
     noise = rng.random(heat.shape)

@@ -143,8 +143,9 @@ def examples_figure(rows: Sequence[tuple[str, Sequence[tuple[Image.Image, Image.
     return figure
 
 
-def sheet_figure(pictures: Mapping[str, NDArray[np.uint8]], columns: int = 4) -> Figure:
+def sheet_figure(pictures: Mapping[str, NDArray[np.uint8]]) -> Figure:
     """Pictures (H, W, 3) with their names under a common size."""
+    columns = 4
     lines = -(-len(pictures) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.2 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)

@@ -251,11 +251,10 @@ def bootstrap_per_class(
     classes: Sequence[str],
     groups: ArrayLike,
     resamples: int = 1000,
-    seed: int = 0,
 ) -> dict[str, dict[str, tuple[float, float] | None]]:
     """95 % intervals of the figures of `per_class`, by the same resampling; None for a class without images."""
     y, p = np.asarray(labels, np.int64), np.asarray(probabilities, np.float64)
-    draws = [per_class(y[chosen], p[chosen], classes) for chosen in resampled(groups, resamples, seed)]
+    draws = [per_class(y[chosen], p[chosen], classes) for chosen in resampled(groups, resamples)]
     figures = [name for name in draws[0][classes[0]] if name != "support"]
     intervals: dict[str, dict[str, tuple[float, float] | None]] = {}
     for code in classes:

@@ -31,6 +31,7 @@ from training.terminal import console, errors, progress_bar
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
 Fault = Callable[[Pixels, np.random.Generator], Pixels]
 BATCH = 32
+SEED = 0  # of where rulers, hairs and the like lie
 MELANOMA = CODES.index("MEL")
 
 
@@ -120,7 +121,7 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def stress(predictor: Predictor, rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
+def stress(predictor: Predictor, rows: pd.DataFrame) -> dict[str, Any]:
     """Ask about every image as it is and with each fault: figures for each fault, and for "none".
 
     `melanoma_change`: mean absolute change of the melanoma probability; `melanoma_drop`: its mean change on melanomas
@@ -137,7 +138,7 @@ def stress(predictor: Predictor, rows: pd.DataFrame, seed: int = 0) -> dict[str,
             for number, (name, parts) in enumerate(nine.items()):
                 changed = pictures
                 if name != "none":
-                    drawn = [np.random.default_rng([seed, number, start + place]) for place in range(len(pictures))]
+                    drawn = [np.random.default_rng([SEED, number, start + place]) for place in range(len(pictures))]
                     changed = [FAULTS[name](picture, rng) for picture, rng in zip(pictures, drawn, strict=True)]
                 parts.append(_ask(predictor, changed))
             advance(start + len(pictures), len(rows))

@@ -269,7 +269,7 @@ def open_manifest(config: TrainConfig) -> pd.DataFrame:
 
 def cache_preprocessing(config: TrainConfig) -> Preprocessing:
     """How training images are resized for the cache: a little larger than the input, where the settings say so."""
-    return Preprocessing(config.cache_size or config.image_size, interpolation=config.preprocessing.interpolation)
+    return Preprocessing(config.cache_size or config.image_size)
 
 
 def load_data(

@@ -40,6 +40,7 @@ BATCHES = (1, 8)
 ROUNDS = 6  # of joint graph and plain forward in turn
 SIZES = (1024, 2048, 4096)  # of the matrix products that the peak is the best of
 PACE_SIZE = 2048
+PACE_SECONDS = 0.1
 # In a fresh interpreter: what TorchServe's worker does after it has imported torch and itself.
 START = """
 import importlib, json, sys, time
@@ -221,14 +222,14 @@ def peaks(seconds: float, sizes: tuple[int, ...] = SIZES) -> dict[str, dict[str,
     return found
 
 
-def pace(seconds: float = 0.1) -> float:
+def pace() -> float:
     """GFLOP/s of one fixed matrix product: how much of the processor is there just now.
 
     On a shared machine that changes within minutes, and with it every figure.
     """
     torch.set_num_threads(os.cpu_count() or 1)
     call = _torch_product(PACE_SIZE, "bf16" if OpenVinoRuntime.has_bf16() else "f32")
-    return 2 * PACE_SIZE**3 / (float(np.median(timed(call, seconds))) * 1e6)
+    return 2 * PACE_SIZE**3 / (float(np.median(timed(call, PACE_SECONDS))) * 1e6)
 
 
 def _torch_product(size: int, precision: str) -> Callable[[], object]:
