@@ -185,6 +185,16 @@ def test_names_that_are_numbers_stay_as_they_are(tmp_path, monkeypatch):
     assert (scored["images"], scored["left_out"]) == (2, {"truth": 1, "submission": 0})
 
 
+@pytest.mark.parametrize("said", ["", "no figures today", "{half a figure"])
+def test_a_scorer_that_gives_no_figures_is_told_in_a_sentence(tmp_path, monkeypatch, said):
+    submissions(tmp_path)
+    done = subprocess.CompletedProcess([], 0, said, "")
+    monkeypatch.setattr(isic_scoring.subprocess, "run", lambda *args, **options: done)
+    code, output = run(isic_scoring.main, tmp_path / "truth.csv", tmp_path / "submission.csv")
+    assert code == 1
+    assert f"gives no figures, but '{said or 'nothing'}'" in output
+
+
 def test_the_scorer_gets_the_truths_weights_and_names_that_meet(tmp_path, monkeypatch):
     given = []
 

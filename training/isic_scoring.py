@@ -4,7 +4,6 @@ The scorer is the maintained package isic-challenge-scoring. It needs a pandas o
 an environment of its own, which uv makes (from the package index) and keeps.
 """
 
-import io
 import json
 import shutil
 import subprocess
@@ -87,7 +86,11 @@ def score(truth: Path, submission: Path) -> dict[str, Any]:
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise ScoringError(f"{SCORER} refuses: {said[-1] if said else 'it says nothing'}")
-    scored: dict[str, Any] = json.load(io.StringIO(done.stdout[done.stdout.index("{") :]))
+    try:  # uv and warnings may speak first
+        scored: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+    except ValueError:
+        said = done.stdout.strip().splitlines()
+        raise ScoringError(f"{SCORER} gives no figures, but {said[-1] if said else 'nothing'!r}.") from None
     left_out = {"truth": len(frames[0]) - len(common), "submission": len(frames[1]) - len(common)}
     return scored | {"images": len(common), "left_out": left_out}
 

@@ -123,13 +123,13 @@ def read_receipt(bundle: Path | str) -> Receipt | None:
         return None
     try:
         values = json.loads(path.read_bytes())
-        if values["schema"] != SCHEMA:
-            raise BundleError(f"{path} has schema {values['schema']!r}; this version reads schema {SCHEMA}.")
-        return Receipt.from_dict(values)
+        schema = values["schema"]
+        receipt = Receipt.from_dict(values) if schema == SCHEMA else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, BundleError):
-            raise
         raise BundleError(f"{path} cannot be read as a receipt ({type(error).__name__}: {error}).") from error
+    if receipt is None:
+        raise BundleError(f"{path} has schema {schema!r}; this version reads schema {SCHEMA}.")
+    return receipt
 
 
 def overlap(receipt: Receipt, frame: pd.DataFrame) -> Overlap:
