@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class LesionClass:
@@ -34,3 +36,4 @@ BY_CODE: dict[str, LesionClass] = {lesion.code: lesion for lesion in TAXONOMY}
 CODES: tuple[str, ...] = tuple(BY_CODE)
 UNKNOWN = "UNK"
 KNOWN_CODES: tuple[str, ...] = CODES[:-1]
+MALIGNANT = np.array([lesion.malignant for lesion in TAXONOMY])  # bool (9,), by place in CODES

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "model_store" / "skin_vit"  # the bundle that comes with the repository
 # The registered model in MLflow, the model in TorchServe, and the first part of every archive's name.
 MODEL_NAME = "skin_vit"
 # Bytes of a socket's path; systems allow 103 or 107, and supervisord adds its process id for a moment.

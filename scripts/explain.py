@@ -10,6 +10,7 @@ from rich.console import Console
 from handlers.bundle import BundleError
 from handlers.files import atomic_file
 from handlers.preprocessing import ImageError
+from mlflow_tracking.settings import SHIPPED
 
 EPILOG = """
 Examples:
@@ -18,7 +19,6 @@ Examples:
 
   python scripts/explain.py --image lesion.jpg --output melanoma.png --target MEL
 """
-SHIPPED = Path(__file__).resolve().parents[1] / "model_store" / "skin_vit"
 
 
 def main(

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from handlers.bundle import BundleError
 from handlers.preprocessing import ImageError
-from mlflow_tracking.settings import Settings, SettingsError
+from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
 
 EPILOG = """
 Examples:
@@ -91,7 +91,7 @@ def _ask_bundle(folder: Path, tta: bool, metadata: dict[str, str]) -> Any:
 def _ask_server(url: str, version: str | None, tta: bool, metadata: dict[str, str]) -> Any:
     session = requests.Session()
     session.trust_env = False  # a proxy must not stand between the command and its server
-    address = f"{url.rstrip('/')}/predictions/skin_vit" + (f"/{version}" if version else "")
+    address = f"{url.rstrip('/')}/predictions/{MODEL_NAME}" + (f"/{version}" if version else "")
 
     options = {"tta": str(tta).lower(), **metadata}
 

@@ -28,6 +28,7 @@ from mlflow_tracking.promotion.replay import replay_samples, replay_set
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings, SettingsError
+from training.data_sources import IMAGE_ENDINGS
 
 EPILOG = """
 Examples:
@@ -38,7 +39,6 @@ Examples:
 """
 LOCK_SECONDS = 300.0  # while the promoter is in the middle of a step
 REPLAY = "replay"  # where the report lies among the challenger's artifacts
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -66,10 +66,10 @@ def replay(
                 table = replay_set(torchserve, executor.book, evaluation, champion, challenger)
                 tables["frozen evaluation set"] = table
         for folder in samples:
-            found = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+            found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
             files = sorted(path for path in found if not path.name.startswith("."))  # macOS leaves ._NAME.jpg
             if not files:
-                raise RegistryError(f"{folder} holds no pictures ({', '.join(sorted(ENDINGS))}).")
+                raise RegistryError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_ENDINGS))}).")
             tables[str(folder)] = replay_samples(torchserve, files, champion, challenger)
     torchserve.close()
     if not tables:

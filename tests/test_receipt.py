@@ -14,7 +14,7 @@ import pytest
 from handlers.bundle import Bundle, BundleError, write_json
 from tests.models import tiny_bundle
 from training.manifest import fingerprint, read_manifest
-from training.receipt import HASH_RADIUS, RECEIPT, make_receipt, overlap, read_receipt
+from training.receipt import COPY_RADIUS, RECEIPT, make_receipt, overlap, read_receipt
 
 RNG = np.random.default_rng(0)
 
@@ -71,7 +71,7 @@ def test_each_kind_of_overlap_is_named_once(known, receipt):
             changed(new, image_id=f"{row['image_id'].lower()}_downsampled"),
         ],
         "same_lesion": [changed(new, lesion_id=row["lesion_id"])],
-        "near": [changed(new, phash=flipped(row["phash"], HASH_RADIUS))],
+        "near": [changed(new, phash=flipped(row["phash"], COPY_RADIUS))],
     }
     for kind, frames in cases.items():
         for frame in frames:
@@ -79,7 +79,7 @@ def test_each_kind_of_overlap_is_named_once(known, receipt):
             assert found.found
             assert {name for name in cases if getattr(found, name)} == {kind}
             assert frame["image_id"][0] in str(found)
-    assert not overlap(receipt, changed(new, phash=flipped(row["phash"], HASH_RADIUS + 1))).found
+    assert not overlap(receipt, changed(new, phash=flipped(row["phash"], COPY_RADIUS + 1))).found
 
 
 def test_ham10000_posing_as_another_data_set_is_caught(known, receipt):

@@ -11,13 +11,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from handlers.taxonomy import BY_CODE, CODES, KNOWN_CODES, UNKNOWN
+from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT, UNKNOWN
 from training import metrics
 
 # A slice with fewer images says nothing; its figures are left out.
 MIN_SLICE = 30
 SLICE_METRICS = ("accuracy", "balanced_accuracy", "macro_auc", "ece")
-MALIGNANT = np.array([BY_CODE[code].malignant for code in CODES])
 MELANOMA_FIGURES = ("recall", "specificity_at_95")
 BESIDE_FIGURES = {
     "as_served": ("accuracy", "malignant_missed"),

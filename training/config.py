@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
+from mlflow_tracking.settings import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "training" / "configs"
 DEFAULT_PRESET = "vit_small"
 

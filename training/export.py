@@ -38,11 +38,11 @@ from handlers.metadata import Metadata
 from handlers.predictor import Prediction, Predictor, Request
 from handlers.preprocessing import Preprocessing, fingerprint
 from handlers.weights import BASIS, ORIGIN
+from mlflow_tracking.settings import MODEL_NAME
 from training.detectors import KnownSpace
 from training.receipt import RECEIPT, Receipt
 from training.synthetic import draw_lesion
 
-MODEL_NAME = "skin_vit"
 # One picture a class, drawn, so that they can be shipped and read by anybody.
 GOLDEN_CODES = ("MEL", "NV", "BCC", "VASC")
 # What else is told of them, to a model that takes it; each is asked without as well.

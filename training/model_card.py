@@ -15,6 +15,7 @@ import typer
 from handlers.bundle import Bundle, BundleError
 from handlers.files import atomic_file
 from handlers.taxonomy import KNOWN_CODES
+from mlflow_tracking.settings import SHIPPED
 from training import stress, unknowns
 from training.assessment import headline, slice_order
 from training.config import ROOT
@@ -23,7 +24,6 @@ from training.terminal import console, errors
 TEMPLATE = ROOT / "training" / "model_card.template.md"
 CARD = ROOT / "MODEL_CARD.md"
 EVALUATION = ROOT / "docs" / "evaluation"
-SHIPPED = ROOT / "model_store" / "skin_vit"
 FIGURES = {
     "accuracy": "accuracy",
     "balanced accuracy, 8 classes": "balanced_accuracy",

@@ -25,7 +25,7 @@ SEEN_SPLITS = ("train", "val", "calibration")
 DIGITS = 16  # of the SHA-256: 64 bits; two of a million images agree by chance once in 37 million data sets
 
 # Copies of one photograph differ in 4 bits at most: 1,233 pairs, training/duplicates.py.
-HASH_RADIUS = 4
+COPY_RADIUS = 4
 # Hashes alone also find dark spots in the same vignette: on this project's data 16 of 989 test images (1.6 %) are that
 # near to one of 8,180 others, and are other photographs. So a few near images prove nothing, and many do.
 CHANCE_SHARE = 0.05
@@ -83,7 +83,7 @@ class Overlap:
     """Which images (by `image_id`) of a manifest the model has seen, and how that was noticed; each is named once.
 
     `same_image`: same bytes or ISIC identifier; `same_lesion`: another photograph of the same lesion; `near`: a
-    perceptual hash within HASH_RADIUS bits. `images` is how many were compared.
+    perceptual hash within COPY_RADIUS bits. `images` is how many were compared.
     """
 
     images: int
@@ -154,7 +154,7 @@ def overlap(receipt: Receipt, frame: pd.DataFrame) -> Overlap:
             found["same_image"].append(name)
         elif lesion in lesions and lesion not in named:
             found["same_lesion"].append(name)
-        elif (np.bitwise_count(hashes ^ np.uint64(int(phash, 16))) <= HASH_RADIUS).any():
+        elif (np.bitwise_count(hashes ^ np.uint64(int(phash, 16))) <= COPY_RADIUS).any():
             found["near"].append(name)
     return Overlap(len(frame), **found)
 

@@ -24,7 +24,7 @@ from handlers.bundle import Bundle, BundleError, write_json
 from handlers.graph import serving_module
 from handlers.predictor import Prediction, Predictor, Request
 from handlers.preprocessing import Preprocessing
-from handlers.taxonomy import BY_CODE, KNOWN_CODES, UNKNOWN
+from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT, UNKNOWN
 from training import metrics
 from training.assessment import unknown_figures
 from training.checkpoints import LAST, CheckpointError, load
@@ -253,7 +253,7 @@ def _squash(pictures: Sequence[NDArray[np.uint8]], preprocessing: Preprocessing)
 
 
 def _malignant(out: Outputs, classes: Sequence[str]) -> NDArray[np.bool_]:
-    malignant = np.array([BY_CODE[code].malignant for code in classes])
+    malignant = MALIGNANT[[CODES.index(code) for code in classes]]
     return np.asarray(malignant[out.logits.argmax(1)])
 
 

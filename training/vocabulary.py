@@ -6,6 +6,7 @@ Everything here turns somebody's spelling into this project's, or into None / ""
 import re
 from functools import lru_cache
 
+from handlers.metadata import OLDEST
 from handlers.taxonomy import CODES, TAXONOMY
 
 # Codes and full names come from the taxonomy; these are the further spellings met in public data sets and folder
@@ -102,4 +103,4 @@ def age(text: str) -> float | None:
         years = float(text.strip().removesuffix("+"))
     except ValueError:
         return None
-    return years if 0 <= years <= 120 else None
+    return years if 0 <= years <= OLDEST else None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from handlers.files import atomic_file
 from handlers.metadata import Metadata, Values
-from handlers.taxonomy import BY_CODE, CODES
+from handlers.taxonomy import CODES, MALIGNANT
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
@@ -26,7 +26,6 @@ from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeEr
 # Enough to keep a worker busy, and not so many that the champion's requests wait behind a queue.
 PARALLEL = 2
 BATCH = 16  # pictures between two looks at whether the answers are still wanted
-MALIGNANT = np.array([BY_CODE[code].malignant for code in CODES])
 
 
 @dataclass(frozen=True)
