@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from rich.console import Console
 
 from handlers.backbone import BackboneError, build_backbone
 from handlers.bundle import Bundle, BundleError, write_json
@@ -52,6 +51,7 @@ from scripts.serving_bench.pieces import PieceError
 from scripts.serving_bench.servers import Server, ServerError, Settings
 from training.export import export_bundle
 from training.synthetic import draw_lesion
+from training.terminal import console, errors
 
 EPILOG = """
 Examples:
@@ -74,8 +74,6 @@ TOLERANCE = 0.05  # of a probability between servers: they must be serving the s
 PACKAGES = ("torch", "timm", "openvino", "onnxruntime", "torchserve", "grad-cam", "fastapi", "uvicorn")
 Opens = Callable[[Settings], AbstractContextManager[Server]]
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, style="red")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 

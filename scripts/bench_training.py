@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,6 +31,7 @@ from training.dataset import Augment, DataError, Images, batches, classes_in, ep
 from training.losses import ClassificationLoss
 from training.manifest import ManifestError, read_manifest
 from training.recipe import attention_kernel, choose_device, make_optimizer
+from training.terminal import console, errors
 from training.train import cache_preprocessing
 
 EPILOG = """
@@ -42,8 +42,6 @@ Examples:
   python scripts/bench_training.py --data data/manifest.csv --config resnet18 pretrained=false image_size=128
 """
 Batches = Generator[tuple[Tensor, Tensor], None, None]
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, style="red")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 

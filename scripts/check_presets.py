@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from rich.console import Console
 
 from handlers.bundle import Bundle, write_json
 from handlers.graph import serving_module
@@ -31,6 +30,7 @@ from training.config import PRESETS, ROOT, load_config
 from training.dataset import build_cache
 from training.manifest import COLUMNS, ManifestError, read_manifest
 from training.receipt import SEEN_SPLITS
+from training.terminal import console, errors
 
 EPILOG = """
 Examples:
@@ -49,8 +49,6 @@ IMAGES = {"train": 520, "val": 150, "calibration": 60, "test": 60}
 PROMOTION_SECONDS = 180
 TOLERANCE = 0.02  # of a golden probability over REST, where the graph may compute in bf16
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, style="red")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
