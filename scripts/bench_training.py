@@ -128,7 +128,7 @@ def bench(
         step = Step(settings, len(classes))
     except (ConfigError, DataError, ManifestError) as error:
         errors.print(str(error))
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     if settings.threads:
         torch.set_num_threads(settings.threads)
     side, batch = preprocessing.image_size, settings.batch_size

@@ -26,7 +26,7 @@ from handlers.graph import serving_module
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.settings import Settings
 from training.checkpoints import LAST, load
-from training.config import PRESETS, ROOT, load_config
+from training.config import PRESETS, ROOT, ConfigError, load_config
 from training.dataset import build_cache
 from training.manifest import COLUMNS, ManifestError, read_manifest
 from training.receipt import SEEN_SPLITS
@@ -177,6 +177,9 @@ def check(
             }
             write_json(out / "presets.json", table)
             (out / "presets.md").write_text(markdown(table), encoding="utf-8")
+    except ConfigError as error:
+        errors.print(str(error))
+        raise SystemExit(2) from None
     except (ManifestError, CheckError, ValueError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None

@@ -41,10 +41,10 @@ def main(
             file.write(answer.overlay_png or b"")
     except OSError as error:
         console.print(f"{error.filename2 or error.filename}: {error.strerror}", style="red")
-        sys.exit(2)
+        sys.exit(1)
     except (ImageError, BundleError) as error:
         console.print(str(error), style="red")
-        sys.exit(2)
+        sys.exit(1)
     console.print(
         f"{answer.code} {answer.probabilities[answer.code]:.3f}; {output} shows where the model looked for "
         f"{answer.target}. Research use only."

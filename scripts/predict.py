@@ -42,7 +42,10 @@ def main(
     sex: Annotated[str | None, typer.Option(help="female or male.")] = None,
     site: Annotated[str | None, typer.Option(help="Where on the body, such as 'anterior torso'.")] = None,
 ) -> None:
-    """Nine class probabilities for each image. Exit code 1 when any image was refused, 2 when nothing could run."""
+    """Nine class probabilities for each image.
+
+    The exit code is 1 when an image was refused or the bundle cannot be used, 3 when TorchServe is away.
+    """
     console = Console(stderr=as_json)
     given = {"age": age, "sex": sex, "site": site}
     metadata = {name: value for name, value in given.items() if value is not None}
@@ -101,7 +104,8 @@ def _ask_server(url: str, version: str | None, tta: bool, metadata: dict[str, st
         except requests.RequestException as error:
             _stop(
                 f"TorchServe does not answer at {url} ({type(error).__name__}). Start it with `make up`, "
-                "or use --bundle model_store/skin_vit."
+                "or use --bundle model_store/skin_vit.",
+                3,
             )
         try:
             answer = response.json()
@@ -138,9 +142,9 @@ def _table(answers: list[tuple[Path, dict[str, Any]]]) -> Table:
     return table
 
 
-def _stop(message: str) -> NoReturn:
+def _stop(message: str, code: int = 1) -> NoReturn:
     Console(stderr=True).print(f"[red]{escape(message)}[/red]", highlight=False, soft_wrap=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ Examples:
 
 [bold]--freeze-eval[/] stores the pictures of one split in the MLflow registry, with labels and lesions: the frozen
 evaluation set, on which every version is judged before it serves (docs/promotion.md). With --data the manifest is made
-first; without, the one of --out is taken as it is. The exit code is 3 when MLflow is away.
+first; without, the one of --out is taken as it is. The exit code is 1 when
+something cannot be used, 2 for wrong options, 3 when MLflow is away.
 """
 
 import tempfile
@@ -38,7 +39,7 @@ from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.evaluation_set import EvaluationSetError, freeze
 from mlflow_tracking.registry import EVALUATION_SET, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings, SettingsError
-from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest, report_path
+from training.manifest import ManifestError, SharesError, build_manifest, fingerprint, read_manifest, report_path
 from training.splits import DEFAULT_FRACTIONS, DEFAULT_SEED, SPLITS, Split
 from training.terminal import progress_bar
 
@@ -86,12 +87,10 @@ def prepare(
             console.print(f"\nWritten: {escape(str(out))} and {escape(str(report_path(out)))}")
         if freeze_eval:
             _freeze(console, out, eval_split or "test", eval_images)
-    except RegistryUnavailable as error:
+    except (ManifestError, EvaluationSetError, SettingsError, RegistryError, RegistryUnavailable, OSError) as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}")
-        raise typer.Exit(3) from None
-    except (ManifestError, EvaluationSetError, SettingsError, RegistryError, OSError) as error:
-        errors.print(f"[bold red]Error:[/] {escape(str(error))}")
-        raise typer.Exit(2) from None
+        code = 2 if isinstance(error, SharesError) else 3 if isinstance(error, RegistryUnavailable) else 1
+        raise typer.Exit(code) from None
 
 
 def _freeze(console: Console, manifest: Path, split: str, images: int | None) -> None:

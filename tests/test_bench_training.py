@@ -21,7 +21,7 @@ def test_it_compares_the_three_and_refuses_in_a_sentence(tmp_path):
         assert name in done.stdout
     assert "1.000" in done.stdout
     refused = subprocess.run([*command, "imagesize=32"], capture_output=True, text=True)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "did you mean 'image_size'?" in refused.stderr
     few = subprocess.run([*command, *settings, "batch_size=64"], capture_output=True, text=True, timeout=60)
     assert few.returncode == 1

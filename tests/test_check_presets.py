@@ -78,5 +78,5 @@ def test_a_preset_is_run_and_described(tmp_path, monkeypatch):
     again = subprocess.run([*command, "--preset", "vit_tiny", "--size", "48"], capture_output=True, text=True)
     assert "| `vit_tiny` | 5.5 M | 32 px |" in again.stdout  # what was trained, not what is asked for now
     unknown = subprocess.run([*command, "--preset", "vit_tinny"], capture_output=True, text=True)
-    assert unknown.returncode == 1
+    assert unknown.returncode == 2
     assert "did you mean 'vit_tiny'?" in unknown.stderr

@@ -306,7 +306,6 @@ def command(*args):
         (["--config", "vit_smal"], "did you mean 'vit_small'?"),
         (["--epochs", "0"], "epochs must be greater than or equal to 1"),
         (["--batch_size", "-1"], "batch_size must be greater"),
-        (["--resume", "nowhere/last.pt"], "There is no checkpoint nowhere/last.pt."),
         (["device=mps"], "device=mps is not available"),
     ],
 )
@@ -315,6 +314,12 @@ def test_mistakes_are_one_sentence_and_exit_2(args, says, tmp_path):
     assert code == 2
     assert says in output
     assert "Traceback" not in output
+
+
+def test_a_checkpoint_that_is_not_there_is_one_sentence():
+    code, output = command("--resume", "nowhere/last.pt")
+    assert code == 1
+    assert "There is no checkpoint nowhere/last.pt." in output
 
 
 def test_no_data_is_one_sentence(tmp_path):
@@ -367,7 +372,7 @@ def test_a_run_goes_on_in_no_other_folder(tmp_path):
 def test_best_is_not_mistaken_for_a_resumable_checkpoint(tmp_path):
     checkpoints.save(tmp_path / "best.pt", {"weights": {}})
     code, output = command("--resume", tmp_path / "best.pt")
-    assert code == 2
+    assert code == 1
     assert "last.pt" in output
 
 

@@ -35,6 +35,10 @@ class ManifestError(ValueError):
     """The manifest cannot be made or read; the message says why and what to do."""
 
 
+class SharesError(ManifestError):
+    """The splits' shares are no shares."""
+
+
 def build_manifest(
     data_dirs: Sequence[str | Path],
     out: str | Path,
@@ -58,6 +62,7 @@ def build_manifest(
         The report, as written.
 
     Raises:
+        SharesError: the `fractions` are no shares.
         ManifestError: nothing usable is there, or the files cannot be written.
     """
     out = _absolute(out)
@@ -178,9 +183,9 @@ def _absolute(path: str | Path) -> Path:
 def _check_fractions(fractions: Mapping[str, float]) -> None:
     if set(fractions) != set(SPLITS) or min(fractions.values()) < 0 or not 0.999 < sum(fractions.values()) < 1.001:
         given = ", ".join(f"{name} {share:g}" for name, share in fractions.items())
-        raise ManifestError(f"The shares of {', '.join(SPLITS)} must be 0 or more and sum to 1; they are {given}.")
+        raise SharesError(f"The shares of {', '.join(SPLITS)} must be 0 or more and sum to 1; they are {given}.")
     if fractions["train"] == 0:
-        raise ManifestError("The train split's share is 0; leave something to learn from.")
+        raise SharesError("The train split's share is 0; leave something to learn from.")
 
 
 def _check_values(path: Path, frame: pd.DataFrame, column: str, good: pd.Series, rule: str) -> None:

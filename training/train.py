@@ -363,13 +363,16 @@ def main(
             )
         folder.mkdir(parents=True, exist_ok=True)
         train(settings, folder, checkpoint, Interruption())
-    except (ConfigError, CheckpointError, SettingsError) as error:
+    except ConfigError as error:
         errors.print(str(error))
         raise SystemExit(2) from None
     except Interrupted as interrupt:
         console.print("Interrupted before training began.")
         raise SystemExit(128 + interrupt.number) from None
-    except (BackboneError, BundleError, DataError, ManifestError, TrackingError, TrainingError) as error:
+    except (
+        BackboneError, BundleError, CheckpointError, DataError, ManifestError, SettingsError, TrackingError,
+        TrainingError,
+    ) as error:  # fmt: skip
         errors.print(str(error))
         raise SystemExit(1) from None
 

@@ -342,7 +342,7 @@ def main(
         ManifestError, BundleError, CheckpointError, ConfigError, DataError, OverlapError, StudyError, OSError,
     ) as error:  # fmt: skip
         errors.print(str(error))
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     means = summarise(held_out, draws)
     study = {"data": fingerprint(frame), "config": config, "most": most, "means": means, "held_out": held_out}
     study |= {"bundle": predictor.bundle.digest if predictor else None, "served": as_served}
