@@ -25,7 +25,7 @@ from handlers.bundle import Bundle, write_json
 from handlers.graph import serving_module
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.settings import Settings
-from training.checkpoints import LAST, load
+from training.checkpoints import LAST, CheckpointError, load
 from training.config import PRESETS, ROOT, ConfigError, load_config
 from training.dataset import build_cache
 from training.manifest import COLUMNS, ManifestError, read_manifest
@@ -72,7 +72,12 @@ def small_manifest(data: Path, out: Path) -> Path:
 
 
 def train(preset: str, manifest: Path, folder: Path, size: int) -> dict[str, Any]:
-    """Train a preset unless `folder` holds its bundle; loss on validation by epoch, seconds an epoch."""
+    """Train a preset unless `folder` holds its bundle; loss on validation by epoch, seconds an epoch.
+
+    Raises:
+        CheckError: the training failed.
+        CheckpointError: the folder's last checkpoint cannot be read.
+    """
     if not (folder / "bundle").is_dir():
         settings = [f"manifest={manifest}", f"image_size={size}", f"cache_size={size}", f"output={folder}", *SETTINGS]
         command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", preset, *settings]
@@ -180,7 +185,7 @@ def check(
     except ConfigError as error:
         errors.print(str(error))
         raise SystemExit(2) from None
-    except (ManifestError, CheckError, ValueError) as error:
+    except (ManifestError, CheckError, CheckpointError, ValueError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None
     console.print(markdown(table))

@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from typer.testing import CliRunner
 
 from mlflow_tracking.settings import Settings
 from scripts import check_presets
@@ -60,6 +61,15 @@ def test_a_promoted_preset_is_waited_for_while_torchserve_starts_anew(tmp_path, 
         assert check_presets.promote(bundle, settings) == 0
         assert next(turns, None) is None
         server.shutdown()
+
+
+def test_a_bundle_whose_checkpoint_is_gone_is_told_in_a_sentence(tmp_path):
+    manifest, out = tiny_manifest(tmp_path / "data"), tmp_path / "out"
+    (out / "vit_tiny" / "bundle").mkdir(parents=True)
+    words = ["--data", str(manifest), "--out", str(out), "--preset", "vit_tiny"]
+    result = CliRunner().invoke(check_presets.app, words)
+    assert result.exit_code == 1
+    assert "There is no checkpoint" in result.stderr
 
 
 @pytest.mark.slow
