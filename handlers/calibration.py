@@ -26,7 +26,10 @@ class Rejection:
     residual_weight: float = 0.0
 
     def familiarity(self, logits: np.ndarray, residuals: np.ndarray | None = None) -> np.ndarray:
-        """Logits (N, K) and residuals (N,) (handlers.graph; not needed where their weight is 0) to (N,)."""
+        """Logits (N, K) and residuals (N,) (handlers.graph; not needed where their weight is 0) to (N,).
+
+        Raises ValueError where residuals are needed and there are none.
+        """
         energy = _logsumexp(np.asarray(logits, np.float64))[:, 0]
         if not self.residual_weight:
             return energy
@@ -35,7 +38,7 @@ class Rejection:
         return energy - self.residual_weight * np.asarray(residuals, np.float64)
 
     def probability(self, logits: np.ndarray, residuals: np.ndarray | None = None) -> np.ndarray:
-        """The probability of "none of the above" (N,); arguments as for `familiarity`."""
+        """The probability of "none of the above" (N,); arguments, and what is raised, as for `familiarity`."""
         away = self.threshold - self.familiarity(logits, residuals)
         return 0.5 * (1 + np.tanh(away / (2 * self.scale)))  # a sigmoid that cannot overflow
 

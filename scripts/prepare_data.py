@@ -94,7 +94,14 @@ def prepare(
 
 
 def _freeze(console: Console, manifest: Path, split: str, images: int | None) -> None:
-    """Store a split of a manifest in the registry. Raises ManifestError, EvaluationSetError, RegistryUnavailable."""
+    """Store a split of a manifest in the registry, and say what it is.
+
+    Raises:
+        ManifestError: the manifest cannot be read, or has nothing in the split.
+        EvaluationSetError: a picture cannot be frozen.
+        SettingsError: the registry's address cannot be.
+        RegistryError, RegistryUnavailable: the registry refuses it, or is away.
+    """
     frame = read_manifest(manifest)
     rows = frame[frame["split"] == split]
     if rows.empty:

@@ -40,6 +40,9 @@ def judge(bundle: Bundle, pixels: NDArray[np.uint8]) -> dict[str, Any]:
     probability of the top class after 0, 1, ..., STEPS tenths are hidden}, `deletion_area` (their means), `border`
     (share of the heat in the outermost cells) beside `border_cells` (their share of the grid), and `empty`: the share
     of images whose map is zero everywhere, which the other figures leave out.
+
+    Raises:
+        BundleError: the weights do not fit, or every map is zero everywhere.
     """
     rng = np.random.default_rng(SEED)
     runtime = TorchRuntime(bundle)

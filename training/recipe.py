@@ -26,7 +26,10 @@ def seed_everything(seed: int, epoch: int) -> torch.Generator:
 
 
 def choose_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
-    """The device, and the type that autocast computes in (float32: no autocast)."""
+    """The device, and the type that autocast computes in (float32: no autocast).
+
+    Raises ConfigError for a device that this machine does not have.
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(name for name in there if there[name]) if config.device == "auto" else config.device
     if not there[name]:

@@ -228,7 +228,8 @@ def _clutter(c: _Canvas) -> None:
 def draw_lesion(seed: int, code: str = "NV", size: tuple[int, int] = (600, 450), view: int = 0) -> Image.Image:
     """One drawn picture of a class (a known code, or UNK: skin with a pen mark) as RGB of `size` (width, height).
 
-    `view` > 0 is the same lesion photographed again: slightly turned, shifted, nearer and lit otherwise.
+    `view` > 0 is the same lesion photographed again: slightly turned, shifted, nearer and lit otherwise. Raises
+    ValueError for another code.
     """
     if code != "UNK" and code not in NAMES:
         raise ValueError(f"cannot draw class {code!r}: choose one of {', '.join([*NAMES, 'UNK'])}")

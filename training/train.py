@@ -79,12 +79,24 @@ class Interruption:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def check(self) -> None:
+        """Raises Interrupted if a signal has come."""
         if self.number:
             raise Interrupted(self.number)
 
 
 def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, stop: Interruption) -> None:
-    """Train, or go on from a checkpoint; then calibrate, evaluate and export to `output`/bundle."""
+    """Train, or go on from a checkpoint; then calibrate, evaluate and export to `output`/bundle.
+
+    Raises:
+        ConfigError: this machine does not have the device.
+        ManifestError, DataError: the images cannot be used, or `initial_bundle` has learnt from some that would judge.
+        BackboneError, BundleError: the network or `initial_bundle` cannot be used.
+        CheckpointError: `checkpoint` is of another network.
+        SettingsError, TrackingError: MLflow cannot be logged to.
+        TrainingError: the checkpoint is of other data or weights, or the loss is no number.
+        Interrupted: a signal came before the first epoch.
+        SystemExit: a signal came later; with 128 and its number.
+    """
     device, precision = choose_device(config)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -253,7 +265,12 @@ def try_explaining(model: nn.Module, config: TrainConfig) -> None:
 
 
 def open_manifest(config: TrainConfig) -> pd.DataFrame:
-    """The manifest, prepared from the data folder if there is none."""
+    """The manifest, prepared from the data folder if there is none.
+
+    Raises:
+        DataError: there is neither.
+        ManifestError: it cannot be made or read.
+    """
     manifest, folder = Path(config.manifest), Path(config.data_dir)
     if not manifest.is_file():
         if not folder.is_dir() or not any(path for path in folder.iterdir() if not path.name.startswith(".")):
@@ -275,7 +292,13 @@ def cache_preprocessing(config: TrainConfig) -> Preprocessing:
 def load_data(
     config: TrainConfig, frame: pd.DataFrame, classes: tuple[str, ...], stop: Interruption
 ) -> dict[str, Images]:
-    """Every split that has images; the training split at the cache's size, the others as serving sees them."""
+    """Every split that has images; the training split at the cache's size, the others as serving sees them.
+
+    Raises:
+        DataError: there is no image to train on or to validate with, one cannot be read, none has a known value of what
+            the model is to take, or there is no room for the cache.
+        Interrupted: a signal came.
+    """
     manifest, serving, larger = Path(config.manifest), config.preprocessing, cache_preprocessing(config)
     cache = Path(config.cache_dir) if config.cache_dir else manifest.parent / "cache"
     inputs, training = config.metadata_inputs, frame[frame["split"] == "train"]
