@@ -79,11 +79,11 @@ def ask(predictor: Predictor, rows: pd.DataFrame, tta: bool = False, picture_alo
     """The model's answer to every row's image, without heatmaps, told what it takes of the row's age, sex and site
     unless asked for the `picture_alone`. Raises ManifestError if an image cannot be read."""
     answers: list[Prediction] = []
-    with progress_bar("evaluating") as advance:
+    with progress_bar("evaluating") as progress:
         for start in range(0, len(rows), BATCH):
             part = rows.iloc[start : start + BATCH]
             answers += _ask(predictor, part, picture_alone, gradcam="none", tta=tta)
-            advance(len(answers), len(rows))
+            progress(len(answers), len(rows))
     return answers
 
 

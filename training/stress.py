@@ -132,7 +132,7 @@ def stress(predictor: Predictor, rows: pd.DataFrame) -> dict[str, Any]:
     """
     truth = rows["label"].map(KNOWN_CODES.index).to_numpy(np.int64)
     nine: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ("none", *FAULTS)}
-    with progress_bar("stressing") as advance:
+    with progress_bar("stressing") as progress:
         for start in range(0, len(rows), BATCH):
             pictures = [_open(path) for path in rows["path"].iloc[start : start + BATCH]]
             for number, (name, parts) in enumerate(nine.items()):
@@ -141,7 +141,7 @@ def stress(predictor: Predictor, rows: pd.DataFrame) -> dict[str, Any]:
                     drawn = [np.random.default_rng([SEED, number, start + place]) for place in range(len(pictures))]
                     changed = [FAULTS[name](picture, rng) for picture, rng in zip(pictures, drawn, strict=True)]
                 parts.append(_ask(predictor, changed))
-            advance(start + len(pictures), len(rows))
+            progress(start + len(pictures), len(rows))
     whole = {name: np.concatenate(parts) for name, parts in nine.items()}
     plain, is_melanoma = whole["none"], truth == MELANOMA
     table = {}

@@ -192,7 +192,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             order = order[: steps * config.batch_size]  # whole batches: batch norm cannot take a batch of one
             set_trainable(model, heads if epoch < config.freeze_epochs else ())
             total = torch.zeros((), device=device)
-            with progress_bar(f"epoch {epoch + 1}/{config.epochs}") as advance:
+            with progress_bar(f"epoch {epoch + 1}/{config.epochs}") as progress:
                 for step, batch in enumerate(batches(data["train"], order, config.batch_size, device)):
                     lr = learning_rate(config, epoch * steps + step, steps)
                     for group in optimizer.param_groups:
@@ -215,7 +215,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
                     scaler.update()
                     ema.update(model, step=epoch * steps + step)
                     total += loss.detach()
-                    advance(step + 1, steps)
+                    progress(step + 1, steps)
                     stop.check()
             train_loss = total.item() / steps
             if not math.isfinite(train_loss):
@@ -311,14 +311,14 @@ def load_data(
             if split in ("train", "val"):
                 raise DataError(f"{manifest} has no images in the split {split!r}; prepare it again with more lesions.")
             continue
-        with progress_bar(f"caching {split}") as advance:
+        with progress_bar(f"caching {split}") as draw:
 
-            def show(done: int, total: int) -> None:
+            def progress(done: int, total: int) -> None:
                 stop.check()
-                advance(done, total)
+                draw(done, total)
 
             preprocessing = larger if split == "train" else serving
-            data[split] = load_split(frame, split, classes, preprocessing, cache, show, inputs)
+            data[split] = load_split(frame, split, classes, preprocessing, cache, progress, inputs)
     return data
 
 
