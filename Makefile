@@ -1,6 +1,6 @@
 # Everything a person does with this repository; `make` lists it. Settings: .env.example.
 .DEFAULT_GOAL := help
-.PHONY: help up down status env test test-all test-hostile test-load test-compose lint format lock clean
+.PHONY: help up down status env browser test test-all test-hostile test-load test-compose lint format lock clean
 PY := .venv/bin/python
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11
 IMAGES := prediction torchserve promoter training mlflow page
@@ -20,14 +20,14 @@ status: env ## show what is running, and where
 env: ## make or repair .venv (part of every command that needs it)
 	@scripts/setup_env.sh
 
-test: ## run the tests: unit tests first, then the live stack and the page in Chromium
+browser: # Chromium, which needs root and is asked for before anything takes long, and the environment
 	@scripts/setup_env.sh --browser
 	@scripts/setup_env.sh
+
+test: browser ## run the tests: unit tests first, then the live stack and the page in Chromium
 	@$(PY) -m pytest -m "not slow and not containers and not hostile and not load"
 
-test-all: ## run all tests but those in containers: also a fresh clone set up from nothing, hostile requests, load
-	@scripts/setup_env.sh --browser
-	@scripts/setup_env.sh
+test-all: browser ## run all tests but those in containers: also a fresh clone set up from nothing, hostile requests, load
 	@$(PY) -m pytest -m "not containers"
 
 test-hostile: env ## send 5,000 malformed or odd requests to the live server, and print how it bore them
@@ -36,9 +36,7 @@ test-hostile: env ## send 5,000 malformed or odd requests to the live server, an
 test-load: env ## kill workers, swap versions, overload and soak the live server, and print how it bore it
 	@$(PY) -m pytest tests/test_load.py -s
 
-test-compose: ## build the images and run the stack in containers, with the Docker Engine of $DOCKER_HOST
-	@scripts/setup_env.sh --browser
-	@scripts/setup_env.sh
+test-compose: browser ## build the images and run the stack in containers, with the Docker Engine of $DOCKER_HOST
 	@$(PY) -m pytest -m containers -x -s
 
 lint: env ## check style, formatting and types

@@ -7,8 +7,6 @@ from streamlit_app.client import UNKNOWN, Answer, Refusal, ServingError
 from streamlit_app.readings import Reading
 from streamlit_app.utils import HEAT_COLOURS, NATURES, certainty, in_a_word, nature, percent
 
-NOTICE = "Research use only. Not a medical device."
-
 # kind of ServingError: headline, and what the reader can do
 OUTAGES = {
     "unreachable": (
@@ -30,10 +28,9 @@ OUTAGES = {
 
 def masthead() -> str:
     """Name of the page and the notice that is always in sight."""
-    bold, rest = NOTICE.split(" ", 3)[:3], NOTICE.split(" ", 3)[3]
     return (
         '<header class="sl-mast"><span class="sl-brand"><i></i>Skin lesion reader</span>'
-        f'<span class="sl-notice" role="note"><b>{" ".join(bold)}</b> {rest}</span></header>'
+        '<span class="sl-notice" role="note"><b>Research use only.</b> Not a medical device.</span></header>'
     )
 
 
@@ -174,7 +171,7 @@ def _link(address: str, text: str) -> str:
 
 def outage(error: ServingError) -> str:
     """Why nothing can be read at all."""
-    headline, advice = OUTAGES.get(error.kind, OUTAGES["unexpected"])
+    headline, advice = OUTAGES[error.kind]
     return (
         f'<section class="sl-problem" role="alert"><h3>{headline}</h3><p>{advice}</p>'
         f"<p><small>{escape(str(error))}</small></p></section>"

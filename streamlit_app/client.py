@@ -224,7 +224,7 @@ class TorchServe:
         return self.session.post(url, data=fields, files=files, timeout=self.timeouts, allow_redirects=False)
 
     def _translate(self, error: requests.RequestException) -> ServingError:
-        if isinstance(error, requests.ConnectTimeout | requests.ConnectionError):
+        if isinstance(error, requests.ConnectionError):
             return ServingError("unreachable", f"Nothing answers at {self.url}.")
         if isinstance(error, requests.Timeout):
             return ServingError("timeout", f"No answer within {self.timeouts[1]:g} seconds from {self.url}.")
