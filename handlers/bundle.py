@@ -156,7 +156,11 @@ class Bundle:
                 raise BundleError(f"{CONFIG} lists a file outside the bundle: {name}")
             if not file.is_file():
                 raise BundleError(f"The bundle {path} lacks {name}.")
-            if file_sha256(file) != entry["sha256"]:
+            try:
+                sha256 = file_sha256(file)
+            except OSError as error:
+                raise BundleError(f"{file} cannot be read ({error.strerror}).") from error
+            if sha256 != entry["sha256"]:
                 raise BundleError(f"{file} was changed or damaged: its SHA-256 is not the one in {CONFIG}.")
         for name in (WEIGHTS, GOLDEN):
             if name not in files:

@@ -138,23 +138,26 @@ def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is 
     """The eager torch module of a bundle: normalisation, backbone, Grad-CAM; in eval mode, fp32.
 
     Raises:
-        BundleError: the weights are not those of its architecture, or lack the known space that its rejection needs.
-        BackboneError: timm has no such network.
+        BundleError: the network cannot be built, the weights are not those of its architecture, or they lack the known
+            space that its rejection needs.
     """
     import torch
     from torch import Tensor, nn
 
-    from handlers.backbone import build_backbone
+    from handlers.backbone import BackboneError, build_backbone
     from handlers.gradcam import grad_cam
 
     config = bundle.config
-    backbone = build_backbone(
-        config.architecture,
-        len(config.classes),
-        config.preprocessing.image_size,
-        options=config.options,
-        metadata_width=len(config.metadata.columns),
-    )
+    try:
+        backbone = build_backbone(
+            config.architecture,
+            len(config.classes),
+            config.preprocessing.image_size,
+            options=config.options,
+            metadata_width=len(config.metadata.columns),
+        )
+    except BackboneError as error:
+        raise BundleError(f"The bundle's network cannot be built: {error}") from error
     weights = read_weights(bundle)
     if config.calibration.rejection and config.calibration.rejection.residual_weight and weights.basis is None:
         raise BundleError(f"The bundle's rejection needs {BASIS} in {WEIGHTS}, which is not there.")

@@ -19,13 +19,15 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from handlers.bundle import Bundle
+from handlers.bundle import Bundle, BundleError
 from handlers.graph import OpenVinoRuntime, Runtime, TorchRuntime
 from handlers.metadata import MetadataError
 from handlers.preprocessing import DecodedImage, ImageError, decode, ignore_oddities
 from handlers.taxonomy import BY_CODE, CODES, TAXONOMY, UNKNOWN
 
 DISCLAIMER = "Research use only. Not a medical device."
+RUNTIMES = ("auto", "openvino", "torch")
+PRECISIONS = ("auto", "bf16", "f32")
 GRADCAM_FORMS = ("grid", "overlay", "none")
 # How far bf16 may move a probability of a golden answer before "auto" goes back to f32. The golden answers are few:
 # among hundreds of pictures one moves several times as far.
@@ -134,7 +136,7 @@ class Predictor:
         version: the registry's version, repeated in answers.
 
     Raises:
-        BundleError: the bundle cannot run this way.
+        BundleError: the bundle cannot run this way, or there is no such way.
     """
 
     def __init__(
@@ -146,8 +148,13 @@ class Predictor:
         version: str | None = None,
         device: str | None = None,
     ) -> None:
+        for word, known in ((runtime, RUNTIMES), (precision, PRECISIONS)):
+            if word not in known:
+                raise BundleError(f"A model runs with one of {', '.join(known)}, not {word!r}.")
         if runtime == "auto":
             runtime = "openvino" if bundle.has_graph else "torch"
+        if runtime == "openvino" and not bundle.has_graph:
+            raise BundleError(f"The bundle {bundle.path} has no serving graph for OpenVINO; torch can run it.")
         self.bundle = bundle
         self.config = bundle.config
         self._one_at_a_time = threading.Lock()

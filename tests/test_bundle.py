@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -94,6 +95,32 @@ def test_weights_of_another_architecture_are_refused(slim, tmp_path):
     seal(copy, replace(slim.config, options={**slim.config.options, "depth": 3}))
     with pytest.raises(BundleError, match="do not fit"):
         complete(copy, tmp_path / "out")
+
+
+def test_an_unknown_architecture_is_refused_in_a_sentence(slim, tmp_path):
+    copy = shutil.copytree(slim.path, tmp_path / "copy")
+    bundle = seal(copy, replace(slim.config, architecture="vit_of_tomorrow"))
+    with pytest.raises(BundleError, match=r"network cannot be built: timm has no model named 'vit_of_tomorrow'"):
+        Predictor(bundle)
+
+
+def test_a_file_that_cannot_be_read_is_told(slim, monkeypatch):
+    monkeypatch.setattr("handlers.bundle.file_sha256", Mock(side_effect=OSError(5, "Input/output error")))
+    with pytest.raises(BundleError, match=r"cannot be read \(Input/output error\)"):
+        Bundle.load(slim.path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runtime": "onnx"}, "one of auto, openvino, torch, not 'onnx'"),
+        ({"precision": "int8"}, "one of auto, bf16, f32, not 'int8'"),
+        ({"runtime": "openvino"}, "has no serving graph for OpenVINO"),
+    ],
+)
+def test_a_way_to_run_that_there_is_not_is_refused(slim, options, message):
+    with pytest.raises(BundleError, match=message):
+        Predictor(slim, **options)
 
 
 def test_a_graph_that_disagrees_is_refused_and_leaves_nothing(slim, tmp_path, monkeypatch):
