@@ -84,6 +84,12 @@ def test_a_busy_worker_is_asked_again_and_a_broken_one_is_not_the_candidates_fau
         _ = case.candidate.champion_answers
 
 
+def test_a_version_is_timed_by_its_answers_not_by_our_waits(case):
+    case.server.fail = [503]  # half a second is waited after it
+    assert case.gates["latency"].evaluate(case.candidate).figures["p95"] < 250
+    assert case.server.asked == 1 + 5
+
+
 def test_samples_that_are_no_pictures_are_named_and_left_out(case, tmp_path):
     for number, code in enumerate(("MEL", "NV")):
         (tmp_path / f"{code}.png").write_bytes(patch(code, number))

@@ -76,10 +76,13 @@ def ask_one(
     image: bytes,
     metadata: Values | None,
     each: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """The whole answer of one version to one picture; what passes is waited for a little, `each` being called before,
-    which may raise to stop. Raises as `ask`."""
+) -> tuple[dict[str, Any], float]:
+    """The whole answer of one version to one picture, and the milliseconds that it took, without those before it.
+
+    What passes is waited for a little, `each` being called before, which may raise to stop. Raises as `ask`.
+    """
     for wait in (0.5, 2.0, None):
+        began = time.monotonic()
         try:
             answer = torchserve.predict(image, release.version, metadata=metadata)
         except TorchServeError as error:
@@ -88,15 +91,16 @@ def ask_one(
             each()
             time.sleep(wait)
         else:
+            milliseconds = 1000 * (time.monotonic() - began)
             break
     if answer["model"]["digest"] != release.digest:
         raise TorchServeError(500, f"another model answered for version {release.version}: {answer['model']['digest']}")
-    return answer
+    return answer, milliseconds
 
 
 def told(torchserve: TorchServe, release: Release, evaluation: EvaluationSet) -> list[Values]:
     """For each picture of the set what a version can be told of it; one answer says what it takes. Raises as `ask`."""
-    answer = ask_one(torchserve, release, evaluation.images([0])[0], {})
+    answer, _ = ask_one(torchserve, release, evaluation.images([0])[0], {})
     takes = Metadata.from_dict(answer["model"].get("takes", {}))
     known = [takes.understood(row) for row in evaluation.frame.to_dict("records")]
     return [{name: value for name, value in row.items() if value is not None} for row in known]
@@ -155,9 +159,7 @@ def short(digest: str) -> str:
 
 
 def _row(torchserve: TorchServe, release: Release, image: bytes, metadata: Values) -> dict[str, Any]:
-    began = time.monotonic()
-    answer = ask_one(torchserve, release, image, metadata)
-    milliseconds = 1000 * (time.monotonic() - began)
+    answer, milliseconds = ask_one(torchserve, release, image, metadata)
     return {"p": [answer["probabilities"][code] for code in CODES], "ms": round(milliseconds, 2)}
 
 

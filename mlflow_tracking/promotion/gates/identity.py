@@ -73,7 +73,7 @@ class GoldenParity(Gate):
         for case in cases:
             go_on()
             try:
-                answer = ask_one(candidate.torchserve, release, case.image, case.metadata, go_on)
+                answer, _ = ask_one(candidate.torchserve, release, case.image, case.metadata, go_on)
             except TorchServeError as error:
                 if error.passing:  # a worker died, which may be for want of memory: no reason to refuse it for good
                     raise
