@@ -25,7 +25,7 @@ from mlflow_tracking.promotion.audit import person
 from mlflow_tracking.promotion.gates.judge import GateSettingsError
 from mlflow_tracking.promotion.ledger import LedgerError, StoreBusy
 from mlflow_tracking.promotion.plan import Actual, Release
-from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
+from mlflow_tracking.promotion.reconcile import ALIASES, Event, Pass, Reconciler
 from mlflow_tracking.promotion.torchserve_client import TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
@@ -59,7 +59,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__, epilog=EPILOG)
 def promote(
     version: str = typer.Option("", "--version", help="First point the alias at this version."),
-    alias: str = typer.Option("champion", "--alias", help="The alias to move: champion serves, challenger stands by."),
+    alias: str = typer.Option(
+        "", "--alias", help="The alias to move: champion, which serves (the default), or challenger, which stands by."
+    ),
     rollback: bool = typer.Option(False, "--rollback", help="Point champion at the last good version."),
     force: bool = typer.Option(False, "--force", help="Let --version serve whatever the gates say; needs --reason."),
     reason: str = typer.Option("", "--reason", help="Why, for the audit log."),
@@ -69,12 +71,17 @@ def promote(
 ) -> None:
     if status and (version or watch or rollback):
         raise typer.BadParameter("--status changes nothing; leave --version, --rollback and --watch out.")
-    if rollback and (version or force or again or alias != "champion"):
+    if rollback and (version or force or again or alias):
         raise typer.BadParameter("--rollback chooses the version itself; leave --version and its options out.")
-    if (force or again) and not version:
+    if (force or again or alias) and not version:
         raise typer.BadParameter("say with --version which one is meant.")
+    if alias and alias not in ALIASES:
+        raise typer.BadParameter(f"--alias is {' or '.join(ALIASES)}: nobody reads another.")
+    if reason and not (version or rollback):
+        raise typer.BadParameter("--reason says why --version or --rollback; there is neither.")
     if force and not reason:
         raise typer.BadParameter("--force needs --reason: it is kept in the audit log and in MLflow.")
+    alias = alias or "champion"
     settings = Settings.load()
     by = f"{person()} with promote.py"
     spinner = console.status("Waiting for the promoter to finish its step …")

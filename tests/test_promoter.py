@@ -222,7 +222,7 @@ def test_watching_goes_on_and_tells_what_is_new(world, monkeypatch, capsys):
     monkeypatch.setattr(promote.time, "sleep", turn)
     with pytest.raises(KeyboardInterrupt):
         promote.promote(
-            version="", alias="champion", rollback=False, force=False, reason="", again=False, watch=True, status=False
+            version="", alias="", rollback=False, force=False, reason="", again=False, watch=True, status=False
         )
     shown = capsys.readouterr()
     assert shown.out.splitlines() == ["Version 1 serves.", "Version 2 serves."]
