@@ -178,19 +178,16 @@ def champion(settings: Settings) -> str | None:
 
 
 def registered(settings: Settings) -> str | None:
-    """Registers the shipped model into an empty registry; the text to show once there is a version."""
+    """Has register_model.py give an empty registry the shipped model; the text to show once that is settled."""
     info = settings.supervision.states().get("register", {})
     if info.get("statename") == "EXITED":
         if info["exitstatus"]:
             raise StackError("The shipped model could not be registered.", settings.log("register"))
-        return "shipped model registered"
+        return f"version {version} is champion" if (version := champion(settings)) else "no version is champion"
     if info.get("statename") == "STOPPED":
+        # A champion is enough for --if-empty too, which takes seconds to find one, importing mlflow.
         if version := champion(settings):
             return f"version {version} is champion"
-        query = {"filter": f"name='{MODEL_NAME}'", "max_results": "2"}
-        answer = client().get(f"{settings.url('mlflow')}/api/2.0/mlflow/model-versions/search", params=query)
-        if len(answer.raise_for_status().json().get("model_versions", [])) > 1:
-            return "no version is champion"  # somebody wants it so; a single one may come from an interrupted start
         settings.supervision.interface.startProcess("stack:register", False)
     return None
 

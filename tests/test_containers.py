@@ -7,6 +7,7 @@ fails where a service is not able to work.
 """
 
 import ast
+import configparser
 import importlib.util
 import json
 import re
@@ -62,6 +63,14 @@ def secrets(tmp_path, monkeypatch) -> ModuleType:
     monkeypatch.setattr(sys, "argv", ["make_secrets.py"])
     monkeypatch.delenv("NAMED_SECRETS", raising=False)
     return module
+
+
+def test_make_up_and_the_containers_register_the_shipped_model_by_one_rule():
+    """The command's --if-empty; both once had a rule of their own, and differed on a lone challenger."""
+    conf = configparser.RawConfigParser()
+    conf.read(ROOT / "scripts" / "supervisord.conf")
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    assert conf["program:register"]["command"].split() == services["register"]["command"]
 
 
 def pins(name: str) -> dict[str, str]:
