@@ -4,7 +4,6 @@ Versions are fetched as files only: `load_model` runs the code that comes with a
 """
 
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import handlers
 from handlers.bundle import Bundle
 from handlers.graph import complete
-from mlflow_tracking.settings import MODEL_NAME, reach_directly
+from mlflow_tracking.settings import MODEL_NAME, quiet_client
 from mlflow_tracking.version_card import description, requirements, signature_types, tags
 
 if TYPE_CHECKING:
@@ -336,20 +335,6 @@ class Registry:
             if "with exception" in sentence:  # of requests, which names classes and memory addresses
                 raise RegistryUnavailable(f"MLflow at {self.uri} does not answer.") from error
             raise RegistryUnavailable(f"MLflow at {self.uri} answers with an error: {sentence}") from error
-
-
-def quiet_client(uri: str) -> None:
-    """Set MLflow up before its import: no statistics sent, no minutes of retries, no proxy to loopback."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # Our callers try again themselves, and a person should not wait two minutes for "is it running?".
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # Files go through MLflow: by itself the client would turn to the object store, which only the server can reach.
-    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
-    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
-    reach_directly(uri)
 
 
 def _registered(one: "ModelVersion", aliases: tuple[str, ...] | None = None) -> RegisteredVersion:

@@ -25,6 +25,23 @@ def reach_directly(uri: str) -> None:
             os.environ[name] = ",".join([*others, host])
 
 
+def quiet_client(uri: str) -> None:
+    """Set MLflow's client up before its import: no statistics, no minutes of retries, no proxy to loopback."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Our callers try again themselves; nobody should wait two minutes for "is it running?", nor a training run.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # training prints it itself
+        # Files go through MLflow: by itself the client would turn to the object store, which only the server can reach.
+        "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+        "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    reach_directly(uri)
+
+
 class SettingsError(ValueError):
     """A setting that cannot be used; a sentence."""
 

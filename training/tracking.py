@@ -17,7 +17,7 @@ from types import ModuleType
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mlflow_tracking.settings import Settings, reach_directly
+from mlflow_tracking.settings import Settings, quiet_client, reach_directly
 from training.config import ROOT, TrainConfig
 
 
@@ -37,7 +37,7 @@ class Tracker:
         self.run_id = ""
         self.url = ""  # of the run's page, if a server keeps it
         self._warn = warn
-        self._mlflow = _import_mlflow()
+        self._mlflow = _import_mlflow(uri)
         self.failed = False
         self._untold: list[tuple[int, dict[str, float]]] = []
 
@@ -154,7 +154,6 @@ def choose_store(output: Path, remembered: str = "") -> tuple[str, str]:
     """
     settings = Settings.load()
     if uri := settings.mlflow_tracking_uri or remembered:
-        reach_directly(uri)
         return uri, ""
     server = settings.registry_uri
     reach_directly(server)
@@ -177,7 +176,7 @@ def log_evaluation(run_id: str, folder: Path, name: str, values: Mapping[str, fl
     if notice:  # a database of its own would know no run
         server = Settings.load().registry_uri
         return f"Not logged: no MLflow server at {server}; set MLFLOW_TRACKING_URI to name another store."
-    mlflow = _import_mlflow()
+    mlflow = _import_mlflow(uri)
     client = mlflow.MlflowClient(uri)
     try:
         client.get_run(run_id)
@@ -203,15 +202,9 @@ def code_revision() -> str:
     return f"{commit}-dirty" if status.strip() else commit
 
 
-def _import_mlflow() -> ModuleType:
-    """MLflow, told to be quiet and brief; it reads the first of these when it is imported."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # By default a dead server is asked for minutes, during which nothing is trained.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    # Through the server, as only it can reach the object store.
-    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # training prints it itself
+def _import_mlflow(uri: str) -> ModuleType:
+    """MLflow, told to be quiet and brief before it is imported, as it reads some of that then."""
+    quiet_client(uri)
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
