@@ -7,6 +7,7 @@ answer.probabilities["MEL"], answer.grid
 """
 
 import base64
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -190,7 +191,7 @@ class Predictor:
         if precision == "auto":
             if kind.has_bf16():
                 low = make(self.bundle, "bf16", threads)
-                if self._golden_error(low) <= LOW_PRECISION_TOLERANCE:
+                if self.golden_difference(low) <= LOW_PRECISION_TOLERANCE:
                     return low
             precision = "f32"
         started = make(self.bundle, precision, threads)
@@ -198,12 +199,17 @@ class Predictor:
         started(np.zeros((1, size, size, 3), np.uint8), np.array([-1]))
         return started
 
-    def _golden_error(self, runtime: Runtime) -> float:
-        """How far the runtime moves a probability of a golden answer, at most."""
-        cases = self.bundle.golden()
+    def golden_difference(self, runtime: Runtime | None = None) -> float:
+        """The largest difference of a probability from the bundle's golden answers; not a number if one is none, or
+        there are no golden pictures.
+
+        `runtime`: another than the predictor's own. Raises ImageError for a golden picture that cannot be read.
+        """
+        if not (cases := self.bundle.golden()):
+            return math.nan
         pixels = np.stack([self.config.preprocessing(case.image)[0] for case in cases])
         metadata = np.stack([self.config.metadata.encode(case.metadata or {}) for case in cases])
-        logits, _, residuals = runtime(pixels, np.full(len(cases), -1), metadata)
+        logits, _, residuals = self._run(pixels, np.full(len(cases), -1), metadata, runtime=runtime)
         probabilities = self.config.calibration.probabilities(logits, self.config.classes, residuals)
         expected = [[case.probabilities[code] for code in CODES] for case in cases]
         return float(np.abs(probabilities - expected).max())
@@ -271,10 +277,10 @@ class Predictor:
             maps[moved] = self._run(rows[starts[moved]], targets[moved], metadata[moved])[1]
         return logits, residuals, maps, targets
 
-    def _run(self, *inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _run(self, *inputs: np.ndarray, runtime: Runtime | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The runtime's outputs. It holds one request at a time: two threads would get each other's."""
         with self._one_at_a_time:
-            return self.runtime(*inputs)
+            return (runtime or self.runtime)(*inputs)
 
     def _interpret(
         self,

@@ -1,13 +1,11 @@
 """What the registry tells about a version: tags for programs, a description for people, requirements for MLflow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version as installed
 from typing import Any
 
-import numpy as np
-
-from handlers.bundle import Bundle, GoldenCase
-from handlers.predictor import Prediction, Predictor, Request
+from handlers.bundle import Bundle
+from handlers.predictor import Predictor
 from handlers.taxonomy import CODES
 
 # What the registered model needs to run; torch only where there is no exported graph.
@@ -54,19 +52,9 @@ def signature_types(bundle: Bundle) -> tuple[tuple[tuple[str, str], ...], tuple[
 
 def golden_result(bundle: Bundle) -> str:
     """How the bundle does on its golden images on this machine, in the precision that it would serve in."""
-    predictor, cases = Predictor(bundle), bundle.golden()
-    worst = golden_difference(predictor, cases)
-    return f"{len(cases)} images, probabilities within {worst:.1e} in {predictor.runtime.precision}"
-
-
-def golden_difference(predictor: Predictor, cases: Sequence[GoldenCase]) -> float:
-    """The largest difference of a probability on the golden images; not a number if one is none. Raises ImageError."""
-    requests, worst = [Request(case.image, metadata=case.metadata) for case in cases], [0.0]
-    for case, answer in zip(cases, predictor.predict(requests), strict=True):
-        if not isinstance(answer, Prediction):
-            raise answer
-        worst.append(case.difference(answer.probabilities))
-    return float(np.max(worst))  # where max() would pass over what is no number
+    predictor = Predictor(bundle)
+    worst, precision = predictor.golden_difference(), predictor.runtime.precision
+    return f"{len(bundle.golden())} images, probabilities within {worst:.1e} in {precision}"
 
 
 def description(bundle: Bundle) -> str:

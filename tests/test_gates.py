@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from handlers.bundle import WEIGHTS
+from handlers.bundle import WEIGHTS, Bundle
 from handlers.metadata import Metadata
 from handlers.predictor import Predictor
 from handlers.preprocessing import ImageError
@@ -23,7 +23,6 @@ from mlflow_tracking.promotion.gates.base import Outcome
 from mlflow_tracking.promotion.gates.judge import GATES, Judgement, load_gates
 from mlflow_tracking.promotion.gates.quality import lower_difference
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
-from mlflow_tracking.version_card import golden_difference
 from tests.gates_world import SETTINGS, SIGNATURE, answer, receipt, resealed
 from tests.models import tiny_bundle
 from training.metrics import balanced_accuracy
@@ -166,10 +165,12 @@ def test_a_golden_answer_that_is_no_number_is_refused(case):
     assert failed(case.judgement()) == {"golden parity"}
 
 
-def test_a_golden_picture_that_is_refused_is_no_answer(bundle):
+def test_a_golden_picture_that_is_refused_is_no_answer(bundle, monkeypatch):
     good, other = bundle.golden()[:2]
+    predictor = Predictor(bundle)
+    monkeypatch.setattr(Bundle, "golden", lambda own: [good, replace(other, image=b"no image")])
     with pytest.raises(ImageError):
-        golden_difference(Predictor(bundle), [good, replace(other, image=b"no image")])
+        predictor.golden_difference()
 
 
 def test_a_checkpoint_that_is_another_model_fails_golden_parity(case, tmp_path):

@@ -157,7 +157,7 @@ def test_a_class_the_model_never_saw_has_no_map_and_no_probability(tmp_path, sam
 def test_low_precision_must_earn_its_place(bundle, monkeypatch, runtime, kind):
     monkeypatch.setattr(kind, "has_bf16", lambda: True)
     for error, precision in ((0.004, "bf16"), (0.006, "f32")):
-        monkeypatch.setattr(Predictor, "_golden_error", lambda own, runtime, error=error: error)
+        monkeypatch.setattr(Predictor, "golden_difference", lambda own, runtime, error=error: error)
         assert Predictor(bundle, runtime=runtime).runtime.precision == precision
     monkeypatch.setattr(kind, "has_bf16", lambda: False)
     assert Predictor(bundle, runtime=runtime).runtime.precision == "f32"

@@ -17,7 +17,7 @@ from mlflow_tracking.promotion.answers import ask_one
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
-from mlflow_tracking.version_card import golden_difference, signature_types
+from mlflow_tracking.version_card import signature_types
 from training.receipt import overlap, read_receipt
 
 SECONDS = 300.0  # for the eager model and the graph to answer a few pictures, on a machine that trains beside it
@@ -184,11 +184,11 @@ def _main(folder: str) -> int:
     except ModuleNotFoundError:
         return 3
     bundle = Bundle.load(folder)
-    cases, differences = bundle.golden(), {}
+    differences = {}
     for name, runtime in (("checkpoint", "torch"), ("graph", "openvino")):
         if runtime == "openvino" and not bundle.has_graph:
             continue
-        differences[name] = golden_difference(Predictor(bundle, runtime=runtime, precision="f32"), cases)
+        differences[name] = Predictor(bundle, runtime=runtime, precision="f32").golden_difference()
     print(json.dumps(differences))
     return 0
 
