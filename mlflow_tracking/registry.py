@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import handlers
 from handlers.bundle import Bundle
 from handlers.graph import complete
+from mlflow_tracking.digests import short
 from mlflow_tracking.settings import MODEL_NAME, quiet_client
 from mlflow_tracking.version_card import description, requirements, signature_types, tags
 
@@ -184,7 +185,7 @@ class Registry:
             if existing is None:
                 experiment = self.client.get_experiment_by_name(EVALUATION_SET)
                 number = experiment.experiment_id if experiment else self.client.create_experiment(EVALUATION_SET)
-                run = self.client.create_run(number, run_name=tags["digest"].removeprefix("sha256:")[:12])
+                run = self.client.create_run(number, run_name=short(tags["digest"]))
                 self.client.log_artifacts(run.info.run_id, str(folder), EVALUATION_SET)
                 self.client.set_terminated(run.info.run_id)
                 try:

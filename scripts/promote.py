@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
+from mlflow_tracking.digests import short
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.audit import person
 from mlflow_tracking.promotion.gates.judge import GateSettingsError
@@ -233,7 +234,7 @@ def show_status(reconciler: Reconciler) -> bool:
             one.tags.get("serving.status", ""),
             one.tags.get("serving.since", "")[:16].replace("T", " "),
             one.tags.get("balanced_accuracy", ""),
-            (one.digest or "").removeprefix("sha256:")[:12],
+            short(one.digest or ""),
         )
     console.print(table)
     for one in versions:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mlflow_tracking.promotion import ledger as ledgers
-from mlflow_tracking.promotion.evaluation_set import EvaluationSetError
+from mlflow_tracking.promotion.evaluation_set import CurrentSet, EvaluationSetError
 from mlflow_tracking.promotion.execute import Executor
 from mlflow_tracking.promotion.gates.report import write_replay
 from mlflow_tracking.promotion.plan import Release
@@ -62,7 +62,7 @@ def replay(
     with console.status("Asking both versions …"):
         # Set and answers are the promoter's too. Its gates have asked both versions already, so this is short.
         with ledgers.lock(settings.store, LOCK_SECONDS):
-            if (evaluation := executor.evaluation_set()) is not None:
+            if (evaluation := CurrentSet(registry, settings.evaluation_cache).get()) is not None:
                 table = replay_set(torchserve, executor.book, evaluation, champion, challenger)
                 tables["frozen evaluation set"] = table
         for folder in samples:

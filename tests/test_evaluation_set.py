@@ -21,6 +21,7 @@ from mlflow_tracking.promotion.evaluation_set import (
     COLUMNS,
     IMAGES,
     ROWS,
+    CurrentSet,
     EvaluationSet,
     EvaluationSetError,
     freeze,
@@ -184,31 +185,30 @@ def test_a_damaged_copy_is_fetched_again(rows, tmp_path):
     (tmp_path / "frozen").mkdir()
     registry = OneSet(tmp_path / "frozen", freeze(rows[:30], tmp_path / "frozen").digest)
 
-    def executor() -> Executor:
-        return Executor(tmp_path / "store", registry, None, (), tmp_path / "cache")
-
-    first = executor()
-    found = first.evaluation_set()
+    current = CurrentSet(registry, tmp_path / "cache")
+    found = current.get()
     found.verify()
     flip(found.folder / IMAGES)
-    executor().evaluation_set().verify()
+    CurrentSet(registry, tmp_path / "cache").get().verify()
     assert registry.fetched == 2
 
     def check(release):
-        first.evaluation_set().verify()
+        executor.evaluation.get().verify()
 
+    executor = Executor(tmp_path / "store", registry, None, (), tmp_path / "cache")
+    executor.evaluation = current
     flip(found.folder / IMAGES)
-    first._check = check
+    executor._check = check
     step = Step(Action.CHECK, Release("1", "sha256:1"))
     with pytest.raises(StepFailed, match="cannot be read"):
-        first.run(step)
-    first.run(step)
+        executor.run(step)
+    executor.run(step)
     assert registry.fetched == 3
 
     flip(registry.folder / IMAGES)
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(EvaluationSetError, match="cannot be read"):
-        executor().evaluation_set()
+        CurrentSet(registry, tmp_path / "cache").get()
     assert list((tmp_path / "cache").iterdir()) == [], "a damaged one is not kept"
 
 

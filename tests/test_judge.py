@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlflow_tracking.promotion.answers import short
+from mlflow_tracking.digests import short
 from mlflow_tracking.promotion.gates.base import NO_SET, Outcome
 from mlflow_tracking.promotion.gates.judge import GATES, GateSettingsError, Judgement, load_gates
 from mlflow_tracking.promotion.gates.report import html, tags, write_replay, write_report

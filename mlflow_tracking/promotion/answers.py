@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from handlers.files import atomic_file
 from handlers.metadata import Metadata, Values
 from handlers.taxonomy import CODES, MALIGNANT
+from mlflow_tracking.digests import short
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
@@ -151,11 +152,6 @@ class AnswerBook:
         except (FileNotFoundError, ValueError):
             pass  # none yet, or the last line was cut off
         return known
-
-
-def short(digest: str) -> str:
-    """The first twelve letters of a digest's hash: enough for a file's name."""
-    return digest.removeprefix("sha256:")[:12]
 
 
 def _row(torchserve: TorchServe, release: Release, image: bytes, metadata: Values) -> dict[str, Any]:

@@ -13,9 +13,12 @@ order by hash is a random one: any first part of it is a fair sample.
 import hashlib
 import io
 import math
+import shutil
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +30,8 @@ from numpy.typing import NDArray
 from handlers.files import atomic_file
 from handlers.metadata import FIELDS
 from handlers.taxonomy import CODES
+from mlflow_tracking.digests import DIGEST, short
+from mlflow_tracking.registry import Registry
 
 ROWS = "rows.csv"
 IMAGES = "images.zip"
@@ -97,6 +102,60 @@ class EvaluationSet:
                     yield image
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise EvaluationSetError(f"A picture of the evaluation set cannot be read: {error}.") from error
+
+
+class CurrentSet:
+    """The frozen set that counts now, fetched from the registry into the folder `cache` and verified."""
+
+    def __init__(self, registry: Registry, cache: Path) -> None:
+        self._registry = registry
+        self._cache = cache
+        self._verified: EvaluationSet | None = None
+
+    def get(self) -> EvaluationSet | None:
+        """The set; None if none is frozen. It is fetched and verified once, until there is another, or doubt.
+
+        Raises:
+            EvaluationSetError: it is not what was frozen.
+            RegistryError, RegistryUnavailable
+        """
+        registered = self._registry.evaluation_set()
+        if registered is None:
+            return None
+        digest = registered.digest or ""
+        if not DIGEST.fullmatch(digest):
+            raise EvaluationSetError(f"Version {registered.version} of the evaluation set has no valid digest tag.")
+        if self._verified is None or self._verified.digest != digest:
+            self._verified = self._kept(digest) or self._fetched(registered.version, digest)
+        return self._verified
+
+    def doubt(self) -> None:
+        """The copy turned out to be damaged: have it verified before it is used again, and fetched if need be."""
+        self._verified = None
+
+    def _kept(self, digest: str) -> EvaluationSet | None:
+        with suppress(EvaluationSetError):
+            if (found := EvaluationSet.load(self._cache / short(digest))).digest == digest:
+                found.verify()
+                return found
+        return None
+
+    def _fetched(self, version: str, digest: str) -> EvaluationSet:
+        # Other people's pictures: none of an older set stays behind.
+        shutil.rmtree(self._cache, ignore_errors=True)
+        self._cache.mkdir(parents=True)
+        with tempfile.TemporaryDirectory(dir=self._cache) as temporary:
+            place = Path(temporary) / "set"
+            place.mkdir()
+            fetched = self._registry.download_evaluation_set(version, place)
+            found = EvaluationSet.load(fetched)
+            if found.digest != digest:
+                raise EvaluationSetError(
+                    f"Version {version} of the evaluation set is not what was frozen: its digest is {found.digest}."
+                )
+            found.verify()
+            fetched.rename(self._cache / short(digest))
+        return EvaluationSet.load(self._cache / short(digest))
 
 
 def freeze(rows: pd.DataFrame, folder: Path, images: int | None = None) -> EvaluationSet:

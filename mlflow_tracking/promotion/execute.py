@@ -1,7 +1,5 @@
 """The steps of a plan, done. Each can be repeated, and cut off anywhere: what was there before it keeps serving."""
 
-import re
-import shutil
 import tempfile
 import time
 import zipfile
@@ -13,8 +11,8 @@ from pathlib import Path
 from handlers.bundle import Bundle, BundleError
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
-from mlflow_tracking.promotion.answers import AnswerBook, short
-from mlflow_tracking.promotion.evaluation_set import EvaluationSet, EvaluationSetError
+from mlflow_tracking.promotion.answers import AnswerBook
+from mlflow_tracking.promotion.evaluation_set import CurrentSet, EvaluationSetError
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, Outcome
 from mlflow_tracking.promotion.gates.judge import Judge, Judgement
 from mlflow_tracking.promotion.ledger import Entry, Ledger, Verifier
@@ -28,7 +26,6 @@ PATIENCE = 3.0
 # How long the champion's worker may take to come back, if it has just died, before a candidate's check is given up.
 RECOVERY = 30.0
 JUDGEMENTS = "judgements"  # in the model store: what was asked of whom, and the answers
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Refused(RuntimeError):
@@ -61,12 +58,11 @@ class Executor:
         self.store = store
         self.registry = registry
         self.torchserve = torchserve
-        self.cache = cache
         self.judge = Judge(gates, store / JUDGEMENTS)
         self.book = AnswerBook(store / JUDGEMENTS)
+        self.evaluation = CurrentSet(registry, cache)
         self.overruled: dict[str, dict[str, str]] = {}
         self.progress: Callable[[str], None] = lambda remark: None
-        self._evaluation: EvaluationSet | None = None
         self._verifier = Verifier(store)
         # Loaded versions without a ready worker: since when (monotonic seconds), and whether it was started anew.
         self._unready: dict[str, tuple[float, bool]] = {}
@@ -170,7 +166,7 @@ class Executor:
             raise StepFailed(f"{step} failed: {error}") from error
         except (TorchServeError, EvaluationSetError) as error:
             if isinstance(error, EvaluationSetError):
-                self._evaluation = None  # what was fetched is damaged by now: it is checked before the next try
+                self.evaluation.doubt()
             raise StepFailed(f"{step} failed: {error}") from error
 
     def _store(self, release: Release) -> str:
@@ -252,7 +248,7 @@ class Executor:
         """The verdicts on a release that is loaded: those that were kept, or new ones."""
         self._await_champion(release)
         champion = _champion(self.observe(), release)
-        evaluation = self.evaluation_set()
+        evaluation = self.evaluation.get()
         question = self.judge.question(
             release.digest, evaluation.digest if evaluation else None, champion.digest if champion else None
         )
@@ -291,45 +287,6 @@ class Executor:
             f"version {serving.version}, which serves, has lost its worker and does not get it back beside version "
             f"{candidate.version}, which was taken out again: is there memory for both?"
         )
-
-    def evaluation_set(self) -> EvaluationSet | None:
-        """The frozen set that counts now, fetched once and verified; None if there is none.
-
-        Raises:
-            EvaluationSetError: it is not what was frozen.
-            RegistryError, RegistryUnavailable
-        """
-        registered = self.registry.evaluation_set()
-        if registered is None:
-            return None
-        digest = registered.digest or ""
-        if not DIGEST.fullmatch(digest):
-            raise EvaluationSetError(f"Version {registered.version} of the evaluation set has no valid digest tag.")
-        if self._evaluation is None or self._evaluation.digest != digest:
-            self._evaluation = self._fetch(registered.version, digest)
-        return self._evaluation
-
-    def _fetch(self, version: str, digest: str) -> EvaluationSet:
-        folder = self.cache / short(digest)
-        with suppress(EvaluationSetError):
-            if (found := EvaluationSet.load(folder)).digest == digest:
-                found.verify()
-                return found
-        # Other people's pictures: none of an older set stays behind.
-        shutil.rmtree(self.cache, ignore_errors=True)
-        self.cache.mkdir(parents=True)
-        with tempfile.TemporaryDirectory(dir=self.cache) as temporary:
-            place = Path(temporary) / "set"
-            place.mkdir()
-            fetched = self.registry.download_evaluation_set(version, place)
-            found = EvaluationSet.load(fetched)
-            if found.digest != digest:
-                raise EvaluationSetError(
-                    f"Version {version} of the evaluation set is not what was frozen: its digest is {found.digest}."
-                )
-            found.verify()
-            fetched.rename(folder)
-        return EvaluationSet.load(folder)
 
     def _serve(self, release: Release) -> str:
         self.torchserve.set_default(release.version)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from mlflow_tracking.digests import short
 from mlflow_tracking.settings import MODEL_NAME
 
 
@@ -24,7 +25,7 @@ class Release:
     @property
     def archive(self) -> str:
         """The name of its archive in the model store."""
-        return f"{MODEL_NAME}-{self.version}-{self.digest.removeprefix('sha256:')[:12]}.mar"
+        return f"{MODEL_NAME}-{self.version}-{short(self.digest)}.mar"
 
 
 class Action(StrEnum):

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from handlers.files import atomic_file
+from mlflow_tracking.digests import DIGEST
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.audit import AuditLog, Head
-from mlflow_tracking.promotion.execute import DIGEST, Executor, NotYet, Refused, StepFailed
+from mlflow_tracking.promotion.execute import Executor, NotYet, Refused, StepFailed
 from mlflow_tracking.promotion.gates import report
 from mlflow_tracking.promotion.gates.judge import load_gates
 from mlflow_tracking.promotion.plan import Action, Actual, Desired, Loaded, Release, Step, plan

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from handlers.files import atomic_file
-from mlflow_tracking.promotion.answers import short
+from mlflow_tracking.digests import short
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, Outcome, Verdict
 from mlflow_tracking.promotion.gates.behaviour import LatencyBudget, StressFlips
 from mlflow_tracking.promotion.gates.identity import (
