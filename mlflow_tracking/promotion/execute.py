@@ -160,13 +160,12 @@ class Executor:
         }
         try:
             return steps[step.action](step.release) or ""
-        except (OSError, zipfile.BadZipFile) as error:
-            if isinstance(error, ConnectionError):
-                raise
+        except ConnectionError:  # a server is away, and says which
+            raise
+        except EvaluationSetError as error:
+            self.evaluation.doubt()
             raise StepFailed(f"{step} failed: {error}") from error
-        except (TorchServeError, EvaluationSetError) as error:
-            if isinstance(error, EvaluationSetError):
-                self.evaluation.doubt()
+        except (OSError, zipfile.BadZipFile, TorchServeError) as error:
             raise StepFailed(f"{step} failed: {error}") from error
 
     def _store(self, release: Release) -> str:
