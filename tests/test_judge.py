@@ -82,20 +82,26 @@ def test_a_judgement_is_kept_for_its_question_alone(case):
     judgement = judge.judge(case.candidate)
     judge.keep(judgement)
     digest = case.candidate.release.digest
-    question = judge.question(digest, case.candidate.evaluation.digest, CHAMPION.digest)
+    question = judge.question(case.candidate.release, case.candidate.evaluation, CHAMPION)
     assert judge.kept(question) == judgement
     assert judge.newest(digest) == judgement
     for other in (replace(question, champion=None), replace(question, evaluation_set=None)):
         assert judge.kept(other) is None
     case.gates["stress"] = case.gates["stress"].model_copy(update={"ceiling": 0.2})
     stricter = case.judge()
-    assert stricter.kept(stricter.question(digest, case.candidate.evaluation.digest, CHAMPION.digest)) is None
-    answers = f"answers-{short(digest)}-*"
-    assert list((case.folder / "judgements").glob(answers))
+    assert stricter.kept(stricter.question(case.candidate.release, case.candidate.evaluation, CHAMPION)) is None
     judge.forget(digest)
     assert judge.kept(question) is None
     assert judge.newest(digest) is None
-    assert not list((case.folder / "judgements").glob(answers))
+
+
+def test_a_bundle_that_is_forgotten_is_asked_anew(case):
+    _, _ = case.candidate.answers, case.candidate.champion_answers
+    of_both = sorted((case.folder / "judgements").glob("answers-*"))
+    case.candidate.book.forget(case.candidate.release.digest)
+    [left] = (case.folder / "judgements").glob("answers-*")
+    assert left in of_both
+    assert short(CHAMPION.digest) in left.name
 
 
 def test_the_judgement_that_counts_last_is_the_newest(case):

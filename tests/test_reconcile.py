@@ -315,7 +315,7 @@ def test_a_challenger_that_fails_as_champion_is_taken_out(world):
     world.registry.aliases["challenger"] = "2"
     world.promoter().reconcile()
     world.torchserve.shift = {"2": 0.5}
-    world.promoter().executor.judge.forget(world.registry.tags["2"]["digest"])
+    world.promoter().executor.forget(world.registry.tags["2"]["digest"])
     world.registry.aliases["champion"] = "2"
     result = world.promoter().reconcile()
     assert "golden parity" in result.errors[0]

@@ -140,6 +140,11 @@ class AnswerBook:
             each(len(digests) - len(missing) + start + len(positions))
         return _answers([known[digest] for digest in digests])
 
+    def forget(self, digest: str) -> None:
+        """Have a bundle asked anew, about every set."""
+        for path in self.folder.glob(f"answers-{short(digest)}-*.jsonl"):
+            path.unlink(missing_ok=True)
+
     def _path(self, release: Release, evaluation: EvaluationSet) -> Path:
         return self.folder / f"answers-{short(release.digest)}-{short(evaluation.digest)}.jsonl"
 

@@ -112,9 +112,7 @@ class Executor:
             return None
         found = self.registry.evaluation_set()
         champion = _champion(actual, release)
-        question = self.judge.question(
-            release.digest, found.digest if found else None, champion.digest if champion else None
-        )
+        question = self.judge.question(release, found, champion)
         kept = self.judge.kept(question)
         return kept if kept and not kept.passed else None
 
@@ -125,6 +123,11 @@ class Executor:
     def reinstate(self, release: Release) -> None:
         """Note that what serves is asked for although a person had rolled back from it."""
         self._write(self.ledger().reinstated(release.archive))
+
+    def forget(self, digest: str) -> None:
+        """Have a bundle judged anew, nothing kept of what it was asked before."""
+        self.judge.forget(digest)
+        self.book.forget(digest)
 
     def prune(self, actual: Actual, asked: Iterable[Release], keep: int) -> list[str]:
         """Delete the archives that nobody needs, but for the `keep` youngest; returns their names.
@@ -248,9 +251,7 @@ class Executor:
         self._await_champion(release)
         champion = _champion(self.observe(), release)
         evaluation = self.evaluation.get()
-        question = self.judge.question(
-            release.digest, evaluation.digest if evaluation else None, champion.digest if champion else None
-        )
+        question = self.judge.question(release, evaluation, champion)
         if kept := self.judge.kept(question):
             return replace(kept, version=release.version)
         registered = self.registry.version(release.version)

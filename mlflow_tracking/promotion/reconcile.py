@@ -107,7 +107,7 @@ class Reconciler:
     def forget(self, version: str) -> None:
         """Have a version judged anew. Raises RegistryUnavailable."""
         if (registered := self.registry.version(version)) and registered.digest:
-            self.executor.judge.forget(registered.digest)
+            self.executor.forget(registered.digest)
 
     def close(self) -> None:
         """Close the connections to TorchServe."""

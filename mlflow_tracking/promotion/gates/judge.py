@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from handlers.files import atomic_file
 from mlflow_tracking.digests import short
+from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, Outcome, Verdict
 from mlflow_tracking.promotion.gates.behaviour import LatencyBudget, StressFlips
 from mlflow_tracking.promotion.gates.identity import (
@@ -33,7 +34,9 @@ from mlflow_tracking.promotion.gates.quality import (
     MelanomaSensitivity,
     UnknownDetection,
 )
+from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.replay import compare
+from mlflow_tracking.registry import RegisteredVersion
 
 SCHEMA = 1
 # In the order in which they are asked: what costs least, and what all others rest upon, comes first.
@@ -133,9 +136,12 @@ class Judge:
         values = [{"gate": gate.name, **gate.model_dump()} for gate in gates]
         self.settings = "sha256:" + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
-    def question(self, bundle: str, evaluation_set: str | None, champion: str | None) -> Question:
-        """What would be asked about a bundle now; all digests."""
-        return Question(bundle, evaluation_set, self.settings, champion)
+    def question(
+        self, release: Release, evaluation: EvaluationSet | RegisteredVersion | None, champion: Release | None
+    ) -> Question:
+        """What would be asked about a release now: of the set only the digest matters."""
+        evaluation_set = None if evaluation is None else evaluation.digest
+        return Question(release.digest, evaluation_set, self.settings, None if champion is None else champion.digest)
 
     def judge(self, candidate: Candidate) -> Judgement:
         """Ask all gates; after a decisive one has failed the others are not asked. Keeps nothing.
@@ -162,10 +168,8 @@ class Judge:
             assert theirs is not None, "there is a champion"
             comparison = compare(candidate.evaluation, theirs, ours)
             comparison |= {"champion_version": candidate.champion.version, "version": candidate.release.version}
-        evaluation = candidate.evaluation.digest if candidate.evaluation else None
-        champion = candidate.champion.digest if candidate.champion else None
         return Judgement(
-            self.question(candidate.release.digest, evaluation, champion),
+            self.question(candidate.release, candidate.evaluation, candidate.champion),
             candidate.release.version,
             tuple(verdicts),
             datetime.now(UTC).isoformat(timespec="seconds"),
@@ -196,8 +200,8 @@ class Judge:
         return found if found and found.question.bundle == bundle else None
 
     def forget(self, bundle: str) -> None:
-        """Have a bundle judged anew, its answers to the set included."""
-        for path in [*self.folder.glob(f"{short(bundle)}-*.json"), *self.folder.glob(f"answers-{short(bundle)}-*")]:
+        """Have a bundle judged anew. Its answers stay: AnswerBook.forget."""
+        for path in self.folder.glob(f"{short(bundle)}-*.json"):
             path.unlink(missing_ok=True)
 
     def _path(self, question: Question) -> Path:
