@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import handlers
@@ -70,18 +72,19 @@ class Registry:
     def __init__(self, uri: str) -> None:
         quiet_client(uri)  # before any import of mlflow
         self.uri = uri
-        self._client: MlflowClient | None = None
 
-    @property
+    @cached_property
     def client(self) -> "MlflowClient":
         """MLflow's client; made at first use, as importing mlflow takes seconds."""
-        if self._client is None:
-            import mlflow
+        return self._mlflow().MlflowClient(self.uri)
 
-            mlflow.set_tracking_uri(self.uri)
-            logging.getLogger("mlflow").setLevel(logging.WARNING)
-            self._client = mlflow.MlflowClient(self.uri)
-        return self._client
+    def _mlflow(self) -> ModuleType:
+        """MLflow's own functions, which speak to whatever registry they were told of last: to this one."""
+        import mlflow
+
+        mlflow.set_tracking_uri(self.uri)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        return mlflow
 
     def resolve(self, alias: str) -> RegisteredVersion | None:
         """The version an alias points at; None without such an alias or model. Raises RegistryUnavailable."""
@@ -118,11 +121,8 @@ class Registry:
 
     def signature(self, number: str) -> Signature | None:
         """The (name, type) of a version's inputs and of its outputs; None without. Raises RegistryUnavailable."""
-        import mlflow.models
-
         with self._speaking(missing_is_none=True):
-            _ = self.client
-            found = mlflow.models.get_model_info(f"models:/{MODEL_NAME}/{number}").signature
+            found = self._mlflow().models.get_model_info(f"models:/{MODEL_NAME}/{number}").signature
             if found is None or found.inputs is None or found.outputs is None:
                 return None
             inputs, outputs = (
@@ -231,12 +231,9 @@ class Registry:
         return self._download(f"runs:/{run_id}/{BUNDLE_ARTIFACT}", folder)
 
     def _download(self, uri: str, folder: Path) -> Path:
-        import mlflow
-
         with self._speaking():
-            _ = self.client
             try:
-                return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+                return Path(self._mlflow().artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
             except OSError as error:
                 raise RegistryError(f"{uri} cannot be fetched: {error}") from error
 
@@ -258,7 +255,7 @@ class Registry:
         given = Bundle.load(source)
         if (existing := self.find(given.digest)) is not None:
             return Registration(existing, created=False)
-        run_id = self._run(run_id, given.config.evidence.get("run_id"))
+        run_id = self._run_id(run_id, given.config.evidence.get("run_id"))
         with tempfile.TemporaryDirectory() as temporary:
             bundle = complete(source, Path(temporary) / BUNDLE_ARTIFACT)
             if (existing := self.find(bundle.digest)) is not None:
@@ -271,23 +268,17 @@ class Registry:
         assert registered is not None, "the version that was just made"
         return Registration(registered, created=True)
 
-    def _run(self, wanted: str | None, known: str | None) -> str | None:
-        from mlflow.exceptions import MlflowException
-
-        with self._speaking(missing_is_none=True):
-            try:
-                return self.client.get_run(wanted or known or "").info.run_id if wanted or known else None
-            except MlflowException as error:
-                if error.error_code in _MISSING and wanted:
-                    raise RegistryError(f"There is no run {wanted} in {self.uri}.") from error
-                raise
-        return None
+    def _run_id(self, wanted: str | None, known: str | None) -> str | None:
+        """The run to link a version to: `wanted`, which must be there, else `known`, if it is."""
+        if wanted and self.run(wanted) is None:
+            raise RegistryError(f"There is no run {wanted} in {self.uri}.")
+        return wanted or (known if known and self.run(known) else None)
 
     def _log(self, bundle: Bundle, run_id: str | None, card: Mapping[str, str]) -> str:
-        import mlflow
         from mlflow.models import ModelSignature
         from mlflow.types import ColSpec, Schema
 
+        mlflow = self._mlflow()
         # Named always: what MLFLOW_EXPERIMENT_ID or an earlier set_experiment asks for may be of another server.
         experiment = self.client.get_run(run_id).info.experiment_id if run_id else DEFAULT_EXPERIMENT
         # Beside the run, not inside: re-opening a finished run would move its end and its status.
