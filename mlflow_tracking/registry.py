@@ -151,13 +151,13 @@ class Registry:
             return self.client.get_run(run_id)
         return None
 
-    def note(self, name: str) -> str | None:
+    def model_tag(self, name: str) -> str | None:
         """A tag of the model itself. Raises RegistryUnavailable."""
         with self._speaking(missing_is_none=True):
             return self.client.get_registered_model(MODEL_NAME).tags.get(name)
         return None
 
-    def set_note(self, name: str, value: str) -> None:
+    def set_model_tag(self, name: str, value: str) -> None:
         """Write a tag of the model itself, if there is one. Raises RegistryUnavailable."""
         with self._speaking(missing_is_none=True):
             self.client.set_registered_model_tag(MODEL_NAME, name, value)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from mlflow_tracking.lineage import Lineage, LineageError, trace
 from mlflow_tracking.promotion.audit import AuditLog, Head
-from mlflow_tracking.promotion.reconcile import HEAD_NOTE
+from mlflow_tracking.promotion.outbox import HEAD_TAG
 from mlflow_tracking.registry import Registry, RegistryUnavailable
 from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
 
@@ -68,7 +68,7 @@ def verify(registry: Registry, audit: AuditLog) -> int:
     """Check the chain, and its end against what the registry knows. The exit code."""
     anchor = None
     try:
-        anchor = Head.parse(registry.note(HEAD_NOTE) or "")
+        anchor = Head.parse(registry.model_tag(HEAD_TAG) or "")
     except RegistryUnavailable as error:
         errors.print(f"[yellow]{escape(str(error))}[/] Lines missing at the end would not be noticed.")
     faults = audit.verify(anchor)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from handlers.bundle import Bundle
-from mlflow_tracking.promotion.reconcile import HEAD_NOTE
+from mlflow_tracking.promotion.outbox import HEAD_TAG
 from mlflow_tracking.registry import Registry
 from mlflow_tracking.settings import MODEL_NAME
 from tests.live import mlflow_server, run_script
@@ -52,7 +52,7 @@ def registry(mlflow_uri: str) -> Registry:
 
     registry = Registry(mlflow_uri)
     with suppress(MlflowException):  # it remembers none
-        registry.client.delete_registered_model_tag(MODEL_NAME, HEAD_NOTE)
+        registry.client.delete_registered_model_tag(MODEL_NAME, HEAD_TAG)
     return registry
 
 

@@ -77,10 +77,10 @@ class FakeRegistry:
     def log_report(self, number, folder, name):
         self._say(lambda: self.reports.append((number, {path.name for path in folder.iterdir()})))
 
-    def note(self, name):
+    def model_tag(self, name):
         return self._say(lambda: self.notes.get(name))
 
-    def set_note(self, name, value):
+    def set_model_tag(self, name, value):
         self._say(lambda: self.notes.update({name: value}))
 
     def download_bundle(self, number, folder):

@@ -1,23 +1,20 @@
 """One pass: see what is wanted and what is there, plan, do the steps, remember what was refused, tell the registry."""
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal
 
 from handlers.files import atomic_file
 from mlflow_tracking.digests import DIGEST
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
-from mlflow_tracking.promotion.audit import AuditLog, Head
+from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.promotion.execute import Executor, NotYet, Refused, StepFailed
-from mlflow_tracking.promotion.gates import report
 from mlflow_tracking.promotion.gates.judge import load_gates
+from mlflow_tracking.promotion.outbox import Outbox
 from mlflow_tracking.promotion.plan import Action, Actual, Desired, Loaded, Release, Step, plan
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError, RegistryUnavailable
@@ -27,7 +24,6 @@ ALIASES = ("champion", "challenger")
 # A failure is tried again at the next pass, then after 4, 8, 16 ... seconds up to this.
 LONGEST_WAIT = 300.0
 SHADOW = "shadow.json"
-HEAD_NOTE = "audit.head"  # the model's tag that holds the newest line of the audit log
 
 
 @dataclass(frozen=True)
@@ -85,13 +81,12 @@ class Reconciler:
     tell: Callable[[Event], None] = lambda event: None
     by: str = "promoter"
     setbacks: dict[Release, Setback] = field(default_factory=dict)
-    _tags: dict[Release, dict[str, str]] = field(default_factory=dict)
     _asked: tuple[Release, ...] = ()
     _looked: float = 0.0
-    _told: str = ""
 
     def __post_init__(self) -> None:
         self.audit = AuditLog(self.settings.store)
+        self.outbox = Outbox(self.registry, self.executor.judge, self.audit)
 
     @classmethod
     def create(
@@ -170,7 +165,7 @@ class Reconciler:
             for name in self.executor.prune(actual, asked, self.settings.promoter_keep_archives):
                 self.audit.append("prune", self.by, archive=name)
             self._share(desired, actual)
-        registry_up = desired.known and self._tell_registry(aliases, actual, errors)
+        registry_up = desired.known and self._send(aliases, actual, errors)
         for release in asked:
             if release in self.setbacks and self.setbacks[release].reason not in errors:
                 errors.append(self.setbacks[release].reason)
@@ -203,7 +198,7 @@ class Reconciler:
             )
             errors.append(reason)
             if version.tags.get("serving.status") != "refused":
-                self._note(Release(version.version, version.digest or ""), "refused", reason)
+                self.outbox.put(Release(version.version, version.digest or ""), "refused", reason)
         return Desired(releases["champion"], releases["challenger"]), versions
 
     def _forget(self, desired: Desired, actual: Actual) -> None:
@@ -240,7 +235,7 @@ class Reconciler:
                 if kept := self.executor.refusal(release, actual):
                     reason = f"Version {release.version} was refused: {kept.reason}."
                     self._set_back(release, reason, final=True)
-                    self._note(release, "refused", reason)
+                    self.outbox.put(release, "refused", reason)
 
     def _record_aliases(self, aliases: Mapping[str, RegisteredVersion | None]) -> None:
         """Write into the audit log which aliases were seen to have moved. MLflow keeps neither when nor who."""
@@ -299,17 +294,29 @@ class Reconciler:
             self.tell(Event(step, "refused" if final else "failed", time.monotonic() - began, str(error)))
             if self._set_back(step.release, reason, final):
                 self._record(f"{step.action} {'refused' if final else 'failed'}", step.release, str(error))
-            self._note(step.release, "refused" if final else "failed", reason)
+            self.outbox.put(step.release, "refused" if final else "failed", reason)
             raise _Stopped(reason) from error
         self.tell(Event(step, "done", time.monotonic() - began, remark))
         self._record(str(step.action), step.release, remark)
         served = before.release(before.default)
         if step.action is Action.SERVE:
             if served is not None and served != step.release:
-                self._note(served, "standby", "")
-            self._note(step.release, "serving", "")
+                self.outbox.put(served, "standby")
+            self.outbox.put(step.release, "serving")
         elif step.action is Action.RETIRE and step.release not in self.setbacks:  # else it says why
-            self._note(step.release, "rolled back" if step.release.archive in before.withdrawn else "retired", "")
+            self.outbox.put(step.release, "rolled back" if step.release.archive in before.withdrawn else "retired")
+
+    def _send(self, aliases: Mapping[str, RegisteredVersion | None], actual: Actual | None, errors: list[str]) -> bool:
+        """Tell the registry what it is to know. Whether it was there."""
+        asked = [version for version in aliases.values() if version]
+        if actual:
+            self.outbox.correct(asked, actual)
+        try:
+            errors += self.outbox.send(asked)
+        except RegistryUnavailable as error:
+            errors.append(str(error))
+            return False
+        return True
 
     def _record(self, event: str, release: Release, remark: str) -> None:
         """A line of the audit log on a step that ended; on one that has a release serve, with what served before it."""
@@ -332,68 +339,6 @@ class Reconciler:
         approved = release.archive in self.executor.ledger().loaded
         self.setbacks[release] = Setback(reason, final, attempts, time.monotonic() + wait, approved)
         return known is None or known.reason != reason
-
-    def _note(self, release: Release, status: str, reason: str) -> None:
-        """Keep tags for the registry until it takes them."""
-        self._tags[release] = _status(status, reason)
-
-    def _tell_registry(
-        self, aliases: Mapping[str, RegisteredVersion | None], actual: Actual | None, errors: list[str]
-    ) -> bool:
-        """Write the tags that are due. Whether the registry was there."""
-        expected = {}
-        if actual and actual.serving:
-            expected[actual.serving] = "serving"
-        for release in actual.approved if actual else ():
-            expected.setdefault(release, "challenger")
-        for version in aliases.values():
-            # Not only after a step: a promoter may have died before it could tell.
-            status = expected.get(Release(version.version, version.digest or "")) if version else None
-            if version and status and version.tags.get("serving.status") != status:
-                self._tags.setdefault(Release(version.version, version.digest or ""), _status(status))
-        try:
-            for release in list(self._tags):
-                version = self.registry.version(release.version)
-                # Another registry's version of the same number is another model.
-                if version is not None and (version.digest or "") == release.digest:
-                    self.registry.tag(release.version, self._tags[release])
-                del self._tags[release]
-            for version in aliases.values():
-                if version and version.digest:
-                    self._report(version)
-            self._note_head(errors)
-        except RegistryUnavailable as error:
-            errors.append(str(error))
-            return False
-        return True
-
-    def _note_head(self, errors: list[str]) -> None:
-        """Have the registry remember the audit log's newest line; not when the log lacks what is remembered there."""
-        head = str(self.audit.head())
-        if head == self._told:
-            return
-        faults = self.audit.verify(Head.parse(self.registry.note(HEAD_NOTE) or ""))
-        if faults:
-            errors.append(f"The audit log {self.audit.path} is not whole (see docs/promotion.md). {faults[0]}")
-            return
-        self.registry.set_note(HEAD_NOTE, head)
-        self._told = head
-
-    def _report(self, version: RegisteredVersion) -> None:
-        """Keep the judgement on a version with it in MLflow, if it is not there yet."""
-        judgement = self.executor.judge.newest(version.digest or "")
-        if judgement is None or version.tags.get("gates.judgement") == judgement.id:
-            return
-        with tempfile.TemporaryDirectory() as temporary:
-            report.write_report(Path(temporary), judgement)
-            with suppress(RegistryError):  # registered by something else, it has no place for files
-                self.registry.log_report(version.version, Path(temporary), report.REPORT)
-        self.registry.tag(version.version, report.tags(judgement))
-
-
-def _status(word: str, reason: str = "") -> dict[str, str]:
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"serving.status": word, "serving.reason": reason, "serving.since": since}
 
 
 class _Stopped(RuntimeError):
