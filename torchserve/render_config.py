@@ -60,8 +60,6 @@ def render(env: Mapping[str, str]) -> tuple[Path, list[str]]:
         host=env.get("TORCHSERVE_HOST", "127.0.0.1"),
         port=env.get("TORCHSERVE_PORT", "8080"),
         metrics_port=env.get("TORCHSERVE_METRICS_PORT", "8082"),
-        grpc_inference_port=env.get("TORCHSERVE_GRPC_PORT", "0"),
-        grpc_management_port=env.get("TORCHSERVE_GRPC_MANAGEMENT_PORT", "0"),
         management=_escaped(management),
         model_store=_escaped(store),
         metrics_config=_escaped(HERE / "metrics.yaml"),

@@ -165,8 +165,6 @@ def _torchserve(folder: Path, archive_name: str, workers: int) -> Iterator[Serve
         "TORCHSERVE_RUN_DIR": str(run),
         # Whatever the caller's environment has for a stack of its own.
         "TORCHSERVE_MANAGEMENT": "",
-        "TORCHSERVE_GRPC_PORT": "0",
-        "TORCHSERVE_GRPC_MANAGEMENT_PORT": "0",
     }
     log = folder / "torchserve.log"
     with _running([str(ROOT / "torchserve" / "start_torchserve.sh")], folder, env, log) as process:
