@@ -64,7 +64,7 @@ def trace(asked: str, registry: Registry, audit: AuditLog, predictions: Iterable
     missing: list[str] = []
     prediction = None
     wanted = asked.removeprefix("sha256:").lower()
-    if not re.fullmatch(r"\d{1,6}|[0-9a-f]{8,64}", wanted):
+    if not re.fullmatch(rf"\d{{1,6}}|[0-9a-f]{{{FEWEST_DIGITS},64}}", wanted):
         prediction, wanted = _prediction(asked, predictions)
     rows = [row for row in audit.rows() if "damaged" not in row]
     version = None

@@ -19,7 +19,7 @@ from handlers.bundle import Bundle
 from handlers.graph import complete
 from mlflow_tracking.digests import short
 from mlflow_tracking.settings import MODEL_NAME, quiet_client
-from mlflow_tracking.version_card import description, requirements, signature_types, tags
+from mlflow_tracking.version_card import Signature, description, requirements, signature_types, tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,7 +30,6 @@ BUNDLE_ARTIFACT = "bundle"
 # The frozen evaluation sets are versions of a "model" of their own, so that they have numbers, tags and an alias.
 EVALUATION_SET = "skin_vit_evaluation"
 CURRENT = "current"
-Signature = tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]
 PYFUNC_MODEL = Path(__file__).parent / "pyfunc_model.py"
 _MISSING = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"}
 

@@ -8,6 +8,8 @@ from handlers.bundle import Bundle
 from handlers.predictor import Predictor
 from handlers.taxonomy import CODES
 
+# The (name, type) of a registered model's inputs, and of its outputs.
+Signature = tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]
 # What the registered model needs to run; torch only where there is no exported graph.
 _SERVING = ("mlflow", "numpy", "opencv-python-headless", "openvino", "pandas", "pillow")
 _EAGER = ("safetensors", "timm", "torch", "torchvision")
@@ -43,7 +45,7 @@ def balanced_accuracy(metrics: Mapping[str, Any]) -> str | None:
     return None
 
 
-def signature_types(bundle: Bundle) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+def signature_types(bundle: Bundle) -> Signature:
     """The (name, type) of what the registered model takes and gives, in MLflow's words; all but the image may be left
     out."""
     metadata = ((name, "double" if name == "age" else "string") for name in bundle.config.metadata.fields)

@@ -48,8 +48,6 @@ Examples:
 
   python scripts/promote.py --status        # what is registered, wanted, loaded, serving, refused
 """
-# While the promoter of `make up` is in the middle of a step.
-LOCK_SECONDS = 300.0
 MARKS = {"done": "[green]✓[/]", "waiting": "[yellow]…[/]", "refused": "[red]✗[/]", "failed": "[red]✗[/]"}
 
 console = Console(highlight=False, soft_wrap=True)
@@ -96,7 +94,7 @@ def promote(
     at_once = moved_to and not force and not again
     if at_once:  # a promoter that is busy with another version stops when it sees this
         move(reconciler, alias, moved_to)
-    with spinner, ledgers.lock(settings.store, LOCK_SECONDS):
+    with spinner, ledgers.lock(settings.store, ledgers.LOCK_SECONDS):
         if again:
             reconciler.forget(version)
         if moved_to and not at_once:

@@ -37,7 +37,6 @@ Examples:
 
   python scripts/replay.py --samples clinic/2026-11 --out replay
 """
-LOCK_SECONDS = 300.0  # while the promoter is in the middle of a step
 REPLAY = "replay"  # where the report lies among the challenger's artifacts
 
 console = Console(highlight=False, soft_wrap=True)
@@ -61,7 +60,7 @@ def replay(
     tables: dict[str, Any] = {}
     with console.status("Asking both versions …"):
         # Set and answers are the promoter's too. Its gates have asked both versions already, so this is short.
-        with ledgers.lock(settings.store, LOCK_SECONDS):
+        with ledgers.lock(settings.store, ledgers.LOCK_SECONDS):
             if (evaluation := CurrentSet(registry, settings.evaluation_cache).get()) is not None:
                 table = replay_set(torchserve, executor.book, evaluation, champion, challenger)
                 tables["frozen evaluation set"] = table

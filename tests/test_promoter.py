@@ -234,7 +234,7 @@ def test_a_replay_waits_for_the_store(world, monkeypatch):
     monkeypatch.setenv("MODEL_STORE", str(world.torchserve.store))
     monkeypatch.setattr(replay, "Registry", lambda uri: world.registry)
     monkeypatch.setattr(replay, "both", lambda registry, executor: (release, release))
-    monkeypatch.setattr(replay, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(replay.ledgers, "LOCK_SECONDS", 0.0)
     with ledger.lock(world.torchserve.store), pytest.raises(StoreBusy):
         replay.replay(samples=[], out=None, as_json=True)
     with pytest.raises(replay.RegistryError, match="nothing to replay"):

@@ -40,7 +40,6 @@ START_SETTINGS = (
     "maxRetryTimeoutInSec",
 )
 _OURS = re.compile(rf"{MODEL_NAME}-\d+-[0-9a-f]{{12}}\.mar")
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip can name
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def _manifest(version: str) -> str:
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name, _EPOCH)
+    entry = zipfile.ZipInfo(name)  # dated 1980, the first moment a zip can name
     entry.external_attr = 0o644 << 16
     entry.create_system = 3  # else the entry says on which system it was made
     return entry

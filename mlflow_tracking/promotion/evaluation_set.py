@@ -39,7 +39,6 @@ BEFORE_METADATA = ("file", "image_id", "label", "lesion_id", "source", "sha256",
 COLUMNS = (*BEFORE_METADATA, *FIELDS)
 # A class keeps at least this many pictures in a smaller set, if it has them: a recall out of two says nothing.
 FEWEST_OF_A_CLASS = 20
-_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 class EvaluationSetError(ValueError):
@@ -181,7 +180,7 @@ def freeze(rows: pd.DataFrame, folder: Path, images: int | None = None) -> Evalu
                 raise EvaluationSetError(f"{path} cannot be read: {error.strerror}.") from error
             if hashlib.sha256(image).hexdigest() != digest:
                 raise EvaluationSetError(f"{path} is not the file in the manifest any more; make the manifest anew.")
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH), image)
+            archive.writestr(zipfile.ZipInfo(name), image)  # dated 1980, not today
     with atomic_file(folder / ROWS) as file:
         file.write(frame.to_csv(index=False, float_format="%g", lineterminator="\n").encode())
     return EvaluationSet.load(folder)

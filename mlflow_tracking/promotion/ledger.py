@@ -21,6 +21,7 @@ from mlflow_tracking.settings import MODEL_NAME
 SCHEMA = 1
 LEDGER = "ledger.json"
 LOCK = ".promotion.lock"
+LOCK_SECONDS = 300.0  # how long a command waits for a promoter that is in the middle of a step
 
 
 class LedgerError(ValueError):

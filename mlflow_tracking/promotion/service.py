@@ -182,9 +182,7 @@ def http_server(promoter: Promoter) -> ThreadingHTTPServer:
         def log_message(self, *args: Any) -> None:
             """Health checks every few seconds are not worth a line."""
 
-    server = ThreadingHTTPServer((promoter.settings.promoter_host, promoter.settings.promoter_port), Handler)
-    server.daemon_threads = True
-    return server
+    return ThreadingHTTPServer((promoter.settings.promoter_host, promoter.settings.promoter_port), Handler)
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ from mlflow_tracking.settings import MODEL_NAME
 
 # A description is answered from memory; more than this means that the server hangs.
 QUICK = 10.0
+CHANGE = 60.0  # what starts or ends workers, or waits for them
 # Start-ups of a worker that may fail before its archive is taken to be at fault.
 STARTS = 2
 # A golden image on a machine that is busy loading another model.
@@ -73,7 +74,10 @@ class TorchServe:
         self._inference.close()
 
     def versions(self) -> dict[str, ServedVersion]:
-        """All versions of the model that are registered, with or without workers. Raises TorchServeUnavailable."""
+        """All versions of the model that are registered, with or without workers.
+
+        Raises TorchServeError, TorchServeUnavailable.
+        """
         try:
             described = self._manage("GET", f"/models/{MODEL_NAME}/all")
         except TorchServeError as error:
@@ -83,7 +87,8 @@ class TorchServe:
         return {entry["modelVersion"]: _served(entry) for entry in described}
 
     def default(self) -> str | None:
-        """The version that answers when none is named; None without any."""
+        """The version that answers when none is named; None without any. Raises TorchServeError,
+        TorchServeUnavailable."""
         try:
             return self._manage("GET", f"/models/{MODEL_NAME}")[0]["modelVersion"]
         except TorchServeError as error:
@@ -92,27 +97,31 @@ class TorchServe:
             raise
 
     def register(self, archive: str, workers: int) -> None:
-        """Register an archive of the model store and have its workers started; wait_ready tells when. TorchServeError.
+        """Register an archive of the model store and have its workers started; wait_ready tells when.
 
         Not synchronously: that holds one of TorchServe's network threads until the worker is ready, and every request
         that arrives on it. It would also do so without workers, as those of model-config.yaml are started anyway.
+        Raises TorchServeError, TorchServeUnavailable.
         """
         params = {"url": archive, "initial_workers": str(workers), "synchronous": "false"}
-        self._manage("POST", "/models", params=params, timeout=60.0)
+        self._manage("POST", "/models", params=params, timeout=CHANGE)
 
     def scale(self, version: str, workers: int, synchronous: bool) -> None:
-        """Set the number of workers, and wait for that if asked."""
+        """Set the number of workers, and wait for that if asked. Raises TorchServeError, TorchServeUnavailable."""
         params = {"min_worker": str(workers), "max_worker": str(workers), "synchronous": str(synchronous).lower()}
-        self._manage("PUT", f"/models/{MODEL_NAME}/{version}", params=params, timeout=QUICK + 60.0 * synchronous)
+        self._manage("PUT", f"/models/{MODEL_NAME}/{version}", params=params, timeout=QUICK + CHANGE * synchronous)
 
     def set_default(self, version: str) -> None:
-        """Let `version` answer /predictions/NAME."""
+        """Let `version` answer /predictions/NAME. Raises TorchServeError, TorchServeUnavailable."""
         self._manage("PUT", f"/models/{MODEL_NAME}/{version}/set-default")
 
-    def unregister(self, version: str, timeout: float = 60.0) -> None:
-        """Take a version out at once. What it is computing then gets no answer: see drain."""
+    def unregister(self, version: str) -> None:
+        """Take a version out at once, if it is there. What it is computing then gets no answer: see drain.
+
+        Raises TorchServeError, TorchServeUnavailable.
+        """
         try:
-            self._manage("DELETE", f"/models/{MODEL_NAME}/{version}", timeout=timeout)
+            self._manage("DELETE", f"/models/{MODEL_NAME}/{version}", timeout=CHANGE)
         except TorchServeError as error:
             if error.status != 404:
                 raise
@@ -120,7 +129,7 @@ class TorchServe:
     def wait_ready(self, version: str, timeout: float, each: Callable[[], None] = lambda: None) -> bool:
         """Whether a worker of the version gets ready within `timeout` seconds; False too once it died STARTS times.
 
-        `each` is called between two looks, and may raise to stop.
+        `each` is called between two looks, and may raise to stop. Raises TorchServeError, TorchServeUnavailable.
         """
         end = time.monotonic() + timeout
         processes: set[int] = set()
@@ -134,19 +143,20 @@ class TorchServe:
             each()
             time.sleep(0.25)
 
-    def drain(self, version: str, quiet: float = 2.0, timeout: float = 60.0) -> None:
+    def drain(self, version: str, quiet: float = 2.0) -> None:
         """Wait until a version that is no longer the default has answered what it was asked before.
 
         TorchServe tells of requests that wait, not of those inside a worker, and unregistering leaves these without an
         answer. The queue is first in, first out, so any answer to a request of our own, even a refusal, says that all
-        before it went into a worker; `quiet` seconds more let other workers finish theirs.
+        before it went into a worker; `quiet` seconds more let other workers finish theirs. Raises
+        TorchServeError, TorchServeUnavailable.
         """
         served = self.versions().get(version)
         if served is None or not served.ready:
             return
         with suppress(TorchServeError):
             try:
-                self.predict(b"drain", version, timeout=timeout)
+                self.predict(b"drain", version, timeout=CHANGE)
             except TorchServeUnavailable:
                 return  # no answer in all this time: the others will not get theirs either
         time.sleep(quiet)

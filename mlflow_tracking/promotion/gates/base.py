@@ -18,6 +18,7 @@ from mlflow_tracking.promotion.answers import AnswerBook, Answers
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.torchserve_client import TorchServe
+from mlflow_tracking.version_card import Signature
 
 NO_SET = "no evaluation set is frozen: scripts/prepare_data.py --freeze-eval makes one"
 NO_CHAMPION = "no other version answers yet to compare it with"
@@ -61,7 +62,7 @@ class Candidate:
     torchserve: TorchServe
     book: AnswerBook
     registered_digest: str | None = None
-    signature: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] | None = None
+    signature: Signature | None = None
     champion: Release | None = None
     evaluation: EvaluationSet | None = None
     progress: Callable[[str], None] = lambda remark: None
