@@ -73,16 +73,20 @@ class Settings(ServiceSettings):
 
     @property
     def ports(self) -> dict[str, int]:
+        """The ports by the names of their settings, such as MLFLOW_PORT."""
         return {name.upper(): value for name, value in self.model_dump().items() if name.endswith("_port")}
 
     def log(self, name: str) -> Path:
+        """The log of a part, or of another program of supervisord.conf."""
         return self.state / "logs" / f"{name}.log"
 
     def url(self, part: str) -> str:
+        """Where a part answers on this machine."""
         return f"http://127.0.0.1:{self.ports[f'{part.upper()}_PORT']}"
 
     @property
     def supervision(self) -> Supervision:
+        """The supervisord of this state folder, running or not."""
         return Supervision(self.state, self.run_dir)
 
     def environment(self) -> dict[str, str]:
@@ -106,11 +110,13 @@ class Settings(ServiceSettings):
 
 
 def load_settings() -> Settings:
+    """The settings in force. Raises SettingsError."""
     load_dotenv(ROOT / ".env")  # for the parts too, which know more names; what is set already wins
     return Settings.load()
 
 
 def make(folder: Path) -> None:
+    """Make a folder, if need be. Raises StackError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,6 +148,7 @@ def check_machine(settings: Settings) -> None:
 
 
 def who_listens(port: int) -> str:
+    """The program that listens on a port, as far as this user may know it."""
     with suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
@@ -167,18 +174,22 @@ def only_one(settings: Settings) -> Iterator[bool]:
 
 @cache
 def client() -> httpx.Client:
+    """For calls to the parts; none takes longer than three seconds."""
     return httpx.Client(timeout=3, trust_env=False)  # no proxy stands between a machine and itself
 
 
 def champion(settings: Settings) -> str | None:
-    """The version that has the alias champion."""
+    """The version that has the alias champion; None without. Raises httpx.HTTPError."""
     query = {"name": MODEL_NAME, "alias": "champion"}
     answer = client().get(f"{settings.url('mlflow')}/api/2.0/mlflow/registered-models/alias", params=query)
     return answer.json()["model_version"]["version"] if answer.is_success else None
 
 
 def registered(settings: Settings) -> str | None:
-    """Has register_model.py give an empty registry the shipped model; the text to show once that is settled."""
+    """Has register_model.py give an empty registry the shipped model; the text to show once that is settled.
+
+    Raises StackError when it failed, httpx.HTTPError or one of UNANSWERED while somebody is not there yet.
+    """
     info = settings.supervision.states().get("register", {})
     if info.get("statename") == "EXITED":
         if info["exitstatus"]:
@@ -194,6 +205,7 @@ def registered(settings: Settings) -> str | None:
 
 @cache
 def drawn_lesion() -> bytes:
+    """A JPEG to ask about."""
     from training.synthetic import draw_lesion  # OpenCV takes its time, and only the last step needs it
 
     draw_lesion(1, "NV").save(buffer := io.BytesIO(), "JPEG")
@@ -201,6 +213,7 @@ def drawn_lesion() -> bytes:
 
 
 def predicted(settings: Settings) -> str | None:
+    """The text to show once a prediction is answered, or none can be expected. Raises httpx.HTTPError."""
     url, headers = f"{settings.url('torchserve')}/predictions/{MODEL_NAME}", {"Content-Type": "image/jpeg"}
     answer = client().post(url, content=drawn_lesion(), headers=headers)
     if not answer.is_success:  # not promoted yet, or never

@@ -126,7 +126,7 @@ class FakeTorchServe:
 
         self._say(effect)
 
-    def wait_ready(self, version, timeout, each=None):
+    def wait_ready(self, version, timeout, progress=None):
         if version not in self.broken:
             self.resting.discard(version)
         return self._say(lambda: version in self.loaded and version not in self.broken)

@@ -202,7 +202,7 @@ def test_large_pictures_are_changed_in_small(case, monkeypatch):
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG", quality=30)
     monkeypatch.setattr(EvaluationSet, "images", lambda self, positions: [buffer.getvalue()] * len(positions))
-    monkeypatch.setattr(behaviour, "told", lambda *given: [{}] * 2)
+    monkeypatch.setattr(behaviour, "metadata_of", lambda *given: [{}] * 2)
     monkeypatch.setattr(case.server, "predict", lambda image, version, metadata=None: sent.append(len(image)) or {
         "model": {"digest": case.server.digests[version]}, "probabilities": answer(NV=0.97)})  # fmt: skip
     gate = case.gates["stress"].model_copy(update={"images": 2})

@@ -51,12 +51,12 @@ def ask(
     torchserve: TorchServe,
     release: Release,
     images: Sequence[bytes],
-    each: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
     parallel: int = PARALLEL,
     metadata: Sequence[Values] | None = None,
 ) -> Answers:
-    """Ask one version about some pictures, telling it `metadata` of each. `each` is called with the number answered,
-    and may raise to stop.
+    """Ask one version about some pictures, telling it `metadata` of each. `progress` is called with the number
+    answered, and may raise to stop.
 
     Raises:
         TorchServeError: a picture got no answer, or another model's.
@@ -67,7 +67,7 @@ def ask(
     with ThreadPoolExecutor(parallel) as pool:
         for start in range(0, len(pairs), BATCH):
             rows += pool.map(lambda pair: _row(torchserve, release, *pair), pairs[start : start + BATCH])
-            each(len(rows))
+            progress(len(rows))
     return _answers(rows)
 
 
@@ -76,11 +76,11 @@ def ask_one(
     release: Release,
     image: bytes,
     metadata: Values | None,
-    each: Callable[[], None] = lambda: None,
+    progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], float]:
     """The whole answer of one version to one picture, and the milliseconds that it took, without those before it.
 
-    What passes is waited for a little, `each` being called before, which may raise to stop. Raises as `ask`.
+    What passes is waited for a little, `progress` being called before, which may raise to stop. Raises as `ask`.
     """
     for wait in (0.5, 2.0, None):
         began = time.monotonic()
@@ -89,7 +89,7 @@ def ask_one(
         except TorchServeError as error:
             if not error.passing or wait is None:
                 raise
-            each()
+            progress()
             time.sleep(wait)
         else:
             milliseconds = 1000 * (time.monotonic() - began)
@@ -99,7 +99,7 @@ def ask_one(
     return answer, milliseconds
 
 
-def told(torchserve: TorchServe, release: Release, evaluation: EvaluationSet) -> list[Values]:
+def metadata_of(torchserve: TorchServe, release: Release, evaluation: EvaluationSet) -> list[Values]:
     """For each picture of the set what a version can be told of it; one answer says what it takes. Raises as `ask`."""
     answer, _ = ask_one(torchserve, release, evaluation.images([0])[0], {})
     takes = Metadata.from_dict(answer["model"].get("takes", {}))
@@ -118,9 +118,9 @@ class AnswerBook:
         torchserve: TorchServe,
         release: Release,
         evaluation: EvaluationSet,
-        each: Callable[[int], None] = lambda done: None,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> Answers:
-        """All answers; what is not there yet is asked. `each` as for `ask`, which also tells what is raised."""
+        """All answers; what is not there yet is asked. `progress` as for `ask`, which also tells what is raised."""
         path, digests = self._path(release, evaluation), list(evaluation.frame["sha256"])
         known = self._read(path)
         missing = [position for position, digest in enumerate(digests) if digest not in known]
@@ -128,7 +128,7 @@ class AnswerBook:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as clean:  # without a line that a crash cut off
                 clean.writelines(_line(digest, row) for digest, row in known.items())
-            metadata = told(torchserve, release, evaluation)
+            metadata = metadata_of(torchserve, release, evaluation)
         for start in range(0, len(missing), BATCH):
             positions = missing[start : start + BATCH]
             images, tell = evaluation.images(positions), [metadata[position] for position in positions]
@@ -137,7 +137,7 @@ class AnswerBook:
             with path.open("ab") as file:
                 file.writelines(_line(digest, row) for digest, row in fresh.items())
             known |= fresh
-            each(len(digests) - len(missing) + start + len(positions))
+            progress(len(digests) - len(missing) + start + len(positions))
         return _answers([known[digest] for digest in digests])
 
     def forget(self, digest: str) -> None:

@@ -126,10 +126,10 @@ class TorchServe:
             if error.status != 404:
                 raise
 
-    def wait_ready(self, version: str, timeout: float, each: Callable[[], None] = lambda: None) -> bool:
+    def wait_ready(self, version: str, timeout: float, progress: Callable[[], None] = lambda: None) -> bool:
         """Whether a worker of the version gets ready within `timeout` seconds; False too once it died STARTS times.
 
-        `each` is called between two looks, and may raise to stop. Raises TorchServeError, TorchServeUnavailable.
+        `progress` is called between two looks, and may raise to stop. Raises TorchServeError, TorchServeUnavailable.
         """
         end = time.monotonic() + timeout
         processes: set[int] = set()
@@ -140,7 +140,7 @@ class TorchServe:
             processes |= served.starting if served else set()
             if time.monotonic() > end or len(processes) > STARTS:
                 return False
-            each()
+            progress()
             time.sleep(0.25)
 
     def drain(self, version: str, quiet: float = 2.0) -> None:

@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from pydantic import Field
 
 from handlers.preprocessing import SHRINK_SIDE, decode
-from mlflow_tracking.promotion.answers import ask, told
+from mlflow_tracking.promotion.answers import ask, metadata_of
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
 
@@ -44,7 +44,7 @@ class StressFlips(SetGate):
         originals = [decode(image, SHRINK_SIDE).image for image in evaluation.images(range(number))]
         before = candidate.answers.malignant[:number]
         torchserve, release = candidate.torchserve, candidate.release
-        metadata = told(torchserve, release, evaluation)[:number]
+        metadata = metadata_of(torchserve, release, evaluation)[:number]
         flips = {}
         for change, apply in CHANGES.items():
             candidate.progress(f"version {release.version} is asked about pictures that are {change}")

@@ -147,11 +147,11 @@ class LeakageReceipt(SetGate):
         return self.holds(not found.found, str(found).rstrip("."), **figures)
 
 
-def run_locally(bundle: Bundle, each: Callable[[], None] = lambda: None) -> dict[str, float] | None:
+def run_locally(bundle: Bundle, progress: Callable[[], None] = lambda: None) -> dict[str, float] | None:
     """How far checkpoint and graph, in f32, are from the golden answers; None where torch is not installed.
 
-    In a process of its own: torch would stay in the promoter's memory, and takes seconds in which `each`, called a few
-    times a second, may raise to stop. OSError when it fails.
+    In a process of its own: torch would stay in the promoter's memory, and takes seconds in which `progress`, called
+    a few times a second, may raise to stop. OSError when it fails.
     """
     command = [sys.executable, "-m", __name__, str(bundle.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -162,7 +162,7 @@ def run_locally(bundle: Bundle, each: Callable[[], None] = lambda: None) -> dict
                     out, said = process.communicate(timeout=0.25)
                     break
                 except subprocess.TimeoutExpired:
-                    each()
+                    progress()
                     if time.monotonic() > end:
                         raise TimeoutError(f"the golden answers were not computed within {SECONDS:g} s") from None
         except BaseException:

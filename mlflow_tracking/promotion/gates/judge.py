@@ -29,7 +29,7 @@ from mlflow_tracking.promotion.gates.identity import (
 )
 from mlflow_tracking.promotion.gates.quality import (
     BalancedAccuracy,
-    Calibration,
+    CalibrationError,
     MalignantCalls,
     MelanomaSensitivity,
     UnknownDetection,
@@ -48,7 +48,7 @@ GATES: tuple[type[Gate], ...] = (
     LatencyBudget,
     BalancedAccuracy,
     MelanomaSensitivity,
-    Calibration,
+    CalibrationError,
     UnknownDetection,
     MalignantCalls,
     StressFlips,

@@ -63,7 +63,7 @@ class MelanomaSensitivity(SetGate):
         return self.holds(found >= self.floor, reason, sensitivity=found, melanomas=number, floor=self.floor)
 
 
-class Calibration(SetGate):
+class CalibrationError(SetGate):
     """The probabilities mean what they say: expected calibration error (15 bins) of the served nine is low enough."""
 
     name: ClassVar[str] = "calibration"
