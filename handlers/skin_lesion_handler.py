@@ -146,6 +146,9 @@ def _parse(row: dict[str, Any], explain: bool) -> Request:
     if isinstance(body, str):  # TorchServe decodes text/* bodies
         raise ImageError(415, "unsupported_media_type", "The body is text; send image bytes, a form or JSON.")
     if isinstance(body, bytes | bytearray):
+        if body[:1] in (b"{", b"["):  # TorchServe parses JSON that is called so, and hands over as bytes what it cannot
+            message = "The body is no image; it begins as JSON does, but is not valid JSON, or is not called so."
+            raise ImageError(415, "unsupported_media_type", message)
         fields: dict[str, Any] = {"image": bytes(body)}
     elif isinstance(body, dict):
         fields = {str(name): value for name, value in body.items()}

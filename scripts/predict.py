@@ -44,8 +44,15 @@ def main(
 ) -> None:
     """Nine class probabilities for each image.
 
-    The exit code is 1 when an image was refused or the bundle cannot be used, 3 when TorchServe is away.
+    The exit code is 1 when an image was refused or the bundle cannot be used, 2 for wrong options, 3 when TorchServe is
+    away.
     """
+    if bundle and (url or version):
+        raise typer.BadParameter(
+            "--bundle predicts in this process; --url and --version ask TorchServe. Give one of them."
+        )
+    if url and not url.startswith(("http://", "https://")):
+        raise typer.BadParameter(f"--url must be an address such as http://127.0.0.1:8080, not {url}.")
     console = Console(stderr=as_json)
     given = {"age": age, "sex": sex, "site": site}
     metadata = {name: value for name, value in given.items() if value is not None}
@@ -94,8 +101,9 @@ def _ask_bundle(folder: Path, tta: bool, metadata: dict[str, str]) -> Any:
 def _ask_server(url: str, version: str | None, tta: bool, metadata: dict[str, str]) -> Any:
     session = requests.Session()
     session.trust_env = False  # a proxy must not stand between the command and its server
-    address = f"{url.rstrip('/')}/predictions/{MODEL_NAME}" + (f"/{version}" if version else "")
-
+    path = f"/predictions/{MODEL_NAME}"
+    # Also where somebody gives the whole address that README's curl has.
+    address = url.rstrip("/").removesuffix(path) + path + (f"/{version}" if version else "")
     options = {"tta": str(tta).lower(), **metadata}
 
     def ask(data: bytes) -> dict[str, Any]:
@@ -109,8 +117,11 @@ def _ask_server(url: str, version: str | None, tta: bool, metadata: dict[str, st
             )
         try:
             answer = response.json()
-        except requests.JSONDecodeError:  # TorchServe refuses more than its max_request_size without a word
-            answer = {"type": response.reason or "no answer", "message": f"TorchServe answered {response.status_code}."}
+        except requests.JSONDecodeError:
+            # TorchServe refuses more than its max_request_size without a word.
+            hint = "the file is too large" if response.status_code == 413 else f"is TorchServe at {url}?"
+            message = f"The server answered {response.status_code} and nothing that can be read: {hint}"
+            answer = {"type": response.reason or "no answer", "message": message}
         if "error" not in answer and (not response.ok or "prediction" not in answer):  # TorchServe's own shape
             return {"error": {"code": answer.get("type", response.status_code), "message": answer.get("message", "")}}
         return answer

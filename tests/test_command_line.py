@@ -59,14 +59,30 @@ def test_predict_says_in_a_sentence_what_is_missing(image, code, options):
     assert "." in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--bundle", "/nowhere", "--version", "1"), "Give one of them"),
+        (("--bundle", "/nowhere", "--url", "http://127.0.0.1:9"), "Give one of them"),
+        (("--url", "127.0.0.1:8080"), "--url must be an address"),
+    ],
+)
+def test_predict_refuses_options_that_do_not_go_together(image, options, message):
+    done = run("predict.py", image, *options)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("body", [b"", b"<html>"])
-def test_predict_goes_on_after_an_answer_that_is_no_json(image, body):
-    """TorchServe refuses more than its max_request_size with an empty 413."""
+@pytest.mark.parametrize(("status", "hint"), [(413, "too large"), (405, "is TorchServe at http://127.0.0.1:")])
+@pytest.mark.parametrize("suffix", ["", "/predictions/skin_vit"])
+def test_predict_goes_on_after_an_answer_that_is_no_json(image, body, status, hint, suffix):
+    """TorchServe refuses more than its max_request_size with an empty 413. Its address may be that of README's curl."""
 
     class Server(BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(413)
+            self.send_response(status if self.path == "/predictions/skin_vit" else 404)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -76,11 +92,14 @@ def test_predict_goes_on_after_an_answer_that_is_no_json(image, body):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        done = run("predict.py", image, image, "--json", "--url", f"http://127.0.0.1:{server.server_address[1]}")
+        done = run(
+            "predict.py", image, image, "--json", "--url", f"http://127.0.0.1:{server.server_address[1]}{suffix}"
+        )
         server.shutdown()
     assert done.returncode == 1
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert ["413" in answer["error"]["message"] for answer in answers] == [True, True]
+    assert [str(status) in answer["error"]["message"] for answer in answers] == [True, True]
+    assert all(hint in answer["error"]["message"] for answer in answers)
 
 
 def test_explain_writes_the_overlay(bundle, image, tmp_path):

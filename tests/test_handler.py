@@ -114,7 +114,7 @@ def test_explanations_come_with_the_overlay(ask, sample_images):
     ("row", "status", "code", "words"),
     [
         ({"body": bytearray(b"")}, 400, "empty_image", "no image"),
-        ({"body": bytearray(b"{'broken json")}, 415, "unsupported_media_type", "not a JPEG"),
+        ({"body": bytearray(b"{'broken json")}, 415, "unsupported_media_type", "not valid JSON"),
         ({"body": "some text"}, 415, "unsupported_media_type", "text"),
         ({"data": "some text"}, 415, "unsupported_media_type", "holds text"),
         ({"body": ["list"]}, 400, "invalid_request", "must be an object"),
