@@ -35,6 +35,15 @@ def test_another_figure_makes_another_card(tmp_path):
     assert model_card.render(evaluation=tmp_path / "evaluation") != (ROOT / "MODEL_CARD.md").read_text()
 
 
+@pytest.mark.parametrize("digest", ["sha256:0", None])  # of a study of the unknown that was shown no bundle
+def test_figures_of_another_bundle_make_no_card(tmp_path, digest):
+    shutil.copytree(EVALUATION, tmp_path / "evaluation")
+    path = tmp_path / "evaluation" / "unknowns.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bundle": digest}))
+    with pytest.raises(model_card.CardError, match=r"Of another bundle than .*: unknowns\.json in "):
+        model_card.render(evaluation=tmp_path / "evaluation")
+
+
 def test_figures_stand_under_their_names():
     text = model_card.render()
     metrics = json.loads((EVALUATION / "metrics.json").read_text())

@@ -24,6 +24,7 @@ from training.terminal import console, errors
 TEMPLATE = ROOT / "training" / "model_card.template.md"
 CARD = ROOT / "MODEL_CARD.md"
 EVALUATION = ROOT / "docs" / "evaluation"
+PARTS = ("metrics", "with_metadata", "unknowns", "stress", "explanations")  # its JSON files
 FIGURES = {
     "accuracy": "accuracy",
     "balanced accuracy, 8 classes": "balanced_accuracy",
@@ -47,10 +48,26 @@ CLASS_FIGURES = {
 }
 
 
+class CardError(ValueError):
+    """Evaluations that a card cannot be written from, with a sentence saying why."""
+
+
 def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
-    """The card's text. Raises BundleError for a damaged bundle, OSError or KeyError for figures that are missing."""
-    told = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(evaluation.glob("*.json"))}
+    """The card's text.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        CardError: an evaluation is of another bundle.
+        OSError, KeyError: figures are missing.
+    """
+    files = {name: evaluation / f"{name}.json" for name in PARTS}
+    told = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.is_file()}
     loaded = Bundle.load(bundle)
+    if others := [name for name, table in told.items() if table.get("bundle") != loaded.digest]:
+        raise CardError(
+            f"Of another bundle than {bundle}: {', '.join(f'{name}.json' for name in others)} in {evaluation}; "
+            "evaluate this one (--help says how)."
+        )
     config, test, held_out = loaded.config.to_dict(), told["metrics"], told["unknowns"]["held_out"]
     melanoma = test["per_class"]["MEL"]
     coverage = test["conformal"]["coverage_per_class"]
