@@ -10,11 +10,17 @@ case "${1:-}" in
   *) exec "$@" ;;
 esac
 
+# Both are named, so that the manifest is made where there is none. Who names another means one that is there.
+case " $* " in
+  *" manifest="*) ;;
+  *) set -- manifest=/app/runs/manifest.csv data_dir=/app/data "$@" ;;
+esac
+
 # A signal is the training's, which keeps what it has; without a trap this shell, and with it the container, would be
 # gone before.
 trap : TERM INT
 note=$(mktemp) # where the training writes which bundle it made: others may be made in the same volume
-BUNDLE_NOTE=$note python training/train.py manifest=/app/runs/manifest.csv data_dir=/app/data "$@"
+BUNDLE_NOTE=$note python training/train.py "$@"
 if [ -s "$note" ]; then
   python scripts/register_model.py --bundle "$(cat "$note")"
 fi

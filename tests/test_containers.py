@@ -10,9 +10,11 @@ import ast
 import configparser
 import importlib.util
 import json
+import os
 import re
 import socket
 import stat
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -301,3 +303,19 @@ def test_torchserve_must_have_a_ready_worker(server, answers, models, workers, c
     answers["/models/skin_vit"] = (200, [{"workers": [{"status": status} for status in workers]}])
     assert script("healthcheck").main(["--torchserve", server]) == code
     assert script("healthcheck").main(["--torchserve", f"{server}.not"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        (["--epochs", "3"], ["manifest=/app/runs/manifest.csv", "data_dir=/app/data", "--epochs", "3"]),
+        (["epochs=3", "manifest=mine.csv"], ["epochs=3", "manifest=mine.csv"]),
+    ],
+)
+def test_the_training_container_has_a_manifest_made_unless_one_is_named(tmp_path, given, asked):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/asked\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["sh", ROOT / "containers" / "train.sh", *given], check=True, env=environment)
+    assert (tmp_path / "asked").read_text().split() == ["training/train.py", *asked]

@@ -26,6 +26,7 @@ from handlers.predictor import Predictor
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints, evaluate, finish, train
 from training.config import ROOT, load_config
+from training.dataset import DataError
 from training.tracking import code_revision
 
 # MLflow's own models of its database use an option that SQLAlchemy will drop.
@@ -329,6 +330,32 @@ def test_no_data_is_one_sentence(tmp_path):
     assert code == 1
     assert "There is no manifest" in output
     assert "prepare_data.py" in output
+
+
+def test_a_manifest_that_is_named_and_not_there_is_not_made(tmp_path, monkeypatch):
+    """It may be mistyped. Who names the folder of the images too asks for one; a run that goes on has had its own."""
+    missing, data = tmp_path / "typo.csv", tmp_path / "data"
+    made = []
+
+    def make(folders, out, **options):
+        made.append(folders)
+        tiny_manifest(out.parent).rename(out)
+
+    monkeypatch.setattr(train, "build_manifest", make)
+    tiny_manifest(data)
+    code, output = command(f"manifest={missing}", "--output", tmp_path / "o")
+    assert code == 1
+    assert f"There is no manifest {missing}; make it with python scripts/prepare_data.py --data DIR" in output
+    config = load_config(None, [f"manifest={missing}", f"data_dir={data}"])
+    with pytest.raises(DataError, match="There is no manifest"):
+        train.open_manifest(config, resumed=True)
+    assert not made
+
+    said = []
+    monkeypatch.setattr(train.console, "print", said.append)
+    assert len(train.open_manifest(config, resumed=False))
+    assert made == [[data]]
+    assert said == [f"Made {missing} from {data}."]
 
 
 @pytest.fixture

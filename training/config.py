@@ -68,7 +68,9 @@ class TrainConfig(BaseModel):
 
     # data
     manifest: str = Field(str(ROOT / "data" / "manifest.csv"), description="the data set, as prepare_data writes it")
-    data_dir: str = Field(str(ROOT / "data"), description="scanned for images when the manifest does not exist")
+    data_dir: str = Field(
+        str(ROOT / "data"), description="makes the manifest that is not there; where that is named, name this too"
+    )
     cache_dir: str = Field("", description="resized images; empty: `cache` beside the manifest")
     image_size: int = Field(224, ge=16, description="side of the network's input")
     cache_size: int = Field(0, ge=0, description="side of the cached training images; 0: image_size")

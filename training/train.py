@@ -102,7 +102,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         torch.set_num_threads(config.threads)
 
     # ---- data and model
-    frame = open_manifest(config)
+    frame = open_manifest(config, checkpoint is not None)
     stop.watch()  # not before, as nothing in there asks `check`
     data_id, classes = fingerprint(frame), classes_in(frame)
     if checkpoint and checkpoint["dataset_fingerprint"] != data_id:
@@ -264,15 +264,21 @@ def try_explaining(model: nn.Module, config: TrainConfig) -> None:
         ) from error
 
 
-def open_manifest(config: TrainConfig) -> pd.DataFrame:
-    """The manifest, prepared from the data folder if there is none.
+def open_manifest(config: TrainConfig, resumed: bool) -> pd.DataFrame:
+    """The manifest. One that is not there is prepared from the data folder, but where it was named and the folder was
+    not: the name may be mistyped, and other images in other splits another training.
 
     Raises:
-        DataError: there is neither.
+        DataError: there is none, and no data to make it from.
         ManifestError: it cannot be made or read.
     """
     manifest, folder = Path(config.manifest), Path(config.data_dir)
     if not manifest.is_file():
+        if resumed or ("manifest" in config.model_fields_set and "data_dir" not in config.model_fields_set):
+            raise DataError(
+                f"There is no manifest {manifest}; make it with python scripts/prepare_data.py --data DIR "
+                f"--out {manifest}."
+            )
         if not folder.is_dir() or not any(path for path in folder.iterdir() if not path.name.startswith(".")):
             raise DataError(
                 f"There is no manifest {manifest} and no data in {folder}: put a data set there "
@@ -281,6 +287,7 @@ def open_manifest(config: TrainConfig) -> pd.DataFrame:
             )
         with progress_bar("reading images") as progress:
             build_manifest([folder], manifest, progress=progress)
+        console.print(f"Made {manifest} from {folder}.")
     return read_manifest(manifest)
 
 
