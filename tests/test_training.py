@@ -194,6 +194,21 @@ def test_it_stops_early_and_resumes_to_the_end(bare, tmp_path):
     assert [name for name, _ in bare if name in ("epoch", "finish")] == ["finish"]
 
 
+def test_a_run_with_no_epoch_left_says_so_and_notes_no_setting_that_did_nothing(bare, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(train.console, "print", lambda text, **style: said.append(text))
+    base = [*TINY, f"manifest={tiny_manifest(tmp_path / 'data')}", "epochs=2"]
+    run(tmp_path / "run", load_config(None, base))
+    assert not [line for line in said if "none is left" in line]
+    bare.clear()
+    again = load_config(None, [*base, "epochs=1", "lr=9", "seed=3", "confidence_level=0.8"])
+    assert run(tmp_path / "run", again, resume=True)["epoch"] == 2
+    assert [line for line in said if line.startswith("2 epochs are done, none is left")]
+    for step in ("start", "finish"):
+        [used] = [args[0] for name, args in bare if name == step]
+        assert (used.epochs, used.lr, used.seed, used.confidence_level) == (2, 1e-3, 0, 0.8)
+
+
 @pytest.mark.parametrize("change", ["weight_decay=2", "layer_decay=0.5", "optimizer=adam"])
 def test_a_resumed_run_learns_by_the_settings_it_is_given(bare, tmp_path, change):
     manifest = tiny_manifest(tmp_path / "data")

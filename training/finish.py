@@ -32,6 +32,12 @@ from training.receipt import Receipt, make_receipt
 from training.terminal import console
 from training.tracking import Tracker, code_revision
 
+# Settings that count even where no epoch is left to do: what is read here, and where and on what it runs.
+AFTER_EPOCHS = (
+    "manifest", "data_dir", "cache_dir", "image_size", "metadata", "batch_size", "logit_adjustment", "confidence_level",
+    "bootstrap", "device", "threads", "output", "name", "experiment",
+)  # fmt: skip
+
 
 def lower_bias(model: nn.Module, shift: NDArray[np.float64]) -> None:
     """Take `shift` (K,) off all logits, by way of the classifier's bias."""

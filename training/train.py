@@ -31,7 +31,7 @@ from training import metrics
 from training.checkpoints import BEST, LAST, CheckpointError, find, load, restore, save
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
 from training.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split, withhold
-from training.finish import finish
+from training.finish import AFTER_EPOCHS, finish
 from training.inference import predict
 from training.initial_weights import InitialWeights
 from training.losses import ClassificationLoss, class_weights, prior_logits
@@ -154,6 +154,10 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             best = {"epoch": best["epoch"], "score": score_of(history[best["epoch"] - 1], config)}
 
     # ---- the run
+    left = start < config.epochs and not (best and waited_enough(best, start, config))
+    if checkpoint and not left:  # what only the epochs would have read is as they had it
+        config = config.model_copy(update={k: v for k, v in checkpoint["config"].items() if k not in AFTER_EPOCHS})
+        console.print(f"{start} epochs are done, none is left; only calibration, evaluation and bundle are made again.")
     remembered = checkpoint["mlflow"] if checkpoint else {"uri": "", "run_id": ""}
     uri, notice = choose_store(output, remembered["uri"])
     if notice:
@@ -182,8 +186,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         if not checkpoint:
             save_last(0)  # so that a run killed in its first epoch can be resumed in the same MLflow run
         # ---- the loop
-        for epoch in range(start, config.epochs):
-            if config.patience and best and epoch - best["epoch"] >= config.patience:
+        for epoch in range(start, config.epochs if left else start):
+            if best and waited_enough(best, epoch, config):
                 console.print(f"Stopping early: nothing better since epoch {best['epoch']}.")
                 break
             began = time.monotonic()
@@ -345,6 +349,11 @@ def validation(labels: NDArray[np.int64], logits: NDArray[np.floating[Any]]) -> 
 def score_of(row: Mapping[str, float], config: TrainConfig) -> float:
     """What picks the best epoch, higher being better, of one epoch's figures."""
     return -row["val_loss"] if config.monitor == "loss" else row["val_balanced_accuracy"]
+
+
+def waited_enough(best: Mapping[str, Any], done: int, config: TrainConfig) -> bool:
+    """Whether so many epochs without a better one are done that the run stops early."""
+    return bool(config.patience and done - best["epoch"] >= config.patience)
 
 
 def describe(row: Mapping[str, float], epochs: int) -> str:
