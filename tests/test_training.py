@@ -246,6 +246,15 @@ def test_what_cannot_be_explained_is_refused_before_it_is_trained(bare, tmp_path
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_one_class_is_nothing_to_learn(bare, tmp_path):
+    manifest = tiny_manifest(tmp_path / "data")
+    table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
+    table.assign(label="MEL").to_csv(manifest, index=False)
+    with pytest.raises(DataError, match="are MEL: add images of another class"):
+        run(tmp_path / "run", load_config(None, [*TINY, f"manifest={manifest}"]))
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_a_diverging_run_says_so(bare, tmp_path):
     settings = [*TINY, f"manifest={tiny_manifest(tmp_path / 'data')}", "lr=1e30", "epochs=3", "warmup_epochs=0"]
     with pytest.raises(train.TrainingError, match=r"The loss is nan in epoch \d; try a lower lr"):

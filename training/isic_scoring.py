@@ -110,14 +110,9 @@ def main(
     except ScoringError as error:
         errors.print(str(error))
         raise SystemExit(1) from None
-    table = Table("figure", *CODES, "mean")
-    for name, values in scored["per_category"].items():
-        average = scored["macro_average"].get(name)
-        cells = [f"{values[code]:.3f}" if values.get(code) is not None else "" for code in CODES]
-        table.add_row(name, *cells, f"{average:.3f}" if average is not None else "")
     left_out = ", ".join(f"{count:,} of the {name}" for name, count in scored["left_out"].items())
     console.print(f"{scored['images']:,} images; left out, as the other file lacks them: {left_out}")
-    console.print(table)
+    console.print(figures(scored), end="")
     console.print(f"balanced accuracy {scored['aggregate']['balanced_accuracy']:.4f}")
 
 

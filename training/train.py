@@ -89,7 +89,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
 
     Raises:
         ConfigError: this machine does not have the device.
-        ManifestError, DataError: the images cannot be used, or `initial_bundle` has learnt from some that would judge.
+        ManifestError, DataError: the images cannot be used, are of one class, or `initial_bundle` has learnt from some
+            that would judge.
         BackboneError, BundleError: the network or `initial_bundle` cannot be used.
         CheckpointError: `checkpoint` is of another network.
         SettingsError, TrackingError: MLflow cannot be logged to.
@@ -105,6 +106,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     frame = open_manifest(config, checkpoint is not None)
     stop.watch()  # not before, as nothing in there asks `check`
     data_id, classes = fingerprint(frame), classes_in(frame)
+    if len(classes) == 1:
+        raise DataError(f"All training images in {config.manifest} are {classes[0]}: add images of another class.")
     if checkpoint and checkpoint["dataset_fingerprint"] != data_id:
         raise TrainingError(f"{config.manifest} has changed since this run began; start a new run.")
     if checkpoint and config.initial_bundle != checkpoint["config"].get("initial_bundle", ""):
