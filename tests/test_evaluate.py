@@ -195,6 +195,26 @@ def test_a_scorer_that_gives_no_figures_is_told_in_a_sentence(tmp_path, monkeypa
     assert f"gives no figures, but '{said or 'nothing'}'" in output
 
 
+def test_the_challenges_figures_are_whole_in_80_columns(capsys, tmp_path, monkeypatch):
+    names = ["accuracy", "sensitivity", "specificity", "dice", "ppv", "npv", "auc", "auc_sens_80", "ap"]
+    table = {
+        name: {code: (row + column / 10) / 10 for row, code in enumerate(CODES)} for column, name in enumerate(names)
+    }
+    said = {"per_category": table, "macro_average": {"dice": 0.987}, "aggregate": {"balanced_accuracy": 0.5}}
+    table["ap"]["UNK"] = None
+    done = subprocess.CompletedProcess([], 0, json.dumps(said), "")
+    monkeypatch.setattr(isic_scoring.subprocess, "run", lambda *args, **options: done)
+    monkeypatch.setenv("COLUMNS", "80")
+    submissions(tmp_path)
+    isic_scoring.main(tmp_path / "truth.csv", tmp_path / "submission.csv")
+    lines = capsys.readouterr().out.splitlines()[1:]  # the first is about what is left out
+    assert all(len(line) <= 80 and "…" not in line for line in lines)
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert rows["NV"] == [f"{0.1 + column / 100:.3f}" for column in range(9)]
+    assert len(rows["UNK"]) == 8
+    assert rows["mean"] == ["0.987"]
+
+
 def test_the_scorer_gets_the_truths_weights_and_names_that_meet(tmp_path, monkeypatch):
     given = []
 

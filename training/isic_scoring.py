@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,6 +95,19 @@ def score(truth: Path, submission: Path) -> dict[str, Any]:
     return scored | {"images": len(common), "left_out": left_out}
 
 
+def figures(scored: Mapping[str, Any]) -> Table:
+    """A row for each class and one for the mean, narrow enough for 80 columns, which is what a pipe has."""
+    columns = scored["per_category"].items()
+    table = Table("", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, _ in columns:
+        table.add_column(name.replace("_", "\n", 1), justify="right", no_wrap=True)
+    rows = {code: [values.get(code) for _, values in columns] for code in CODES}
+    rows["mean"] = [scored["macro_average"].get(name) for name, _ in columns]
+    for row, values in rows.items():
+        table.add_row(row, *("" if value is None else f"{value:.3f}" for value in values))
+    return table
+
+
 def main(
     truth: Annotated[Path, typer.Argument(help="The challenge's ground truth: image,MEL,NV,BCC,AK,...,UNK.")],
     submission: Annotated[Path, typer.Argument(help="Probabilities in the same form.")],
@@ -112,7 +125,7 @@ def main(
         raise SystemExit(1) from None
     left_out = ", ".join(f"{count:,} of the {name}" for name, count in scored["left_out"].items())
     console.print(f"{scored['images']:,} images; left out, as the other file lacks them: {left_out}")
-    console.print(figures(scored), end="")
+    console.print(figures(scored))
     console.print(f"balanced accuracy {scored['aggregate']['balanced_accuracy']:.4f}")
 
 
