@@ -23,11 +23,13 @@ Examples:
 
 def main(
     image: Annotated[Path, typer.Option(help="The picture to explain.")],
-    output: Annotated[Path, typer.Option(help="Where to write the PNG.")],
+    output: Annotated[Path, typer.Option(help="Where to write the PNG; its name ends in .png.")],
     target: Annotated[str | None, typer.Option(help="Class code to explain; default: the most probable.")] = None,
     bundle: Annotated[Path, typer.Option(help="The model's bundle.")] = SHIPPED,
 ) -> None:
     """Write the Grad-CAM overlay of one image."""
+    if output.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{output} is to be a PNG; give a name that ends in .png.")
     from handlers.predictor import Predictor, Request
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)

@@ -123,3 +123,11 @@ def test_explain_refuses_in_a_sentence(bundle, image, tmp_path):
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "o.png").exists()
+
+
+@pytest.mark.parametrize("output", [".", "heatmap.jpg"])
+def test_explain_writes_png_files_alone(bundle, image, tmp_path, output):
+    done = run("explain.py", "--image", image, "--output", tmp_path / output, "--bundle", bundle)
+    assert done.returncode == 2
+    assert "ends in .png" in " ".join(done.stderr.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == [image]
