@@ -120,3 +120,8 @@ def test_an_interrupt_ends_the_reading(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         read_images([Path("1.jpg")] * 5000, workers=1, progress=interrupt)
     assert len(read) < 2500  # all 5,000 would take 50 seconds
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    (tmp_path / "mole.jpg").touch()
+    assert read_image(tmp_path / "mole.jpg") == "The file is empty."

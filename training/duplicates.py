@@ -56,6 +56,8 @@ def read_image(path: Path) -> ImageDigest | str:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)  # one byte too many is refused without reading the rest
+        if not data:  # `decode` would speak of a request
+            return "The file is empty."
         # Hash and thumbnail need no more than twice the thumbnail's side.
         decoded = decode(data, min_side=2 * _THUMBNAIL)
     except ImageError as error:
