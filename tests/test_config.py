@@ -67,6 +67,9 @@ def test_unknown_words_are_refused_with_the_nearest_right_one(override, nearest)
         ("seed=-1", "seed must be greater than or equal to 0"),
         ("epochs", "write key=value"),
         ("lr=[1", "cannot be read"),
+        ("metadata=[age,", """cannot be read: '[age,'. Put all of it in quotes: "metadata=[…, …]"."""),
+        ("metadata=age", "metadata must be a list in brackets, such as [age], not 'age'."),
+        ("head_hidden=16", "head_hidden must be a list in brackets, such as [16], not 16."),
     ],
 )
 def test_wrong_values_are_refused(override, says):

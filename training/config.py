@@ -274,7 +274,9 @@ def _value(text: str, key: str) -> Any:
     try:
         return yaml.load(text, _Loader) if text else ""
     except yaml.YAMLError:
-        raise ConfigError(f"The value of {key} cannot be read: {text!r}.") from None
+        # A shell divides key=[a, b] at its space.
+        hint = f' Put all of it in quotes: "{key}=[…, …]".' if text.count("[") > text.count("]") else ""
+        raise ConfigError(f"The value of {key} cannot be read: {text!r}.{hint}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -307,6 +309,8 @@ def _sentence(fault: Any) -> str:
     if fault["type"] == "literal_error":
         choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
         return f"{key} must be one of {', '.join(choices)}, not {given!r}{_suggest(str(given), choices)}."
+    if fault["type"] == "list_type":
+        return f"{key} must be a list in brackets, such as [{given}], not {given!r}."
     wanted = {
         "int_type": "a whole number",
         "float_type": "a number",
