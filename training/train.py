@@ -370,17 +370,29 @@ def describe(row: Mapping[str, float], epochs: int) -> str:
 
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings.")] = None,
-    config: Annotated[str | None, typer.Option(help="A preset of training/configs by name, or a YAML file.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", "--batch_size", help="Images a step.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder for checkpoints and bundle.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="A preset of training/configs by name, or a YAML file.", show_default=DEFAULT_PRESET),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training images.", show_default="the preset's")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "--batch_size", help="Images a step.", show_default="the preset's")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder for checkpoints and bundle.", show_default="runs/NAME-TIME")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on from a run's last.pt (or its folder).")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or mps.", show_default="the preset's, or auto")
+    ] = None,
 ) -> None:
     """Train a classifier of skin lesions, and export it as a bundle.
 
     Without arguments: the preset vit_small on data/manifest.csv, which is prepared from data/ if it is not there.
-    Every setting of training/config.py can be given as KEY=VALUE.
+    Every setting of training/config.py can be given as KEY=VALUE; those not given are the preset's, or those of the
+    run that is resumed, or else the defaults that stand there.
 
     Examples:
 
