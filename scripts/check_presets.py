@@ -164,12 +164,13 @@ def check(
     names = preset or served_presets()
     table: dict[str, dict[str, Any]] = {}
     try:
-        settings = Settings.load()  # a wrong one is told before the work, not after it
+        settings = Settings.load()  # a wrong one is told before the work, not after it; so is a preset
+        for name in names:
+            load_config(name)
         manifest = small_manifest(data, out.resolve())
         frame = read_manifest(manifest)
         rows = frame[~frame["split"].isin(SEEN_SPLITS)].head(8).reset_index(drop=True)
         for name in names:
-            load_config(name)
             figures = train(name, manifest, out.resolve() / name, size)
             bundle = Bundle.load(out / name / "bundle")
             module = serving_module(bundle)

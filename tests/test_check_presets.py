@@ -72,6 +72,13 @@ def test_a_bundle_whose_checkpoint_is_gone_is_told_in_a_sentence(tmp_path):
     assert "There is no checkpoint" in result.stderr
 
 
+def test_a_preset_is_looked_for_before_the_data_is_read(tmp_path):
+    words = ["--data", str(tmp_path / "nowhere.csv"), "--out", str(tmp_path / "out"), "--preset", "vit_tinny"]
+    result = CliRunner().invoke(check_presets.app, words)
+    assert result.exit_code == 2
+    assert "did you mean 'vit_tiny'?" in result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_preset_is_run_and_described(tmp_path, monkeypatch):

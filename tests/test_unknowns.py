@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 from scipy.special import logsumexp, softmax
 
 from handlers.predictor import Predictor
@@ -245,3 +246,15 @@ def test_the_study_trains_what_it_lacks_and_nothing_twice(tmp_path, monkeypatch)
     assert done.returncode == 1
     assert "holds a model of other data or settings" in done.stderr
     assert (tmp_path / "out" / "unknowns.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [(("--classes", "FOO"), "There is no class FOO to hold out; there are MEL, "), (("--config", "foo"), "no preset")],
+)
+def test_options_are_looked_at_before_the_data(capsys, monkeypatch, tmp_path, option, says):
+    monkeypatch.setattr(sys, "argv", ["unknowns.py", "--data", "nowhere.csv", "--out", str(tmp_path / "out"), *option])
+    with pytest.raises(SystemExit) as ended:
+        typer.run(unknowns.main)
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err

@@ -319,11 +319,15 @@ def main(
     python training/unknowns.py --data data/manifest.csv --out runs/unknowns --classes MEL --classes VASC
     """
     try:
+        # What the command line is wrong about is told before the work.
+        load_config(config)
+        if wrong := [code for code in classes or () if code not in KNOWN_CODES]:
+            raise ConfigError(f"There is no class {', '.join(wrong)} to hold out; there are {', '.join(KNOWN_CODES)}.")
         frame = read_manifest(data)
         counts = frame["label"].value_counts()
         chosen = classes or [code for code in KNOWN_CODES if counts.get(code, 0) >= MIN_IMAGES]
-        if wrong := [code for code in chosen if code not in KNOWN_CODES or code not in counts]:
-            raise ManifestError(f"{data} has no class {', '.join(wrong)} to hold out.")
+        if absent := [code for code in chosen if code not in counts]:
+            raise ManifestError(f"{data} has no class {', '.join(absent)} to hold out.")
         cache = out / "cache"
         test = frame.loc[frame["split"] == "test", "path"].tolist()
         far = far_images(FAR_IMAGES, corners=test)
