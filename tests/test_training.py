@@ -354,6 +354,7 @@ def test_no_data_is_one_sentence(tmp_path):
     assert code == 1
     assert "There is no manifest" in output
     assert "prepare_data.py" in output
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_manifest_that_is_named_and_not_there_is_not_made(tmp_path, monkeypatch):

@@ -145,13 +145,13 @@ def main(
     python training/explanations.py --bundle model_store/skin_vit --data data/manifest.csv --out runs/evaluation
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
         frame = read_manifest(data)
         rows = frame[(frame["split"] == split) & frame["label"].isin(KNOWN_CODES)].sort_values("sha256").head(most)
         if rows.empty:
             raise ManifestError(f"{data} has no image of a known class in the split {split!r}.")
         seen = check_overlap(bundle, rows, allow_overlap)
         loaded = Bundle.load(bundle)
+        out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as cache:  # decoded patients' pictures, which are not to stay in `out`
             pixels = build_cache(rows.reset_index(drop=True), loaded.config.preprocessing, Path(cache))
             table = judge(loaded, np.asarray(pixels))

@@ -131,6 +131,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             f"Of {config.initial_bundle}, all but the {' and the '.join(anew)} is used: its classes or inputs "
             "are others."
         )
+    output.mkdir(parents=True, exist_ok=True)  # before the images are decoded, as it may not be allowed
     data = load_data(config, frame, classes, stop)
     counts = np.bincount(data["train"].labels, minlength=len(classes))
     steps = max(1, len(data["train"]) // config.batch_size)
@@ -415,7 +416,6 @@ def main(
             raise ConfigError(
                 f"{folder} holds a run already; add --resume {folder / LAST}, or choose another --output."
             )
-        folder.mkdir(parents=True, exist_ok=True)
         train(settings, folder, checkpoint, Interruption())
     except ConfigError as error:
         errors.print(str(error))
