@@ -30,6 +30,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
 
+from mlflow_tracking.promotion.ledger import StoreBusy, check_free
 from mlflow_tracking.settings import MODEL_NAME, ROOT, SettingsError
 from mlflow_tracking.settings import Settings as ServiceSettings
 from scripts.supervision import UNANSWERED, Supervision
@@ -124,9 +125,15 @@ def make(folder: Path) -> None:
 
 
 def check_machine(settings: Settings) -> None:
-    """Make the folders, and see that ports and disk are free; StackError otherwise."""
+    """Make the folders, and see that model store, ports and disk are free; StackError otherwise."""
     for folder in (settings.log("").parent, settings.run_dir, settings.store):
         make(folder)
+    try:
+        check_free(settings.store)
+    except StoreBusy as error:
+        raise StackError(str(error)) from None
+    except OSError as error:
+        raise StackError(f"The model store {settings.store} cannot be written: {error.strerror}.") from None
     if settings.run_dir.is_symlink() or settings.run_dir.stat().st_uid != os.getuid():
         raise StackError(f"{settings.run_dir} belongs to somebody else; name another folder in TORCHSERVE_RUN_DIR.")
     settings.run_dir.chmod(0o700)  # who reaches the sockets in it governs TorchServe

@@ -2,10 +2,14 @@
 
 - nothing that goes wrong in a pass ends the loop; a loop that is silent for long is told as one that hangs;
 - a worker that died gets its time, is started anew once, and is a failure after that;
+- a store has one promoter, and a second one, or a second `make up`, says so before it starts anything; a killed one
+  leaves the store free, and commands go on beside a living one;
 - a version is drained before it is taken out: any answer says that all before it went into a worker;
 - `promote.py --watch` goes on, and tells what is new; `replay.py` waits for the store.
 """
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -21,6 +25,7 @@ from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServ
 from mlflow_tracking.settings import Settings
 from scripts import promote, replay
 from scripts.serving_bench.ports import free_ports
+from tests.conftest import Stack
 from tests.reconcile_world import World
 
 CALM = Pass(Desired(), Actual())
@@ -95,6 +100,54 @@ def test_a_loop_that_is_silent_hangs(promoter, monkeypatch):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+PROMOTER = """
+import sys, time
+from pathlib import Path
+from mlflow_tracking.promotion.ledger import owned
+with owned(Path(sys.argv[1]), "the promoter of /first"):
+    print("owned", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """A process that is the promoter of `tmp_path/model_store`."""
+    command = [sys.executable, "-c", PROMOTER, str(tmp_path / "model_store")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == "owned\n"
+        yield process
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("command", [("-m", "mlflow_tracking.promotion.service"), ("scripts/stack.py", "up")])
+def test_a_store_that_is_in_use_is_said_before_anything_starts(tmp_path, owner, command):
+    second = Stack.create(tmp_path)
+    done = second.run(*command)
+    store = tmp_path / "model_store"
+    assert done.returncode == 1
+    [sentence] = (done.stdout + done.stderr).splitlines()
+    assert sentence.startswith(f"The model store {store} is in use by the promoter of /first (pid {owner.pid} on ")
+    assert sentence.endswith("): stop that one first, or name another folder in MODEL_STORE.")
+    assert not list((tmp_path / "state" / "logs").glob("*")), "nothing was started"
+
+
+def test_a_killed_promoter_leaves_the_store_free(tmp_path, owner):
+    store = tmp_path / "model_store"
+    with pytest.raises(StoreBusy, match="the promoter of /first"):
+        ledger.check_free(store)
+    with ledger.lock(store):
+        pass  # promote.py takes turns with a living one
+    owner.kill()
+    owner.wait()
+    ledger.check_free(store)
+    with ledger.owned(store, "the promoter of /second"), pytest.raises(StoreBusy, match="the promoter of /second"):
+        ledger.check_free(store)
 
 
 @pytest.fixture

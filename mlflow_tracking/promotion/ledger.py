@@ -1,18 +1,21 @@
 """What the model store is known to hold: `ledger.json`, written by promoters alone and read at every TorchServe start.
 
 With it TorchServe comes back to the same versions while registry and promoter are away. It is written whole: temporary
-file, fsync, rename; a reader sees the old one or the new one. Promoters take turns by a lock on the store.
+file, fsync, rename; a reader sees the old one or the new one. Who promotes holds a lock on the store meanwhile, so that
+commands and promoter take turns; the promoter holds another as long as it lives, as no store can follow two registries.
 """
 
 import fcntl
 import hashlib
 import json
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from handlers.files import atomic_file
 from mlflow_tracking.promotion.plan import Release
@@ -21,6 +24,7 @@ from mlflow_tracking.settings import MODEL_NAME
 SCHEMA = 1
 LEDGER = "ledger.json"
 LOCK = ".promotion.lock"
+OWNER = ".promoter.lock"  # held for as long as a promoter lives; the text in it says which one
 LOCK_SECONDS = 300.0  # how long a command waits for a promoter that is in the middle of a step
 
 
@@ -157,17 +161,55 @@ def lock(store: Path, wait: float = 0.0) -> Iterator[None]:
         StoreBusy: somebody else still holds it after `wait` seconds.
     """
     store.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + wait
     with (store / LOCK).open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise StoreBusy(f"Another promoter is at work on {store}; try again in a minute.") from None
-                time.sleep(0.1)
+        if not _locked(file, wait):
+            raise StoreBusy(f"Another promoter is at work on {store}; try again in a minute.")
         yield
+
+
+@contextmanager
+def owned(store: Path, who: str, wait: float = 0.0) -> Iterator[None]:
+    """Be the promoter of a store, until the block or the process ends; `who` tells others which one that is.
+
+    Raises:
+        StoreBusy: another promoter still is after `wait` seconds.
+        OSError: the folder cannot be written.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    with (store / OWNER).open("a+") as file:
+        if not _locked(file, wait):
+            raise StoreBusy(_in_use(store, file))
+        with suppress(OSError):  # a full disk is no reason not to promote
+            file.truncate(0)
+            file.write(f"{who} (pid {os.getpid()} on {socket.gethostname()})")
+            file.flush()
+        yield
+
+
+def check_free(store: Path) -> None:
+    """See that no promoter lives on a store. Raises StoreBusy, and OSError for a folder that cannot be written."""
+    with (store / OWNER).open("a+") as file:
+        if not _locked(file):
+            raise StoreBusy(_in_use(store, file))
+
+
+def _locked(file: IO[str], wait: float = 0.0) -> bool:
+    """Lock a file until it is closed; whether that could be done within `wait` seconds."""
+    end = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.1)
+
+
+def _in_use(store: Path, file: IO[str]) -> str:
+    file.seek(0)
+    who = file.read() or "another promoter"
+    return f"The model store {store} is in use by {who}: stop that one first, or name another folder in MODEL_STORE."
 
 
 class Verifier:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mlflow_tracking.promotion.gates.judge import GateSettingsError
-from mlflow_tracking.promotion.ledger import StoreBusy
+from mlflow_tracking.promotion.ledger import StoreBusy, owned
 from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
 from mlflow_tracking.promotion.status import status
 from mlflow_tracking.settings import Settings, SettingsError
@@ -29,6 +30,7 @@ log = logging.getLogger("promoter")
 # A pass may wait for a worker that loads, and for one that drains; a loop that is silent for longer hangs.
 ALIVE_SECONDS = 300.0
 STEPS_KEPT = 50
+OWN_SECONDS = 5.0  # for a promoter that is just ending, or for `make up`, which looks whether there is one
 
 
 class Promoter:
@@ -191,19 +193,31 @@ def main() -> int:
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(logging.INFO)
-    try:
-        settings = Settings.load()
-        promoter = Promoter(settings)
-    except (SettingsError, GateSettingsError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    try:
-        server = http_server(promoter)
-    except OSError as error:
-        where = f"{settings.promoter_host}:{settings.promoter_port}"
-        print(f"The promoter cannot listen on {where} ({error.strerror}); choose a PROMOTER_PORT.", file=sys.stderr)
-        return 1
-    stop = threading.Event()
+    with ExitStack() as held:
+        try:
+            settings = Settings.load()
+            promoter = Promoter(settings)
+            held.enter_context(owned(settings.store, f"the promoter of {settings.state}", OWN_SECONDS))
+        except (SettingsError, GateSettingsError, StoreBusy) as error:
+            print(error, file=sys.stderr)
+            return 1
+        except OSError as error:
+            print(f"The model store {settings.store} cannot be written: {error.strerror}.", file=sys.stderr)
+            return 1
+        try:
+            server = http_server(promoter)
+        except OSError as error:
+            where = f"{settings.promoter_host}:{settings.promoter_port}"
+            told = f"The promoter cannot listen on {where} ({error.strerror}); choose a PROMOTER_PORT."
+            print(told, file=sys.stderr)
+            return 1
+        serve(promoter, server)
+    return 0
+
+
+def serve(promoter: Promoter, server: ThreadingHTTPServer) -> None:
+    """Reconcile and answer until SIGTERM or Ctrl-C."""
+    settings, stop = promoter.settings, threading.Event()
 
     def on_signal(number: int, frame: object) -> None:
         # Steps may be cut off anywhere, so there is no need to wait for one that takes a minute.
@@ -220,7 +234,6 @@ def main() -> int:
     finally:
         server.server_close()
         log.info("stopped")
-    return 0
 
 
 if __name__ == "__main__":
