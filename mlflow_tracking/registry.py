@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
+ALIASES = ("champion", "challenger")  # those that the promoter reads
 BUNDLE_ARTIFACT = "bundle"
 # The frozen evaluation sets are versions of a "model" of their own, so that they have numbers, tags and an alias.
 EVALUATION_SET = "skin_vit_evaluation"

@@ -26,10 +26,11 @@ from mlflow_tracking.promotion.audit import person
 from mlflow_tracking.promotion.gates.judge import GateSettingsError
 from mlflow_tracking.promotion.ledger import LedgerError, StoreBusy
 from mlflow_tracking.promotion.plan import Actual, Release
-from mlflow_tracking.promotion.reconcile import ALIASES, Event, Pass, Reconciler
+from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
 from mlflow_tracking.promotion.torchserve_client import TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
+from scripts.options import known_alias
 
 EPILOG = """
 Examples:
@@ -59,7 +60,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def promote(
     version: str = typer.Option("", "--version", help="First point the alias at this version."),
     alias: str = typer.Option(
-        "", "--alias", help="The alias to move: champion, which serves (the default), or challenger, which stands by."
+        "",
+        "--alias",
+        callback=known_alias,
+        help="The alias to move: champion, which serves (the default), or challenger, which stands by.",
     ),
     rollback: bool = typer.Option(False, "--rollback", help="Point champion at the last good version."),
     force: bool = typer.Option(False, "--force", help="Let --version serve whatever the gates say; needs --reason."),
@@ -74,8 +78,6 @@ def promote(
         raise typer.BadParameter("--rollback chooses the version itself; leave --version and its options out.")
     if (force or again or alias) and not version:
         raise typer.BadParameter("say with --version which one is meant.")
-    if alias and alias not in ALIASES:
-        raise typer.BadParameter(f"--alias is {' or '.join(ALIASES)}: nobody reads another.")
     if reason and not (version or rollback):
         raise typer.BadParameter("--reason says why --version or --rollback; there is neither.")
     if force and not reason:

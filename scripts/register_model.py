@@ -17,6 +17,7 @@ from rich.markup import escape
 from handlers.bundle import BundleError
 from mlflow_tracking.registry import Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
+from scripts.options import known_alias
 
 EPILOG = """
 Examples:
@@ -35,7 +36,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def register(
     run_id: str = typer.Option("", "--run-id", help="Register the bundle that this MLflow run logged."),
     bundle: Path = typer.Option(None, "--bundle", help="Register the bundle in this folder."),
-    alias: str = typer.Option("", "--alias", help="Point this alias at it; champion is what is served."),
+    alias: str = typer.Option(
+        "",
+        "--alias",
+        callback=known_alias,
+        help="Point this alias at it: champion, which serves, or challenger, which stands by.",
+    ),
     if_empty: bool = typer.Option(False, "--if-empty", help="Do nothing where the registry has a version already."),
 ) -> None:
     if bool(run_id) == bool(bundle):

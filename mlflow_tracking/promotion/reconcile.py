@@ -17,10 +17,9 @@ from mlflow_tracking.promotion.gates.judge import load_gates
 from mlflow_tracking.promotion.outbox import Outbox
 from mlflow_tracking.promotion.plan import Action, Actual, Desired, Loaded, Release, Step, plan
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
-from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError, RegistryUnavailable
+from mlflow_tracking.registry import ALIASES, RegisteredVersion, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings
 
-ALIASES = ("champion", "challenger")
 # A failure is tried again at the next pass, then after 4, 8, 16 ... seconds up to this.
 LONGEST_WAIT = 300.0
 SHADOW = "shadow.json"
