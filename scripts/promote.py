@@ -18,7 +18,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
-from rich.table import Table
 
 from mlflow_tracking.digests import short
 from mlflow_tracking.promotion import ledger as ledgers
@@ -31,6 +30,7 @@ from mlflow_tracking.promotion.torchserve_client import TorchServeError, TorchSe
 from mlflow_tracking.registry import RegisteredVersion, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
 from scripts.options import known_alias
+from scripts.tables import narrow
 
 EPILOG = """
 Examples:
@@ -223,18 +223,24 @@ def show_status(reconciler: Reconciler) -> bool:
         complete = False
     known = {number: RegisteredVersion(number, held.release.digest) for number, held in actual.loaded.items()}
     known |= {one.version: one for one in versions}
-    table = Table("Version", "Alias", "TorchServe", "Status", "Since (UTC)", "Bal. acc.", "Digest", title=MODEL_NAME)
+    # At their longest these take 80 columns, one with both aliases two lines.
+    whole = ("Version", "TorchServe", "Status", "Since\n(UTC)", "Bal.\nacc.", "Digest")
+    table = narrow(MODEL_NAME, whole, folded=["Alias"])
+    table.caption = (
+        "Bal. acc.: balanced accuracy on the model's own test split (without one, its validation split), "
+        "as its bundle tells."
+    )
     for one in sorted(known.values(), key=lambda one: one.created_ms, reverse=True):
         held = actual.loaded.get(one.version)
         place = "" if held is None else "answers" if one.version == actual.default else "ready"
         table.add_row(
             one.version,
-            ", ".join(one.aliases),
-            place if held is None or held.ready else "no worker yet",
+            place if held is None or held.ready else "no worker",
             one.tags.get("serving.status", ""),
-            one.tags.get("serving.since", "")[:16].replace("T", " "),
+            one.tags.get("serving.since", "")[5:16].replace("T", " "),
             one.tags.get("balanced_accuracy", ""),
             short(one.digest or ""),
+            " ".join(one.aliases),
         )
     console.print(table)
     for one in versions:
