@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
@@ -15,6 +16,8 @@ SHIPPED = ROOT / "model_store" / "skin_vit"  # the bundle that comes with the re
 MODEL_NAME = "skin_vit"
 # Bytes of a socket's path; systems allow 103 or 107, and supervisord adds its process id for a moment.
 SOCKET_PATH = 95
+# What holds a registry: a server, or a database without one, as training leaves where none answers.
+STORE = re.compile(r"https?://[^/]|(sqlite|postgresql|mysql|mssql)(\+\w+)?://", re.IGNORECASE)
 
 
 def reach_directly(uri: str) -> None:
@@ -81,8 +84,14 @@ class Settings(BaseSettings):
 
     @property
     def registry_uri(self) -> str:
-        """MLflow's address."""
-        return self.mlflow_tracking_uri or f"http://127.0.0.1:{self.mlflow_port}"
+        """MLflow's address. Raises SettingsError for one that its client would take for a folder of files."""
+        uri = self.mlflow_tracking_uri or f"http://127.0.0.1:{self.mlflow_port}"
+        if not STORE.match(uri):
+            raise SettingsError(
+                f"MLFLOW_TRACKING_URI={uri} cannot be: it is http://HOST:PORT (or https), or a database such as "
+                "sqlite:///FILE."
+            )
+        return uri
 
     @property
     def inference_url(self) -> str:

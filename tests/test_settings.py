@@ -37,6 +37,19 @@ def test_a_wrong_value_gets_one_sentence(command):
     assert line.startswith("PROMOTER_PORT=70000 cannot be: ")
 
 
+@pytest.mark.parametrize("uri", ["foo", "127.0.0.1:5001", "file:///tmp/runs", "http:", "http:///", "/tmp/runs"])
+def test_an_address_of_mlflow_that_cannot_be_gets_one_sentence(monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(SettingsError, match=f"^MLFLOW_TRACKING_URI={uri} cannot be: it is http://HOST:PORT "):
+        _ = Settings.load().registry_uri
+
+
+@pytest.mark.parametrize("uri", ["http://mlflow:5001", "https://kim:key@mlflow.example/base", "sqlite:////tmp/runs.db"])
+def test_an_address_of_mlflow_is_taken_as_it_is(monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert Settings.load().registry_uri == uri
+
+
 @pytest.mark.parametrize("depth", [1, 30])
 def test_the_socket_is_where_the_stack_puts_it(monkeypatch, tmp_path, depth):
     for name in ("TORCHSERVE_RUN_DIR", "TORCHSERVE_MANAGEMENT"):
