@@ -4,6 +4,7 @@
   good one, or with none, and says so;
 - every port and folder follows the environment, so that two stacks live side by side;
 - predictions and management are apart: management is a socket in a folder of the owner alone;
+- asked for help, what starts something says what it does and which variables it reads, and starts nothing;
 - Java becomes the process itself, with a minimal environment: no PYTHONPATH that wins over the archive's code.
 """
 
@@ -11,6 +12,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -25,7 +27,7 @@ import yaml
 from handlers.preprocessing import MAX_BYTES
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.ledger import Entry, Ledger
-from mlflow_tracking.settings import SOCKET_PATH, Settings
+from mlflow_tracking.settings import ROOT, SOCKET_PATH, Settings
 
 FOLDER = Path(__file__).parent.parent / "torchserve"
 SETTINGS = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 8, "maxBatchDelay": 2, "responseTimeout": 60}
@@ -255,3 +257,28 @@ def test_the_start_fails_with_the_helpers_sentence(env, fake_java, tmp_path):
     assert done.returncode == 1
     assert "shorter TORCHSERVE_RUN_DIR" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+STARTERS = {
+    "promoter": ([sys.executable, "-m", "mlflow_tracking.promotion.service"], "reconciles", "PROMOTER_[A-Z_]+"),
+    "start": ([str(FOLDER / "start_torchserve.sh")], "models that served last", "TORCHSERVE_[A-Z_]+"),
+    "render": ([sys.executable, str(FOLDER / "render_config.py")], "model_snapshot", "TORCHSERVE_(?!URL|JAVA)[A-Z_]+"),
+}
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_help_says_what_it_does_and_starts_nothing(env, fake_java, starter):
+    command, words, variables = STARTERS[starter]
+    env = os.environ | env | {"JAVA_HOME": str(fake_java("17.0.1").parents[1]), "PYTHONPATH": str(ROOT)}
+    env |= {"PROMOTER_PORT": "70000"}  # with which the promoter would fail, not run
+    done = subprocess.run([*command, "--help"], env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert words in done.stdout
+    known = set(re.findall(rf"^# ({variables}|MODEL_STORE|STACK_STATE)=", (ROOT / ".env.example").read_text(), re.M))
+    known -= {"TORCHSERVE_URL", "PROMOTER_URL"}
+    assert known <= set(re.findall("[A-Z_]+", done.stdout))
+    assert not Path(env["MODEL_STORE"]).exists()
+    assert list(Path(env["STACK_STATE"]).iterdir()) == []
+    unknown = subprocess.run([*command, "--port"], env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert unknown.returncode == 2
+    assert "--port" in unknown.stderr

@@ -4,9 +4,13 @@ Reads the model store's ledger and adds the `model_snapshot` line with which Tor
 before, with neither MLflow nor the promoter. Its archive is checked against the ledger's SHA-256; one that was changed
 or is missing is left out with a sentence, and the last good version takes its place.
 
+Settings, from the environment alone: MODEL_STORE, STACK_STATE, TORCHSERVE_RUN_DIR, TORCHSERVE_MANAGEMENT,
+TORCHSERVE_HOST, TORCHSERVE_PORT, TORCHSERVE_METRICS_PORT (.env.example says what each is).
+
 Standard library only, no import of the project: it also runs where nothing else of it is installed.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -32,6 +36,7 @@ class StartError(Exception):
 
 def main() -> int:
     """Render; exit code 1 and a sentence on stderr if that cannot be."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     try:
         path, remarks = render(os.environ)
     except StartError as error:

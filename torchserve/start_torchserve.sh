@@ -4,11 +4,23 @@
 #   torchserve/start_torchserve.sh                        http://127.0.0.1:8080, metrics on 8082
 #   TORCHSERVE_PORT=9090 torchserve/start_torchserve.sh   another port
 #
-# Other settings: TORCHSERVE_METRICS_PORT, TORCHSERVE_HOST, TORCHSERVE_MANAGEMENT, TORCHSERVE_RUN_DIR, MODEL_STORE,
-# PREDICTION_LOG, JAVA_HOME, and TORCHSERVE_JAVA_OPTS (its default: 1 GB of heap, and 2 GB beside it, where requests
-# lie: with 512 MB each, a batch of eight pictures of 19 MB did not fit). The torchserve command is not used: it
-# starts Java as a child and leaves it behind when it is killed itself.
+# Other settings, from the environment alone: TORCHSERVE_METRICS_PORT, TORCHSERVE_HOST, TORCHSERVE_MANAGEMENT,
+# TORCHSERVE_RUN_DIR, STACK_STATE, MODEL_STORE, PREDICTION_LOG, JAVA_HOME, and TORCHSERVE_JAVA_OPTS (its default: 1 GB of
+# heap, and 2 GB beside it, where requests lie: with 512 MB each, a batch of eight pictures of 19 MB did not fit). The
+# torchserve command is not used: it starts Java as a child and leaves it behind when it is killed itself.
 set -euo pipefail
+
+case "${1:-}" in
+  "") ;;
+  -h | --help) # the comment above
+    sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+  *)
+    echo "There is no option $1: the settings are environment variables, which --help names." >&2
+    exit 2
+    ;;
+esac
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 

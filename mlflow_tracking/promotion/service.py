@@ -3,9 +3,14 @@
     python -m mlflow_tracking.promotion.service
 
 /healthz says whether the loop is alive, /status what it sees and does (JSON), /metrics the same for Prometheus. Nothing
-can be told to it: what should be served is said in the registry.
+can be told to it: what should be served is said in the registry. Ctrl-C stops it.
+
+Settings, from the environment or `.env` (.env.example says what each is): MLFLOW_TRACKING_URI or MLFLOW_PORT,
+TORCHSERVE_URL or TORCHSERVE_PORT, TORCHSERVE_MANAGEMENT or TORCHSERVE_RUN_DIR, MODEL_STORE, STACK_STATE, PROMOTER_HOST,
+PROMOTER_PORT, PROMOTER_POLL_SECONDS, PROMOTER_GATES, PROMOTER_KEEP_ARCHIVES, PROMOTER_SHADOW_SHARE.
 """
 
+import argparse
 import json
 import logging
 import signal
@@ -189,6 +194,8 @@ def http_server(promoter: Promoter) -> ThreadingHTTPServer:
 
 def main() -> int:
     """Run until SIGTERM or Ctrl-C. Exit code 1 and a sentence for settings that do not work."""
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser("promoter", description=__doc__, formatter_class=raw).parse_args()
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
