@@ -56,7 +56,11 @@ def golden_result(bundle: Bundle) -> str:
     """How the bundle does on its golden images on this machine, in the precision that it would serve in."""
     predictor = Predictor(bundle)
     worst, precision = predictor.golden_difference(), predictor.runtime.precision
-    return f"{len(bundle.golden())} images, probabilities within {worst:.1e} in {precision}"
+    cases = bundle.golden()
+    images = len({case.name for case in cases})
+    # A model that takes metadata is asked about each image with and without.
+    asked = f"{images} images" if images == len(cases) else f"{images} images in {len(cases)} cases"
+    return f"{asked}, probabilities within {worst:.1e} in {precision}"
 
 
 def description(bundle: Bundle) -> str:

@@ -30,6 +30,7 @@ from handlers.graph import _check, serving_module
 from handlers.metadata import FIELDS, SEXES, SITES, Metadata, MetadataError
 from handlers.predictor import Prediction, Predictor, Request, RequestError
 from handlers.skin_lesion_handler import SkinLesionHandler
+from mlflow_tracking.version_card import golden_result
 from scripts import predict as predict_script
 from tests.models import ARCHITECTURE, OPTIONS, tiny_backbone, tiny_bundle
 from tests.test_handler import FakeContext
@@ -270,6 +271,13 @@ def test_golden_answers_in_both_runtimes(bundle, options):
         probability, cam = case.disagreement(answer.probabilities, answer.grid)
         assert probability < 1e-4
         assert cam < 1e-3
+
+
+def test_the_card_counts_golden_pictures_once(bundle):
+    cases = bundle.golden()
+    images = {case.image for case in cases}
+    assert len(images) < len(cases), "each is asked with and without"
+    assert golden_result(bundle).startswith(f"{len(images)} images in {len(cases)} cases, probabilities within ")
 
 
 def test_a_graph_that_forgets_the_metadata_is_not_sealed(bundle, tmp_path):
