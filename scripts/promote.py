@@ -225,7 +225,7 @@ def show_status(reconciler: Reconciler) -> bool:
     known |= {one.version: one for one in versions}
     # At their longest these take 80 columns, one with both aliases two lines.
     whole = ("Version", "TorchServe", "Status", "Since\n(UTC)", "Bal.\nacc.", "Digest")
-    table = narrow(MODEL_NAME, whole, folded=["Alias"])
+    table = narrow(f"{MODEL_NAME} in {escape(reconciler.registry.uri)}", whole, folded=["Alias"])
     table.caption = (
         "Bal. acc.: balanced accuracy on the model's own test split (without one, its validation split), "
         "as its bundle tells."

@@ -65,7 +65,8 @@ def test_the_status_is_whole_in_80_columns(printed):
     actual = Actual({"104": Loaded(Release("104", digest), False), "103": Loaded(Release("103", digest), True)}, "103")
     promote.show_status(
         SimpleNamespace(
-            registry=SimpleNamespace(versions=lambda: versions), executor=SimpleNamespace(observe=lambda: actual)
+            registry=SimpleNamespace(uri="http://mlflow:5001", versions=lambda: versions),
+            executor=SimpleNamespace(observe=lambda: actual),
         )
     )
     lines = [line.split() for line in printed.getvalue().splitlines()]
@@ -73,6 +74,7 @@ def test_the_status_is_whole_in_80_columns(printed):
     assert ["104", "no", "worker", *ends, "champion"] in lines
     assert ["challenger"] in lines
     assert ["103", "answers", *ends] in lines
+    assert "skin_vit in http://mlflow:5001" in printed.getvalue(), "whose versions these are"
     assert "test split" in printed.getvalue(), "what the balanced accuracy is of"
 
 
