@@ -67,6 +67,9 @@ def test_the_evaluations_are_of_the_shipped_bundle(evidence):
         assert told[table]["overlap"]["overlaps"] is False
         for name, value in told[table]["summary"].items():
             assert evidence["metrics"][split][name] == pytest.approx(value, abs=2e-3), name
+    assert [told[table]["tta"] for table in ("metrics", "with_metadata", "with_metadata_tta")] == [False, False, True]
+    mirrored = told["with_metadata_tta"]
+    assert (mirrored["metadata"], mirrored["images"]) == (list(FIELDS), evidence["images"]["test"])
     assert told["unknowns"]["data"] == evidence["dataset_fingerprint"]
 
 

@@ -2,8 +2,8 @@
 
     python training/model_card.py
 
-reads docs/evaluation/ (metrics.json of pictures alone, with_metadata.json, unknowns.json, stress.json,
-explanations.json) and the shipped bundle.
+reads docs/evaluation/ (metrics.json of pictures alone, with_metadata.json, with_metadata_tta.json, unknowns.json,
+stress.json, explanations.json) and the shipped bundle.
 """
 
 import json
@@ -24,7 +24,7 @@ from training.terminal import console, errors
 TEMPLATE = ROOT / "training" / "model_card.template.md"
 CARD = ROOT / "MODEL_CARD.md"
 EVALUATION = ROOT / "docs" / "evaluation"
-PARTS = ("metrics", "with_metadata", "unknowns", "stress", "explanations")  # its JSON files
+PARTS = ("metrics", "with_metadata", "with_metadata_tta", "unknowns", "stress", "explanations")  # its JSON files
 FIGURES = {
     "accuracy": "accuracy",
     "balanced accuracy, 8 classes": "balanced_accuracy",
@@ -68,6 +68,7 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
             f"Of another bundle than {bundle}: {', '.join(f'{name}.json' for name in others)} in {evaluation}; "
             "evaluate this one (--help says how)."
         )
+    tta = told["with_metadata_tta"]
     config, test, held_out = loaded.config.to_dict(), told["metrics"], told["unknowns"]["held_out"]
     melanoma = test["per_class"]["MEL"]
     coverage = test["conformal"]["coverage_per_class"]
@@ -81,6 +82,7 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
         test=test,
         told=told["with_metadata"],
         figures=_figures(test, told["with_metadata"]),
+        mirrored={key: _with_interval(headline(tta)[key], tta["intervals_95"][key], 3) for key in FIGURES.values()},
         classes=_classes(test),
         slices=_slices(test["slices"]),
         missed=1 - test["as_served"]["recall"]["MEL"],
@@ -133,10 +135,11 @@ def _slices(slices: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _with_interval(value: float | None, interval: list[float] | None) -> str:
+def _with_interval(value: float | None, interval: list[float] | None, digits: int = 2) -> str:
     if value is None:
         return ""
-    return f"{value:.2f}" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else "")
+    drawn = f" ({interval[0]:.{digits}f}–{interval[1]:.{digits}f})" if interval else ""
+    return f"{value:.{digits}f}{drawn}"
 
 
 def main(
@@ -153,6 +156,10 @@ def main(
     python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --out reports/told
 
     cp reports/told/metrics.json docs/evaluation/with_metadata.json
+
+    python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --tta --out reports/tta
+
+    cp reports/tta/metrics.json docs/evaluation/with_metadata_tta.json
 
     python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --picture-alone
     --out docs/evaluation
