@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from handlers.calibration import Calibration
-from handlers.files import atomic_file, sync
+from handlers.files import file_sha256, sync, write_json
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import CODES
@@ -198,12 +198,6 @@ def seal(folder: Path, config: BundleConfig) -> Bundle:
     return Bundle.load(folder)
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON with sorted keys, so that the same values give the same bytes; durable and all or nothing."""
-    with atomic_file(path) as file:
-        file.write((json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
-
-
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `out`, synced to disk, when the block ends well, and else vanishes.
@@ -234,9 +228,3 @@ def new_folder(out: Path) -> Iterator[Path]:
         sync(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

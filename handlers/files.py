@@ -1,11 +1,14 @@
-"""Writing files so that a reader, or a crash at any moment, finds the old content or the new; the one way to do it."""
+"""Writing files so that a reader, or a crash at any moment, finds the old content or the new, the one way to do it; and
+their hashes."""
 
+import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 TEMPORARY = ".tmp"
 
@@ -37,3 +40,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON with sorted keys, so that the same values give the same bytes; durable and all or nothing."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -38,9 +38,9 @@ import typer
 from PIL import Image
 
 from handlers.backbone import BackboneError, build_backbone
-from handlers.bundle import Bundle, BundleError, write_json
+from handlers.bundle import Bundle, BundleError
 from handlers.calibration import Calibration
-from handlers.files import atomic_file
+from handlers.files import atomic_file, write_json
 from handlers.graph import complete
 from handlers.predictor import Prediction, Predictor
 from handlers.preprocessing import Preprocessing

@@ -21,7 +21,8 @@ import pandas as pd
 import torch
 import typer
 
-from handlers.bundle import Bundle, write_json
+from handlers.bundle import Bundle
+from handlers.files import write_json
 from handlers.graph import serving_module
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.settings import Settings

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from handlers.bundle import CONFIG, Bundle, seal, write_json
+from handlers.bundle import CONFIG, Bundle, seal
+from handlers.files import write_json
 from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.gates.base import Candidate, Gate
 from mlflow_tracking.promotion.gates.judge import Judge, Judgement

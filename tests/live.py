@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 
-from handlers.bundle import CONFIG, GRAPH, Bundle, BundleConfig, seal, write_json
+from handlers.bundle import CONFIG, GRAPH, Bundle, BundleConfig, seal
+from handlers.files import write_json
 from mlflow_tracking.promotion.reconcile import Pass, Reconciler
 from mlflow_tracking.registry import Registry
 from mlflow_tracking.settings import Settings

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from handlers.backbone import build_backbone
-from handlers.bundle import CONFIG, Bundle, seal, write_json
+from handlers.bundle import CONFIG, Bundle, seal
 from handlers.calibration import Calibration, Conformal, Rejection
+from handlers.files import write_json
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES

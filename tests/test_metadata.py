@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from handlers.backbone import MetadataHead, build_backbone
-from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, seal, write_json
+from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, seal
+from handlers.files import write_json
 from handlers.gradcam import AutogradGradCam, grad_cam, target_layer
 from handlers.graph import _check, serving_module
 from handlers.metadata import FIELDS, SEXES, SITES, Metadata, MetadataError

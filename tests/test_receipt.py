@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from handlers.bundle import Bundle, BundleError, write_json
+from handlers.bundle import Bundle, BundleError
+from handlers.files import write_json
 from tests.models import tiny_bundle
 from training.manifest import fingerprint, read_manifest
 from training.receipt import COPY_RADIUS, RECEIPT, make_receipt, overlap, read_receipt

@@ -18,7 +18,8 @@ from PIL import Image
 from rich.table import Table
 from sklearn.metrics import classification_report
 
-from handlers.bundle import BundleError, write_json
+from handlers.bundle import BundleError
+from handlers.files import write_json
 from handlers.predictor import Prediction, Predictor, Request
 from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking.settings import Settings

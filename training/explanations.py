@@ -18,7 +18,8 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from torch import nn
 
-from handlers.bundle import Bundle, BundleError, write_json
+from handlers.bundle import Bundle, BundleError
+from handlers.files import write_json
 from handlers.graph import TorchRuntime
 from handlers.taxonomy import KNOWN_CODES
 from training.dataset import DataError, build_cache

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from handlers.backbone import build_backbone
-from handlers.bundle import write_json
+from handlers.files import write_json
 from training.assessment import assess, headline
 from training.calibration import MIN_IMAGES, fit_calibration
 from training.checkpoints import BEST, LAST, load

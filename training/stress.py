@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.table import Table
 
-from handlers.bundle import BundleError, write_json
+from handlers.bundle import BundleError
+from handlers.files import write_json
 from handlers.predictor import Predictor
 from handlers.preprocessing import ImageError, decode
 from handlers.taxonomy import CODES, KNOWN_CODES

@@ -20,7 +20,8 @@ import typer
 from numpy.typing import NDArray
 from rich.table import Table
 
-from handlers.bundle import Bundle, BundleError, write_json
+from handlers.bundle import Bundle, BundleError
+from handlers.files import write_json
 from handlers.graph import serving_module
 from handlers.predictor import Prediction, Predictor, Request
 from handlers.preprocessing import Preprocessing

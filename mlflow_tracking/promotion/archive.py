@@ -21,8 +21,7 @@ from pathlib import Path
 import yaml
 
 import handlers
-from handlers.bundle import file_sha256
-from handlers.files import TEMPORARY, atomic_file
+from handlers.files import TEMPORARY, atomic_file, file_sha256
 from mlflow_tracking.settings import MODEL_NAME, ROOT
 
 HANDLERS = Path(handlers.__file__).parent

@@ -6,7 +6,6 @@ commands and promoter take turns; the promoter holds another as long as it lives
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from handlers.files import atomic_file
+from handlers.files import atomic_file, file_sha256
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.settings import MODEL_NAME
 
@@ -226,8 +225,7 @@ class Verifier:
             stat = path.stat()
             mark = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
             if self._known.get(archive, ((), ""))[0] != mark:
-                with path.open("rb") as file:
-                    self._known[archive] = (mark, hashlib.file_digest(file, "sha256").hexdigest())
+                self._known[archive] = (mark, file_sha256(path))
         except OSError:
             return False
         return self._known[archive][1] == entry.sha256

@@ -22,7 +22,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from handlers.backbone import build_backbone
-from handlers.bundle import Bundle, write_json
+from handlers.bundle import Bundle
+from handlers.files import write_json
 from handlers.gradcam import target_layer
 from handlers.graph import serving_module
 
