@@ -10,9 +10,10 @@ case "${1:-}" in
   *) exec "$@" ;;
 esac
 
-# Both are named, so that the manifest is made where there is none. Who names another means one that is there.
+# Both are named, so that the manifest is made where there is none. Who names another means one that is there, and a run
+# that is resumed has its own.
 case " $* " in
-  *" manifest="*) ;;
+  *" manifest="* | *" --resume"*) ;;
   *) set -- manifest=/app/runs/manifest.csv data_dir=/app/data "$@" ;;
 esac
 

@@ -1,5 +1,7 @@
-"""Writing files so that a reader, or a crash at any moment, finds the old content or the new, the one way to do it; and
-their hashes."""
+"""Files: their hashes, and writing them so that a reader, or a crash at any moment, finds the old content or the new.
+
+It is the one way to write; standard library only, as MLflow's image takes this module alone.
+"""
 
 import hashlib
 import json

@@ -310,6 +310,7 @@ def test_torchserve_must_have_a_ready_worker(server, answers, models, workers, c
     [
         (["--epochs", "3"], ["manifest=/app/runs/manifest.csv", "data_dir=/app/data", "--epochs", "3"]),
         (["epochs=3", "manifest=mine.csv"], ["epochs=3", "manifest=mine.csv"]),
+        (["--resume", "runs/mine/last.pt", "epochs=9"], ["--resume", "runs/mine/last.pt", "epochs=9"]),
     ],
 )
 def test_the_training_container_has_a_manifest_made_unless_one_is_named(tmp_path, given, asked):
