@@ -383,6 +383,14 @@ def test_a_manifest_that_is_named_and_not_there_is_not_made(tmp_path, monkeypatc
     assert said == [f"Made {missing} from {data}."]
 
 
+def test_a_data_folder_is_not_passed_over_for_the_manifest_of_another(tmp_path):
+    config = load_config(None, [f"data_dir={tmp_path / 'mine'}"])
+    config.__dict__["manifest"] = str(tiny_manifest(tmp_path))  # the default one, which nobody named
+    with pytest.raises(DataError, match=r"mine would not be read: leave data_dir out"):
+        train.open_manifest(config, resumed=False)
+    assert len(train.open_manifest(config, resumed=True))
+
+
 @pytest.fixture
 def heeds_ctrl_c():
     """As in a terminal; a script that starts the tests in the background has them ignore it."""

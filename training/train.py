@@ -277,12 +277,18 @@ def open_manifest(config: TrainConfig, resumed: bool) -> pd.DataFrame:
     not: the name may be mistyped, and other images in other splits another training.
 
     Raises:
-        DataError: there is none, and no data to make it from.
+        DataError: there is none, and no data to make it from; or the folder was named, and there is one that is not
+            about it.
         ManifestError: it cannot be made or read.
     """
-    manifest, folder = Path(config.manifest), Path(config.data_dir)
+    manifest, folder, named = Path(config.manifest), Path(config.data_dir), config.model_fields_set
+    if manifest.is_file() and not resumed and "data_dir" in named and "manifest" not in named:
+        raise DataError(
+            f"There is {manifest} already, and {folder} would not be read: leave data_dir out to train on what that "
+            "holds, or name another manifest=FILE."
+        )
     if not manifest.is_file():
-        if resumed or ("manifest" in config.model_fields_set and "data_dir" not in config.model_fields_set):
+        if resumed or ("manifest" in named and "data_dir" not in named):
             raise DataError(
                 f"There is no manifest {manifest}; make it with python scripts/prepare_data.py --data DIR "
                 f"--out {manifest}."
