@@ -28,12 +28,13 @@ from pydantic import Field
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Column, Table
+from rich.table import Table
 
 from mlflow_tracking.promotion.ledger import StoreBusy, check_free
 from mlflow_tracking.settings import MODEL_NAME, ROOT, SettingsError
 from mlflow_tracking.settings import Settings as ServiceSettings
 from scripts.supervision import UNANSWERED, Supervision
+from scripts.tables import narrow
 
 PATIENCE = 240  # seconds without any progress; the first start derives the model's graph, perhaps on two busy cores
 console = Console(highlight=False, soft_wrap=True)
@@ -331,20 +332,29 @@ def down() -> None:
         time.sleep(0.3)
 
 
+def duration(seconds: int) -> str:
+    """A time in its largest unit, such as 3 h."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
 @app.command()
 def status() -> None:
-    """Show each part: its state, since when, where. The exit code is 1 unless all are running."""
+    """Show each part: its state, how long it has run, where. The exit code is 1 unless all are running."""
     settings = load_settings()
     if not (found := settings.supervision.states()):
         raise StackError("The stack is not running; `make up` starts it.")
     os.environ |= settings.supervision.environment()  # its ports may not be those of this shell
     settings = load_settings()
-    table = Table("Part", "State", "Since", "Pid", Column("Address", overflow="fold"))
+    table = narrow("", ("Part", "State", "Pid"), folded=["Address"])
     for part in PARTS:
         info = found[part.name]
-        state = f"[{'green' if info['statename'] == 'RUNNING' else 'red'}]{info['statename'].lower()}[/]"
-        since = time.strftime("%d %b %H:%M:%S", time.localtime(info["start"])) if info["start"] else ""
-        table.add_row(part.title, state, since, str(info["pid"] or ""), settings.url(part.name) + part.door)
+        colour, word = "green" if info["statename"] == "RUNNING" else "red", info["statename"].lower()
+        since = f" {duration(info['now'] - info['start'])}" if info["pid"] else ""
+        row = part.title, f"[{colour}]{word}[/]{since}", str(info["pid"] or ""), settings.url(part.name) + part.door
+        table.add_row(*row)
     console.print(table)
     raise typer.Exit(any(found[part.name]["statename"] != "RUNNING" for part in PARTS))
 

@@ -117,10 +117,11 @@ def set_champion(stack, version: str) -> None:
 
 
 def test_all_parts_are_up_and_say_where(stack):
-    for url in (stack.streamlit, stack.mlflow, f"{stack.torchserve}/predictions/skin_vit", stack.promoter):
-        assert url in stack.output
     done = stack.run("scripts/stack.py", "status")
     assert done.returncode == 0, done.stdout
+    for url in (stack.streamlit, stack.mlflow, f"{stack.torchserve}/predictions/skin_vit", stack.promoter):
+        assert url in stack.output
+        assert url in done.stdout, "whole, to be copied"
     assert done.stdout.count("running") == 4
     assert "not running" not in done.stdout
     print(f"first start: {stack.started_in:.0f} s")
