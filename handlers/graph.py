@@ -27,7 +27,7 @@ from handlers.bundle import (
     new_folder,
     seal,
 )
-from handlers.weights import BASIS, misfit, read_weights
+from handlers.weights import BASIS, load_weights, read_weights
 
 if TYPE_CHECKING:
     import openvino
@@ -161,8 +161,10 @@ def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is 
     weights = read_weights(bundle)
     if config.calibration.rejection and config.calibration.rejection.residual_weight and weights.basis is None:
         raise BundleError(f"The bundle's rejection needs {BASIS} in {WEIGHTS}, which is not there.")
-    if fault := misfit(backbone, weights.network):
-        raise BundleError(f"The weights do not fit {config.architecture}: {fault}.")
+    try:
+        load_weights(backbone, weights.network)
+    except ValueError as error:
+        raise BundleError(f"The weights do not fit {config.architecture}: {error}.") from error
 
     class ServingModule(nn.Module):
         def __init__(self) -> None:

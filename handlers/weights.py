@@ -30,17 +30,21 @@ def read_weights(bundle: Bundle) -> Weights:
     return Weights(tensors, origin, basis)
 
 
-def misfit(backbone: "nn.Module", weights: "dict[str, Tensor]", anew: Sequence[str] = ()) -> str:
-    """Load the network's tensors into the backbone. Returns what does not fit, in a few words; "" if all does.
+def load_weights(backbone: "nn.Module", weights: "dict[str, Tensor]", anew: Sequence[str] = ()) -> None:
+    """Load the network's tensors into the backbone.
 
     Args:
         anew: names of modules that have no weights and keep their own.
+
+    Raises:
+        ValueError: what does not fit, in a few words.
     """
     try:
         missing, unexpected = backbone.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # shapes: a heading, and a line for each
-        return str(error).strip().splitlines()[-1].strip(" \t.")
+        raise ValueError(str(error).strip().splitlines()[-1].strip(" \t.")) from error
     own = tuple(f"{name}." for name in anew)
     # Batch norm's counter of batches is the one entry that export leaves out.
     lacking = [name for name in missing if not name.startswith(own) and not name.endswith("num_batches_tracked")]
-    return ", ".join([*lacking, *unexpected][:3])
+    if lacking or unexpected:
+        raise ValueError(", ".join([*lacking, *unexpected][:3]))

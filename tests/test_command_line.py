@@ -73,10 +73,14 @@ def test_predict_refuses_options_that_do_not_go_together(image, options, message
     assert message in " ".join(done.stderr.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>"])
-@pytest.mark.parametrize(("status", "hint"), [(413, "too large"), (405, "is TorchServe at http://127.0.0.1:")])
-@pytest.mark.parametrize("suffix", ["", "/predictions/skin_vit"])
-def test_predict_goes_on_after_an_answer_that_is_no_json(image, body, status, hint, suffix):
+@pytest.mark.parametrize(
+    ("status", "body", "suffix", "hint"),
+    [
+        (413, b"", "", "too large"),
+        (405, b"<html>", "/predictions/skin_vit", "is TorchServe at http://127.0.0.1:"),
+    ],
+)
+def test_predict_goes_on_after_an_answer_that_is_no_json(image, status, body, suffix, hint):
     """TorchServe refuses more than its max_request_size with an empty 413. Its address may be that of README's curl."""
 
     class Server(BaseHTTPRequestHandler):

@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from handlers.files import file_sha256
 from handlers.preprocessing import MAX_BYTES
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.ledger import Entry, Ledger
@@ -62,7 +63,7 @@ def store_with(folder: Path, *versions: str) -> Ledger:
     for version in versions:
         name = f"skin_vit-{version}.mar"
         (folder / name).write_text(f"archive {version}")
-        sha256 = ledgers.hashlib.sha256(f"archive {version}".encode()).hexdigest()
+        sha256 = file_sha256(folder / name)
         ledger = ledger.stored(name, Entry(sha256, version, f"sha256:{version * 64}", SETTINGS)).serving(name)
     ledgers.write(folder, ledger)
     return ledger

@@ -11,7 +11,7 @@ from torch import nn
 from handlers.backbone import is_vision_transformer
 from handlers.bundle import Bundle, BundleError
 from handlers.metadata import Metadata
-from handlers.weights import misfit, read_weights
+from handlers.weights import load_weights, read_weights
 from training.dataset import DataError
 from training.receipt import Receipt, overlap, read_receipt
 
@@ -79,9 +79,11 @@ class InitialWeights:
             if classes != config.classes or not told:
                 weights = {name: tensor for name, tensor in weights.items() if name not in given}
                 anew += [head] if shapes else []
-        if fault := misfit(model, weights, anew):
+        try:
+            load_weights(model, weights, anew)
+        except ValueError as error:
             raise BundleError(
                 f"{self.bundle.path} is {config.architecture} with {config.options}, which these settings do not "
-                f"describe ({fault}); give its architecture, stem, depth and head_hidden."
-            )
+                f"describe ({error}); give its architecture, stem, depth and head_hidden."
+            ) from error
         return anew
