@@ -7,8 +7,6 @@
 """
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.ledger import Entry, Ledger, LedgerError, StoreBusy, Verifier
 from mlflow_tracking.promotion.plan import Release
+from tests.processes import running
 
 ONE = Entry("1" * 64, "1", "sha256:" + "a" * 64, {"minWorkers": 1})
 TWO = Entry("2" * 64, "2", "sha256:" + "b" * 64, {"minWorkers": 1})
@@ -87,13 +86,8 @@ with ledgers.lock(store):
 @pytest.fixture
 def writer(tmp_path):
     """A process that holds the store's lock and writes ledgers as fast as it can."""
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process.stdout:
-        assert process.stdout.readline() == "locked\n"
+    with running(WRITER, tmp_path, says="locked") as process:
         yield process
-        process.kill()
-        process.wait()
 
 
 def test_a_killed_writer_leaves_a_whole_ledger_and_a_free_store(tmp_path, writer):

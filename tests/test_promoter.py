@@ -8,8 +8,6 @@
 - `promote.py --watch` goes on, and tells what is new; `replay.py` waits for the store.
 """
 
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 
@@ -26,6 +24,7 @@ from mlflow_tracking.settings import Settings
 from scripts import promote, replay
 from scripts.serving_bench.ports import free_ports
 from tests.conftest import Stack
+from tests.processes import running
 from tests.reconcile_world import World
 
 CALM = Pass(Desired(), Actual())
@@ -115,14 +114,8 @@ with owned(Path(sys.argv[1]), "the promoter of /first"):
 @pytest.fixture
 def owner(tmp_path):
     """A process that is the promoter of `tmp_path/model_store`."""
-    command = [sys.executable, "-c", PROMOTER, str(tmp_path / "model_store")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process.stdout:
-        assert process.stdout.readline() == "owned\n"
+    with running(PROMOTER, tmp_path / "model_store", says="owned") as process:
         yield process
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize("command", [("-m", "mlflow_tracking.promotion.service"), ("scripts/stack.py", "up")])
