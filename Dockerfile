@@ -53,7 +53,6 @@ COPY --chown=app containers/healthcheck.py containers/
 COPY --chown=app model_store/ model_store/
 COPY --chown=app torchserve/model-config.yaml torchserve/
 COPY --chown=app handlers/ handlers/
-COPY --chown=app training/ training/
 COPY --chown=app mlflow_tracking/ mlflow_tracking/
 COPY --chown=app scripts/ scripts/
 RUN python -m compileall -q .
@@ -69,6 +68,7 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     --mount=type=bind,source=containers/install.sh,target=/install.sh \
     sh /install.sh training
 COPY --chown=app containers/train.sh containers/
+COPY --chown=app training/ training/
 USER app
 ENTRYPOINT ["/app/containers/train.sh"]
 
@@ -78,7 +78,7 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     --mount=type=bind,source=containers/install.sh,target=/install.sh \
     sh /install.sh mlflow
 ENV PYTHONPATH=/app
-COPY --chown=app handlers/__init__.py handlers/files.py handlers/
+COPY --chown=app handlers/__init__.py handlers/errors.py handlers/files.py handlers/
 COPY --chown=app containers/healthcheck.py containers/make_secrets.py containers/make_bucket.py containers/
 COPY --chown=app mlflow_tracking/mlflow_server.sh mlflow_tracking/
 USER app

@@ -13,10 +13,12 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
+from handlers.errors import UserError
+
 METADATA_HIDDEN = 32  # more than the 12 numbers that age, sex and site are; next to nothing beside any backbone
 
 
-class BackboneError(ValueError):
+class BackboneError(UserError):
     """A backbone that cannot be built, with a sentence saying why and what to do."""
 
 

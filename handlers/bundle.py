@@ -2,7 +2,7 @@
 
     bundle.json           what the model is: architecture, classes, preprocessing, calibration, evidence, and the
                           SHA-256 of every other file, so that the digest of this one file vouches for all
-    model.safetensors     the weights (fp16 or fp32), and what the rejection knows of the features (handlers/graph.py)
+    model.safetensors     the weights (fp16 or fp32), and what the rejection knows of the features (handlers/runtimes.py)
     golden.json, golden/  pictures with the answers this model must give, wherever it runs
     receipt.json          what it was made from, in hashes and lesion ids, so that nobody tests it on the same images
     graph.xml, graph.bin  the serving graph (OpenVINO), derived from the weights; a slim bundle comes without
@@ -12,10 +12,7 @@ Imports neither torch nor OpenVINO, so that the registry's side can check a bund
 
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from handlers.calibration import Calibration
-from handlers.files import file_sha256, sync, write_json
+from handlers.errors import UserError
+from handlers.files import file_sha256, write_json
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import CODES
@@ -36,7 +34,7 @@ GRAPH_WEIGHTS = "graph.bin"
 GOLDEN = "golden.json"
 
 
-class BundleError(ValueError):
+class BundleError(UserError):
     """A bundle that is incomplete, damaged or not what it says it is."""
 
 
@@ -196,35 +194,3 @@ def seal(folder: Path, config: BundleConfig) -> Bundle:
     }
     write_json(folder / CONFIG, {**config.to_dict(), "files": files})
     return Bundle.load(folder)
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `out`, synced to disk, when the block ends well, and else vanishes.
-
-    What lay at `out` is moved aside and then removed; a crash in between leaves it whole in a hidden folder beside.
-
-    Raises BundleError if `out` exists and is anything but a bundle or an empty folder.
-    """
-    if out.exists() and not (out / CONFIG).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BundleError(f"{out} exists and is not a bundle; name another folder.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        new, old = folder / "new", folder / "old"
-        new.mkdir(mode=0o755)
-        yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                sync(file)
-        if out.exists():
-            out.rename(old)
-        try:
-            new.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-        sync(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
 """From the network's logits to nine probabilities and a set of likely classes; travels in the bundle as numbers.
 
-The fitting is in training/calibration.py; here is only the arithmetic that serving needs.
+The fitting is in training/evaluation/calibration_fit.py; here is only the arithmetic that serving needs.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class Rejection:
     """A ninth probability for a model that never saw an UNK image: p_unk = sigmoid((threshold - familiarity) / scale).
 
     familiarity = logsumexp(logits) - residual_weight * residual: high for what excites the classes as known lesions do
-    and whose features lie in the space that those span. With the weight of training/detectors.py it is virtual-logit
+    and whose features lie in the space that those span. With the weight of training/evaluation/detectors.py it is virtual-logit
     matching (Wang et al. 2022, "ViM"), with a weight of 0 the energy (Liu et al. 2020).
     """
 
@@ -26,7 +26,7 @@ class Rejection:
     residual_weight: float = 0.0
 
     def familiarity(self, logits: np.ndarray, residuals: np.ndarray | None = None) -> np.ndarray:
-        """Logits (N, K) and residuals (N,) (handlers.graph; not needed where their weight is 0) to (N,).
+        """Logits (N, K) and residuals (N,) (handlers.runtimes; not needed where their weight is 0) to (N,).
 
         Raises ValueError where residuals are needed and there are none.
         """

@@ -7,10 +7,14 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from handlers.errors import UserError
 
 TEMPORARY = ".tmp"
 
@@ -54,3 +58,36 @@ def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_folder(out: Path, marker: str) -> Iterator[Path]:
+    """A temporary folder that replaces `out`, synced to disk, when the block succeeds, and is removed otherwise.
+
+    The old content of `out` is moved aside and then removed. After a crash in between it lies whole in a hidden folder
+    next to `out`.
+
+    Raises UserError if `out` exists and is neither empty nor a folder with a file `marker`.
+    """
+    if out.exists() and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and holds no {marker}; choose another folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        new, old = folder / "new", folder / "old"
+        new.mkdir(mode=0o755)
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                sync(file)
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        sync(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from handlers.errors import UserError
+
 FIELDS = ("age", "sex", "site")
 OLDEST = 120  # years
 MISSING = ("", "unknown")  # what a form may say instead of nothing
@@ -27,7 +29,7 @@ SITES = (
 Values = Mapping[str, float | str | None]
 
 
-class MetadataError(ValueError):
+class MetadataError(UserError):
     """A value that a model cannot be told, with a sentence saying what it may be."""
 
 

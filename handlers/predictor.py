@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image
 
 from handlers.bundle import Bundle, BundleError
-from handlers.graph import OpenVinoRuntime, Runtime, TorchRuntime
 from handlers.metadata import MetadataError
 from handlers.preprocessing import DecodedImage, ImageError, decode, ignore_oddities
+from handlers.runtimes import OpenVinoRuntime, Runtime, TorchRuntime
 from handlers.taxonomy import BY_CODE, CODES, TAXONOMY, UNKNOWN
 
 DISCLAIMER = "Research use only. Not a medical device."

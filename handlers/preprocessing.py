@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from handlers.errors import UserError
 from handlers.file_limits import JPEG, MAX_PIXELS, PNG, TIFF, excess
 
 # Pillow's decoders that are reachable from untrusted bytes. JPEG includes MPO, the multi-picture JPEG of phones.
@@ -49,7 +50,7 @@ _UPRIGHT = {
 _SUPPORTED = "JPEG, PNG, WebP, BMP or TIFF"
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """A refused image: `status` is the HTTP status (400, 413 or 415; 500 where the model failed), `code` a stable word
     for programs."""
 

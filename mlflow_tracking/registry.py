@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import handlers
 from handlers.bundle import Bundle
-from handlers.graph import complete
+from handlers.completion import complete
+from handlers.errors import ServiceUnavailable, UserError
 from mlflow_tracking.digests import short
 from mlflow_tracking.settings import MODEL_NAME, quiet_client
 from mlflow_tracking.version_card import Signature, description, requirements, signature_types, tags
@@ -37,11 +38,11 @@ _MISSING = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"}
 DEFAULT_EXPERIMENT = "0"  # MLflow makes it with every new database
 
 
-class RegistryError(RuntimeError):
+class RegistryError(UserError):
     """What was asked of the registry is not there or cannot be done; a sentence."""
 
 
-class RegistryUnavailable(ConnectionError):
+class RegistryUnavailable(ServiceUnavailable):
     """MLflow does not answer; a sentence."""
 
 

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from handlers.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "model_store" / "skin_vit"  # the bundle that comes with the repository
 # The registered model in MLflow, the model in TorchServe, and the first part of every archive's name.
@@ -45,7 +47,7 @@ def quiet_client(uri: str) -> None:
     reach_directly(uri)
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError):
     """A setting that cannot be used; a sentence."""
 
 

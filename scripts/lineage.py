@@ -19,12 +19,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from mlflow_tracking.lineage import Lineage, LineageError, trace
+from mlflow_tracking.command_line import table
 from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.outbox import HEAD_TAG
+from mlflow_tracking.provenance import Lineage, LineageError, trace
 from mlflow_tracking.registry import Registry, RegistryUnavailable
 from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
-from scripts.tables import narrow
 
 EPILOG = """
 Examples:
@@ -102,18 +102,18 @@ def show(found: Lineage) -> None:
         previous = f", after version {row['previous']}" if row.get("previous") else ""
         console.print(f"[bold]Served[/] since {row['at'][:19]}{previous} ({escape(row['by'])})")
     if found.audit:
-        table = narrow("Audit log", ("At (UTC)", "Event", "Version"), folded=("By", "More"))
+        grid = table("Audit log", ("At (UTC)", "Event", "Version"), folded=("By", "More"))
         for row in found.audit:
             more = row.get("reason") or row.get("remark") or row.get("alias") or ""
             at = row["at"][:16].replace("T", " ")
-            table.add_row(
+            grid.add_row(
                 at,
                 row["event"],
                 row.get("version", ""),
                 escape(row["by"]),
                 escape(shorten(str(more), 90, placeholder=" …")),
             )
-        console.print(table)
+        console.print(grid)
     for sentence in found.missing:
         console.print(f"[dim]{escape(sentence)}[/]")
 

@@ -36,12 +36,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from handlers.taxonomy import CODES
+from mlflow_tracking.command_line import progress_bar
 from mlflow_tracking.promotion.evaluation_set import EvaluationSetError, freeze
 from mlflow_tracking.registry import EVALUATION_SET, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings, SettingsError
-from training.manifest import ManifestError, SharesError, build_manifest, fingerprint, read_manifest, report_path
-from training.splits import DEFAULT_FRACTIONS, DEFAULT_SEED, SPLITS, Split
-from training.terminal import progress_bar
+from training.data.manifest import ManifestError, SharesError, build_manifest, fingerprint, read_manifest, report_path
+from training.data.splits import DEFAULT_FRACTIONS, DEFAULT_SEED, SPLITS, Split
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
+from mlflow_tracking.command_line import table
 from mlflow_tracking.digests import short
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.audit import person
@@ -30,7 +31,6 @@ from mlflow_tracking.promotion.torchserve_client import TorchServeError, TorchSe
 from mlflow_tracking.registry import RegisteredVersion, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
 from scripts.options import known_alias
-from scripts.tables import narrow
 
 EPILOG = """
 Examples:
@@ -225,15 +225,15 @@ def show_status(reconciler: Reconciler) -> bool:
     known |= {one.version: one for one in versions}
     # At their longest these take 80 columns, one with both aliases two lines.
     whole = ("Version", "TorchServe", "Status", "Since\n(UTC)", "Bal.\nacc.", "Digest")
-    table = narrow(f"{MODEL_NAME} in {escape(reconciler.registry.uri)}", whole, folded=["Alias"])
-    table.caption = (
+    grid = table(f"{MODEL_NAME} in {escape(reconciler.registry.uri)}", whole, folded=["Alias"])
+    grid.caption = (
         "Bal. acc.: balanced accuracy on the model's own test split (without one, its validation split), "
         "as its bundle tells."
     )
     for one in sorted(known.values(), key=lambda one: one.created_ms, reverse=True):
         held = actual.loaded.get(one.version)
         place = "" if held is None else "answers" if one.version == actual.default else "ready"
-        table.add_row(
+        grid.add_row(
             one.version,
             place if held is None or held.ready else "no worker",
             one.tags.get("serving.status", ""),
@@ -242,7 +242,7 @@ def show_status(reconciler: Reconciler) -> bool:
             short(one.digest or ""),
             " ".join(one.aliases),
         )
-    console.print(table)
+    console.print(grid)
     for one in versions:
         if reason := one.tags.get("serving.reason"):
             console.print(f"[red]✗[/] {escape(reason)}")

@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion.comparison import replay_samples, replay_set
 from mlflow_tracking.promotion.evaluation_set import CurrentSet, EvaluationSetError
 from mlflow_tracking.promotion.execute import Executor
-from mlflow_tracking.promotion.gates.report import write_replay
+from mlflow_tracking.promotion.gates.judgement_report import write_replay
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.replay import replay_samples, replay_set
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings, SettingsError
-from training.data_sources import IMAGE_ENDINGS
+from training.data.sources import IMAGE_ENDINGS
 
 EPILOG = """
 Examples:

@@ -30,11 +30,12 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from handlers.errors import UserError
+from mlflow_tracking.command_line import table
 from mlflow_tracking.promotion.ledger import StoreBusy, check_free
 from mlflow_tracking.settings import MODEL_NAME, ROOT, SettingsError
 from mlflow_tracking.settings import Settings as ServiceSettings
 from scripts.supervision import UNANSWERED, Supervision
-from scripts.tables import narrow
 
 PATIENCE = 240  # seconds without any progress; the first start derives the model's graph, perhaps on two busy cores
 console = Console(highlight=False, soft_wrap=True)
@@ -58,7 +59,7 @@ PARTS = (
 )
 
 
-class StackError(Exception):
+class StackError(UserError):
     """A sentence: what is wrong and what to do. `log` is the file that says more."""
 
     def __init__(self, sentence: str, log: Path | None = None) -> None:
@@ -214,7 +215,7 @@ def registered(settings: Settings) -> str | None:
 @cache
 def drawn_lesion() -> bytes:
     """A JPEG to ask about."""
-    from training.synthetic import draw_lesion  # OpenCV takes its time, and only the last step needs it
+    from training.data.synthetic import draw_lesion  # OpenCV takes its time, and only the last step needs it
 
     draw_lesion(1, "NV").save(buffer := io.BytesIO(), "JPEG")
     return buffer.getvalue()
@@ -348,14 +349,14 @@ def status() -> None:
         raise StackError("The stack is not running; `make up` starts it.")
     os.environ |= settings.supervision.environment()  # its ports may not be those of this shell
     settings = load_settings()
-    table = narrow("", ("Part", "State", "Pid"), folded=["Address"])
+    grid = table("", ("Part", "State", "Pid"), folded=["Address"])
     for part in PARTS:
         info = found[part.name]
         colour, word = "green" if info["statename"] == "RUNNING" else "red", info["statename"].lower()
         since = f" {duration(info['now'] - info['start'])}" if info["pid"] else ""
         row = part.title, f"[{colour}]{word}[/]{since}", str(info["pid"] or ""), settings.url(part.name) + part.door
-        table.add_row(*row)
-    console.print(table)
+        grid.add_row(*row)
+    console.print(grid)
     raise typer.Exit(any(found[part.name]["statename"] != "RUNNING" for part in PARTS))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from scripts.serving_bench.ports import free_ports
+from scripts.free_ports import free_ports
 from tests.conftest import ROOT
 from tests.waiting import eventually
 

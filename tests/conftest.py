@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts.serving_bench.ports import free_ports
+from scripts.free_ports import free_ports
 
 ROOT = Path(__file__).parent.parent
 PORTS = ["MLFLOW_PORT", "TORCHSERVE_PORT", "TORCHSERVE_METRICS_PORT", "PROMOTER_PORT", "STREAMLIT_PORT"]
@@ -46,7 +46,7 @@ def own_environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def drawn_image() -> Callable[[str, int], bytes]:
     """`drawn_image(code, seed)`: the JPEG bytes of a drawn lesion of that class."""
-    from training.synthetic import draw_lesion
+    from training.data.synthetic import draw_lesion
 
     def draw(code: str = "NV", seed: int = 0) -> bytes:
         buffer = io.BytesIO()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.graph import complete
+from handlers.completion import complete
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
 from tests.conftest import ROOT

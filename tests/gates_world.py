@@ -15,13 +15,13 @@ from PIL import Image
 
 from handlers.bundle import CONFIG, Bundle, seal
 from handlers.files import write_json
+from handlers.receipt import DIGITS, Receipt, SeenImages
 from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.gates.base import Candidate, Gate
 from mlflow_tracking.promotion.gates.judge import Judge, Judgement
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
 from mlflow_tracking.settings import ROOT
-from training.receipt import DIGITS, Receipt, SeenImages
 
 SETTINGS = ROOT / "mlflow_tracking" / "gates.yaml"
 SIGNATURE = ((("image", "binary"),), tuple((code, "double") for code in CODES))

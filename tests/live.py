@@ -19,7 +19,7 @@ from handlers.files import write_json
 from mlflow_tracking.promotion.reconcile import Pass, Reconciler
 from mlflow_tracking.registry import Registry
 from mlflow_tracking.settings import Settings
-from scripts.serving_bench.ports import free_ports
+from scripts.free_ports import free_ports
 from tests.conftest import ROOT
 
 START_SECONDS = 120  # two busy cores

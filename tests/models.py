@@ -16,9 +16,9 @@ from handlers.calibration import Calibration, Conformal, Rejection
 from handlers.files import write_json
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
+from handlers.receipt import RECEIPT, Receipt
 from handlers.taxonomy import KNOWN_CODES
 from training.export import export_bundle
-from training.receipt import RECEIPT, Receipt
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 OPTIONS: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from handlers.taxonomy import CODES
+from mlflow_tracking.metrics import balanced_accuracy
 from mlflow_tracking.promotion.answers import Answers
-from mlflow_tracking.promotion.gates.report import write_replay
-from mlflow_tracking.promotion.replay import compare, replay_samples
+from mlflow_tracking.promotion.comparison import compare, replay_samples
+from mlflow_tracking.promotion.gates.judgement_report import write_replay
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
 from tests.gates_world import CHAMPION, answer, patch
-from training.metrics import balanced_accuracy
 
 pytest_plugins = ["tests.fixtures_gates"]
 

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from mlflow_tracking import lineage
+from mlflow_tracking import provenance as lineage
 from mlflow_tracking.promotion.audit import START, AuditLog, Head, line_hash, person
 
 

@@ -19,10 +19,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from scripts import bench_serving
-from scripts.bench_serving import Bench
-from scripts.serving_bench import report
-from scripts.serving_bench.load import LoadError, ask, form, measure
+from scripts.studies import bench_serving
+from scripts.studies.bench_serving import Bench
+from scripts.studies.serving_bench import report
+from scripts.studies.serving_bench.load import LoadError, ask, form, measure
 from tests.models import tiny_bundle
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +104,7 @@ def results(**changed) -> dict:
     cells += [row("ours auto", "grid", n, 100.0, 10.0 * n) for n in (1, 4, 16)]
     graph = {"joint": 10.0, "plain": 10.0, "ratio": 1.0}
     found = {
-        "command": "python scripts/bench_serving.py", "versions": {},
+        "command": "python scripts/studies/bench_serving.py", "versions": {},
         "machine": {"cpu": "a", "cores": 2, "load": 0.0, "busy": False},
         "model": {"architecture": "v", "size": 224, "classes": 8, "weights": "untrained"},
         "images": [{"name": "600×450", "bytes": [1]}],

@@ -9,10 +9,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from handlers import graph
-from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, new_folder, seal
+from handlers import completion
+from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, seal
 from handlers.calibration import Calibration, Conformal, Rejection
-from handlers.graph import complete
+from handlers.completion import complete
+from handlers.errors import UserError
+from handlers.files import new_folder
 from handlers.predictor import Predictor
 from handlers.taxonomy import CODES, KNOWN_CODES
 from tests.models import tiny_bundle
@@ -85,7 +87,7 @@ def test_something_else_is_no_bundle_and_is_not_overwritten(slim, tmp_path):
     with pytest.raises(BundleError, match="not a bundle"):
         Bundle.load(tmp_path)
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(BundleError, match="name another folder"):
+    with pytest.raises(UserError, match="choose another folder"):
         complete(slim.path, tmp_path)
     assert (tmp_path / "thesis.tex").exists()
 
@@ -124,7 +126,7 @@ def test_a_way_to_run_that_there_is_not_is_refused(slim, options, message):
 
 
 def test_a_graph_that_disagrees_is_refused_and_leaves_nothing(slim, tmp_path, monkeypatch):
-    monkeypatch.setattr(graph, "PROBABILITY_TOLERANCE", -1.0)
+    monkeypatch.setattr(completion, "PROBABILITY_TOLERANCE", -1.0)
     with pytest.raises(BundleError, match="disagrees"):
         complete(slim.path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -134,7 +136,7 @@ def test_a_failure_while_writing_leaves_the_old_folder(full, tmp_path):
     copy = shutil.copytree(full.path, tmp_path / "copy")
 
     def fail_halfway():
-        with new_folder(copy) as folder:
+        with new_folder(copy, CONFIG) as folder:
             (folder / "half").touch()
             raise RuntimeError
 
@@ -154,7 +156,7 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(full, tmp_path,
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="No space"), new_folder(copy) as folder:
+    with pytest.raises(OSError, match="No space"), new_folder(copy, CONFIG) as folder:
         (folder / "file").touch()
     assert Bundle.load(copy).digest == full.digest
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
@@ -204,7 +206,7 @@ def test_a_failing_export_is_told_and_served_by_torch(slim, tmp_path, monkeypatc
     def fail(*_):
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(graph, "export_graph", fail)
+    monkeypatch.setattr(completion, "export_graph", fail)
     bundle = complete(slim.path, tmp_path / "bundle")
     assert (bundle.config.runtime, bundle.has_graph) == ("torch", False)
     assert "served by torch, more slowly: no such operation" in caplog.text

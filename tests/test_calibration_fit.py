@@ -12,7 +12,13 @@ import pytest
 from scipy.special import softmax
 
 from handlers.calibration import Calibration
-from training.calibration import MIN_IMAGES, fit_calibration, fit_conformal, fit_rejection, fit_temperature
+from training.evaluation.calibration_fit import (
+    MIN_IMAGES,
+    fit_calibration,
+    fit_conformal,
+    fit_rejection,
+    fit_temperature,
+)
 
 CLASSES = ("MEL", "NV", "BCC")
 

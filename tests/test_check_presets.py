@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mlflow_tracking.settings import Settings
-from scripts import check_presets
-from scripts.check_presets import served_presets
+from scripts.studies import check_presets
+from scripts.studies.check_presets import served_presets
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training.config import ROOT

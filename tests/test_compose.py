@@ -25,7 +25,7 @@ from playwright.sync_api import expect
 from handlers.taxonomy import CODES
 from tests.chromium import chromium
 from tests.compose import Compose, copy_of_the_repository
-from training.synthetic import draw_lesion
+from training.data.synthetic import draw_lesion
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(1800)]
 PUBLISHED = {"streamlit": "8501/tcp", "mlflow": "5001/tcp", "proxy": "8080/tcp", "prometheus": "9090/tcp"}

@@ -37,7 +37,7 @@ IMAGES = {
         "mlflow_tracking/**/*.py",
         "scripts/promote.py",
         "scripts/register_model.py",
-        "training/metrics.py",
+        "mlflow_tracking/metrics.py",
     ],
     "training": ["handlers/*.py", "training/*.py", "scripts/prepare_data.py", "scripts/register_model.py"],
     "mlflow": ["containers/*.py"],

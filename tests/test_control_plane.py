@@ -30,7 +30,7 @@ from streamlit_app.client import Promotion as Page
 from tests.live import NOWHERE, PAUSE, Promotion, run_script, torchserve_server, variant
 from tests.models import tiny_bundle
 from tests.waiting import eventually
-from training.synthetic import draw_lesion
+from training.data.synthetic import draw_lesion
 
 pytest_plugins = ["tests.fixtures_registry"]
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]

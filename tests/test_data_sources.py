@@ -12,8 +12,8 @@ import os
 import pytest
 
 from tests.datasets import class_folders, ham10000, isic2019_truth, picture, save, write
-from training import vocabulary
-from training.manifest import ManifestError, build_manifest, read_manifest
+from training.data import vocabulary
+from training.data.manifest import ManifestError, build_manifest, read_manifest
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_class_code(text, code):
     ],
 )  # fmt: skip
 def test_isic_id(name, isic_id):
-    assert vocabulary.isic_id(name) == isic_id
+    assert isic_id(name) == isic_id
 
 
 # Faults that are reported

@@ -17,9 +17,9 @@ from PIL import Image
 from handlers.files import atomic_file
 from handlers.preprocessing import Preprocessing
 from tests.tiny_lesions import COLOURS, tiny_manifest
-from training import dataset
 from training.config import load_config
-from training.dataset import (
+from training.data import dataset
+from training.data.dataset import (
     LUMA,
     Augment,
     DataError,
@@ -31,7 +31,7 @@ from training.dataset import (
     load_split,
     standardise,
 )
-from training.manifest import read_manifest
+from training.data.manifest import read_manifest
 
 SMALL = {"train": 12, "val": 6}
 STILL = ["flip=false", "rotate90=false", "rotate_degrees=0", "translate=0", "crop_scale=1", "crop_aspect=1"]

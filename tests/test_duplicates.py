@@ -1,6 +1,6 @@
 """Near duplicates: the same photograph stored again is found, another photograph is not.
 
-The rates on real images stand in training/duplicates.py; here drawn patterns stand for them.
+The rates on real images stand in training/data/duplicates.py; here drawn patterns stand for them.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from tests.datasets import picture, save, write
-from training import duplicates
-from training.duplicates import candidate_pairs, confirm, read_image, read_images
+from training.data import duplicates
+from training.data.duplicates import candidate_pairs, confirm, read_image, read_images
 
 
 def same(tmp_path, first: Image.Image, second: Image.Image, **options) -> bool:

@@ -15,13 +15,15 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from handlers.receipt import make_receipt
 from handlers.taxonomy import CODES
+from mlflow_tracking import metrics
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
-from training import evaluate, isic_scoring, metrics
-from training.manifest import fingerprint, read_manifest
-from training.receipt import make_receipt
-from training.synthetic import draw_dataset
+from training import evaluate
+from training.data.manifest import fingerprint, read_manifest
+from training.data.synthetic import draw_dataset
+from training.evaluation import isic_scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 PICTURES = {"confusion.png", "roc.png", "precision_recall.png", "reliability.png", "classes.png", "risk_coverage.png",

@@ -16,6 +16,7 @@ from handlers.metadata import Metadata
 from handlers.predictor import Predictor
 from handlers.preprocessing import ImageError
 from handlers.taxonomy import CODES
+from mlflow_tracking.metrics import balanced_accuracy
 from mlflow_tracking.promotion.answers import Answers
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates import behaviour
@@ -25,7 +26,6 @@ from mlflow_tracking.promotion.gates.quality import lower_difference
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
 from tests.gates_world import SETTINGS, SIGNATURE, answer, receipt, resealed
 from tests.models import tiny_bundle
-from training.metrics import balanced_accuracy
 
 pytest_plugins = ["tests.fixtures_gates"]
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 
 from handlers.bundle import WEIGHTS, Bundle, BundleError
 from handlers.metadata import Metadata
+from handlers.receipt import make_receipt, overlap, read_receipt
 from tests.models import tiny_backbone, tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints, train
 from training.config import load_config
-from training.dataset import DataError, classes_in
+from training.data.dataset import DataError, classes_in
+from training.data.manifest import fingerprint, read_manifest
 from training.initial_weights import InitialWeights
-from training.manifest import fingerprint, read_manifest
-from training.receipt import make_receipt, overlap, read_receipt
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 

@@ -14,7 +14,7 @@ import pytest
 from mlflow_tracking.digests import short
 from mlflow_tracking.promotion.gates.base import NO_SET, Outcome
 from mlflow_tracking.promotion.gates.judge import GATES, GateSettingsError, Judgement, load_gates
-from mlflow_tracking.promotion.gates.report import html, tags, write_replay, write_report
+from mlflow_tracking.promotion.gates.judgement_report import html, tags, write_replay, write_report
 from tests.gates_world import CHAMPION, SETTINGS, answer
 from tests.models import tiny_bundle
 

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tests.datasets import class_folders, ham10000, isic2019_truth, picture, save, write
-from training.manifest import COLUMNS, ManifestError, build_manifest, fingerprint, read_manifest
-from training.splits import SPLITS
+from training.data.manifest import COLUMNS, ManifestError, build_manifest, fingerprint, read_manifest
+from training.data.splits import SPLITS
 
 ROOT = Path(__file__).parent.parent
 

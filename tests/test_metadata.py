@@ -25,11 +25,12 @@ from typer.testing import CliRunner
 
 from handlers.backbone import MetadataHead, build_backbone
 from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, seal
+from handlers.completion import _check
 from handlers.files import write_json
 from handlers.gradcam import AutogradGradCam, grad_cam, target_layer
-from handlers.graph import _check, serving_module
 from handlers.metadata import FIELDS, SEXES, SITES, Metadata, MetadataError
 from handlers.predictor import Prediction, Predictor, Request, RequestError
+from handlers.runtimes import serving_module
 from handlers.skin_lesion_handler import SkinLesionHandler
 from mlflow_tracking.version_card import golden_result
 from scripts import predict as predict_script
@@ -38,10 +39,10 @@ from tests.test_handler import FakeContext
 from tests.test_training import command
 from tests.tiny_lesions import COLOURS, tiny_manifest
 from training import evaluate
-from training.calibration import fit_calibration
 from training.config import ConfigError, load_config
-from training.dataset import DataError, encode_rows, withhold
-from training.manifest import read_manifest
+from training.data.dataset import DataError, encode_rows, withhold
+from training.data.manifest import read_manifest
+from training.evaluation.calibration_fit import fit_calibration
 from training.recipe import heads_of, make_optimizer, set_trainable
 from training.train import load_data
 

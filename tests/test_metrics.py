@@ -20,8 +20,8 @@ from sklearn.metrics import (
 )
 
 from handlers.taxonomy import CODES, KNOWN_CODES
-from training import metrics
-from training.assessment import MIN_SLICE, assess, conditional, headline, slices
+from mlflow_tracking import metrics
+from training.evaluation.assessment import MIN_SLICE, assess, conditional, headline, slices
 
 # Four images, three classes: right, right, wrong (0 for 1), right.
 LABELS = np.array([0, 0, 1, 2])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from handlers.graph import complete
+from handlers.completion import complete
 from handlers.metadata import FIELDS
 from handlers.predictor import Predictor, Request
-from training import model_card
-from training.receipt import SEEN_SPLITS, read_receipt
+from handlers.receipt import SEEN_SPLITS, read_receipt
+from scripts.studies import model_card
 
 ROOT = Path(__file__).parents[1]
 SHIPPED, EVALUATION = model_card.SHIPPED, model_card.EVALUATION
@@ -23,7 +23,7 @@ def evidence():
 
 
 def test_the_card_is_what_its_template_and_the_evaluations_give():
-    assert (ROOT / "MODEL_CARD.md").read_text() == model_card.render(), "run python training/model_card.py"
+    assert (ROOT / "MODEL_CARD.md").read_text() == model_card.render(), "run python scripts/studies/model_card.py"
 
 
 def test_another_figure_makes_another_card(tmp_path):

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from handlers.bundle import BundleError
-from handlers.graph import OpenVinoRuntime, TorchRuntime, serving_module
 from handlers.predictor import LOW_PRECISION_TOLERANCE, Prediction, Predictor, Request, RequestError
 from handlers.preprocessing import ImageError
+from handlers.runtimes import OpenVinoRuntime, TorchRuntime, serving_module
 from handlers.taxonomy import CODES
 from tests.models import tiny_bundle
-from training.detectors import KnownSpace
+from training.evaluation.detectors import KnownSpace
 
 
 @pytest.fixture(scope="module")

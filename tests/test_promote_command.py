@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mlflow_tracking.lineage import Lineage
 from mlflow_tracking.promotion.plan import Actual, Loaded, Release
+from mlflow_tracking.provenance import Lineage
 from mlflow_tracking.registry import ALIASES, RegisteredVersion
 from scripts import lineage, promote, register_model
 

@@ -22,7 +22,7 @@ from mlflow_tracking.promotion.reconcile import Pass
 from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServe
 from mlflow_tracking.settings import Settings
 from scripts import promote, replay
-from scripts.serving_bench.ports import free_ports
+from scripts.free_ports import free_ports
 from tests.conftest import Stack
 from tests.processes import running
 from tests.reconcile_world import World

@@ -29,7 +29,7 @@ from handlers.bundle import CONFIG, WEIGHTS, Bundle, seal
 from handlers.metadata import FIELDS, Metadata
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.registry import Registry
-from scripts.serving_bench.ports import free_ports
+from scripts.free_ports import free_ports
 from tests.conftest import ROOT
 from tests.live import NOWHERE, PAUSE, Promotion, run_script, torchserve_server, variant
 from tests.models import tiny_bundle

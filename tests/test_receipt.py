@@ -13,9 +13,9 @@ import pytest
 
 from handlers.bundle import Bundle, BundleError
 from handlers.files import write_json
+from handlers.receipt import COPY_RADIUS, RECEIPT, make_receipt, overlap, read_receipt
 from tests.models import tiny_bundle
-from training.manifest import fingerprint, read_manifest
-from training.receipt import COPY_RADIUS, RECEIPT, make_receipt, overlap, read_receipt
+from training.data.manifest import fingerprint, read_manifest
 
 RNG = np.random.default_rng(0)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.taxonomy import CODES
-from training.splits import DEFAULT_FRACTIONS, SPLITS, assign_splits
+from training.data.splits import DEFAULT_FRACTIONS, SPLITS, assign_splits
 
 one_class = st.builds(lambda code, size: [code] * size, st.sampled_from(CODES), st.integers(1, 8))
 mixed = st.lists(st.sampled_from(CODES), min_size=1, max_size=8)

@@ -17,13 +17,13 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from handlers.receipt import DIGITS, Receipt, SeenImages
 from handlers.taxonomy import CODES, KNOWN_CODES
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
-from training import explanations, stress
-from training.manifest import ManifestError, read_manifest
-from training.receipt import DIGITS, Receipt, SeenImages
-from training.synthetic import draw_lesion
+from training.data.manifest import ManifestError, read_manifest
+from training.data.synthetic import draw_lesion
+from training.evaluation import explanations, stress
 
 
 def receipt(**seen: tuple[str, ...]) -> Receipt:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from training.synthetic import NAMES, draw_dataset, draw_lesion
+from training.data.synthetic import NAMES, draw_dataset, draw_lesion
 
 SMALL = (96, 72)
 

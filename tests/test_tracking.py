@@ -7,9 +7,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from training import tracking
+from mlflow_tracking import runs as tracking
+from mlflow_tracking.runs import Tracker, TrackingError, choose_store, code_revision
 from training.config import load_config
-from training.tracking import Tracker, TrackingError, choose_store, code_revision
 
 # MLflow's own models of its database use an option that SQLAlchemy will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -24,13 +24,13 @@ def store(tmp_path, monkeypatch):
 def test_a_store_that_does_not_answer_is_refused_before_training():
     tracker = Tracker("http://127.0.0.1:9", print)
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI=sqlite"):
-        tracker.start(load_config(None))
+        tracker.start("skin_vit", "skin_vit", load_config(None).to_dict())
 
 
 def test_a_dying_server_is_told_once_and_caught_up_with_later(store):
     warnings = []
     tracker = Tracker(os.environ["MLFLOW_TRACKING_URI"], warnings.append)
-    tracker.start(load_config(None))
+    tracker.start("skin_vit", "skin_vit", load_config(None).to_dict())
     mlflow, real = tracker._mlflow, tracker._mlflow.log_metrics
 
     def refusing(*args, **kwargs):

@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 from handlers.backbone import BackboneError
 from handlers.bundle import Bundle
 from handlers.predictor import Predictor
+from mlflow_tracking.runs import code_revision
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints, evaluate, finish, train
 from training.config import ROOT, load_config
-from training.dataset import DataError
-from training.tracking import code_revision
+from training.data.dataset import DataError
 
 # MLflow's own models of its database use an option that SQLAlchemy will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")

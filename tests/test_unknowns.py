@@ -16,13 +16,15 @@ import typer
 from scipy.special import logsumexp, softmax
 
 from handlers.predictor import Predictor
+from mlflow_tracking import metrics
+from scripts.studies import unknowns
+from scripts.studies.far_images import SIDE, far_images
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
-from training import checkpoints, metrics, unknowns
+from training import checkpoints
 from training.config import ROOT, load_config
-from training.detectors import DETECTORS, Known, Outputs
-from training.far_images import SIDE, far_images
-from training.manifest import fingerprint, read_manifest
+from training.data.manifest import fingerprint, read_manifest
+from training.evaluation.detectors import DETECTORS, Known, Outputs
 
 DIMENSIONS, CLASSES = 12, 4
 

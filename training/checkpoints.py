@@ -7,12 +7,13 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from handlers.errors import UserError
 from handlers.files import atomic_file
 
 LAST, BEST = "last.pt", "best.pt"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used, with a sentence saying why."""
 
 

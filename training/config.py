@@ -14,6 +14,7 @@ import timm
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from handlers.errors import UsageError
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
 from mlflow_tracking.settings import ROOT
@@ -54,7 +55,7 @@ SYNONYMS = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """Settings that cannot be used, with a sentence saying which and what to write instead."""
 
 

@@ -21,10 +21,14 @@ from sklearn.metrics import classification_report
 from handlers.bundle import BundleError
 from handlers.files import write_json
 from handlers.predictor import Prediction, Predictor, Request
+from handlers.receipt import check_overlap, read_receipt
 from handlers.taxonomy import CODES, KNOWN_CODES
+from mlflow_tracking.command_line import console, errors, progress_bar
+from mlflow_tracking.runs import log_evaluation
 from mlflow_tracking.settings import Settings
-from training.assessment import assess, conditional, headline, slices
-from training.figures import (
+from training.data.manifest import ManifestError, build_manifest, fingerprint, read_manifest
+from training.evaluation.assessment import assess, conditional, headline, slices
+from training.evaluation.figures import (
     class_bars_figure,
     confusion_figure,
     examples_figure,
@@ -33,11 +37,7 @@ from training.figures import (
     risk_coverage_figure,
     roc_figure,
 )
-from training.isic_scoring import write_submission
-from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest
-from training.receipt import check_overlap, read_receipt
-from training.terminal import console, errors, progress_bar
-from training.tracking import log_evaluation
+from training.evaluation.isic_scoring import write_submission
 
 BATCH = 32
 THUMBNAIL = 256  # pixels, of the example sheet's pictures
@@ -112,7 +112,7 @@ def nine_of(answers: Sequence[Prediction]) -> NDArray[np.float64]:
 
 
 def evaluate(rows: pd.DataFrame, answers: Sequence[Prediction], resamples: int = 1000) -> dict[str, Any]:
-    """The table of training.assessment.assess, with the slices beside it."""
+    """The table of training.evaluation.assessment.assess, with the slices beside it."""
     probabilities = nine_of(answers)
     has_sets = bool(answers) and answers[0].conformal_set is not None
     sets = [answer.conformal_set or [] for answer in answers] if has_sets else None

@@ -28,20 +28,19 @@ from handlers.bundle import (
     Bundle,
     BundleConfig,
     BundleError,
-    new_folder,
     seal,
-    write_json,
 )
 from handlers.calibration import Calibration
-from handlers.graph import complete
+from handlers.completion import complete
+from handlers.files import new_folder, write_json
 from handlers.metadata import Metadata
 from handlers.predictor import Prediction, Predictor, Request
 from handlers.preprocessing import Preprocessing, fingerprint
+from handlers.receipt import RECEIPT, Receipt
 from handlers.weights import BASIS, ORIGIN
 from mlflow_tracking.settings import MODEL_NAME
-from training.detectors import KnownSpace
-from training.receipt import RECEIPT, Receipt
-from training.synthetic import draw_lesion
+from training.data.synthetic import draw_lesion
+from training.evaluation.detectors import KnownSpace
 
 # One picture a class, drawn, so that they can be shipped and read by anybody.
 GOLDEN_CODES = ("MEL", "NV", "BCC", "VASC")
@@ -74,8 +73,8 @@ def export_bundle(
     Args:
         backbone: from handlers.backbone.build_backbone(architecture, len(classes), ..., options=options).
         evidence: what is known of the training: run_id, dataset_fingerprint, code_revision, metrics, ...
-        receipt: of the images it was made from (training.receipt), for those who will test it.
-        space: where known lesions lie among the features (training.detectors), if the calibration's rejection uses it.
+        receipt: of the images it was made from (handlers.receipt), for those who will test it.
+        space: where known lesions lie among the features (training.evaluation.detectors), if the calibration's rejection uses it.
         half: store the weights in fp16 (a relative rounding of 5e-4; everything downstream, the golden answers
             included, is derived from the stored weights).
         metadata: what the backbone takes beside the picture (it has a metadata_head for that); None: nothing.
@@ -116,7 +115,7 @@ def slim(source: Path, out: Path) -> Bundle:
     The copy is for other registries, which do not know the run. Raises BundleError.
     """
     bundle = Bundle.load(source)
-    with new_folder(Path(out)) as folder:
+    with new_folder(Path(out), CONFIG) as folder:
         for name in bundle.files.keys() - {GRAPH, GRAPH_WEIGHTS, CONFIG}:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / name, folder / name)

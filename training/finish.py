@@ -18,19 +18,19 @@ from torch import nn
 
 from handlers.backbone import build_backbone
 from handlers.files import write_json
-from training.assessment import assess, headline
-from training.calibration import MIN_IMAGES, fit_calibration
+from handlers.receipt import Receipt, make_receipt
+from mlflow_tracking.command_line import console
+from mlflow_tracking.runs import Tracker, code_revision
 from training.checkpoints import BEST, LAST, load
 from training.config import TrainConfig
-from training.dataset import Images
-from training.detectors import Known, KnownSpace, Outputs, known_space
+from training.data.dataset import Images
+from training.evaluation.assessment import assess, headline
+from training.evaluation.calibration_fit import MIN_IMAGES, fit_calibration
+from training.evaluation.detectors import Known, KnownSpace, Outputs, known_space
+from training.evaluation.figures import confusion_figure, curves_figure, reliability_figure
+from training.evaluation.network_outputs import outputs_of
 from training.export import export_bundle
-from training.figures import confusion_figure, curves_figure, reliability_figure
-from training.inference import outputs_of
 from training.losses import prior_logits
-from training.receipt import Receipt, make_receipt
-from training.terminal import console
-from training.tracking import Tracker, code_revision
 
 # Settings that count even where no epoch is left to do: what is read here, and where and on what it runs.
 AFTER_EPOCHS = (

@@ -11,9 +11,9 @@ from torch import nn
 from handlers.backbone import is_vision_transformer
 from handlers.bundle import Bundle, BundleError
 from handlers.metadata import Metadata
+from handlers.receipt import Receipt, overlap, read_receipt
 from handlers.weights import load_weights, read_weights
-from training.dataset import DataError
-from training.receipt import Receipt, overlap, read_receipt
+from training.data.dataset import DataError
 
 
 @dataclass(frozen=True)

@@ -24,18 +24,21 @@ from torch import nn
 
 from handlers.backbone import BackboneError, build_backbone, fuse
 from handlers.bundle import BundleError
+from handlers.errors import UserError
 from handlers.gradcam import grad_cam
 from handlers.preprocessing import Preprocessing
+from mlflow_tracking import metrics
+from mlflow_tracking.command_line import console, errors, progress_bar
+from mlflow_tracking.runs import Tracker, TrackingError, choose_store, code_revision
 from mlflow_tracking.settings import SettingsError
-from training import metrics
 from training.checkpoints import BEST, LAST, CheckpointError, find, load, restore, save
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
-from training.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split, withhold
+from training.data.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split, withhold
+from training.data.manifest import ManifestError, build_manifest, fingerprint, read_manifest
+from training.evaluation.network_outputs import predict
 from training.finish import AFTER_EPOCHS, finish
-from training.inference import predict
 from training.initial_weights import InitialWeights
 from training.losses import ClassificationLoss, class_weights, prior_logits
-from training.manifest import ManifestError, build_manifest, fingerprint, read_manifest
 from training.recipe import (
     attention_kernel,
     choose_device,
@@ -46,11 +49,9 @@ from training.recipe import (
     seed_everything,
     set_trainable,
 )
-from training.terminal import console, errors, progress_bar
-from training.tracking import Tracker, TrackingError, choose_store, code_revision
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """A run that cannot go on, with a sentence saying why."""
 
 
@@ -167,7 +168,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     if notice:
         console.print(notice)
     tracker = Tracker(uri, lambda text: console.print(text, style="yellow"))
-    tracker.start(config, remembered["run_id"], {"code_revision": code_revision(), "device": str(device)})
+    tags = {"code_revision": code_revision(), "device": str(device)}
+    tracker.start(config.experiment, config.name, config.to_dict(), remembered["run_id"], tags)
     tracker.dataset(frame, Path(config.manifest), data_id)
     described: dict[str, Any] = {"config": config.to_dict(), "classes": list(classes), "dataset_fingerprint": data_id}
     described["heads"] = heads

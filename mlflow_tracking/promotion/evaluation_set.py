@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from handlers.errors import UserError
 from handlers.files import atomic_file
 from handlers.metadata import FIELDS
 from handlers.taxonomy import CODES
@@ -41,7 +42,7 @@ COLUMNS = (*BEFORE_METADATA, *FIELDS)
 FEWEST_OF_A_CLASS = 20
 
 
-class EvaluationSetError(ValueError):
+class EvaluationSetError(UserError):
     """An evaluation set that cannot be made, or is not what it says it is; a sentence."""
 
 
@@ -158,7 +159,7 @@ class CurrentSet:
 
 
 def freeze(rows: pd.DataFrame, folder: Path, images: int | None = None) -> EvaluationSet:
-    """Write the pictures of a manifest's rows (training.manifest.read_manifest) as an evaluation set into `folder`.
+    """Write the pictures of a manifest's rows (training.data.manifest.read_manifest) as an evaluation set into `folder`.
 
     Args:
         images: about how many to take: whole lesions, each class in its share but at least FEWEST_OF_A_CLASS pictures

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from handlers.errors import UserError
 from handlers.files import atomic_file, file_sha256
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.settings import MODEL_NAME
@@ -27,11 +28,11 @@ OWNER = ".promoter.lock"  # held for as long as a promoter lives; the text in it
 LOCK_SECONDS = 300.0  # how long a command waits for a promoter that is in the middle of a step
 
 
-class LedgerError(ValueError):
+class LedgerError(UserError):
     """A ledger that cannot be read; a sentence."""
 
 
-class StoreBusy(TimeoutError):
+class StoreBusy(UserError, TimeoutError):
     """Another promoter is at work on this store."""
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mlflow_tracking.promotion.audit import AuditLog, Head
-from mlflow_tracking.promotion.gates import report
+from mlflow_tracking.promotion.gates import judgement_report as report
 from mlflow_tracking.promotion.gates.judge import Judge
 from mlflow_tracking.promotion.plan import Actual, Release
 from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from handlers.errors import ServiceUnavailable, UserError
 from mlflow_tracking.settings import MODEL_NAME
 
 # A description is answered from memory; more than this means that the server hangs.
@@ -21,11 +22,11 @@ PREDICTION = 75.0
 PASSING = (500, 503, 507)
 
 
-class TorchServeUnavailable(ConnectionError):
+class TorchServeUnavailable(ServiceUnavailable):
     """TorchServe does not answer."""
 
 
-class TorchServeError(RuntimeError):
+class TorchServeError(UserError):
     """TorchServe answered with an error; `status` is its HTTP status.
 
     `passing` says that it is TorchServe's own and may be gone when it is asked again: a worker died, or the queue is

@@ -12,7 +12,7 @@ from functools import cache
 
 from tests.hostile import images, requests
 from tests.hostile.requests import Item
-from training.synthetic import NAMES, draw_lesion
+from training.data.synthetic import NAMES, draw_lesion
 
 
 @cache

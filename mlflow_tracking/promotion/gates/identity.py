@@ -13,12 +13,12 @@ from pydantic import Field
 from handlers.bundle import Bundle
 from handlers.predictor import Predictor
 from handlers.preprocessing import fingerprint
+from handlers.receipt import overlap, read_receipt
 from mlflow_tracking.promotion.answers import ask_one
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
 from mlflow_tracking.version_card import signature_types
-from training.receipt import overlap, read_receipt
 
 SECONDS = 300.0  # for the eager model and the graph to answer a few pictures, on a machine that trains beside it
 

@@ -16,8 +16,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from handlers.errors import UserError
 from handlers.files import atomic_file
 from mlflow_tracking.digests import short
+from mlflow_tracking.promotion.comparison import compare
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, Outcome, Verdict
 from mlflow_tracking.promotion.gates.behaviour import LatencyBudget, StressFlips
@@ -35,7 +37,6 @@ from mlflow_tracking.promotion.gates.quality import (
     UnknownDetection,
 )
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.replay import compare
 from mlflow_tracking.registry import RegisteredVersion
 
 SCHEMA = 1
@@ -55,7 +56,7 @@ GATES: tuple[type[Gate], ...] = (
 )
 
 
-class GateSettingsError(ValueError):
+class GateSettingsError(UserError):
     """A gates.yaml that cannot be used; a sentence."""
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from handlers.taxonomy import CODES, UNKNOWN
+from mlflow_tracking import metrics
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import NO_CHAMPION, Candidate, SetGate, Verdict
-from training import metrics
 
 MELANOMA, UNK = CODES.index("MEL"), CODES.index(UNKNOWN)
 
@@ -71,7 +71,7 @@ class CalibrationError(SetGate):
     ceiling: float = Field(0.1, gt=0, le=1)
 
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
-        """See training.metrics.expected_calibration_error."""
+        """See mlflow_tracking.metrics.expected_calibration_error."""
         error = metrics.expected_calibration_error(evaluation.labels, candidate.answers.probabilities)
         reason = f"the expected calibration error is {error:.3f}; the ceiling is {self.ceiling:g}"
         return self.holds(error <= self.ceiling, reason, error=error, ceiling=self.ceiling)

@@ -1,1 +1,0 @@
-"""The parts of scripts/bench_serving.py: load, servers, what is compared with, what is timed alone, the report."""
