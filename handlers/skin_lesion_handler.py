@@ -23,7 +23,6 @@ from typing import Any
 from handlers.metadata import FIELDS
 from handlers.predictor import Prediction, Predictor, Request, RequestError
 from handlers.preprocessing import MAX_BYTES, ImageError
-from handlers.shadow import Offer, Shadow
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ class SkinLesionHandler:
 
     def __init__(self) -> None:
         self.predictor: Predictor | None = None
-        self.shadow: Shadow | None = None
         self.logs_predictions = "LOG_PREDICTIONS" in os.environ
 
     def initialize(self, context: Any) -> None:
@@ -53,19 +51,9 @@ class SkinLesionHandler:
             threads=settings.get("threads"),
             version=context.manifest["model"]["modelVersion"],
         )
-        model = context.manifest["model"]
-        self.shadow = Shadow.from_environment(model["modelVersion"], model["modelName"])
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer each request of the batch by itself; one bad request disturbs no other, and nothing escapes."""
-        if self.shadow:
-            self.shadow.working(True)
-        responses = self._answer(data, context)
-        if self.shadow:
-            self.shadow.working(False)
-        return responses
-
-    def _answer(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         assert self.predictor is not None, "TorchServe calls initialize first"
         began = time.perf_counter()
         answers: list[Any] = []
@@ -77,11 +65,6 @@ class SkinLesionHandler:
         positions = [index for index, answer in enumerate(answers) if isinstance(answer, Request)]
         predictions = self._predict([answers[index] for index in positions])
         for index, prediction in zip(positions, predictions, strict=True):
-            request = answers[index]
-            # The challenger is shown the picture alone; an answer that used more cannot be compared with its.
-            alone = not request.metadata and not request.tta
-            if self.shadow and isinstance(prediction, Prediction) and alone:
-                self.shadow.offer(Offer(request.image, prediction.image.sha256, prediction.probabilities))
             answers[index] = prediction
         responses = [_respond(answer, context, index) for index, answer in enumerate(answers)]
         if self.logs_predictions:

@@ -73,7 +73,6 @@ class Settings(BaseSettings):
     promoter_poll_seconds: float = Field(2.0, gt=0)
     promoter_gates: Path = Path("mlflow_tracking/gates.yaml")
     promoter_keep_archives: int = Field(3, ge=0)
-    promoter_shadow_share: float = Field(0.0, ge=0, le=1)
 
     @classmethod
     def load(cls) -> Self:

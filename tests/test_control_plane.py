@@ -5,7 +5,6 @@
   version, as tags and as a report, and in the promoter's status; asked for again it costs nothing;
 - a person may overrule the gates, with a reason that stays;
 - a challenger stands beside the champion, and a replay tells what would change;
-- a share of the live requests may be answered by both, for the log alone;
 - a roll-back serves within five seconds, costs no client its answer, and is written down;
 - from a prediction's digest one command walks back to where the model came from; the audit log is whole.
 """
@@ -263,29 +262,6 @@ def test_a_challenger_is_compared_and_never_answers_for_the_champion(first, good
     assert kept["tables"] == tables
     page = first.registry.download(good, "replay/report.html", tmp_path).read_text()
     assert "100.0% of the answers to 4 pictures agree" in page
-
-
-def test_a_share_of_live_requests_is_answered_by_both_for_the_log_alone(first, good):
-    first.registry.set_alias("challenger", good)
-    assert first.settle()[1].settled
-    assert not (first.store / "shadow.json").exists(), "off by default"
-    sharing = first.reconciler(promoter_shadow_share=1.0)
-    assert first.settle(sharing)[1].settled
-    answer = first.predict().json()
-    assert answer["model"]["version"] == "1"
-
-    def line() -> dict | None:
-        found = [one for one in first.server.text().splitlines() if "shadow {" in one]
-        return json.loads(found[-1][found[-1].index("{") :]) if found else None
-
-    told = eventually(line)
-    assert (told["champion"], told["challenger"]) == ("1", good)
-    assert told["image"] == answer["image"]["sha256"]
-    assert told["agree"]
-    assert told["flip"] is None
-    first.registry.client.delete_registered_model_alias("skin_vit", "challenger")
-    first.settle(sharing)
-    assert not (first.store / "shadow.json").exists(), "without a challenger it ends"
 
 
 def test_from_a_prediction_back_to_where_its_model_came_from(first, tmp_path):

@@ -29,7 +29,6 @@ NOT_OURS = {"CI", "HOME", "NO_PROXY", "no_proxy", "PATH", "PYTHONPATH", "TMPDIR"
 NOT_OURS |= {"BASH_SOURCE", "NAMED_SECRETS"}
 NOT_OURS |= {"PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"}
 NOT_OURS |= {"BUNDLE_NOTE"}  # by train.sh for the training
-NOT_OURS |= {"SHADOW_FILE", "SHADOW_URL"}  # by start_torchserve.sh for its workers
 
 
 def named(paths: list[Path]) -> list:

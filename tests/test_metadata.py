@@ -412,18 +412,6 @@ def test_hostile_values_are_their_own_requests_400(ask, sample_images, fields, w
     assert len(refused[1]["error"]["message"]) < 350
 
 
-def test_the_challenger_is_shown_only_what_the_picture_alone_decided(ask, sample_images, monkeypatch):
-    offered = []
-    monkeypatch.setattr(
-        ask.handler, "shadow", SimpleNamespace(working=lambda busy: None, offer=lambda o: offered.append(o.sha256))
-    )
-    first, second = sample_images[:2]
-    averaged = {"data": bytearray(first), "tta": bytearray(b"true")}
-    told, alone, mean = ask({"data": bytearray(first), "age": bytearray(b"5")}, {"body": bytearray(second)}, averaged)
-    assert (told[0], alone[0], mean[0]) == (200, 200, 200)
-    assert offered == [alone[1]["image"]["sha256"]]
-
-
 # ---- training
 
 

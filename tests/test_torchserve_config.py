@@ -221,9 +221,8 @@ def test_java_takes_the_place_of_the_script_with_a_minimal_environment(env, fake
     assert f"pid {pid}" in lines, "a signal to the script reaches Java"
     variables = {line.split("=", 1)[0] for line in lines[1:] if "=" in line and not line.startswith("argument ")}
     allowed = {"PATH", "HOME", "LANG", "TMPDIR", "TEMP", "LOG_LOCATION", "METRICS_LOCATION", "STACK_STATE"}
-    allowed |= {"SHADOW_FILE", "SHADOW_URL", "LOG_PREDICTIONS", "OMP_NUM_THREADS"}
+    allowed |= {"LOG_PREDICTIONS", "OMP_NUM_THREADS"}
     assert variables - {"PWD", "SHLVL", "_", "OLDPWD"} == allowed
-    assert f"SHADOW_FILE={env['MODEL_STORE']}/shadow.json" in lines
     assert {"argument -Xmx1g", "argument -XX:MaxDirectMemorySize=2g"} <= set(lines)
     assert f"argument -Dpredictions={env['STACK_STATE']}/logs/predictions.jsonl" in lines
     assert not Path(run, "models").exists(), "what a killed server left"

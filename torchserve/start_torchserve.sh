@@ -64,11 +64,6 @@ keep=()
 for name in CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH NVIDIA_VISIBLE_DEVICES OMP_NUM_THREADS STACK_STATE; do
   if [[ -n "${!name+x}" ]]; then keep+=("$name=${!name}"); fi # an empty CUDA_VISIBLE_DEVICES means: no GPU
 done
-# For a share of requests that the challenger answers too (handlers/shadow.py); without the file nothing happens.
-store="${MODEL_STORE:-model_store}"
-[[ "$store" == /* ]] || store="$root/$store"
-keep+=("SHADOW_FILE=$store/shadow.json")
-keep+=("SHADOW_URL=http://127.0.0.1:${TORCHSERVE_PORT:-8080}")
 # One line a prediction (handlers/skin_lesion_handler.py prints it, log4j2.xml keeps it); "off" for none.
 predictions="${PREDICTION_LOG:-${STACK_STATE:-.stack}/logs/predictions.jsonl}"
 [[ "$predictions" == off ]] || keep+=("LOG_PREDICTIONS=1")

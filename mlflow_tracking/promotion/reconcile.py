@@ -1,13 +1,11 @@
 """One pass: see what is wanted and what is there, plan, do the steps, remember what was refused, tell the registry."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from handlers.files import atomic_file
 from mlflow_tracking.digests import DIGEST
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
@@ -15,14 +13,13 @@ from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.promotion.execute import Executor, NotYet, Refused, StepFailed
 from mlflow_tracking.promotion.gates.judge import load_gates
 from mlflow_tracking.promotion.outbox import Outbox
-from mlflow_tracking.promotion.plan import Action, Actual, Desired, Loaded, Release, Step, plan
+from mlflow_tracking.promotion.plan import Action, Actual, Desired, Release, Step, plan
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import ALIASES, RegisteredVersion, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings
 
 # A failure is tried again at the next pass, then after 4, 8, 16 ... seconds up to this.
 LONGEST_WAIT = 300.0
-SHADOW = "shadow.json"
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,6 @@ class Reconciler:
         if actual is not None and desired.known:
             for name in self.executor.prune(actual, asked, self.settings.promoter_keep_archives):
                 self.audit.append("prune", self.by, archive=name)
-            self._share(desired, actual)
         registry_up = desired.known and self._send(aliases, actual, errors)
         for release in asked:
             if release in self.setbacks and self.setbacks[release].reason not in errors:
@@ -208,20 +204,6 @@ class Reconciler:
         # Another promoter has brought it through since, perhaps by a person's word.
         for release in [one for one, back in self.setbacks.items() if one in actual.approved and not back.approved]:
             del self.setbacks[release]
-
-    def _share(self, desired: Desired, actual: Actual) -> None:
-        """Tell the champion's worker whether a share of its requests goes on to the challenger (handlers/shadow.py)."""
-        challenger, share = desired.wanted(desired.challenger), self.settings.promoter_shadow_share
-        path = self.settings.store / SHADOW
-        both = [one for one in (actual.serving, challenger) if one and Loaded(one, True) in actual.loaded.values()]
-        if not share or len(both) < 2 or challenger not in actual.approved or challenger == actual.serving:
-            path.unlink(missing_ok=True)
-            return
-        told = {"champion": both[0].version, "challenger": both[1].version, "share": share}
-        text = json.dumps(told).encode() + b"\n"
-        if not path.exists() or path.read_bytes() != text:
-            with atomic_file(path) as file:
-                file.write(text)
 
     def _recall(self, desired: Desired, actual: Actual) -> None:
         """Refuse at once what was refused before, by whichever promoter, with nothing fetched or loaded."""
