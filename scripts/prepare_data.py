@@ -21,7 +21,7 @@ Examples:
   python scripts/prepare_data.py --out data/manifest.csv --freeze-eval --eval-images 400
 
 [bold]--freeze-eval[/] stores the pictures of one split in the MLflow registry, with labels and lesions: the frozen
-evaluation set, on which every version is judged before it serves (docs/promotion.md). With --data the manifest is made
+evaluation set, on which every version is judged before it serves (docs/operations.md). With --data the manifest is made
 first; without, the one of --out is taken as it is. The exit code is 1 when something cannot be used, 2 for wrong
 options, 3 when MLflow is away.
 """

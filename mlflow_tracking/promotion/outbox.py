@@ -76,7 +76,7 @@ class Outbox:
             return []
         faults = self._audit.verify(Head.parse(self._registry.model_tag(HEAD_TAG) or ""))
         if faults:
-            return [f"The audit log {self._audit.path} is not whole (see docs/promotion.md). {faults[0]}"]
+            return [f"The audit log {self._audit.path} is not whole (see docs/operations.md). {faults[0]}"]
         self._registry.set_model_tag(HEAD_TAG, head)
         self._head = head
         return []

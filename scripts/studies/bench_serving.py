@@ -56,7 +56,7 @@ from training.export import export_bundle
 EPILOG = """
 Examples:
 
-  python scripts/studies/bench_serving.py --out docs/serving
+  python scripts/studies/bench_serving.py --out runs/serving
 
   python scripts/studies/bench_serving.py --quick --system torchserve --system ours
 

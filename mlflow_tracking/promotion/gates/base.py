@@ -1,7 +1,7 @@
 """What a gate is: one question about a candidate, and a verdict with a reason.
 
 A new gate is a subclass of Gate (or of SetGate, for a question about the frozen set) with a `name`, its limits as
-fields, and an answer; it joins GATES in judge.py and gets a line in gates.yaml. docs/promotion.md tells more.
+fields, and an answer; it joins GATES in judge.py and gets a line in gates.yaml. docs/operations.md tells more.
 """
 
 from abc import ABC, abstractmethod
