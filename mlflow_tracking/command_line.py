@@ -35,8 +35,7 @@ def run(command: Callable[..., None] | typer.Typer, examples: Sequence[str] = ()
         app = command
     else:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        epilog = "\n\n".join(["Examples:", *(f"  {example}" for example in examples)]) if examples else None
-        app.command(epilog=epilog)(command)
+        app.command(epilog=_epilog(examples))(command)
     try:
         app()
     except UserError as error:
@@ -45,6 +44,21 @@ def run(command: Callable[..., None] | typer.Typer, examples: Sequence[str] = ()
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)
+
+
+def command_group(description: str, examples: Sequence[str]) -> typer.Typer:
+    """Return an app for subcommands; without one it prints its help, which ends with the examples."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        help=description,
+        epilog=_epilog(examples),
+    )
+
+
+def _epilog(examples: Sequence[str]) -> str | None:
+    return "\n\n".join(["Examples:", *(f"  {example}" for example in examples)]) if examples else None
 
 
 @contextmanager

@@ -1,185 +1,164 @@
-"""Bring what TorchServe serves in line with the registry, once; or say first which version shall serve.
+"""Deploy a version, roll back, or show what is deployed.
 
-The promoter of `make up` does the same every two seconds: moving the alias
-in MLflow's page is enough. Here one sees every step, and the audit log
-knows who it was. A version has to pass the gates of
-mlflow_tracking/gates.yaml before it serves; what it lacked stands in MLflow
-with it. Whatever fails, the version that served before keeps serving. The
-exit code is 1 when a version was refused or failed, or the audit log is not
-whole, 2 for wrong options, 3 when a server is away.
+The promoter of `make up` deploys by itself when an alias moves in MLflow.
+This command does the same, shows every step, and records who ran it. A
+version must pass the gates of mlflow_tracking/gates.yaml before it serves.
+If a step fails, the previous version keeps serving.
+
+Exit codes: 0 done, 1 refused or failed, 2 wrong options, 3 a server is away.
 """
 
-import sys
+import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from mlflow_tracking.command_line import table
+from handlers.errors import UsageError
+from mlflow_tracking.command_line import command_group, console, errors, run, table
 from mlflow_tracking.digests import short
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.audit import person
-from mlflow_tracking.promotion.gates.judge import GateSettingsError
 from mlflow_tracking.promotion.ledger import LedgerError, StoreBusy
-from mlflow_tracking.promotion.plan import Actual, Release
+from mlflow_tracking.promotion.plan import Actual
 from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
+from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
 from mlflow_tracking.promotion.torchserve_client import TorchServeError, TorchServeUnavailable
-from mlflow_tracking.registry import RegisteredVersion, RegistryError, RegistryUnavailable
-from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
+from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable
+from mlflow_tracking.settings import MODEL_NAME, Settings
 from scripts.options import known_alias
 
-EPILOG = """
-Examples:
-
-  python scripts/promote.py --version 3     # champion is version 3 from now on; deploy it
-
-  python scripts/promote.py                 # deploy what the aliases in MLflow ask for
-
-  python scripts/promote.py --rollback --reason "misses melanomas"   # back to the last good version, in seconds
-
-  python scripts/promote.py --version 3 --force --reason "urgent; agreed with the lab"   # whatever the gates say
-
-  python scripts/promote.py --version 3 --again   # judge it anew: nothing kept from earlier tries counts
-
-  python scripts/promote.py --watch         # deploy what the aliases ask for, again and again
-
-  python scripts/promote.py --status        # what is registered, wanted, loaded, serving, refused
-"""
+EXAMPLES = (
+    "python scripts/promote.py to 3                    # champion is version 3",
+    "python scripts/promote.py to 4 --alias challenger # load it next to the champion",
+    "python scripts/promote.py to 3 --again            # discard earlier judgements",
+    'python scripts/promote.py to 3 --force --reason "agreed with the lab"',
+    'python scripts/promote.py rollback --reason "misses melanomas"',
+    "python scripts/promote.py status --json           # versions, aliases, TorchServe",
+    "python scripts/promote.py sync                    # deploy what the aliases say",
+    "python scripts/promote.py watch                   # the same, until Ctrl-C",
+)
 MARKS = {"done": "[green]✓[/]", "waiting": "[yellow]…[/]", "refused": "[red]✗[/]", "failed": "[red]✗[/]"}
 
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_group(__doc__, EXAMPLES)
 
 
-@app.command(help=__doc__, epilog=EPILOG)
-def promote(
-    version: str = typer.Option("", "--version", help="First point the alias at this version."),
-    alias: str = typer.Option(
-        "",
-        "--alias",
-        callback=known_alias,
-        help="The alias to move: champion, which serves (the default), or challenger, which stands by.",
-    ),
-    rollback: bool = typer.Option(False, "--rollback", help="Point champion at the last good version."),
-    force: bool = typer.Option(False, "--force", help="Let --version serve whatever the gates say; needs --reason."),
-    reason: str = typer.Option("", "--reason", help="Why, for the audit log."),
-    again: bool = typer.Option(False, "--again", help="Judge --version anew, as if it had never been."),
-    watch: bool = typer.Option(False, "--watch", help="Go on until Ctrl-C."),
-    status: bool = typer.Option(False, "--status", help="Only show how things stand."),
+@app.command()
+def to(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="The version's number in MLflow.")],
+    alias: Annotated[
+        str, typer.Option(callback=known_alias, help="champion serves; challenger is loaded next to it.")
+    ] = "champion",
+    force: Annotated[bool, typer.Option("--force", help="Overrule the gates; needs --reason.")] = False,
+    reason: Annotated[str, typer.Option(help="The reason, for the audit log.")] = "",
+    again: Annotated[bool, typer.Option("--again", help="Discard earlier answers and judgements first.")] = False,
 ) -> None:
-    if status and (version or watch or rollback):
-        raise typer.BadParameter("--status changes nothing; leave --version, --rollback and --watch out.")
-    if rollback and (version or force or again or alias):
-        raise typer.BadParameter("--rollback chooses the version itself; leave --version and its options out.")
-    if (force or again or alias) and not version:
-        raise typer.BadParameter("say with --version which one is meant.")
-    if reason and not (version or rollback):
-        raise typer.BadParameter("--reason says why --version or --rollback; there is neither.")
+    """Point an alias at VERSION and deploy it."""
     if force and not reason:
-        raise typer.BadParameter("--force needs --reason: it is kept in the audit log and in MLflow.")
-    alias = alias or "champion"
-    settings = Settings.load()
-    by = f"{person()} with promote.py"
-    spinner = console.status("Waiting for the promoter to finish its step …")
-    reconciler = Reconciler.create(settings, tell=lambda event: show(event, spinner), by=by)
-    if status:
-        raise typer.Exit(0 if show_status(reconciler) else 3)
-    back = Rollback.planned(reconciler) if rollback else None
-    if force:
-        reconciler.executor.overruled[version] = {"by": by, "reason": reason}
-    moved_to = back.target.version if back else version
-    at_once = moved_to and not force and not again
-    if at_once:  # a promoter that is busy with another version stops when it sees this
-        move(reconciler, alias, moved_to)
-    with spinner, ledgers.lock(settings.store, ledgers.LOCK_SECONDS):
+        raise UsageError("--force needs --reason. The audit log and MLflow keep the reason.")
+    reconciler, spinner = open_reconciler({version: reason} if force else {})
+    at_once = not force and not again
+    if at_once:  # so that a promoter that is deploying another version gives way
+        move(reconciler, alias, version)
+    with spinner, ledgers.lock(reconciler.store, ledgers.LOCK_SECONDS):
         if again:
             reconciler.forget(version)
-        if moved_to and not at_once:
-            move(reconciler, alias, moved_to)
-        if back:
-            back.note(reconciler, reason)
-        elif version:
-            registered = reconciler.registry.version(version)
-            reconciler.audit.append(
-                "alias moved",
-                by,
-                alias=alias,
-                version=version,
-                digest=registered.digest if registered else None,
-                forced=force or None,
-                reason=reason or None,
-            )
+        if not at_once:
+            move(reconciler, alias, version)
+        registered = reconciler.registry.version(version)
+        reconciler.audit.append(
+            "alias moved",
+            reconciler.by,
+            alias=alias,
+            version=version,
+            digest=registered.digest if registered else None,
+            forced=force or None,
+            reason=reason or None,
+        )
         result = settle(reconciler)
-    conclude(result)
-    while watch:
-        time.sleep(settings.promoter_poll_seconds)
+    finish(result)
+
+
+@app.command()
+def rollback(reason: Annotated[str, typer.Option(help="The reason, for the audit log.")] = "") -> None:
+    """Return to the last good version."""
+    reconciler, spinner = open_reconciler()
+    planned = plan_rollback(reconciler.registry, ledgers.read(reconciler.store))
+    move(reconciler, "champion", planned.target.version)
+    with spinner, ledgers.lock(reconciler.store, ledgers.LOCK_SECONDS):
+        record_rollback(planned, reconciler.store, reconciler.audit, reconciler.by, reason)
+        result = settle(reconciler)
+    finish(result)
+
+
+@app.command()
+def sync() -> None:
+    """Deploy what the aliases in MLflow ask for, once."""
+    reconciler, spinner = open_reconciler()
+    with spinner, ledgers.lock(reconciler.store, ledgers.LOCK_SECONDS):
+        result = settle(reconciler)
+    finish(result)
+
+
+@app.command()
+def watch() -> None:
+    """Deploy what the aliases in MLflow ask for, until Ctrl-C."""
+    reconciler, spinner = open_reconciler()
+    with spinner, ledgers.lock(reconciler.store, ledgers.LOCK_SECONDS):
+        result = settle(reconciler)
+    report(result)
+    while True:
+        time.sleep(Settings.load().promoter_poll_seconds)
         with suppress(StoreBusy):
             before, result = result, reconciler.reconcile()
             if result.done or result.errors != before.errors:
-                conclude(result)
-    if result.errors:
-        raise typer.Exit(1 if result.registry_up and result.torchserve_up else 3)
+                report(result)
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+    """List the versions in MLflow and TorchServe."""
+    reconciler, _ = open_reconciler()
+    versions: list[RegisteredVersion] = []
+    actual, complete = Actual(), True
+    try:
+        versions = reconciler.registry.versions()
+    except RegistryUnavailable as error:
+        errors.print(str(error))
+        complete = False
+    try:
+        actual = reconciler.executor.observe()
+    except (TorchServeUnavailable, TorchServeError, LedgerError) as error:
+        errors.print(str(error))
+        complete = False
+    rows = status_rows(versions, actual)
+    if as_json:
+        print(json.dumps({"registry": reconciler.registry.uri, "versions": rows}, indent=1))
+    else:
+        print_status(rows, reconciler.registry.uri)
+    if not complete:
+        raise typer.Exit(3)
+
+
+def open_reconciler(overruled: Mapping[str, str] | None = None) -> tuple[Reconciler, Status]:
+    """Return a reconciler for the services of the settings, and the spinner that shows its steps."""
+    spinner = console.status("Waiting for the promoter to finish its step …")
+    by = f"{person()} with promote.py"
+    return Reconciler.create(Settings.load(), lambda event: show(event, spinner), by, overruled), spinner
 
 
 def move(reconciler: Reconciler, alias: str, version: str) -> None:
     """Point the alias at the version. Raises RegistryError, RegistryUnavailable."""
     reconciler.registry.set_alias(alias, version)
-    console.print(f"[green]✓[/] {alias} is version {version}")
-
-
-@dataclass(frozen=True)
-class Rollback:
-    """To where, and from where: `left` served when it was planned; None if that is where the way leads."""
-
-    target: Release
-    left: Release | None
-
-    @classmethod
-    def planned(cls, reconciler: Reconciler) -> "Rollback":
-        """Where to go: the last good version, or what serves if the alias asks for something else. RegistryError."""
-        book = reconciler.executor.ledger()
-        serving, last_good = book.release(book.default), book.release(book.last_good)
-        champion = reconciler.registry.resolve("champion")
-        # A roll-back that was cut off has moved the alias to the last good version already.
-        here = [one.digest for one in (serving, last_good) if one]
-        pending = champion is not None and serving is not None and champion.digest not in here
-        target, left = (serving, None) if pending else (last_good, serving)
-        if target is None:
-            raise RegistryError(
-                "The model store knows no good version before the one that serves; name one with --version "
-                "(--status lists them)."
-            )
-        registered = reconciler.registry.version(target.version)
-        if registered is None or registered.digest != target.digest:
-            raise RegistryError(f"Version {target.version} in {reconciler.registry.uri} is not the one that served.")
-        return cls(target, left)
-
-    def note(self, reconciler: Reconciler, reason: str) -> None:
-        """Write it into ledger and audit log; the caller holds the store's lock."""
-        book = reconciler.executor.ledger()
-        serving = book.release(book.default)  # a busy promoter may have had another version serve since
-        left = {one for one in (self.left, serving) if one and one != self.target}
-        for release in left:
-            reconciler.executor.withdraw(release)
-        newest = serving if serving in left else self.left
-        reconciler.audit.append(
-            "rollback",
-            reconciler.by,
-            version=self.target.version,
-            digest=self.target.digest,
-            previous=newest.version if newest else None,
-            previous_digest=newest.digest if newest else None,
-            reason=reason or None,
-        )
+    console.print(f"[green]✓[/] {alias} is version {escape(version)}", markup=True)
 
 
 def settle(reconciler: Reconciler) -> Pass:
-    """Passes until nothing is left to be done, or something stands in the way."""
+    """Reconcile until nothing is left to do or an error stops it."""
     while True:
         result = reconciler.reconcile_locked()
         if not result.waiting and (result.settled or result.errors):
@@ -187,76 +166,70 @@ def settle(reconciler: Reconciler) -> Pass:
 
 
 def show(event: Event, spinner: Status) -> None:
-    """Print a step when it ends; while it goes on the spinner tells."""
+    """Print a step that has ended; show a running one in the spinner."""
     if event.state in ("begun", "running"):
         spinner.update(escape(f"{event.step} … {event.remark}"))
     if event.state in MARKS:
         remark = f"  [dim]{escape(event.remark)}[/]" if event.remark else ""
-        console.print(f"{MARKS[event.state]} {event.step}  [dim]{event.seconds:.1f} s[/]{remark}")
+        console.print(f"{MARKS[event.state]} {event.step}  [dim]{event.seconds:.1f} s[/]{remark}", markup=True)
 
 
-def conclude(result: Pass) -> None:
-    """Say how it ended."""
+def report(result: Pass) -> None:
+    """Print the errors of a pass, or the version that serves."""
     for sentence in result.errors:
-        errors.print(f"[red]{escape(sentence)}[/]")
+        errors.print(sentence)
     if result.errors:
         return
     if result.actual and result.actual.serving:
         console.print(f"Version {result.actual.serving.version} serves.")
     else:
-        console.print(f"Nothing serves: no version of {MODEL_NAME} is champion; `--version N` makes one so.")
+        console.print(f"No version of {MODEL_NAME} is champion. Deploy one with `promote.py to VERSION`.")
 
 
-def show_status(reconciler: Reconciler) -> bool:
-    """Print all versions that the registry or TorchServe knows. Whether both servers answered."""
-    versions: list[RegisteredVersion] = []
-    actual, complete = Actual(), True
-    try:
-        versions = reconciler.registry.versions()
-    except RegistryUnavailable as error:
-        errors.print(f"[red]{escape(str(error))}[/]")
-        complete = False
-    try:
-        actual = reconciler.executor.observe()
-    except (TorchServeUnavailable, TorchServeError, LedgerError) as error:
-        errors.print(f"[red]{escape(str(error))}[/]")
-        complete = False
-    known = {number: RegisteredVersion(number, held.release.digest) for number, held in actual.loaded.items()}
-    known |= {one.version: one for one in versions}
-    # At their longest these take 80 columns, one with both aliases two lines.
-    whole = ("Version", "TorchServe", "Status", "Since\n(UTC)", "Bal.\nacc.", "Digest")
-    grid = table(f"{MODEL_NAME} in {escape(reconciler.registry.uri)}", whole, folded=["Alias"])
-    grid.caption = (
-        "Bal. acc.: balanced accuracy on the model's own test split (without one, its validation split), "
-        "as its bundle tells."
-    )
-    for one in sorted(known.values(), key=lambda one: one.created_ms, reverse=True):
-        held = actual.loaded.get(one.version)
-        place = "" if held is None else "answers" if one.version == actual.default else "ready"
-        grid.add_row(
-            one.version,
-            place if held is None or held.ready else "no worker",
-            one.tags.get("serving.status", ""),
-            one.tags.get("serving.since", "")[5:16].replace("T", " "),
-            one.tags.get("balanced_accuracy", ""),
-            short(one.digest or ""),
-            " ".join(one.aliases),
+def finish(result: Pass) -> None:
+    """Print how a deployment ended and exit with its code."""
+    report(result)
+    if result.errors:
+        raise typer.Exit(1 if result.registry_up and result.torchserve_up else 3)
+
+
+def status_rows(versions: list[RegisteredVersion], actual: Actual) -> list[dict[str, Any]]:
+    """Return one row for each version that MLflow or TorchServe holds, the newest first."""
+    merged = {number: RegisteredVersion(number, held.release.digest) for number, held in actual.loaded.items()}
+    merged |= {version.version: version for version in versions}
+    rows = []
+    for version in sorted(merged.values(), key=lambda version: version.created_ms, reverse=True):
+        held = actual.loaded.get(version.version)
+        state = "" if held is None else "answers" if version.version == actual.default else "ready"
+        rows.append(
+            {
+                "version": version.version,
+                "torchserve": state if held is None or held.ready else "no worker",
+                "status": version.tags.get("serving.status", ""),
+                "since": version.tags.get("serving.since", ""),
+                "reason": version.tags.get("serving.reason", ""),
+                "balanced_accuracy": version.tags.get("balanced_accuracy", ""),
+                "digest": version.digest or "",
+                "aliases": list(version.aliases),
+            }
         )
+    return rows
+
+
+def print_status(rows: list[dict[str, Any]], uri: str) -> None:
+    """Print the rows as a table of 80 columns, and below it why a version was refused."""
+    columns = ("Version", "TorchServe", "Status", "Since\n(UTC)", "Bal.\nacc.", "Digest")
+    grid = table(f"{MODEL_NAME} in {uri}", columns, folded=["Alias"])
+    grid.caption = "Bal. acc.: balanced accuracy on the bundle's own test split, or else on its validation split."
+    for row in rows:
+        since, digest = row["since"][5:16].replace("T", " "), short(row["digest"])
+        cells = (row["version"], row["torchserve"], row["status"], since, row["balanced_accuracy"], digest)
+        grid.add_row(*cells, " ".join(row["aliases"]))
     console.print(grid)
-    for one in versions:
-        if reason := one.tags.get("serving.reason"):
-            console.print(f"[red]✗[/] {escape(reason)}")
-    return complete
+    for row in rows:
+        if row["reason"]:
+            console.print(f"✗ {row['reason']}")
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except RegistryUnavailable as error:
-        errors.print(f"[red]{escape(str(error))}[/]\nIs it running? `make up`, or mlflow_tracking/mlflow_server.sh.")
-        sys.exit(3)
-    except (RegistryError, StoreBusy, LedgerError, GateSettingsError, SettingsError, OSError) as error:
-        errors.print(f"[red]{escape(str(error))}[/]")
-        sys.exit(1)
+    run(app)

@@ -106,7 +106,7 @@ def both(registry: Registry, executor: Executor) -> tuple[Release, Release]:
     if actual.serving is None or actual.serving not in loaded:
         raise RegistryError("No champion is served; nothing to compare with.")
     if challenger is None:
-        raise RegistryError("No version is challenger: promote.py --alias challenger --version N makes one so.")
+        raise RegistryError("No version is challenger. Name one with `promote.py to VERSION --alias challenger`.")
     release = Release(challenger.version, challenger.digest or "")
     if release not in loaded:
         reason = challenger.tags.get("serving.reason") or "the promoter has not brought it up yet"

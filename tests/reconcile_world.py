@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from handlers.bundle import GOLDEN, WEIGHTS, BundleConfig, GoldenCase, seal
 from handlers.calibration import Calibration
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking.promotion.execute import Executor
+from mlflow_tracking.promotion.gates.base import Gate
 from mlflow_tracking.promotion.gates.identity import GoldenParity
 from mlflow_tracking.promotion.reconcile import Event, Reconciler
 from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServeError, TorchServeUnavailable
@@ -184,14 +187,16 @@ class World:
         self.registry.bundles[version] = folder
         self.registry.tags[version] = {"digest": seal(folder, config).digest}
 
-    def promoter(self) -> Reconciler:
-        executor = Executor(self.torchserve.store, self.registry, self.torchserve, (Golden(),), self.folder / "cache")
+    def promoter(self, gates: Sequence[Gate] | None = None, **options: Any) -> Reconciler:
+        """A new promoter, without any memory."""
+        gates = (Golden(),) if gates is None else gates
+        executor = Executor(self.torchserve.store, self.registry, self.torchserve, gates, self.folder / "cache")
 
         def tell(event: Event) -> None:
             if event.state not in ("begun", "running"):
                 self.events.append(f"{event.step} {event.state}")
 
-        return Reconciler(Settings(model_store=self.torchserve.store), self.registry, executor, tell)
+        return Reconciler(Settings(model_store=self.torchserve.store), self.registry, executor, tell, **options)
 
     def serve(self, version: str) -> None:
         self.registry.aliases["champion"] = version

@@ -186,13 +186,13 @@ def test_a_worse_version_is_refused_and_everybody_can_see_why(first, worse, tmp_
 
 
 def test_a_person_may_overrule_the_gates_with_a_reason(first, worse):
-    bare = run_script("promote.py", "--version", worse, "--force", **first.env)
+    bare = run_script("promote.py", "to", worse, "--force", **first.env)
     assert bare.returncode == 2
     assert "--reason" in bare.stderr
-    refused = run_script("promote.py", "--version", worse, **first.env)
+    refused = run_script("promote.py", "to", worse, **first.env)
     assert refused.returncode == 1
     assert "was refused" in refused.stderr
-    done = run_script("promote.py", "--version", worse, "--force", "--reason", "a trial", **first.env)
+    done = run_script("promote.py", "to", worse, "--force", "--reason", "a trial", **first.env)
     assert done.returncode == 0, done.stderr
     assert first.served() == worse
     tags = first.registry.version(worse).tags
@@ -203,7 +203,7 @@ def test_a_person_may_overrule_the_gates_with_a_reason(first, worse):
     assert row["by"].endswith("with promote.py")
 
     with clients(first) as answers:
-        back = run_script("promote.py", "--rollback", **first.env)
+        back = run_script("promote.py", "rollback", **first.env)
         answered = len(answers)
         eventually(lambda: len(answers) > answered + CLIENTS)
     assert back.returncode == 0, back.stderr
@@ -218,7 +218,7 @@ def test_a_roll_back_serves_within_five_seconds(first, good):
     assert f"check version {good}" in steps
     assert result.settled
     assert first.registry.version(good).tags["gates.outcome"] == "passed"
-    done = run_script("promote.py", "--rollback", "--reason", "misses melanomas", **first.env)
+    done = run_script("promote.py", "rollback", "--reason", "misses melanomas", **first.env)
     assert done.returncode == 0, done.stderr
     assert "Version 1 serves." in done.stdout
     assert first.served() == "1"
@@ -230,9 +230,9 @@ def test_a_roll_back_serves_within_five_seconds(first, good):
     assert (asked["version"], asked["previous"], asked["reason"]) == ("1", good, "misses melanomas")
     assert first.tag(good, "status") == "rolled back"
 
-    none = run_script("promote.py", "--rollback", **first.env)
+    none = run_script("promote.py", "rollback", **first.env)
     assert none.returncode == 1
-    assert "no good version before" in none.stderr
+    assert "no earlier good version" in none.stderr
     assert first.served() == "1"
 
 

@@ -1,52 +1,70 @@
-"""What promote.py and register_model.py are told: options that mean nothing, or not what was meant, are refused before
-anything is touched. The tables of promote.py and lineage.py are whole in 80 columns."""
+"""The command lines of promote.py and register_model.py, and the tables of promote.py and lineage.py.
+
+- options that contradict each other, or name an alias that the promoter does not read, are refused before anything is
+  touched; every example in a help text can be parsed;
+- the tables fit into 80 columns without a cut.
+"""
 
 import io
-from types import SimpleNamespace
+import shlex
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from handlers.errors import UserError
 from mlflow_tracking.promotion.plan import Actual, Loaded, Release
 from mlflow_tracking.provenance import Lineage
 from mlflow_tracking.registry import ALIASES, RegisteredVersion
 from scripts import lineage, promote, register_model
 
 
+@pytest.fixture
+def nothing_begins(monkeypatch):
+    def load():
+        raise AssertionError("the command began")
+
+    for command in (promote, register_model):
+        monkeypatch.setattr(command.Settings, "load", load)
+
+
+def outcome(app, options) -> tuple[int, str]:
+    """The exit code and the message of a command line, as `command_line.run` gives them."""
+    done = CliRunner().invoke(app, options, env={"COLUMNS": "200"})
+    if isinstance(done.exception, UserError):
+        return done.exception.exit_code, str(done.exception)
+    return done.exit_code, done.output
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--alias", "chalenger", "--version", "2"), "champion or challenger"),
-        (("--alias", "challenger"), "say with --version"),
-        (("--alias", "champion"), "say with --version"),
-        (("--reason", "urgent"), "--reason"),
-        (("--status", "--reason", "urgent"), "--reason"),
-        (("--status", "--alias", "challenger"), "say with --version"),
-        (("--rollback", "--alias", "challenger"), "leave --version and its options out"),
-        (("--force", "--reason", "urgent"), "say with --version"),
-        (("--version", "2", "--force"), "needs --reason"),
+        (("to",), "VERSION"),
+        (("to", "2", "--alias", "chalenger"), "champion or challenger"),
+        (("to", "2", "--force"), "--force needs --reason"),
+        (("status", "--reason", "urgent"), "No such option"),
+        (("rollback", "--alias", "challenger"), "No such option"),
+        (("rollback", "2"), "unexpected extra argument"),
+        (("--version", "2"), "No such option"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(monkeypatch, options, words):
-    def nothing():
-        raise AssertionError("it was begun")
-
-    monkeypatch.setattr(promote.Settings, "load", nothing)
-    done = CliRunner().invoke(promote.app, options, env={"COLUMNS": "200"})
-    assert done.exit_code == 2, done.exception
-    assert words in done.output
+def test_options_without_meaning_are_refused(nothing_begins, options, words):
+    code, message = outcome(promote.app, options)
+    assert code == 2
+    assert words in message
 
 
-def test_an_alias_that_nobody_reads_is_not_registered(monkeypatch, tmp_path):
-    def nothing():
-        raise AssertionError("it was begun")
+@pytest.mark.parametrize("example", promote.EXAMPLES)
+def test_the_examples_can_be_parsed(nothing_begins, example):
+    python, program, *options = shlex.split(example, comments=True)
+    assert (python, program) == ("python", "scripts/promote.py")
+    assert str(CliRunner().invoke(promote.app, options).exception) == "the command began"
 
-    monkeypatch.setattr(register_model.Settings, "load", nothing)
-    options = ("--bundle", str(tmp_path), "--alias", "champoin")
-    done = CliRunner().invoke(register_model.app, options, env={"COLUMNS": "200"})
-    assert done.exit_code == 2, done.exception
-    assert "champion or challenger" in done.output
+
+def test_a_misspelt_alias_is_not_registered(nothing_begins, tmp_path):
+    code, message = outcome(register_model.app, ("--bundle", str(tmp_path), "--alias", "champoin"))
+    assert code == 2
+    assert "champion or challenger" in message
 
 
 @pytest.fixture
@@ -63,12 +81,12 @@ def test_the_status_is_whole_in_80_columns(printed):
     tags = {"serving.status": "rolled back", "serving.since": "2026-11-22T03:41:07Z", "balanced_accuracy": "0.6311"}
     versions = [RegisteredVersion("104", digest, ALIASES, tags), RegisteredVersion("103", digest, (), tags)]
     actual = Actual({"104": Loaded(Release("104", digest), False), "103": Loaded(Release("103", digest), True)}, "103")
-    promote.show_status(
-        SimpleNamespace(
-            registry=SimpleNamespace(uri="http://mlflow:5001", versions=lambda: versions),
-            executor=SimpleNamespace(observe=lambda: actual),
-        )
-    )
+    rows = promote.status_rows(versions, actual)
+    promote.print_status(rows, "http://mlflow:5001")
+    assert [(row["version"], row["digest"], row["aliases"]) for row in rows] == [
+        ("104", digest, list(ALIASES)),
+        ("103", digest, []),
+    ]
     lines = [line.split() for line in printed.getvalue().splitlines()]
     ends = ["rolled", "back", "11-22", "03:41", "0.6311", "0123456789ab"]
     assert ["104", "no", "worker", *ends, "champion"] in lines

@@ -19,6 +19,7 @@ from mlflow_tracking.promotion.execute import NotYet, StepFailed
 from mlflow_tracking.promotion.ledger import StoreBusy
 from mlflow_tracking.promotion.plan import Action, Actual, Desired, Release, Step
 from mlflow_tracking.promotion.reconcile import Pass
+from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
 from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServe
 from mlflow_tracking.settings import Settings
 from scripts import promote, replay
@@ -207,9 +208,9 @@ def test_what_is_taken_out_is_drained_first_and_serves_no_more(world, monkeypatc
             lambda version, name=name, effect=effect: (seen.append((name, version)), effect(version)),
         )
     hand = world.promoter()
-    back = promote.Rollback.planned(hand)
+    back = plan_rollback(world.registry, ledger.read(world.torchserve.store))
     world.registry.aliases["champion"] = back.target.version
-    back.note(hand, "")
+    record_rollback(back, hand.store, hand.audit, "ann@lab", "")
     hand.reconcile()
     assert seen == [("set_default", "1"), ("drain", "2"), ("unregister", "2")]
 
@@ -252,7 +253,7 @@ def test_draining_waits_for_an_answer_and_then_a_little(torchserve):
 def test_watching_goes_on_and_tells_what_is_new(world, monkeypatch, capsys):
     world.registry.aliases["champion"] = "1"
     reconciler = world.promoter()
-    monkeypatch.setattr(promote.Reconciler, "create", lambda settings, tell, by: reconciler)
+    monkeypatch.setattr(promote.Reconciler, "create", lambda settings, tell, by, overruled: reconciler)
     monkeypatch.setenv("MODEL_STORE", str(world.torchserve.store))
     turns = []
 
@@ -267,9 +268,7 @@ def test_watching_goes_on_and_tells_what_is_new(world, monkeypatch, capsys):
 
     monkeypatch.setattr(promote.time, "sleep", turn)
     with pytest.raises(KeyboardInterrupt):
-        promote.promote(
-            version="", alias="", rollback=False, force=False, reason="", again=False, watch=True, status=False
-        )
+        promote.watch()
     shown = capsys.readouterr()
     assert shown.out.splitlines() == ["Version 1 serves.", "Version 2 serves."]
     assert shown.err.splitlines() == ["TorchServe is away."], "once"

@@ -307,23 +307,23 @@ def test_an_archive_runs_its_own_code(serving_first, short_folder):
 
 
 def test_the_command_moves_the_alias_and_shows_every_step(serving_first, second):
-    done = run_script("promote.py", "--version", second, **serving_first.env)
+    done = run_script("promote.py", "to", second, **serving_first.env)
     assert done.returncode == 0, done.stderr
     assert f"champion is version {second}" in done.stdout
     assert f"serve version {second}" in done.stdout
     assert f"Version {second} serves." in done.stdout
     assert serving_first.served() == second
-    table = run_script("promote.py", "--status", **serving_first.env).stdout
+    table = run_script("promote.py", "status", **serving_first.env).stdout
     [row] = [line for line in table.splitlines() if "champion" in line]
     assert "answers" in row
     assert "serving" in row
 
 
 def test_the_commands_errors_are_sentences_and_codes(serving_first):
-    unknown = run_script("promote.py", "--version", "99", **serving_first.env)
+    unknown = run_script("promote.py", "to", "99", **serving_first.env)
     assert unknown.returncode == 1
     assert "has no version 99" in unknown.stderr
-    away = run_script("promote.py", **serving_first.env | {"MLFLOW_TRACKING_URI": NOWHERE})
+    away = run_script("promote.py", "sync", **serving_first.env | {"MLFLOW_TRACKING_URI": NOWHERE})
     assert away.returncode == 3
     assert away.stderr.strip() == f"MLflow at {NOWHERE} does not answer."
     assert "Traceback" not in unknown.stderr + away.stderr

@@ -24,7 +24,7 @@ from mlflow_tracking.promotion.gates.base import Candidate
 from mlflow_tracking.promotion.gates.identity import DigestAndSignature, GoldenParity
 from mlflow_tracking.promotion.plan import Action, Release, Step
 from mlflow_tracking.promotion.reconcile import Reconciler
-from scripts.promote import Rollback
+from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
 from tests.reconcile_world import Golden, Killed, World, full_disk
 
 
@@ -127,9 +127,7 @@ def test_a_champion_that_has_just_lost_its_worker_is_compared_with_all_the_same(
     promoter = world.promoter()
     promoter.executor.judge.gates = (Compares(),)
     real = promoter.executor._load
-    monkeypatch.setattr(
-        promoter.executor, "_load", lambda release: (real(release), world.torchserve.resting.add("1"))[0]
-    )
+    monkeypatch.setattr(promoter.executor, "_load", lambda *args: (real(*args), world.torchserve.resting.add("1"))[0])
     world.registry.aliases["champion"] = "2"
     promoter.reconcile()
     assert world.torchserve.default_version == "2"
@@ -141,8 +139,8 @@ def test_a_champion_that_finds_no_place_beside_the_candidate_keeps_serving(world
     promoter = world.promoter()
     real = promoter.executor._load
 
-    def load(release):
-        real(release)
+    def load(*args):
+        real(*args)
         world.torchserve.broken.add("1")
         world.torchserve.resting.add("1")
 
@@ -326,8 +324,7 @@ def test_a_challenger_that_fails_as_champion_is_taken_out(world):
 def test_a_person_may_overrule_the_gates_and_every_promoter_keeps_to_it(world):
     service = refuse_second(world)
     service.reconcile()  # it knows the refusal
-    hand = world.promoter()
-    hand.executor.overruled["2"] = {"by": "ann@lab", "reason": "agreed"}
+    hand = world.promoter(by="ann@lab", overruled={"2": "agreed"})
     assert hand.reconcile().errors == ()
     assert world.torchserve.default_version == "2"
     assert service.reconcile().settled
@@ -346,9 +343,7 @@ def test_a_person_may_overrule_the_gates_and_every_promoter_keeps_to_it(world):
 
 def test_nobody_overrules_what_is_not_what_was_registered(world):
     world.serve("1")
-    promoter = world.promoter()
-    promoter.executor.judge.gates = (DigestAndSignature(),)
-    promoter.executor.overruled["2"] = {"by": "ann@lab", "reason": "agreed"}
+    promoter = world.promoter((DigestAndSignature(),), by="ann@lab", overruled={"2": "agreed"})
     world.registry.aliases["champion"] = "2"
     assert "has no signature" in promoter.reconcile().errors[0]
     assert world.torchserve.default_version == "1"
@@ -433,11 +428,11 @@ def test_a_roll_back_takes_back_what_came_to_serve_while_it_waited(world):
         world.serve(version)
     world.registry.aliases["champion"] = "3"
     hand = world.promoter()
-    back = Rollback.planned(hand)
+    back = plan_rollback(world.registry, ledger.read(world.torchserve.store))
     assert (back.target.version, back.left) == ("2", None), "3 never served"
     world.serve("3")
     world.registry.aliases["champion"] = "2"
-    back.note(hand, "misses melanomas")
+    record_rollback(back, hand.store, hand.audit, "ann@lab", "misses melanomas")
     hand.reconcile()
     assert world.torchserve.default_version == "2"
     assert world.status("3") == "rolled back"

@@ -17,7 +17,7 @@ from scripts.stack import Settings as StackSettings
 from tests.conftest import ROOT
 
 COMMANDS = {
-    "promote": ["scripts/promote.py", "--status"],
+    "promote": ["scripts/promote.py", "status"],
     "register": ["scripts/register_model.py", "--run-id", "x"],
     "replay": ["scripts/replay.py"],
     "lineage": ["scripts/lineage.py", "3"],

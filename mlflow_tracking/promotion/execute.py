@@ -47,9 +47,6 @@ class Executor:
         store: the model store, the same folder that TorchServe reads.
         gates: what a release must pass before it serves.
         cache: a folder for the frozen evaluation set; what is in it can be fetched again.
-
-    `overruled` are versions that shall serve whatever the gates say: number -> {by, reason}. `progress` hears a remark
-    now and then while a step takes its time, and may raise NotYet to stop it.
     """
 
     def __init__(
@@ -61,8 +58,6 @@ class Executor:
         self.judge = Judge(gates, store / JUDGEMENTS)
         self.book = AnswerBook(store / JUDGEMENTS)
         self.evaluation = CurrentSet(registry, cache)
-        self.overruled: dict[str, dict[str, str]] = {}
-        self.progress: Callable[[str], None] = lambda remark: None
         self._verifier = Verifier(store)
         # Loaded versions without a ready worker: since when (monotonic seconds), and whether it was started anew.
         self._unready: dict[str, tuple[float, bool]] = {}
@@ -108,8 +103,6 @@ class Executor:
         Raises:
             RegistryUnavailable
         """
-        if release.version in self.overruled:
-            return None
         found = self.registry.evaluation_set()
         champion = _champion(actual, release)
         question = self.judge.question(release, found, champion)
@@ -145,8 +138,16 @@ class Executor:
             (self.store / name).unlink(missing_ok=True)
         return gone
 
-    def run(self, step: Step) -> str:
+    def run(
+        self,
+        step: Step,
+        progress: Callable[[str], None] = lambda remark: None,
+        forced: dict[str, str] | None = None,
+    ) -> str:
         """Do one step; returns a remark on it, possibly empty.
+
+        `progress` receives a remark now and then during a long step and may raise NotYet to stop it. `forced` is
+        {by, reason} of the person who overrules the gates.
 
         Raises:
             Refused, StepFailed: the release is at fault, for good or this time.
@@ -154,15 +155,15 @@ class Executor:
             NotYet: nobody is at fault, and the step has not come to its end.
         """
         steps = {
-            Action.STORE: self._store,
-            Action.LOAD: self._load,
-            Action.REVIVE: self._revive,
-            Action.CHECK: self._check,
-            Action.SERVE: self._serve,
-            Action.RETIRE: self._retire,
+            Action.STORE: lambda: self._store(step.release),
+            Action.LOAD: lambda: self._load(step.release, progress),
+            Action.REVIVE: lambda: self._revive(step.release),
+            Action.CHECK: lambda: self._check(step.release, progress, forced),
+            Action.SERVE: lambda: self._serve(step.release),
+            Action.RETIRE: lambda: self._retire(step.release),
         }
         try:
-            return steps[step.action](step.release) or ""
+            return steps[step.action]()
         except ConnectionError:  # a server is away, and says which
             raise
         except EvaluationSetError as error:
@@ -187,7 +188,7 @@ class Executor:
         self._write(self.ledger().stored(release.archive, entry))
         return release.archive
 
-    def _load(self, release: Release) -> str:
+    def _load(self, release: Release, progress: Callable[[str], None]) -> str:
         settings = self.ledger().archives[release.archive].settings
         startup = settings.get("startupTimeout", STARTUP)
         try:
@@ -195,7 +196,7 @@ class Executor:
         except TorchServeError as error:
             if error.status != 409:  # registered already: by a call of ours that was cut off
                 raise
-        if not self.torchserve.wait_ready(release.version, startup, lambda: self.progress("its worker starts")):
+        if not self.torchserve.wait_ready(release.version, startup, lambda: progress("its worker starts")):
             with suppress(TorchServeError):
                 self.torchserve.unregister(release.version)
             raise StepFailed(
@@ -225,14 +226,13 @@ class Executor:
         self._unready[release.version] = (now, True)
         raise NotYet(f"The worker of version {release.version} was started anew; waiting for it.")
 
-    def _check(self, release: Release) -> str:
+    def _check(self, release: Release, progress: Callable[[str], None], forced: dict[str, str] | None) -> str:
         try:
-            judgement = self._judgement(release)
+            judgement = self._judgement(release, progress)
         except BundleError as error:
             raise Refused(f"the bundle in its archive is damaged: {error}") from error
-        overruled = self.overruled.get(release.version)
-        if judgement.blocking and overruled and self.judge.may_force(judgement):
-            judgement = replace(judgement, forced=overruled)
+        if judgement.blocking and forced and self.judge.may_force(judgement):
+            judgement = replace(judgement, forced=forced)
         self.judge.keep(judgement)
         if not judgement.passed:
             self._write(self.ledger().retired(release.archive))  # it may have passed before, as challenger
@@ -246,9 +246,9 @@ class Executor:
         left_open = f"; {judgement.reason}" if judgement.reason else ""
         return f"{passed} of {len(judgement.verdicts)} gates passed in {judgement.seconds:g} s{left_open}"
 
-    def _judgement(self, release: Release) -> Judgement:
+    def _judgement(self, release: Release, progress: Callable[[str], None]) -> Judgement:
         """The verdicts on a release that is loaded: those that were kept, or new ones."""
-        self._await_champion(release)
+        self._await_champion(release, progress)
         champion = _champion(self.observe(), release)
         evaluation = self.evaluation.get()
         question = self.judge.question(release, evaluation, champion)
@@ -267,11 +267,11 @@ class Executor:
                     signature=self.registry.signature(release.version),
                     champion=champion,
                     evaluation=evaluation,
-                    progress=self.progress,
+                    progress=progress,
                 )
             )
 
-    def _await_champion(self, candidate: Release) -> None:
+    def _await_champion(self, candidate: Release, progress: Callable[[str], None]) -> None:
         """Give a champion that has just lost its worker time to get it back: without one to be compared with, the
         candidate would pass as the very first. Raises StepFailed, the candidate being taken out to make room."""
         actual = self.observe()
@@ -279,7 +279,7 @@ class Executor:
         lost = serving is not None and Loaded(serving, ready=False) in actual.loaded.values()
         if not lost or serving is None or serving.version in self._given_up:
             return
-        if self.torchserve.wait_ready(serving.version, RECOVERY, lambda: self.progress("the champion's worker starts")):
+        if self.torchserve.wait_ready(serving.version, RECOVERY, lambda: progress("the champion's worker starts")):
             return
         with suppress(TorchServeError):
             self.torchserve.unregister(candidate.version)

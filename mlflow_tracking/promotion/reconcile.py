@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from mlflow_tracking.digests import DIGEST
@@ -68,7 +69,8 @@ class Pass:
 class Reconciler:
     """Makes TorchServe agree with the registry, one pass at a time.
 
-    `tell` hears of every step as it begins, goes on and ends; `by` is who acts, for the audit log.
+    `tell` hears of every step as it begins, goes on and ends; `by` is who acts, for the audit log;
+    `overruled` holds the versions that serve despite a refusal by the gates, each with the reason.
     """
 
     settings: Settings
@@ -76,6 +78,7 @@ class Reconciler:
     executor: Executor
     tell: Callable[[Event], None] = lambda event: None
     by: str = "promoter"
+    overruled: Mapping[str, str] = field(default_factory=dict)
     setbacks: dict[Release, Setback] = field(default_factory=dict)
     _asked: tuple[Release, ...] = ()
     _looked: float = 0.0
@@ -86,14 +89,23 @@ class Reconciler:
 
     @classmethod
     def create(
-        cls, settings: Settings, tell: Callable[[Event], None] = lambda event: None, by: str = "promoter"
+        cls,
+        settings: Settings,
+        tell: Callable[[Event], None] = lambda event: None,
+        by: str = "promoter",
+        overruled: Mapping[str, str] | None = None,
     ) -> "Reconciler":
         """With clients for the services of `settings`; connects to nothing yet. Raises GateSettingsError."""
         registry = Registry(settings.registry_uri)
         torchserve = TorchServe(settings.inference_url, settings.management)
         gates = load_gates(settings.gates)
         executor = Executor(settings.store, registry, torchserve, gates, settings.evaluation_cache)
-        return cls(settings, registry, executor, tell, by)
+        return cls(settings, registry, executor, tell, by, overruled or {})
+
+    @property
+    def store(self) -> Path:
+        """The model store."""
+        return self.settings.store
 
     def forget(self, version: str) -> None:
         """Have a version judged anew. Raises RegistryUnavailable."""
@@ -209,7 +221,7 @@ class Reconciler:
         """Refuse at once what was refused before, by whichever promoter, with nothing fetched or loaded."""
         served = (actual.serving, actual.last_good)
         for release in self._asked:
-            waits = release in served or release in self.setbacks
+            waits = release in served or release in self.setbacks or release.version in self.overruled
             if waits or (release in actual.approved and release != desired.champion):
                 continue
             with suppress(RegistryUnavailable):  # then it is asked again later
@@ -254,6 +266,10 @@ class Reconciler:
         if not any(one and (one.version, one.digest) == (step.release.version, step.release.digest) for one in wanted):
             raise NotYet(f"Version {step.release.version} is not asked for any more; its {step.action} was stopped.")
 
+    def _forced(self, release: Release) -> dict[str, str] | None:
+        reason = self.overruled.get(release.version)
+        return {"by": self.by, "reason": reason} if reason else None
+
     def _blocked(self) -> frozenset[Release]:
         now = time.monotonic()
         return frozenset(release for release, one in self.setbacks.items() if one.final or now < one.retry_at)
@@ -263,9 +279,10 @@ class Reconciler:
         self.tell(Event(step, "begun"))
         began = time.monotonic()
         before = self.executor.ledger()
-        self.executor.progress = lambda remark: self._progress(step, began, remark)
         try:
-            remark = self.executor.run(step)
+            remark = self.executor.run(
+                step, lambda remark: self._progress(step, began, remark), self._forced(step.release)
+            )
         except NotYet as error:
             self.tell(Event(step, "waiting", time.monotonic() - began, str(error)))
             raise

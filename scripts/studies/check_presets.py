@@ -138,7 +138,7 @@ def promote(bundle: Bundle, settings: Settings) -> float:
                         raise CheckError(f"The served answers differ from the golden ones by {difference:.3f}.")
                     return difference
             time.sleep(1)
-    raise CheckError(f"It was not served within {PROMOTION_SECONDS} s; python scripts/promote.py --status says more.")
+    raise CheckError(f"It was not served within {PROMOTION_SECONDS} s; `python scripts/promote.py status` shows why.")
 
 
 def markdown(table: dict[str, dict[str, Any]]) -> str:
