@@ -82,7 +82,9 @@ def has_help(command: str) -> bool:
 
 
 def test_the_command_reader_recognises_commands_and_options():
-    text = "```\npython scripts/a.py IMAGE --json \\\n  --url URL # why\n```\n`python training/t.py x=1`, `b/c.sh up --d`"
+    text = (
+        "```\npython scripts/a.py IMAGE --json \\\n  --url URL # why\n```\n`python training/t.py x=1`, `b/c.sh up --d`"
+    )
     assert commands(text) == ["scripts/a.py IMAGE --json --url URL", "training/t.py x=1", "b/c.sh up --d"]
     assert [program(command) for command in commands(text)] == ["scripts/a.py", "training/t.py", "b/c.sh up"]
     assert options("a [--alias champion] --n=3 x--y") == {"--alias", "--n"}
