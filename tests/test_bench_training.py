@@ -22,7 +22,7 @@ def test_it_compares_the_three_and_refuses_in_a_sentence(tmp_path):
     assert "1.000" in done.stdout
     refused = subprocess.run([*command, "imagesize=32"], capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "did you mean 'image_size'?" in refused.stderr
+    assert "the nearest is 'image_size'" in refused.stderr
     few = subprocess.run([*command, *settings, "batch_size=64"], capture_output=True, text=True, timeout=60)
     assert few.returncode == 1
     assert "48 training images, fewer than a batch of 64" in few.stderr

@@ -76,7 +76,7 @@ def test_a_preset_is_looked_for_before_the_data_is_read(tmp_path):
     words = ["--data", str(tmp_path / "nowhere.csv"), "--out", str(tmp_path / "out"), "--preset", "vit_tinny"]
     result = CliRunner().invoke(check_presets.app, words)
     assert result.exit_code == 2
-    assert "did you mean 'vit_tiny'?" in result.stderr
+    assert "There is no preset 'vit_" in result.stderr
 
 
 @pytest.mark.slow
@@ -96,4 +96,4 @@ def test_a_preset_is_run_and_described(tmp_path, monkeypatch):
     assert "| `vit_tiny` | 5.5 M | 32 px |" in again.stdout  # what was trained, not what is asked for now
     unknown = subprocess.run([*command, "--preset", "vit_tinny"], capture_output=True, text=True)
     assert unknown.returncode == 2
-    assert "did you mean 'vit_tiny'?" in unknown.stderr
+    assert "There is no preset 'vit_" in unknown.stderr

@@ -1,7 +1,7 @@
-"""Training's settings.
+"""Training settings.
 
-A preset sets values, `key=value` wins over it, a command-line flag over both. Whatever is not understood is refused in
-one sentence that names the nearest right word, never ignored: a typo must not cost a night of training.
+Flags override `key=value`, which overrides the preset. Everything that is not understood is an error of whole sentences
+with the nearest name: a typo must not cost a night of training.
 """
 
 import pytest
@@ -14,15 +14,15 @@ from training.config import DEFAULT_PRESET, PRESETS, ConfigError, TrainConfig, f
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def refusal(*overrides: str, **kwargs: object) -> str:
+def refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        load_config(None, overrides, **kwargs)
+        load_config(None, overrides)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
-def test_flags_win_over_overrides_over_preset_over_base(tmp_path):
+def test_flags_override_key_value_which_overrides_preset_and_base(tmp_path):
     preset = tmp_path / "mine.yaml"
     preset.write_text("epochs: 2\nbatch_size: 2\nlr: 2e-3\n")
     base = {"epochs": 1, "batch_size": 1, "lr": 1.0, "seed": 1}
@@ -40,52 +40,51 @@ def test_flags_win_over_overrides_over_preset_over_base(tmp_path):
         ("model=vit", "architecture"),
         ("imagesize=64", "image_size"),
         ("early_stopping=3", "patience"),
-        ("optimizer=adamv", "adam"),
-        ("precision=bf_16", "bf16"),
-        ("device=gpu", "cpu"),
         ("architecture=vit_smal_patch16_224", "vit_small_patch16_224"),
         ("architecture=vit_small_patch16_224_in21k", "vit_small_patch16_224.augreg_in21k"),
         ("architecture=vit_tiny_patch16_224.augreg", "vit_tiny_patch16_224.augreg_in21k"),
         ("architecture=vit_tiny_patch16_224.nonsense", "vit_tiny_patch16_224"),
     ],
 )
-def test_unknown_words_are_refused_with_the_nearest_right_one(override, nearest):
-    assert f"did you mean '{nearest}'" in refusal(override)
+def test_unknown_names_are_refused_with_the_nearest_name(override, nearest):
+    assert f"the nearest is '{nearest}'." in refusal(override)
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
-        ("epochs=1.5", "epochs must be a whole number, not 1.5."),
-        ("epochs=ten", "epochs must be a whole number, not 'ten'."),
-        ("lr=fast", "lr must be a number, not 'fast'."),
-        ("flip=1", "flip must be true or false, not 1."),
-        ("architecture=7", "architecture must be text, not 7."),
-        ("epochs=0", "greater than or equal to 1"),
-        ("label_smoothing=1.5", "less than or equal to 1"),
-        ("crop_scale=0", "greater than 0"),
-        ("seed=-1", "seed must be greater than or equal to 0"),
-        ("epochs", "write key=value"),
-        ("lr=[1", "cannot be read"),
-        ("metadata=[age,", """cannot be read: '[age,'. Put all of it in quotes: "metadata=[…, …]"."""),
-        ("metadata=age", "metadata must be a list in brackets, such as [age], not 'age'."),
-        ("head_hidden=16", "head_hidden must be a list in brackets, such as [16], not 16."),
+        ("epochs=1.5", "epochs is 1.5: it must be a whole number."),
+        ("epochs=ten", "epochs is 'ten': it must be a whole number."),
+        ("lr=fast", "lr is 'fast': it must be a number."),
+        ("flip=1", "flip is 1: it must be true or false."),
+        ("architecture=7", "architecture is 7: it must be text."),
+        ("epochs=0", "epochs is 0: it must be at least 1."),
+        ("label_smoothing=1.5", "label_smoothing is 1.5: it must be at most 1.0."),
+        ("crop_scale=0", "crop_scale is 0: it must be more than 0.0."),
+        ("confidence_level=1", "confidence_level is 1: it must be less than 1.0."),
+        ("optimizer=adamv", "optimizer is 'adamv': it must be one of 'adamw' or 'adam'."),
+        ("device=gpu", "device is 'gpu': it must be one of 'auto', 'cpu', 'cuda' or 'mps'."),
+        ("epochs", "'epochs' is not a setting; write key=value, such as epochs=10."),
+        ("lr=}", "lr is '}': it must be a value in YAML, such as 3, text or [a, b]."),
+        ("metadata=[age,", "the list has no closing bracket. Quote the whole setting: \"metadata=[…, …]\"."),
+        ("metadata=age", "metadata is 'age': it must be a list in brackets, such as [age]."),
+        ("head_hidden=16", "head_hidden is 16: it must be a list in brackets, such as [16]."),
     ],
-)
-def test_wrong_values_are_refused(override, says):
-    assert says in refusal(override)
+)  # fmt: skip
+def test_wrong_values_are_refused(override, message):
+    assert message in refusal(override)
 
 
-def test_settings_that_contradict_each_other_are_refused():
+def test_contradictory_settings_are_refused():
     assert "cache_size=64 is smaller than image_size=128" in refusal("cache_size=64", "image_size=128")
     assert "pretrained=false" in refusal("stem=conv", "pretrained=true")
     assert "add pretrained=false" in refusal("initial_bundle=runs/NAME/bundle", "pretrained=true")
+    assert "mix_probability below 1" in refusal("metadata=[age]", "mixup_alpha=1", "mix_probability=1")
 
 
-def test_every_fault_is_told_at_once():
+def test_all_errors_are_reported_at_once():
     message = refusal("epochz=3", "flip=maybe")
-    assert "epochs" in message
-    assert "flip must be" in message
+    assert "'epochs'. flip is" in message or "false. There is no setting 'epochz'" in message
 
 
 def test_numbers_may_be_written_as_people_write_them():
@@ -94,10 +93,9 @@ def test_numbers_may_be_written_as_people_write_them():
     assert load_config(None, ["lr=1"]).lr == 1.0
 
 
-def test_an_unknown_preset_names_the_nearest_and_all():
-    with pytest.raises(ConfigError, match=r"did you mean 'vit_small'\?.*resnet18") as caught:
+def test_an_unknown_preset_is_refused_with_the_names_of_all():
+    with pytest.raises(ConfigError, match=r"There is no preset 'vit_smal'; choose one of .*resnet18, .*vit_small"):
         find_preset("vit_smal")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "epochs: [", "just words\n", ""])
@@ -108,7 +106,7 @@ def test_a_preset_that_is_no_table_is_refused(tmp_path, text):
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
-def test_no_override_leads_to_anything_but_a_config_or_a_sentence(key, value):
+def test_any_override_gives_a_config_or_a_sentence(key, value):
     sentence = ""
     try:
         load_config(None, [f"{key}={value}"])
@@ -118,18 +116,16 @@ def test_no_override_leads_to_anything_but_a_config_or_a_sentence(key, value):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_presets_are_valid_and_say_what_they_are(name):
+def test_presets_are_valid_and_state_command_hardware_and_expectation(name):
     config = load_config(name)
     head = find_preset(name).read_text().split("name:")[0]
     assert config.name == name
-    assert timm.is_model(config.architecture)
     assert f"python training/train.py --config {name}" in head
     assert "hardware" in head
     assert "expected" in head
 
 
 def test_the_default_preset_is_pretrained():
-    assert DEFAULT_PRESET in NAMES
     assert load_config(DEFAULT_PRESET).pretrained
 
 
@@ -138,11 +134,11 @@ def test_preprocessing_is_that_of_the_pretrained_weights():
     assert load_config(None, ["architecture=vit_small_patch16_224"]).preprocessing.mean == (0.5, 0.5, 0.5)
 
 
-def test_every_model_that_timm_lists_can_be_trained_from_scratch_whether_it_has_weights_or_not():
+def test_every_timm_model_can_be_configured_with_or_without_weights():
     for name in timm.list_models():
         assert TrainConfig(architecture=name).preprocessing.std > (0, 0, 0)
     assert not timm.is_model_pretrained("coatnet_0_224")
-    assert load_config(None, ["architecture=coatnet_0_224", "pretrained=false"]).preprocessing.mean == (0.5, 0.5, 0.5)
+    assert load_config(None, ["architecture=coatnet_0_224"]).preprocessing.mean == (0.5, 0.5, 0.5)
 
 
 def test_a_config_survives_being_written_down():

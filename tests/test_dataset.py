@@ -45,7 +45,8 @@ def frame(tmp_path):
 
 
 def augment(*overrides, size=32):
-    return Augment(load_config(None, [f"image_size={size}", *overrides]))
+    config = load_config(None, [f"image_size={size}", *overrides])
+    return Augment(config, config.preprocessing)
 
 
 def generator(seed=0):

@@ -418,7 +418,7 @@ def test_hostile_values_are_their_own_requests_400(ask, sample_images, fields, w
 def test_settings():
     assert load_config(None, ["metadata=[age, site]"]).metadata_inputs == Metadata.of(["age", "site"])
     assert load_config(None).metadata_inputs == Metadata()
-    with pytest.raises(ConfigError, match="metadata must be one of age, sex, site, not 'colour'"):
+    with pytest.raises(ConfigError, match="metadata is 'colour': it must be one of 'age', 'sex' or 'site'"):
         load_config(None, ["metadata=[colour]"])
     with pytest.raises(ConfigError, match="mix_probability below 1"):
         load_config(None, ["metadata=[age]", "mixup_alpha=1", "mix_probability=1"])

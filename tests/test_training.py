@@ -327,10 +327,10 @@ def command(*args):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["epochz=3"], "did you mean 'epochs'?"),
-        (["--config", "vit_smal"], "did you mean 'vit_small'?"),
-        (["--epochs", "0"], "epochs must be greater than or equal to 1"),
-        (["--batch_size", "-1"], "batch_size must be greater"),
+        (["epochz=3"], "the nearest is 'epochs'"),
+        (["--config", "vit_smal"], "There is no preset 'vit_smal'"),
+        (["--epochs", "0"], "epochs is 0: it must be at least 1."),
+        (["--batch_size", "-1"], "batch_size is -1: it must be at least 1."),
         (["device=mps"], "device=mps is not available"),
     ],
 )

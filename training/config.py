@@ -1,7 +1,8 @@
-"""Training settings: one flat table, checked before anything starts.
+"""Training settings, checked before anything starts.
 
-A preset (`training/configs/NAME.yaml`) sets values, `key=value` on the command line wins over it. A setting nobody
-knows, or a value of the wrong type, is refused with the nearest right name; nothing is ever silently ignored.
+`TrainConfig` is a flat table for people, and the sum of five groups for code: a function takes the group that it uses.
+A preset (`training/configs/NAME.yaml`) sets values; `key=value` on the command line overrides it. An unknown setting or
+a value of the wrong type is an error, never ignored.
 """
 
 import difflib
@@ -22,11 +23,12 @@ from mlflow_tracking.settings import ROOT
 PRESETS = ROOT / "training" / "configs"
 DEFAULT_PRESET = "vit_small"
 
+Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
-# What other tools call a setting; difflib alone would not find these.
+# Names that other tools use for a setting and that difflib would not match.
 SYNONYMS = {
     "batch": "batch_size",
     "bs": "batch_size",
@@ -54,85 +56,148 @@ SYNONYMS = {
     "dataset": "manifest",
 }
 
+# One sentence for each kind of error that pydantic reports.
+SENTENCES = {
+    "int_type": "{key} is {value!r}: it must be a whole number.",
+    "float_type": "{key} is {value!r}: it must be a number.",
+    "bool_type": "{key} is {value!r}: it must be true or false.",
+    "string_type": "{key} is {value!r}: it must be text.",
+    "list_type": "{key} is {value!r}: it must be a list in brackets, such as [{value}].",
+    "greater_than": "{key} is {value!r}: it must be more than {gt}.",
+    "greater_than_equal": "{key} is {value!r}: it must be at least {ge}.",
+    "less_than": "{key} is {value!r}: it must be less than {lt}.",
+    "less_than_equal": "{key} is {value!r}: it must be at most {le}.",
+    "literal_error": "{key} is {value!r}: it must be one of {expected}.",
+    "finite_number": "{key} is {value!r}: it must be a finite number.",
+    "value_error": "{error}",
+}
+
 
 class ConfigError(UsageError):
-    """Settings that cannot be used, with a sentence saying which and what to write instead."""
+    """Settings that cannot be used."""
 
 
-class TrainConfig(BaseModel):
-    """Every setting of a training run. Sizes are in pixels, angles in degrees, shares in [0, 1]."""
-
+class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    name: str = Field("skin_vit", description="names the run and its default output folder")
-    experiment: str = Field("skin_vit", description="MLflow experiment")
 
-    # data
-    manifest: str = Field(str(ROOT / "data" / "manifest.csv"), description="the data set, as prepare_data writes it")
-    data_dir: str = Field(
-        str(ROOT / "data"), description="makes the manifest that is not there; where that is named, name this too"
-    )
-    cache_dir: str = Field("", description="resized images; empty: `cache` beside the manifest")
-    image_size: int = Field(224, ge=16, description="side of the network's input")
-    cache_size: int = Field(0, ge=0, description="side of the cached training images; 0: image_size")
+class DataSettings(_Group):
+    """Where images come from. Sizes in pixels."""
 
-    # model
+    manifest: str = Field(str(ROOT / "data" / "manifest.csv"), description="the data set, written by prepare_data.py")
+    data_dir: str = Field(str(ROOT / "data"), description="folder of images that a missing manifest is made from")
+    cache_dir: str = Field("", description="folder of resized images; empty: `cache` next to the manifest")
+    cache_size: Count = Field(0, description="side of the cached training images; 0: image_size")
+
+
+class ModelSettings(_Group):
+    """The network and its inputs."""
+
+    image_size: int = Field(224, ge=16, description="side of the network's input in pixels")
     architecture: str = Field("vit_small_patch16_224", description="a timm model name")
     pretrained: bool = Field(False, description="start from the model hub's weights")
     initial_bundle: str = Field(
-        "", description="a bundle of the same backbone to start from; image_size and classes may be others"
+        "", description="bundle with the same backbone to start from; image_size and classes may differ"
     )
     stem: Literal["patch", "conv", "resnet"] = Field(
-        "patch", description="conv, resnet: convolutions in place of a ViT's patch projection"
+        "patch", description="conv, resnet: convolutions instead of a ViT's patch projection"
     )
-    depth: int = Field(0, ge=0, description="blocks of a ViT; 0: the architecture's")
+    depth: Count = Field(0, description="blocks of a ViT; 0: the architecture's own number")
     head_hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        [], description="widths of hidden layers in the head, each with batch norm; such a model is served by torch"
+        [], description="widths of hidden layers in the head, each with batch norm; served by torch only"
     )
     drop_rate: Probability = Field(0.0, description="dropout before the head, and in its hidden layers")
     drop_path_rate: Probability = Field(0.0, description="stochastic depth")
-    metadata: list[Literal["age", "sex", "site"]] = Field([], description="what the model takes beside the picture")
+    metadata: list[Literal["age", "sex", "site"]] = Field([], description="patient data that the model takes as input")
     metadata_drop: Probability = Field(
-        0.25, description="share of training images that all of it is withheld from, and of each value of the others"
+        0.25, description="share of training images that lose all metadata; the others lose each value with this chance"
     )
 
-    # optimisation
+    @field_validator("architecture")
+    @classmethod
+    def _exists(cls, architecture: str) -> str:
+        if not timm.is_model(architecture):
+            nearest = _nearest(architecture, timm.list_models())
+            raise ValueError(f"timm has no model {architecture!r}; the nearest is {nearest!r}.")
+        try:
+            pretrained_cfg = timm.get_pretrained_cfg(architecture)
+        except RuntimeError:  # the tag does not exist
+            pretrained_cfg = None
+        if pretrained_cfg is None:  # timm builds deprecated names too, but has no weights and no mean and std for them
+            current = timm.models.get_deprecated_models().get(architecture) or architecture
+            name = current.partition(".")[0]
+            nearest = _nearest(current, [name, *timm.list_pretrained(f"{name}.*")])
+            raise ValueError(f"{architecture!r} is not a current timm name or tag; the nearest is {nearest!r}.")
+        return architecture
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of handlers.backbone.build_backbone that differ from timm's defaults."""
+        values: dict[str, Any] = {
+            "depth": self.depth,
+            "drop_rate": self.drop_rate,
+            "drop_path_rate": self.drop_path_rate,
+            "head_hidden": list(self.head_hidden),
+            "stem": self.stem.removeprefix("patch"),
+        }
+        return {key: value for key, value in values.items() if value}
+
+    @property
+    def metadata_inputs(self) -> Metadata:
+        """The metadata that the model takes, as its bundle describes them."""
+        return Metadata.of(self.metadata)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The network's input, with the mean and standard deviation of timm's weights for this architecture."""
+        pretrained_cfg: Any = timm.get_pretrained_cfg(self.architecture)  # never None: see _exists
+        mean, std = (tuple(float(value) for value in values) for values in (pretrained_cfg.mean, pretrained_cfg.std))
+        return Preprocessing(self.image_size, mean, std)  # type: ignore[arg-type]  # timm: three channels
+
+
+class OptimizationSettings(_Group):
+    """Optimiser, schedule and length of the training."""
+
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(64, ge=1)
     optimizer: Literal["adamw", "adam"] = "adamw"
     lr: Positive = Field(3e-4, description="peak learning rate")
     weight_decay: NonNegative = Field(0.05, description="not applied to norms, biases, position and class tokens")
     scheduler: Literal["cosine", "restarts", "constant"] = "cosine"
-    restart_epochs: Positive = Field(10.0, description="first period of scheduler=restarts; each next is twice as long")
+    restart_epochs: Positive = Field(10.0, description="first period of scheduler=restarts; each period doubles")
     layer_decay: Probability = Field(
-        1.0, gt=0, description="discriminative learning rates: each layer's is this times that of the one above"
+        1.0, gt=0, description="each layer's learning rate is this times that of the layer above"
     )
-    freeze_epochs: int = Field(
-        0, ge=0, description="epochs at first that train only the heads that begin anew; all heads, if none does"
+    freeze_epochs: Count = Field(
+        0, description="first epochs that train only the new heads, or all heads if none is new"
     )
     warmup_epochs: NonNegative = Field(2.0, description="linear warm-up")
-    min_lr: NonNegative = Field(1e-6, description="where the cosine ends")
+    min_lr: NonNegative = Field(1e-6, description="learning rate at the end of the cosine")
     grad_clip: NonNegative = Field(1.0, description="largest gradient norm; 0: no clipping")
     ema_decay: Probability = Field(
-        0.999, description="moving average of the weights: its decay at step s is 1 - s^(-2/3), at most this; 0: none"
+        0.999, description="moving average of the weights: decay at step s is 1 - s^(-2/3), at most this; 0: off"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="autocast; auto: the device's best")
 
-    # loss and sampling
+
+class LossSettings(_Group):
+    """Loss, sampling, and the correction for class frequencies."""
+
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     focal_gamma: NonNegative = 2.0
     label_smoothing: Probability = 0.0
     class_weight_power: Probability = Field(0.0, description="loss weight = frequency^-power: 0 equal, 1 balanced")
-    sampler_power: Probability = Field(
-        0.0, description="draw weight = frequency^-power: 0 as is, 1 balanced, .5 between"
-    )
+    sampler_power: Probability = Field(0.0, description="sampling weight = frequency^-power: 0 unchanged, 1 balanced")
     logit_adjustment: Probability = Field(
-        0.0, description="share of the logarithm of the class frequencies that is taken off the trained logits"
+        0.0, description="share of the log class frequencies subtracted from the trained logits"
     )
 
-    # augmentation of the training images
-    flip: bool = Field(True, description="mirror at random")
-    rotate90: bool = Field(True, description="quarter turns at random")
+
+class AugmentationSettings(_Group):
+    """Random changes of the training images. Angles in degrees, shares in [0, 1]."""
+
+    flip: bool = Field(True, description="random mirror image")
+    rotate90: bool = Field(True, description="random quarter turns")
     rotate_degrees: NonNegative = Field(15.0, description="further rotation, up to +- this")
     translate: Probability = Field(0.05, description="shift, up to +- this share of the side")
     crop_scale: Probability = Field(
@@ -144,78 +209,45 @@ class TrainConfig(BaseModel):
     saturation: Probability = 0.2
     hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.03, description="share of the colour circle, up to +- this")
     randaugment: Annotated[int, Field(ge=0, le=30)] = Field(
-        0, description="magnitude of RandAugment, two operations an image, before all others; 0: none"
+        0, description="magnitude of RandAugment, two operations per image, before all others; 0: off"
     )
     mixup_alpha: NonNegative = Field(0.0, description="Beta(alpha, alpha); 0: no mixup")
     cutmix_alpha: NonNegative = Field(0.0, description="Beta(alpha, alpha); 0: no cutmix")
-    mix_probability: Probability = Field(0.5, description="share of batches that mixup or cutmix touch")
+    mix_probability: Probability = Field(0.5, description="share of batches that mixup or cutmix change")
 
-    # the end of training, and after it
-    monitor: Literal["balanced_accuracy", "loss"] = Field("balanced_accuracy", description="picks the best epoch (val)")
-    patience: int = Field(0, ge=0, description="epochs without a better one before stopping early; 0: never")
-    confidence_level: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="of the conformal sets")
-    bootstrap: int = Field(500, ge=0, description="resamplings for the confidence intervals")
 
-    # the run
-    seed: int = Field(0, ge=0)
+class TrainConfig(AugmentationSettings, LossSettings, OptimizationSettings, ModelSettings, DataSettings):
+    """Every setting of a training run."""
+
+    name: str = Field("skin_vit", description="name of the run and of its default output folder")
+    experiment: str = Field("skin_vit", description="MLflow experiment")
+    seed: Count = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: int = Field(0, ge=0, description="CPU threads; 0: torch's choice")
+    threads: Count = Field(0, description="CPU threads; 0: torch's choice")
     output: str = Field("", description="folder of checkpoints and bundle; empty: runs/NAME-TIME")
-
-    @field_validator("architecture")
-    @classmethod
-    def _exists(cls, architecture: str) -> str:
-        if not timm.is_model(architecture):
-            raise ValueError(f"a timm model{_suggest(architecture, timm.list_models())}")
-        try:
-            described = timm.get_pretrained_cfg(architecture)
-        except RuntimeError:  # a tag that it does not have
-            described = None
-        if described is None:  # by a former name timm builds a model, but knows no weights and no standardisation
-            present = timm.models.get_deprecated_models().get(architecture) or architecture
-            name = present.partition(".")[0]
-            near = _suggest(present, [name, *timm.list_pretrained(f"{name}.*")])
-            raise ValueError(f"a timm model by its present name, with a tag that it has or none{near}")
-        return architecture
+    monitor: Literal["balanced_accuracy", "loss"] = Field(
+        "balanced_accuracy", description="validation figure that chooses the best epoch"
+    )
+    patience: Count = Field(0, description="epochs without improvement before stopping early; 0: never")
+    confidence_level: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="coverage of the conformal sets")
+    bootstrap: Count = Field(500, description="resamples for the confidence intervals")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.stem != "patch" and self.pretrained:
-            raise ValueError(f"stem={self.stem} has no pretrained weights: use stem=patch or pretrained=false")
+            raise ValueError(f"stem={self.stem} has no pretrained weights; use stem=patch or pretrained=false.")
         if self.initial_bundle and self.pretrained:
-            raise ValueError("both initial_bundle and pretrained=true name weights to start from: add pretrained=false")
+            raise ValueError("initial_bundle and pretrained=true both name initial weights; add pretrained=false.")
         if 0 < self.cache_size < self.image_size:
-            raise ValueError(f"cache_size={self.cache_size} is smaller than image_size={self.image_size}")
+            raise ValueError(
+                f"cache_size={self.cache_size} is smaller than image_size={self.image_size}; use cache_size=0 or more."
+            )
         if self.metadata and (self.mixup_alpha or self.cutmix_alpha) and self.mix_probability == 1:
-            raise ValueError("metadata is learnt from pictures that are not mixed: use mix_probability below 1")
+            raise ValueError("Mixed images have no metadata to learn from; use mix_probability below 1.")
         return self
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of handlers.backbone.build_backbone that differ from timm's defaults."""
-        given: dict[str, Any] = {
-            "depth": self.depth,
-            "drop_rate": self.drop_rate,
-            "drop_path_rate": self.drop_path_rate,
-        }
-        given |= {"head_hidden": list(self.head_hidden)}
-        options: dict[str, Any] = {key: value for key, value in given.items() if value}
-        return options | ({"stem": self.stem} if self.stem != "patch" else {})
-
-    @property
-    def metadata_inputs(self) -> Metadata:
-        """What the model takes beside the picture, as its bundle keeps it."""
-        return Metadata.of(self.metadata)
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """The network's input, standardised as timm's weights of this architecture expect it."""
-        pretrained_cfg: Any = timm.get_pretrained_cfg(self.architecture)  # never None: see _exists
-        mean, std = (tuple(float(value) for value in values) for values in (pretrained_cfg.mean, pretrained_cfg.std))
-        return Preprocessing(self.image_size, mean, std)  # type: ignore[arg-type]  # timm: three channels
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by the names used in YAML and on the command line."""
+        """Return plain values by the names used in YAML and on the command line."""
         return self.model_dump()
 
 
@@ -225,12 +257,12 @@ def load_config(
     flags: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """Put a configuration together; later sources win: `base`, preset, overrides, flags.
+    """Combine settings; later sources win: `base`, preset, overrides, flags.
 
     Args:
         preset: a YAML file, or the name of one in training/configs.
-        overrides: "key=value" strings, the value in YAML.
-        flags: values from command-line options; None means not given.
+        overrides: "key=value" strings, with the value in YAML.
+        flags: values of command-line options; None means that the option is absent.
         base: values to start from, such as those of a resumed run.
 
     Raises:
@@ -248,22 +280,22 @@ def load_config(
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(" ".join(_sentence(fault) for fault in error.errors())) from None
+        raise ConfigError(" ".join(_sentence(detail) for detail in error.errors())) from None
 
 
 def find_preset(preset: str | Path) -> Path:
-    """The file of a preset given by path or by name. Raises ConfigError with the nearest name if there is none."""
+    """Return the file of a preset given by path or by name. Raises ConfigError."""
     path = Path(preset)
     if path.is_file():
         return path
-    known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
-    if str(preset) in known:
-        return PRESETS / f"{preset}.yaml"
-    raise ConfigError(f"There is no preset {str(preset)!r}{_suggest(path.stem, known)}; known: {', '.join(known)}.")
+    names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+    if str(preset) not in names:
+        raise ConfigError(f"There is no preset {str(preset)!r}; choose one of {', '.join(names)}.")
+    return PRESETS / f"{preset}.yaml"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML would read 1e-3 as a string, for want of a dot."""
+    """A loader with YAML 1.2's floats: PyYAML reads 1e-3 as text because it has no dot."""
 
 
 _Loader.add_implicit_resolver(
@@ -275,9 +307,11 @@ def _value(text: str, key: str) -> Any:
     try:
         return yaml.load(text, _Loader) if text else ""
     except yaml.YAMLError:
-        # A shell divides key=[a, b] at its space.
-        hint = f' Put all of it in quotes: "{key}=[…, …]".' if text.count("[") > text.count("]") else ""
-        raise ConfigError(f"The value of {key} cannot be read: {text!r}.{hint}") from None
+        if text.count("[") > text.count("]"):  # a shell splits key=[a, b] at the space
+            raise ConfigError(
+                f'{key} is {text!r}: the list has no closing bracket. Quote the whole setting: "{key}=[…, …]".'
+            ) from None
+        raise ConfigError(f"{key} is {text!r}: it must be a value in YAML, such as 3, text or [a, b].") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -286,39 +320,19 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path} must hold settings, one `key: value` a line.")
+        raise ConfigError(f"{path} must hold one `key: value` per line.")
     return values
 
 
-def _suggest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+def _nearest(word: str, names: Iterable[str]) -> str:
+    return difflib.get_close_matches(word, list(names), n=1, cutoff=0)[0]
 
 
-def _suggest_setting(word: str) -> str:
-    """Nearest setting, by its own name or by what other tools call it."""
-    near = difflib.get_close_matches(word, [*TrainConfig.model_fields, *SYNONYMS], n=1, cutoff=0.4)
-    return f" (did you mean {SYNONYMS.get(near[0], near[0])!r}?)" if near else ""
-
-
-def _sentence(fault: Any) -> str:
-    """One sentence for one of pydantic's error details."""
-    key = str(fault["loc"][0]) if fault["loc"] else ""
-    given = fault["input"]
-    if fault["type"] == "extra_forbidden":
-        return f"There is no setting {key!r}{_suggest_setting(key)}."
-    if fault["type"] == "literal_error":
-        choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
-        return f"{key} must be one of {', '.join(choices)}, not {given!r}{_suggest(str(given), choices)}."
-    if fault["type"] == "list_type":
-        return f"{key} must be a list in brackets, such as [{given}], not {given!r}."
-    wanted = {
-        "int_type": "a whole number",
-        "float_type": "a number",
-        "bool_type": "true or false",
-        "string_type": "text",
-    }
-    if fault["type"] in wanted:
-        return f"{key} must be {wanted[fault['type']]}, not {given!r}."
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{key} must be {message}, not {given!r}." if key else f"The settings do not fit together: {message}."
+def _sentence(detail: Any) -> str:
+    """Return one sentence for one of pydantic's error details."""
+    key = str(detail["loc"][0]) if detail["loc"] else ""
+    if detail["type"] == "extra_forbidden":
+        nearest = _nearest(key, [*TrainConfig.model_fields, *SYNONYMS])
+        return f"There is no setting {key!r}; the nearest is {SYNONYMS.get(nearest, nearest)!r}."
+    template = SENTENCES.get(detail["type"], "{key} is {value!r}: {message}.")
+    return template.format(key=key, value=detail["input"], message=detail["msg"], **detail.get("ctx", {}))

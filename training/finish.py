@@ -93,7 +93,11 @@ def finish(
         counts = np.bincount(data["train"].labels, minlength=len(classes))
         lower_bias(model, prior_logits(counts.tolist(), config.logit_adjustment))
     model.to(device)
-    found = {split: outputs_of(model, images, config, device) for split, images in data.items() if split != "train"}
+    found = {
+        split: outputs_of(model, images, config.batch_size, config.preprocessing, device)
+        for split, images in data.items()
+        if split != "train"
+    }
     pictures = {split: outputs for split, (outputs, _) in found.items()}
     space = find_space(model, pictures["val"], data["val"].labels)
     residuals = {split: space.residuals(outputs.features) if space else None for split, outputs in pictures.items()}

@@ -1,5 +1,4 @@
-"""The training losses, all for soft targets, so that label smoothing and mixup need no second version; and what may be
-taken off the logits after training."""
+"""The training loss for soft targets, class weights, and logit adjustment."""
 
 from collections.abc import Sequence
 
@@ -35,11 +34,11 @@ class ClassificationLoss(nn.Module):
         self.gamma = gamma
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Scalar loss of logits (N, K) against class indices (N,) or distributions (N, K)."""
+        """Return the loss of logits (N, K) for class indices (N,) or distributions (N, K)."""
         classes = logits.shape[-1]
         if targets.ndim == 1:
             targets = F.one_hot(targets, classes)
-        # In bf16 a log-softmax loses the small probabilities that the loss is about.
+        # In bf16 a log-softmax loses small probabilities.
         log_p = F.log_softmax(logits.float(), dim=-1)
         y = targets.float() * (1 - self.label_smoothing) + self.label_smoothing / classes
         if self.weights is not None:
@@ -50,10 +49,9 @@ class ClassificationLoss(nn.Module):
 
 
 def class_weights(counts: Sequence[int], power: float) -> Tensor:
-    """Weights proportional to count^-power whose mean over the images (not the classes) is 1.
+    """Return weights proportional to count^-power: 0 gives equal weights, 1 gives every class the same total weight.
 
-    That mean keeps the size of the loss, and so the meaning of the learning rate, whatever the power: 0 gives equal
-    weights, 1 lets every class count the same in total.
+    Their mean over the images is 1, so that the power does not change the size of the loss.
     """
     n = torch.tensor(counts, dtype=torch.float64)
     weights = n.pow(-power)
@@ -61,10 +59,10 @@ def class_weights(counts: Sequence[int], power: float) -> Tensor:
 
 
 def prior_logits(counts: Sequence[int], power: float) -> NDArray[np.float64]:
-    """What post-hoc logit adjustment takes off the logits (K,): power * log(count / all), for classes that have images.
+    """Return the logits (K,) that post-hoc logit adjustment subtracts: power * log(count / all).
 
-    Menon et al. 2021, "Long-Tail Learning via Logit Adjustment", where `power` is tau. 0 leaves the logits alone; 1
-    removes the training set's class frequencies from them, and nothing else.
+    Menon et al. 2021, "Long-Tail Learning via Logit Adjustment", where `power` is tau. 0 changes nothing; 1 removes the
+    training set's class frequencies. Every count must be positive.
     """
     n = np.asarray(counts, np.float64)
     return np.asarray(power * np.log(n / n.sum()))

@@ -1,8 +1,8 @@
-"""The ingredients of the training loop that a configuration chooses: device, seeds, optimiser, schedule, mixing."""
+"""The parts of the training loop that settings choose: device, seeds, network, optimiser, schedule, loss, mixing."""
 
 import math
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms import v2
 
-from training.config import ConfigError, TrainConfig
+from handlers.backbone import BackboneError, build_backbone
+from handlers.gradcam import grad_cam
+from training.config import AugmentationSettings, ConfigError, LossSettings, ModelSettings, OptimizationSettings
+from training.losses import ClassificationLoss, class_weights
 
 
 def seed_everything(seed: int, epoch: int) -> torch.Generator:
-    """Seed every global generator for one epoch, and return one for the augmentation."""
+    """Seed every global generator for one epoch, and return a generator for the augmentation."""
     number = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
     random.seed(number)
     np.random.seed(number)
@@ -25,71 +28,107 @@ def seed_everything(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def choose_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
-    """The device, and the type that autocast computes in (float32: no autocast).
+def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """Return the device, and the type that autocast computes in (float32: no autocast).
 
-    Raises ConfigError for a device that this machine does not have.
+    Args:
+        device: "cuda", "mps" or "cpu"; "auto": the first of them that this machine has.
+        precision: "fp32", "bf16" or "fp16"; "auto": bf16 or fp16 on CUDA, else fp32.
+
+    Raises:
+        ConfigError: this machine does not have the device.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(name for name in there if there[name]) if config.device == "auto" else config.device
-    if not there[name]:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(name for name in available if available[name]) if device == "auto" else device
+    if not available[name]:
         raise ConfigError(f"device={name} is not available on this machine; use device=auto.")
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if config.precision != "auto":
-        return torch.device(name), named[config.precision]
+    if precision != "auto":
+        types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return torch.device(name), types[precision]
     if name == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slower than fp32
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated bf16 is slower than fp32
         return torch.device(name), torch.bfloat16 if bf16 else torch.float16
     return torch.device(name), torch.float32
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam; norms, biases, position and class tokens are not decayed.
+def make_model(settings: ModelSettings, classes: int, pretrained: bool = False) -> nn.Module:
+    """Return the network on the CPU, with timm's pretrained weights or random ones. Raises BackboneError."""
+    return build_backbone(
+        settings.architecture,
+        classes,
+        settings.image_size,
+        pretrained,
+        settings.options,
+        len(settings.metadata_inputs.columns),
+    )
+
+
+def check_explainable(model: nn.Module, settings: ModelSettings) -> None:
+    """Explain an empty image, so that a network without Grad-CAM is refused before training. Raises BackboneError."""
+    image = torch.zeros(1, 3, settings.image_size, settings.image_size)
+    try:
+        with torch.no_grad():
+            grad_cam(model.eval())(image, torch.tensor([-1]))
+    except Exception as error:  # timm's models fail in many ways
+        raise BackboneError(
+            f"Grad-CAM cannot explain {settings.architecture} ({type(error).__name__}: {str(error)[:200]}); choose a "
+            "vision transformer, ResNet, EfficientNet or EfficientNetV2 of timm."
+        ) from error
+
+
+def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.optim.Optimizer:
+    """Return AdamW or Adam without weight decay on norms, biases, position and class tokens.
 
     Each group has `lr_scale`, the factor of its learning rate: 1, or with `layer_decay` the layer's power of it (Clark
     et al. 2020, "ELECTRA"; layers as timm groups them).
     """
-    kept: Collection[str] = getattr(model, "no_weight_decay", tuple)()
-    if config.layer_decay < 1:
+    undecayed: Collection[str] = getattr(model, "no_weight_decay", tuple)()
+    if settings.layer_decay < 1:
         groups = param_groups_layer_decay(
-            model, config.weight_decay, no_weight_decay_list=kept, layer_decay=config.layer_decay
+            model, settings.weight_decay, no_weight_decay_list=undecayed, layer_decay=settings.layer_decay
         )
     else:
-        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=kept)
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
-    return kind([{"lr_scale": 1.0, **group} for group in groups], lr=config.lr, fused=True)
+        groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=undecayed)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.optimizer]
+    return kind([{"lr_scale": 1.0, **group} for group in groups], lr=settings.lr, fused=True)
+
+
+def make_loss(settings: LossSettings, counts: Sequence[int]) -> ClassificationLoss:
+    """Return the training loss for classes with these `counts` of training images."""
+    weights = class_weights(counts, settings.class_weight_power) if settings.class_weight_power else None
+    gamma = settings.focal_gamma if settings.loss == "focal" else 0.0
+    return ClassificationLoss(weights, settings.label_smoothing, gamma)
 
 
 def attention_kernel(device: torch.device) -> AbstractContextManager[None]:
-    """How attention is computed within: on the CPU by plain products, since the backward pass of torch's fused kernel
-    takes a quarter of the whole step there (64 tokens, bf16); elsewhere as torch chooses."""
+    """Choose the attention kernel: plain products on the CPU, where the backward pass of torch's fused kernel is slow,
+    and torch's own choice elsewhere."""
     kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     return kernel
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Learning rate of optimiser step `step` (from 0) where an epoch has `steps`: linear warm-up, then the schedule.
+def learning_rate(settings: OptimizationSettings, step: int, steps: int) -> float:
+    """Return the learning rate of step `step` (from 0) of epochs with `steps` steps: linear warm-up, then the schedule.
 
-    `restarts` is the cosine begun again after `restart_epochs`, and each time with twice the period (SGDR with T_mult
-    = 2; Loshchilov & Hutter 2017).
+    `restarts` restarts the cosine after `restart_epochs`, with each period twice as long as the one before (SGDR with
+    T_mult = 2; Loshchilov & Hutter 2017).
     """
-    warmup = config.warmup_epochs * steps
+    warmup = settings.warmup_epochs * steps
     if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.scheduler == "constant":
-        return config.lr
-    since, period = step - warmup, max(1.0, config.epochs * steps - warmup)
-    if config.scheduler == "restarts":
-        period = config.restart_epochs * steps
+        return settings.lr * (step + 1) / warmup
+    if settings.scheduler == "constant":
+        return settings.lr
+    since, period = step - warmup, max(1.0, settings.epochs * steps - warmup)
+    if settings.scheduler == "restarts":
+        period = settings.restart_epochs * steps
         while since >= period:
             since, period = since - period, 2 * period
     done = min(1.0, since / period)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_trainable(model: nn.Module, heads: Collection[str] = ()) -> None:
-    """Put the model into training mode: all of it, or the heads of these names alone, with the rest as it is when it
-    predicts."""
+    """Put the whole model into training mode, or only these heads; the rest is then frozen in evaluation mode."""
     model.train(not heads)
     model.requires_grad_(not heads)
     for name in heads:
@@ -97,22 +136,22 @@ def set_trainable(model: nn.Module, heads: Collection[str] = ()) -> None:
 
 
 def heads_of(model: nn.Module) -> list[str]:
-    """The names of the classifier and, where there is one, of the head for metadata."""
+    """Return the names of the classifier and of the metadata head, if the model has one."""
     backbone: Any = model
     names = (backbone.default_cfg["classifier"], "metadata_head")
     return [name for name in names if hasattr(backbone, name)]
 
 
-def make_mix(config: TrainConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) by the batch; targets become distributions (N, classes)."""
-    ways: list[nn.Module] = []
-    if config.mixup_alpha:
-        ways.append(v2.MixUp(alpha=config.mixup_alpha, num_classes=classes))
-    if config.cutmix_alpha:
-        ways.append(v2.CutMix(alpha=config.cutmix_alpha, num_classes=classes))
-    if not ways:
+def make_mix(settings: AugmentationSettings, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a batch; mixed targets are (N, classes)."""
+    transforms: list[nn.Module] = []
+    if settings.mixup_alpha:
+        transforms.append(v2.MixUp(alpha=settings.mixup_alpha, num_classes=classes))
+    if settings.cutmix_alpha:
+        transforms.append(v2.CutMix(alpha=settings.cutmix_alpha, num_classes=classes))
+    if not transforms:
         return lambda images, labels: (images, labels)
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = v2.RandomApply(
-        [v2.RandomChoice(ways)], config.mix_probability
+        [v2.RandomChoice(transforms)], settings.mix_probability
     )
     return mix

@@ -99,7 +99,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         Interrupted: a signal came before the first epoch.
         SystemExit: a signal came later; with 128 and its number.
     """
-    device, precision = choose_device(config)
+    device, precision = choose_device(config.device, config.precision)
     if config.threads:
         torch.set_num_threads(config.threads)
 
@@ -148,7 +148,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     gamma = config.focal_gamma if config.loss == "focal" else 0.0
     criterion = ClassificationLoss(weights, config.label_smoothing, gamma).to(device)
     prior = prior_logits(counts.tolist(), config.logit_adjustment)
-    augment, mix = Augment(config), make_mix(config, len(classes))
+    augment, mix = Augment(config, config.preprocessing), make_mix(config, len(classes))
 
     start = 0
     history: list[dict[str, Any]] = []
@@ -231,7 +231,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             if not math.isfinite(train_loss):
                 raise TrainingError(f"The loss is {train_loss} in epoch {epoch + 1}; try a lower lr or precision=fp32.")
 
-            found = predict(ema.module, data["val"], config, device, precision)
+            found = predict(ema.module, data["val"], config.batch_size, config.preprocessing, device, precision)
             judged = validation(data["val"].labels, found - prior)
             row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": lr, **judged}
             row["seconds"] = time.monotonic() - began

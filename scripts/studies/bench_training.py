@@ -50,12 +50,12 @@ class Step:
     without mixing, focal loss, class weights, metadata, the moving average of the weights and fp16's loss scaling."""
 
     def __init__(self, config: TrainConfig, classes: int) -> None:
-        self.device, self.precision = choose_device(config)
+        self.device, self.precision = choose_device(config.device, config.precision)
         model = build_backbone(config.architecture, classes, config.image_size, options=config.options)
         self.model = model.to(self.device).to(memory_format=torch.channels_last).train()
         self.optimizer = make_optimizer(self.model, config)
         self.criterion = ClassificationLoss(label_smoothing=config.label_smoothing)
-        self.augment = Augment(config)
+        self.augment = Augment(config, config.preprocessing)
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> None:

@@ -28,7 +28,7 @@ from handlers.errors import UserError
 from handlers.metadata import Metadata
 from handlers.preprocessing import ImageError, Preprocessing, ignore_oddities
 from handlers.taxonomy import CODES
-from training.config import TrainConfig
+from training.config import AugmentationSettings
 
 SCHEMA = 2  # of the cache; part of its key
 
@@ -233,10 +233,10 @@ class Augment:
     (Cubuk et al. 2020), where it is asked for, comes first, image by image and so more slowly.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.preprocessing = config.preprocessing
-        self.randaugment = v2.RandAugment(num_ops=2, magnitude=config.randaugment) if config.randaugment else None
+    def __init__(self, settings: AugmentationSettings, preprocessing: Preprocessing) -> None:
+        self.settings = settings
+        self.preprocessing = preprocessing
+        self.randaugment = v2.RandAugment(num_ops=2, magnitude=settings.randaugment) if settings.randaugment else None
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Augment a batch with random numbers from `generator` (on the CPU, so that every device sees the same)."""
@@ -257,7 +257,7 @@ class Augment:
 
     def geometry(self, n: int, generator: torch.Generator) -> Tensor:
         """Affine maps (n, 2, 3) from output to input coordinates, both in [-1, 1]."""
-        c = self.config
+        c = self.settings
         angle = uniform(n, -c.rotate_degrees, c.rotate_degrees, generator) * (math.pi / 180)
         turns = torch.randint(4, (n,), generator=generator) if c.rotate90 else torch.zeros(n)
         angle = angle + turns * (math.pi / 2)
@@ -277,7 +277,7 @@ class Augment:
 
     def colour(self, grey: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Matrices (n, 3, 3) and offsets (n, 3) from RGB in [0, 255] to augmented, standardised RGB; `grey` (n,)."""
-        c, n = self.config, len(grey)
+        c, n = self.settings, len(grey)
         contrast = uniform(n, 1 - c.contrast, 1 + c.contrast, generator)
         gain = uniform(n, 1 - c.brightness, 1 + c.brightness, generator) * contrast
         saturation = uniform(n, 1 - c.saturation, 1 + c.saturation, generator)[:, None, None]

@@ -1,4 +1,4 @@
-"""What a network says of a whole split: features, logits, each image once and as it is."""
+"""Run a network over a whole split: features and logits of each image, without augmentation."""
 
 from typing import Any
 
@@ -8,43 +8,47 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from handlers.backbone import fuse
-from training.config import TrainConfig
+from handlers.preprocessing import Preprocessing
 from training.data.dataset import Images, batches, standardise
 from training.evaluation.detectors import Outputs
 
 
 def pooled(backbone: Any, images: Tensor) -> Tensor:
-    """The features (N, D) that timm's classifier takes, of standardised images (N, 3, S, S)."""
+    """Return the features (N, D) that timm's classifier takes, of standardised images (N, 3, S, S)."""
     features: Tensor = backbone.forward_head(backbone.forward_features(images), pre_logits=True)
     return features
 
 
 @torch.inference_mode()
 def outputs_of(
-    model: nn.Module, images: Images, config: TrainConfig, device: torch.device
+    model: nn.Module, images: Images, batch_size: int, preprocessing: Preprocessing, device: torch.device
 ) -> tuple[Outputs, NDArray[np.float64]]:
-    """Features (the classifier's input) and logits of a split's pictures alone, and its logits (N, K) with the metadata
-    that are recorded; in its order, without augmentation, in fp32."""
+    """Return a split's features and logits of the images alone, and its logits (N, K) with metadata, in fp32."""
     backbone: Any = model.eval()
-    features, logits, told = [], [], []
-    for pixels, _, metadata in batches(images, np.arange(len(images)), config.batch_size, device):
-        inputs = pooled(backbone, standardise(pixels, config.preprocessing))
+    features, image_logits, logits = [], [], []
+    for pixels, _, metadata in batches(images, np.arange(len(images)), batch_size, device):
+        inputs = pooled(backbone, standardise(pixels, preprocessing))
         alone = backbone.get_classifier()(inputs)
         features.append(inputs.cpu().double().numpy())
-        logits.append(alone.cpu().double().numpy())
-        told.append(fuse(backbone, alone, metadata).cpu().double().numpy())
-    return Outputs(np.concatenate(features), np.concatenate(logits)), np.concatenate(told)
+        image_logits.append(alone.cpu().double().numpy())
+        logits.append(fuse(backbone, alone, metadata).cpu().double().numpy())
+    return Outputs(np.concatenate(features), np.concatenate(image_logits)), np.concatenate(logits)
 
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, images: Images, config: TrainConfig, device: torch.device, precision: torch.dtype
+    model: nn.Module,
+    images: Images,
+    batch_size: int,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: torch.dtype,
 ) -> NDArray[np.float32]:
-    """Logits (N, K) of a split with its metadata, in its order, without augmentation."""
+    """Return a split's logits (N, K) with metadata, in its order."""
     model.eval()
-    found = []
-    for pixels, _, metadata in batches(images, np.arange(len(images)), config.batch_size, device):
+    parts = []
+    for pixels, _, metadata in batches(images, np.arange(len(images)), batch_size, device):
         with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
-            logits = fuse(model, model(standardise(pixels, config.preprocessing)), metadata)
-        found.append(logits.float().cpu())
-    return torch.cat(found).numpy()
+            logits = fuse(model, model(standardise(pixels, preprocessing)), metadata)
+        parts.append(logits.float().cpu())
+    return torch.cat(parts).numpy()
