@@ -1,34 +1,37 @@
-"""What one browser session has asked and been told: each picture once for each class and for what is said of the
-patient, as long as the model stays."""
+"""The answers of one browser session. Each picture is sent once per class and per set of the patient's details, as
+long as the same model serves."""
 
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
-from streamlit_app.client import OF_THE_PICTURE, PARALLEL, Answer, Model, ServingError, TorchServe
+from streamlit_app.answer_schema import Answer, ServedModel
+from streamlit_app.client import PARALLEL, PICTURE_PROBLEMS, PredictionClient, ServingError
 
-Key = tuple[str, str | None, tuple[tuple[str, float | str], ...]]  # hash of the picture, class, what was told
+# SHA-256 of the picture, class of the heatmap, the patient's details that the model takes
+RequestKey = tuple[str, str | None, tuple[tuple[str, float | str], ...]]
+ROUNDS = 4  # requests of a batch: before and after the model says what it takes, and twice if it is replaced meanwhile
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One picture as it came from the browser, not decoded, and what the reader says of the patient."""
+    """A file as it came from the browser, not decoded, with the patient's details that the reader filled in."""
 
     name: str
     image: bytes
     sha256: str
-    told: dict[str, float | str] = field(default_factory=dict)
+    details: dict[str, float | str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, image: bytes) -> "Upload":
-        """Name the bytes by their SHA-256."""
+        """Return the upload of a file, with the SHA-256 of its bytes."""
         return cls(name, image, hashlib.sha256(image).hexdigest())
 
 
 @dataclass(frozen=True)
 class Reading:
-    """An upload and what came of it: an answer, or why there is none."""
+    """An upload with its answer, or with the problem that prevented one."""
 
     upload: Upload
     answer: Answer | None = None
@@ -36,118 +39,117 @@ class Reading:
 
 
 class Readings:
-    """Remembers answers and refusals; not outages, so that the next run asks again."""
+    """Remembered answers and refusals. Outages are not remembered, so the next run of the page retries."""
 
     def __init__(self) -> None:
         self.announced: str | None = None  # the version that the promoter named last
-        self.model: tuple[str | None, str | None] | None = None  # version and digest of all that is remembered
-        self._says: Model | None = None  # the same model in its own words: what it takes
-        self._known: dict[Key, Answer | ServingError] = {}
+        self.model: ServedModel | None = None  # the model of all remembered answers
+        self._results: dict[RequestKey, Answer | ServingError] = {}
+
+    @property
+    def identity(self) -> tuple[str | None, str | None] | None:
+        """Version and digest of the model that all remembered answers come from."""
+        return _identity(self.model) if self.model else None
 
     def announce(self, version: str | None) -> None:
-        """Forget everything when the promoter names another version than before; None: it names none."""
+        """Forget all answers if the promoter names another version than before; None: it names no version."""
         if None not in (version, self.announced) and version != self.announced:
             self._forget()
         self.announced = version or self.announced
 
-    def ask(self, server: TorchServe, upload: Upload, target: str | None = None) -> Answer:
-        """The answer for one picture and class, remembered or fresh.
+    def answer(self, client: PredictionClient, upload: Upload, target: str | None = None) -> Answer:
+        """Return the answer for one picture and class, remembered or fresh.
 
         Raises:
-            ServingError: there is none.
+            ServingError: there is no answer.
         """
         key = self._key(upload, target)
-        if key not in self._known:
-            self._remember(key, _ask(server, upload, key))
-        return _raised(self._known[key])
+        if key not in self._results:
+            self._remember(key, _request(client, upload, key))
+        result = self._results[key]
+        if isinstance(result, ServingError):
+            raise result
+        return result
 
-    def ask_all(
-        self, server: TorchServe, uploads: Sequence[Upload], progress: Callable[[float], object] = lambda _: None
+    def read_all(
+        self, client: PredictionClient, uploads: Sequence[Upload], progress: Callable[[float], object] = lambda _: None
     ) -> list[Reading]:
-        """A reading of each upload, in order, all by one model; after an outage the rest is not asked, and a picture on
-        which the model fails is not asked again this time.
+        """Return a reading of each upload, in order, all from the same model.
 
-        A model is told of patients once it has said, in its first answer, what it takes.
+        An outage ends the batch. A picture on which the model fails is not retried in this batch. The patient's details
+        are sent once the model's first answer says which it takes.
         """
-        failed: dict[Key, ServingError] = {}
-        for _ in range(4):  # again when that is known, and when the model was changed in between
-            outage = self._ask_missing(server, uploads, progress, failed)
-            if outage or all(self._key(upload) in (self._known | failed) for upload in uploads):
+        failed: dict[RequestKey, ServingError] = {}
+        for _ in range(ROUNDS):
+            outage = self._read_missing(client, uploads, progress, failed)
+            if outage or all(self._key(upload) in (self._results | failed) for upload in uploads):
                 break
-        otherwise = outage or ServingError("busy", "The model was changed while it was being asked.")
-        results = [(failed | self._known).get(self._key(upload), otherwise) for upload in uploads]
+        unread = outage or ServingError("busy", "The model was replaced during the requests.")
+        results = [(failed | self._results).get(self._key(upload), unread) for upload in uploads]
         return [
             Reading(upload, problem=result) if isinstance(result, ServingError) else Reading(upload, answer=result)
             for upload, result in zip(uploads, results, strict=True)
         ]
 
-    def _ask_missing(
+    def _read_missing(
         self,
-        server: TorchServe,
+        client: PredictionClient,
         uploads: Sequence[Upload],
         progress: Callable[[float], object],
-        failed: dict[Key, ServingError],
+        failed: dict[RequestKey, ServingError],
     ) -> ServingError | None:
-        """Ask what is not known yet, several at a time; returns the first outage, and adds to `failed`."""
-        missing = {key: upload for upload in uploads if (key := self._key(upload)) not in (self._known | failed)}
+        """Send the uploads without a result, several at a time. Return the first outage and extend `failed`."""
+        missing = {key: upload for upload in uploads if (key := self._key(upload)) not in (self._results | failed)}
         outage: ServingError | None = None
+
+        def request(key: RequestKey, upload: Upload) -> Answer | ServingError | None:
+            return _request(client, upload, key) if outage is None else None
+
         with ThreadPoolExecutor(PARALLEL) as pool:
-            asked = {pool.submit(_ask, server, upload, key): key for key, upload in missing.items()}
-            for number, done in enumerate(as_completed(asked), 1):
-                if outage := self._note(asked.pop(done), done.result(), failed):
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    break
+            pending = {pool.submit(request, key, upload): key for key, upload in missing.items()}
+            for number, done in enumerate(as_completed(pending), 1):
+                key, result = pending[done], done.result()
+                if isinstance(result, ServingError) and result.kind not in PICTURE_PROBLEMS:
+                    outage = outage or result
+                elif isinstance(result, ServingError) and result.kind == "failed":
+                    failed[key] = result
+                # After an outage, the answer of another model would forget answers that are not requested again.
+                elif result and (outage is None or self._is_ours(result)):
+                    self._remember(key, result)
                 progress(number / len(missing))
-        for done, key in asked.items():  # what was under way when the outage showed
-            result = None if done.cancelled() else done.result()
-            # Another model's answer would make it forget the others, and nobody asks again.
-            if isinstance(result, Answer) and self.model in (None, (result.model.version, result.model.digest)):
-                self._remember(key, result)
         return outage
 
-    def _note(self, key: Key, result: Answer | ServingError, failed: dict[Key, ServingError]) -> ServingError | None:
-        """Keep what came of a picture; an outage, which says nothing of it, is returned."""
-        if isinstance(result, ServingError) and result.kind not in OF_THE_PICTURE:
-            return result
-        if isinstance(result, ServingError) and result.kind != "refused":
-            failed[key] = result
-        else:
-            self._remember(key, result)
-        return None
+    def _is_ours(self, result: Answer | ServingError) -> bool:
+        return isinstance(result, Answer) and self.identity in (None, _identity(result.model))
 
-    def _key(self, upload: Upload, target: str | None = None) -> Key:
-        """What to ask: with as much of what the reader says as the model takes."""
-        says = self._says
-        told = [(name, value) for name, value in sorted(upload.told.items()) if says and says.knows(name, value)]
-        return upload.sha256, target, tuple(told)
+    def _key(self, upload: Upload, target: str | None = None) -> RequestKey:
+        details = [(n, v) for n, v in sorted(upload.details.items()) if self.model and self.model.accepts(n, v)]
+        return upload.sha256, target, tuple(details)
 
-    def _remember(self, key: Key, result: Answer | ServingError) -> None:
+    def _remember(self, key: RequestKey, result: Answer | ServingError) -> None:
         if isinstance(result, ServingError):
             if result.kind != "refused":
                 raise result
             if key[2]:
-                self._forget()  # perhaps another model answers now, which takes less: the picture alone will tell
+                self._forget()  # a new model may take fewer details: the next round sends the picture alone
         else:
-            model = (result.model.version, result.model.digest)
-            if self.model not in (None, model):
+            if self.identity not in (None, _identity(result.model)):
                 self._forget()
-            self.model, self._says = model, result.model
-        self._known[key] = result
+            self.model = result.model
+        self._results[key] = result
 
     def _forget(self) -> None:
-        self.model = self._says = None
-        self._known.clear()
+        self.model = None
+        self._results.clear()
 
 
-def _ask(server: TorchServe, upload: Upload, key: Key) -> Answer | ServingError:
-    _, target, told = key
+def _identity(model: ServedModel) -> tuple[str | None, str | None]:
+    return model.version, model.digest
+
+
+def _request(client: PredictionClient, upload: Upload, key: RequestKey) -> Answer | ServingError:
+    _, target, details = key
     try:
-        return server.predict(upload.image, target, dict(told))
+        return client.predict(upload.image, target, dict(details))
     except ServingError as error:
         return error
-
-
-def _raised(result: Answer | ServingError) -> Answer:
-    if isinstance(result, ServingError):
-        raise result
-    return result

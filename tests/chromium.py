@@ -1,4 +1,4 @@
-"""Debian's Chromium, headless, for the tests of pages."""
+"""Headless Chromium for the tests of pages."""
 
 import os
 import shutil
@@ -10,10 +10,10 @@ from playwright.sync_api import Browser, sync_playwright
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A browser that asks nobody but the page; $CHROMIUM names another program."""
+    """Start a browser without background requests; $CHROMIUM names another program."""
     candidates = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser"]
     program = next(filter(None, (shutil.which(name) for name in candidates if name)), None)
-    assert program, "Chromium is needed: apt-get install chromium"
+    assert program, "Install Chromium first: apt-get install chromium"
     switches = ["no-sandbox", "disable-dev-shm-usage", "disable-gpu", "disable-background-networking"]
     switches += ["disable-component-update", "disable-sync"]
     with sync_playwright() as playwright:

@@ -1,7 +1,6 @@
-"""A stand-in for TorchServe that speaks the REST contract, for tests of the page.
+"""A fake TorchServe with the same REST contract, for the tests of the page.
 
-Its answers are drawn from the uploaded bytes alone, so the same picture always gets the same nine probabilities.
-`mode` makes it refuse, be busy, hang or talk nonsense; `busy_for` makes it busy for that many requests only.
+Its answers depend on the uploaded bytes alone, so the same picture always gets the same nine probabilities.
 """
 
 import hashlib
@@ -15,6 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from streamlit_app.answer_schema import Answer
+
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
+
 CLASSES = {
     "MEL": ("Melanoma", True, "Malignant tumour of the pigment cells; early removal decides the outcome."),
     "NV": ("Melanocytic nevus", False, "Common mole: a benign growth of pigment cells."),
@@ -27,9 +30,6 @@ CLASSES = {
     "UNK": ("None of the above", False, "The picture looks like no class the model was trained on."),
 }
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\0", b"MM\0*", b"RIFF")
-
-
-# What a model with metadata says of itself.
 TAKES = {"age": [0, 120], "sex": ["female", "male"], "site": ["anterior torso", "head/neck"]}
 
 
@@ -38,11 +38,11 @@ def answer_for(
     target: str | None = None,
     version: str = "3",
     takes: dict[str, list] | None = None,
-    told: dict[str, str] | None = None,
+    details: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The answer of schema 1 for these bytes; of a model that `takes` metadata, for what it was `told` as well."""
+    """Return the answer of schema 1 for these bytes and, if the model takes metadata, for these details."""
     digest = hashlib.sha256(image).hexdigest()
-    seed = hashlib.sha256(image + json.dumps(told, sort_keys=True).encode()).hexdigest() if told else digest
+    seed = hashlib.sha256(image + json.dumps(details, sort_keys=True).encode()).hexdigest() if details else digest
     rng = np.random.default_rng(int(seed[:12], 16))
     logits = np.append(rng.normal(0, 1, 8), -1.5)
     logits[rng.integers(8)] += 2.5
@@ -82,13 +82,18 @@ def answer_for(
         },
         "gradcam": {"target": target, "grid": np.round(heat / heat.max(), 4).tolist(), "overlay_png": None},
         "image": {"width": 600, "height": 450, "sha256": digest},
-        **({"metadata": {name: (told or {}).get(name) for name in takes}} if takes else {}),
+        **({"metadata": {name: (details or {}).get(name) for name in takes}} if takes else {}),
         "disclaimer": "Research use only. Not a medical device.",
     }
 
 
+def parse(image: bytes = b"x", **changes: Any) -> Answer:
+    """Return the checked answer for these bytes, with some fields replaced."""
+    return Answer.model_validate(answer_for(image) | changes)
+
+
 def _form(content_type: str, body: bytes) -> dict[str, bytes]:
-    """The fields of a multipart body."""
+    """Return the fields of a multipart body."""
     whole = BytesParser(policy=HTTP).parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
     return {
         part.get_param("name", header="content-disposition"): part.get_payload(decode=True)
@@ -97,23 +102,28 @@ def _form(content_type: str, body: bytes) -> dict[str, bytes]:
 
 
 class FakeTorchServe:
-    """`with FakeTorchServe() as server:` listens on a free port of the loopback until the block ends.
+    """A fake server on a free port of the loopback: `with FakeTorchServe() as server:`.
 
-    mode: "ok"; "refuse", "too_large", "no_model", "busy", "broken", "redirect", "garbage", "hang" for every prediction.
-    Options of the answers: `version`; `refuse_target`, a class that counts as not trained; `takes`, metadata.
+    `mode` decides about every prediction: "ok", "refuse", "too_large", "no_model", "busy", "broken", "redirect",
+    "garbage" or "hang".
     """
 
     def __init__(self, port: int = 0) -> None:
-        self.mode, self.busy_for, self.version = "ok", 0, "3"
-        self.refuse_target: str | None = None
-        self.fails_on: bytes | None = None  # a picture that the handler says the model failed on
-        self.dies_for = 0  # so many times a worker dies over a request, which TorchServe answers itself
-        self.takes: dict[str, list] = {}
-        self.asked: list[str | None] = []  # the target of every prediction, in order of arrival
-        self.told: list[dict[str, str]] = []  # what else came with it
+        self.reset()
         self._ended = threading.Event()
         self._httpd = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self._httpd.daemon_threads = True
+
+    def reset(self) -> None:
+        """Return to the behaviour of a new server."""
+        self.mode, self.version = "ok", "3"
+        self.busy_for = 0  # this many requests find no worker
+        self.dies_for = 0  # this many requests kill the worker, and TorchServe itself answers
+        self.fails_on: bytes | None = None  # the handler fails on this picture
+        self.refuse_target: str | None = None  # a class that the model was not trained on
+        self.takes: dict[str, list] = {}  # the patient's details that the model takes
+        self.targets: list[str | None] = []  # of every prediction, in order of arrival
+        self.details: list[dict[str, str]] = []  # of every prediction, in order of arrival
 
     @property
     def url(self) -> str:
@@ -128,10 +138,10 @@ class FakeTorchServe:
         self._httpd.shutdown()
         self._httpd.server_close()
 
-    def reply(self, image: bytes, target: str | None, told: dict[str, str]) -> tuple[int, Any]:
-        """Status and body for one prediction."""
-        self.asked.append(target)
-        self.told.append(told)
+    def reply(self, image: bytes, target: str | None, details: dict[str, str]) -> tuple[int, Any]:
+        """Return the status and body of one prediction."""
+        self.targets.append(target)
+        self.details.append(details)
         if self.mode == "hang":
             self._ended.wait(60)
         if self.busy_for > 0 or self.mode == "busy":
@@ -158,9 +168,9 @@ class FakeTorchServe:
             return 415, {"error": {"code": "unsupported_media_type", "message": "This is not a JPEG or PNG image."}}
         if target is not None and (target not in CLASSES or target == self.refuse_target):
             return 400, {"error": {"code": "invalid_request", "message": f"The model was not trained on {target}."}}
-        if extra := set(told) - set(self.takes):
+        if extra := set(details) - set(self.takes):
             return 400, {"error": {"code": "invalid_request", "message": f"This model takes no {min(extra)}."}}
-        return 200, answer_for(image, target, self.version, self.takes, told)
+        return 200, answer_for(image, target, self.version, self.takes, details)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         fake = self
@@ -176,8 +186,8 @@ class FakeTorchServe:
                 kind = self.headers["Content-Type"]
                 fields = _form(kind, body) if kind.startswith("multipart/form-data") else {"data": body}
                 image = fields.pop("data")
-                told = {name: value.decode() for name, value in fields.items()}
-                self._send(*fake.reply(image, told.pop("target", None), told))
+                details = {name: value.decode() for name, value in fields.items()}
+                self._send(*fake.reply(image, details.pop("target", None), details))
 
             def _send(self, status: int, body: Any) -> None:
                 content = json.dumps(body).encode()

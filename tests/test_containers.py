@@ -41,7 +41,7 @@ IMAGES = {
     ],
     "training": ["handlers/*.py", "training/*.py", "scripts/prepare_data.py", "scripts/register_model.py"],
     "mlflow": ["containers/*.py"],
-    "page": ["streamlit_app/*.py"],
+    "page": ["streamlit_app/**/*.py"],
 }
 
 

@@ -25,7 +25,8 @@ from handlers.predictor import Predictor
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.status import status
 from mlflow_tracking.registry import CURRENT, EVALUATION_SET
-from streamlit_app.client import Promotion as Page
+from streamlit_app.answer_schema import PromoterState
+from streamlit_app.wording import deployment
 from tests.live import NOWHERE, PAUSE, Promotion, run_script, torchserve_server, variant
 from tests.models import tiny_bundle
 from tests.waiting import eventually
@@ -173,9 +174,9 @@ def test_a_worse_version_is_refused_and_everybody_can_see_why(first, worse, tmp_
     assert report["comparison"]["champion"]["balanced_accuracy"] == 1.0
     assert "balanced accuracy" in first.registry.download(worse, "gates/report.html", tmp_path).read_text()
 
-    told = Page.model_validate(status(result, reconciler.setbacks))
-    assert told.words == f"version 1 is served, version {worse} was refused"
-    assert "balanced accuracy" in told.refused[0].reason
+    page = PromoterState.model_validate(status(result, reconciler.setbacks))
+    assert deployment(page) == f"Version 1 is deployed. Version {worse} was refused."
+    assert "balanced accuracy" in page.refused[0].reason
 
     fresh = first.reconciler()
     began = time.monotonic()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from handlers import preprocessing
 from handlers.preprocessing import MAX_BYTES, ImageError, Preprocessing, decode
-from streamlit_app.utils import open_picture
+from streamlit_app.pictures import open_picture
 from tests.hostile import images
 
 

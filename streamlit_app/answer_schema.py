@@ -1,0 +1,124 @@
+"""The JSON that the page receives, checked: TorchServe's answer (schema 1) and the promoter's status."""
+
+from typing import Annotated, Literal
+
+from pydantic import AliasPath, BaseModel, Field, field_validator, model_validator
+
+UNKNOWN = "UNK"  # the ninth class: none of the above
+METADATA = ("age", "sex", "site")  # the patient's details that a model may take
+LARGEST_GRID = 256  # rows and columns of a heatmap; the shipped model sends 14 × 14
+
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+ClassKind = Literal["malignant", "other", "unknown"]
+
+
+class ServedModel(BaseModel):
+    """The model that answered. `takes` holds the age range and the accepted words for sex and site."""
+
+    name: str
+    version: str | None = None
+    architecture: str | None = None
+    digest: str | None = None
+    run_id: str | None = None
+    takes: dict[str, list[float | str]] = {}
+
+    @field_validator("takes")
+    @classmethod
+    def _keep_fields_that_the_page_can_draw(cls, takes: dict[str, list[float | str]]) -> dict[str, list[float | str]]:
+        fields = {name: choices for name, choices in takes.items() if name in METADATA}
+        ages = fields.get("age", [0.0, 0.0])
+        if not (len(ages) == 2 and all(isinstance(age, float) for age in ages)):
+            raise ValueError("`age` must be the lowest and the highest age.")
+        if not all(isinstance(word, str) for name in ("sex", "site") for word in fields.get(name, [])):
+            raise ValueError("`sex` and `site` must be lists of words.")
+        return fields
+
+    def accepts(self, name: str, value: float | str) -> bool:
+        """Return whether the model takes this value of a patient's detail."""
+        choices = self.takes.get(name, [])
+        if name == "age":
+            return bool(choices) and choices[0] <= value <= choices[1]  # type: ignore[operator]  # numbers, as checked
+        return value in choices
+
+
+class ExplainedClass(BaseModel):
+    """One of the nine classes in the answer's words."""
+
+    name: str
+    malignant: bool
+    description: str
+
+
+class AnswerUncertainty(BaseModel):
+    """Entropy of the nine probabilities in nats, and the conformal set if the model has one."""
+
+    entropy: float = Field(ge=0, allow_inf_nan=False)
+    conformal_set: list[str] | None = None
+    confidence_level: Probability | None = None
+
+
+class HeatGrid(BaseModel):
+    """Grad-CAM of class `target`: rows of values in [0, 1] that cover the whole upright picture."""
+
+    target: str
+    grid: list[list[Probability]] = Field(min_length=1, max_length=LARGEST_GRID)
+
+    @field_validator("grid")
+    @classmethod
+    def _is_rectangle(cls, grid: list[list[float]]) -> list[list[float]]:
+        if not 1 <= len(grid[0]) <= LARGEST_GRID or any(len(row) != len(grid[0]) for row in grid):
+            raise ValueError("The rows of the grid differ in length.")
+        return grid
+
+
+class Answer(BaseModel):
+    """TorchServe's answer for one picture."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    model: ServedModel
+    probabilities: dict[str, Probability] = Field(min_length=2)
+    classes: dict[str, ExplainedClass]
+    uncertainty: AnswerUncertainty
+    gradcam: HeatGrid
+    metadata: dict[str, float | str | None] = {}
+    disclaimer: str
+
+    @model_validator(mode="after")
+    def _explains_its_codes(self) -> "Answer":
+        if missing := {*self.probabilities, self.gradcam.target} - set(self.classes):
+            raise ValueError(f"No explanation of {', '.join(sorted(missing))}.")
+        return self
+
+    @property
+    def ranking(self) -> list[str]:
+        """Class codes, the most probable first."""
+        return sorted(self.probabilities, key=self.probabilities.__getitem__, reverse=True)
+
+    @property
+    def malignancy(self) -> float:
+        """The sum of the probabilities of all malignant classes."""
+        return sum(p for code, p in self.probabilities.items() if self.classes[code].malignant)
+
+    def kind(self, code: str) -> ClassKind:
+        """Return the kind of a class, which decides its colour and its tag."""
+        if code == UNKNOWN:
+            return "unknown"
+        return "malignant" if self.classes[code].malignant else "other"
+
+
+class RefusedVersion(BaseModel):
+    """A version that the promoter did not deploy. `final` is False while the promoter retries."""
+
+    version: str
+    reason: str
+    final: bool = True
+
+
+class PromoterState(BaseModel):
+    """The promoter's status: the version in the registry, the version that serves, and what went wrong."""
+
+    settled: bool
+    champion: str | None = Field(None, validation_alias=AliasPath("desired", "champion", "version"))
+    serving: str | None = Field(None, validation_alias=AliasPath("actual", "serving", "version"))
+    errors: list[str] = []
+    refused: list[RefusedVersion] = []

@@ -1,0 +1,26 @@
+"""The services behind the page, shared by all sessions."""
+
+import streamlit as st
+
+from streamlit_app.answer_schema import PromoterState
+from streamlit_app.client import PredictionClient, promoter_state, setting
+
+STATE_SECONDS = 5  # the oldest state that the page shows
+
+
+@st.cache_resource(show_spinner=False)
+def prediction_client() -> PredictionClient:
+    """Return the client of the model server, with one pool of connections."""
+    return PredictionClient(setting("TORCHSERVE_URL"))
+
+
+@st.cache_data(ttl=STATE_SECONDS, show_spinner=False)
+def model_server_is_up() -> bool:
+    """Return whether the model server answers."""
+    return prediction_client().is_up()
+
+
+@st.cache_data(ttl=STATE_SECONDS, show_spinner=False)
+def promoter() -> PromoterState | None:
+    """Return the promoter's status, or None if no promoter answers."""
+    return promoter_state(setting("PROMOTER_URL"))

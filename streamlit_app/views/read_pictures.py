@@ -1,0 +1,198 @@
+"""Read pictures: upload, the answer for each picture, its heatmap, and the table and CSV of many."""
+
+from dataclasses import replace
+from typing import Any
+
+import streamlit as st
+from PIL import Image
+
+from streamlit_app import charts, connections, csv_export, heatmap, html_blocks, pictures, table, wording
+from streamlit_app.answer_schema import UNKNOWN, Answer
+from streamlit_app.client import PICTURE_PROBLEMS, ServingError, setting
+from streamlit_app.readings import Reading, Readings, Upload
+
+MAX_PICTURES = 50  # at a time: what a table shows well and one session may hold in memory
+DEFAULT_OPACITY = 60  # percent
+ROW_HEIGHT = 52  # pixels, for a thumbnail
+
+
+def read_pictures() -> None:
+    """Draw this part of the page, from the upload down to the model that answered."""
+    uploads = chosen_uploads()
+    if not uploads:
+        st.html(html_blocks.features())
+        return
+    readings: Readings = st.session_state.setdefault("readings", Readings())
+    promoter = connections.promoter()
+    readings.announce(promoter.serving if promoter else None)
+    results = read(uploads, readings)
+    show_problems(results)
+    answered = [reading for reading in results if reading.answer]
+    if answered:
+        show_reading(choose(answered, results) if len(uploads) > 1 else answered[0], readings)
+
+
+def chosen_uploads() -> list[Upload]:
+    """Return the pictures from the reader's files or camera, with the details of each patient."""
+    with st.container(key="intake"):
+        invitation = st.empty()
+        source = st.segmented_control(
+            wording.SOURCE_LABEL, [wording.FILES, wording.CAMERA], default=wording.FILES, required=True, key="source",
+            label_visibility="collapsed",
+        )  # fmt: skip
+        if source == wording.CAMERA:
+            st.caption(wording.CAMERA_ADVICE)
+            photo = st.camera_input(wording.CAMERA_LABEL, label_visibility="collapsed", resolution="1080p")
+            files = [photo] if photo else []
+        else:  # any file name: the model server decides by the bytes
+            files = st.file_uploader(
+                wording.UPLOAD_LABEL, accept_multiple_files=True, key="files", label_visibility="collapsed"
+            )
+        if not files:
+            invitation.html(html_blocks.upload_invitation())
+    if len(files) > MAX_PICTURES:
+        st.warning(wording.TOO_MANY.format(count=len(files), limit=MAX_PICTURES), icon=":material/filter_list:")
+    earlier: dict[str, Upload] = st.session_state.get("uploads", {})
+    uploads = {
+        file.file_id: earlier.get(file.file_id) or Upload.of(file.name, file.getvalue())
+        for file in files[:MAX_PICTURES]
+    }
+    st.session_state.uploads = uploads  # frees the pictures that were removed
+    details = st.session_state.setdefault("details", {})
+    return [replace(upload, details=dict(details.get(upload.sha256, {}))) for upload in uploads.values()]
+
+
+def read(uploads: list[Upload], readings: Readings) -> list[Reading]:
+    """Return a reading of each upload, with a progress bar while requests run."""
+    bar = st.progress(0.0, wording.READING)
+    try:
+        client = connections.prediction_client()
+        return readings.read_all(client, uploads, lambda share: bar.progress(share, wording.READING))
+    finally:
+        bar.empty()
+
+
+def show_problems(results: list[Reading]) -> None:
+    """Draw the outage, if there is one, and the pictures that the model server refused or failed on."""
+    problems = [reading.problem for reading in results if reading.problem]
+    if outage := next((problem for problem in problems if problem.kind not in PICTURE_PROBLEMS), None):
+        st.html(html_blocks.outage(outage))
+        st.button(wording.TRY_AGAIN, type="primary", icon=":material/refresh:")
+    if unread := [r for r in results if r.problem and r.problem.kind in PICTURE_PROBLEMS]:
+        st.html(html_blocks.unread(unread))
+
+
+def choose(answered: list[Reading], results: list[Reading]) -> Reading:
+    """Draw the table of many pictures and return the selected one."""
+    with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+        st.html(html_blocks.counts(results), width="content")
+        st.download_button(
+            wording.DOWNLOAD, csv_export.to_csv(results), "skin_lesions.csv", "text/csv", on_click="ignore",
+            icon=":material/download:",
+        )  # fmt: skip
+    columns: dict[str, Any] = {table.PICTURE: st.column_config.ImageColumn("", width="small"), **wording.COLUMNS}
+    for name in table.PERCENTAGES:
+        columns[name] = st.column_config.ProgressColumn(
+            wording.COLUMNS[name], format="%.1f %%", min_value=0, max_value=100, width="small"
+        )
+    event = st.dataframe(
+        table.overview([(r.upload.name, thumbnail(r.upload.sha256, r.upload.image), r.answer) for r in answered if r.answer]),
+        key="overview", hide_index=True, row_height=ROW_HEIGHT, on_select="rerun",
+        selection_mode="single-row-required", column_config=columns, alt=wording.TABLE_ALT,
+    )  # fmt: skip
+    rows = event.selection.rows
+    return answered[rows[0] if rows and rows[0] < len(answered) else 0]
+
+
+def show_reading(reading: Reading, readings: Readings) -> None:
+    """Draw the answer for one picture."""
+    answer = reading.answer
+    assert answer is not None, "only answered readings are shown"
+    st.html(html_blocks.verdict(answer, reading.upload.name))
+    if answer.model.takes:
+        patient_details(reading.upload, answer)
+    left, right = st.columns([7, 5], gap="large")
+    with left:
+        show_heatmap(reading.upload, answer, readings)
+    with right:
+        st.html(html_blocks.chart_heading(answer))
+        chart = charts.probability_chart(answer)
+        st.plotly_chart(chart, key="bars", config={"displayModeBar": False}, alt=charts.in_words(answer))
+    st.html(html_blocks.uncertainty(answer))
+    with st.expander(wording.GLOSSARY):
+        st.html(html_blocks.glossary(answer))
+    st.html(html_blocks.provenance(answer, setting("MLFLOW_PUBLIC_URL")))
+
+
+def patient_details(upload: Upload, answer: Answer) -> None:
+    """Draw the fields for the patient's details that the model takes; the reader may leave all of them empty."""
+
+    def keep(name: str) -> None:
+        # Streamlit forgets a field that a run does not draw, such as that of another picture.
+        details = st.session_state.details.setdefault(upload.sha256, {})
+        details.pop(name, None)
+        if (value := st.session_state[f"{name}-{upload.sha256}"]) not in (None, ""):
+            details[name] = value
+
+    st.html(html_blocks.details_heading())
+    takes = answer.model.takes
+    for column, (name, choices) in zip(st.columns(len(takes), gap="medium"), takes.items(), strict=True):
+        key, value = f"{name}-{upload.sha256}", upload.details.get(name)
+        if value is not None and answer.model.accepts(name, value):
+            st.session_state.setdefault(key, value)
+        if name == "age":
+            low, high = (int(float(age)) for age in choices)
+            column.number_input(
+                wording.AGE, low, high, None, key=key, placeholder=wording.EMPTY_FIELD, on_change=keep, args=(name,)
+            )
+        else:
+            column.selectbox(
+                name.capitalize(), ["", *choices], key=key, on_change=keep, args=(name,),
+                format_func=lambda word: word or wording.EMPTY_FIELD,
+            )  # fmt: skip
+
+
+@st.fragment
+def show_heatmap(upload: Upload, answer: Answer, readings: Readings) -> None:
+    """Draw the picture and its heatmap. The slider reruns only this function and sends no request."""
+    shown = picture(upload.sha256, upload.image)
+    if shown is None:
+        st.info(wording.NOT_SHOWN)
+        return
+    left, right = st.columns(2, gap="medium")
+    with st.container(key="heat-controls"):
+        target_column, opacity_column = st.columns(2, gap="medium")
+    target = target_column.selectbox(
+        wording.HEAT_TARGET, ["", *(code for code in answer.ranking if code != UNKNOWN)], key=f"target-{upload.sha256}",
+        format_func=lambda code: wording.with_percent(answer, code) if code else wording.HEAT_DEFAULT,
+    )  # fmt: skip
+    opacity = opacity_column.slider(wording.HEAT_OPACITY, 0, 100, DEFAULT_OPACITY, format="%d %%", key="opacity") / 100
+    heat = answer.gradcam
+    if target:
+        try:
+            heat = readings.answer(connections.prediction_client(), upload, target).gradcam
+        except ServingError as error:
+            st.html(html_blocks.outage(error))
+        if readings.identity != (answer.model.version, answer.model.digest):
+            st.rerun()  # another model answers now: read all pictures again
+    name = answer.classes[heat.target].name
+    left.html(html_blocks.heading(wording.PICTURE))
+    left.image(shown, width="stretch", alt=wording.PICTURE_ALT.format(name=upload.name))
+    right.html(html_blocks.heading(wording.HEAT_HEADING.format(name=name)))
+    # Within the page's message, not as a file: Streamlit drops the files of a run that a moving slider interrupts.
+    overlay = pictures.data_url(heatmap.overlay(shown, heat.grid, opacity))
+    right.image(overlay, width="stretch", alt=wording.HEAT_ALT.format(name=name))
+    right.html(html_blocks.heat_scale())
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def picture(sha256: str, _data: bytes) -> Image.Image | None:
+    """Return a picture for display, decoded once, and only after the model server has accepted it."""
+    return pictures.open_picture(_data)
+
+
+@st.cache_data(max_entries=512, show_spinner=False)
+def thumbnail(sha256: str, _data: bytes) -> str | None:
+    """Return a picture for the table, as an address."""
+    shown = picture(sha256, _data)
+    return pictures.thumbnail(shown) if shown else None
