@@ -1,7 +1,7 @@
-"""Where an answer came from: model, version, run, code, data, gates, and when it was put into service by whom.
+"""Provenance: trace a model from a digest, a version number or a request id to its run, code, data and deployment.
 
-The registry knows the model and its making; the audit log in the model store knows what the promoters did. Each is told
-as far as it is there: with MLflow away, or a version deleted, the audit log still speaks.
+MLflow knows how a model was made. The audit log in the model store knows what promoters did, and still answers if MLflow
+does not or if the version was deleted.
 """
 
 import json
@@ -20,22 +20,22 @@ from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.promotion.gates.judgement_report import REPORT
 from mlflow_tracking.registry import BUNDLE_ARTIFACT, RegisteredVersion, Registry, RegistryError, RegistryUnavailable
 
-FEWEST_DIGITS = 8  # of a digest that is given in part
+MIN_DIGITS = 8  # of an abbreviated digest
 
 
 class LineageError(UserError):
-    """Nothing is known of what was asked for; a sentence."""
+    """Neither the registry nor the audit log nor a prediction log knows the query."""
 
 
 @dataclass
 class Lineage:
-    """All that is known of one bundle. `missing` are sentences on what could not be told.
+    """The history of one bundle. `missing` are sentences on what could not be found.
 
-    `aliases` are audit rows on aliases that pointed at it, `served` those on its coming into service (with the
-    champion before it), `audit` all rows on it.
+    `audit` are the audit log's rows on the bundle. Of these, `aliases` are those on moved aliases, `served` those on its
+    deployment.
     """
 
-    asked: str
+    query: str
     digest: str
     prediction: dict[str, Any] | None = None
     version: dict[str, Any] | None = None
@@ -49,72 +49,71 @@ class Lineage:
     missing: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return asdict(self)
 
 
-def trace(asked: str, registry: Registry, audit: AuditLog, predictions: Iterable[Path] = ()) -> Lineage:
-    """Walk from a digest (whole, or its first digits), a version number, or a request id to all that is known.
+def trace(query: str, registry: Registry, audit: AuditLog, predictions: Iterable[Path] = ()) -> Lineage:
+    """Collect the history of the model that a query names.
 
     Args:
-        predictions: prediction logs (JSON lines with `request_id` and the model's `digest`), for request ids.
+        query: a digest or at least its first MIN_DIGITS digits, a version number, or a request id.
+        predictions: prediction logs (JSON lines with `request_id` and the model's digest), searched for request ids.
 
     Raises:
-        LineageError: neither registry nor audit log know it.
+        LineageError: nothing matches the query.
     """
-    missing: list[str] = []
-    prediction = None
-    wanted = asked.removeprefix("sha256:").lower()
-    if not re.fullmatch(rf"\d{{1,6}}|[0-9a-f]{{{FEWEST_DIGITS},64}}", wanted):
-        prediction, wanted = _prediction(asked, predictions)
+    prediction, missing, version = None, [], None
+    key = query.removeprefix("sha256:").lower()
+    if not re.fullmatch(rf"\d{{1,6}}|[0-9a-f]{{{MIN_DIGITS},64}}", key):
+        prediction, key = _prediction(query, predictions)
     rows = [row for row in audit.rows() if "damaged" not in row]
-    version = None
     try:
-        version = _version(wanted, registry)
+        version = _version(key, registry)
     except (RegistryUnavailable, RegistryError) as error:
         missing.append(str(error))
-    digest = (version.digest if version else None) or _digest_in(rows, wanted)
+    digest = (version.digest if version else None) or _digest_in(rows, key)
     if digest is None:
-        raise LineageError(f"{asked} is known neither to the registry {registry.uri} nor to {audit.path}.")
-    found = Lineage(asked, digest, prediction, missing=missing)
-    found.audit = [row for row in rows if row.get("digest") == digest or row.get("previous_digest") == digest]
-    own = [row for row in found.audit if row.get("digest") == digest]
-    found.aliases = [row for row in own if row["event"] in ("alias seen", "alias moved", "rollback")]
-    found.served = [row for row in own if row["event"] == "serve"]
-    if version is None:
-        if not missing:
-            missing.append("The registry does not hold this version any more.")
-        return found
-    found.version = _card(version)
-    try:
-        _from_registry(found, version, registry)
-    except (RegistryUnavailable, RegistryError) as error:
-        missing.append(str(error))
-    return found
+        raise LineageError(f"Neither the registry {registry.uri} nor the audit log {audit.path} knows {query}.")
+    lineage = Lineage(query, digest, prediction, missing=missing)
+    lineage.audit = [row for row in rows if digest in (row.get("digest"), row.get("previous_digest"))]
+    own = [row for row in lineage.audit if row.get("digest") == digest]
+    lineage.aliases = [row for row in own if row["event"] in ("alias seen", "alias moved", "rollback")]
+    lineage.served = [row for row in own if row["event"] == "serve"]
+    if version is not None:
+        lineage.version = _version_facts(version)
+        try:
+            _add_from_registry(lineage, version, registry)
+        except (RegistryUnavailable, RegistryError) as error:
+            missing.append(str(error))
+    elif not missing:
+        missing.append("The registry no longer holds this version.")
+    return lineage
 
 
-def _version(wanted: str, registry: Registry) -> RegisteredVersion | None:
-    if len(wanted) < FEWEST_DIGITS:
-        return registry.version(wanted)
+def _version(key: str, registry: Registry) -> RegisteredVersion | None:
+    """Return the version with this number, or whose bundle's digest begins with `key`."""
+    if len(key) < MIN_DIGITS:
+        return registry.version(key)
     for version in registry.versions():
-        digests = (version.digest or "", version.tags.get("source_digest", ""))
-        if any(digest.removeprefix("sha256:").startswith(wanted) for digest in digests if digest):
-            return version
+        for digest in (version.digest, version.tags.get("source_digest")):
+            if digest and digest.removeprefix("sha256:").startswith(key):
+                return version
     return None
 
 
-def _digest_in(rows: list[dict[str, Any]], wanted: str) -> str | None:
-    """The digest that the audit log names for a version (its newest) or for the first digits of a digest."""
+def _digest_in(rows: list[dict[str, Any]], key: str) -> str | None:
+    """Return the newest digest in the audit log for a version number or the beginning of a digest."""
     for row in reversed(rows):
         digest = str(row.get("digest", ""))
-        named = digest.removeprefix("sha256:").startswith(wanted) and len(wanted) >= FEWEST_DIGITS
-        if digest and (named or row.get("version") == wanted):
+        matches = len(key) >= MIN_DIGITS and digest.removeprefix("sha256:").startswith(key)
+        if digest and (matches or row.get("version") == key):
             return digest
     return None
 
 
 def _prediction(request_id: str, logs: Iterable[Path]) -> tuple[dict[str, Any], str]:
-    """The line of a prediction log with this request id, and its model's digest without the prefix."""
+    """Return the logged prediction of a request and its model's digest without prefix. Raises LineageError."""
     searched = []
     for log in logs:
         searched.append(str(log))
@@ -130,15 +129,23 @@ def _prediction(request_id: str, logs: Iterable[Path]) -> tuple[dict[str, Any], 
                 digest = row.get("digest") or model.get("digest")
                 if row.get("request_id") == request_id and isinstance(digest, str):
                     return row, digest.removeprefix("sha256:")
-    where = f"in {', '.join(searched)}" if searched else "as there is no prediction log (--predictions names one)"
-    raise LineageError(f"{request_id} is no version and no digest, and as a request id it was not found {where}.")
+    if not searched:
+        raise LineageError(
+            f"{request_id} is neither a version nor a digest, and there is no prediction log. Name one with --predictions."
+        )
+    raise LineageError(
+        f"{request_id} is neither a version nor a digest, and no request of that id is in {', '.join(searched)}."
+    )
 
 
-def _card(version: RegisteredVersion) -> dict[str, Any]:
-    registered = datetime.fromtimestamp(version.created_ms / 1000, UTC).isoformat(timespec="seconds")
+def _utc(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
+
+
+def _version_facts(version: RegisteredVersion) -> dict[str, Any]:
     return {
         "version": version.version,
-        "registered": registered,
+        "registered": _utc(version.created_ms),
         "aliases": list(version.aliases),
         "status": version.tags.get("serving.status"),
         "reason": version.tags.get("serving.reason") or None,
@@ -147,42 +154,39 @@ def _card(version: RegisteredVersion) -> dict[str, Any]:
     }
 
 
-def _from_registry(found: Lineage, version: RegisteredVersion, registry: Registry) -> None:
-    """Run, bundle's evidence, receipt and gates' report, as far as they are there."""
+def _add_from_registry(lineage: Lineage, version: RegisteredVersion, registry: Registry) -> None:
+    """Add the run, the bundle's evidence and receipt, and the gates' report. Raises RegistryError."""
     run_id = version.run_id or version.tags.get("training_run")
     run = registry.run(run_id) if run_id else None
-    if run is not None:
-        found.run = {
+    if run is None:
+        lineage.missing.append("The version is linked to no training run in this registry.")
+    else:
+        lineage.run = {
             "run_id": run.info.run_id,
             "name": run.info.run_name,
             "user": run.data.tags.get("mlflow.user"),
-            "started": datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+            "started": _utc(run.info.start_time),
             "config": dict(run.data.params),
         }
-    else:
-        found.missing.append("It is linked to no training run in this registry, so its configuration is not known.")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+
+        def download(path: str) -> Path:
+            return registry.download_version(version.version, path, Path(temporary))
+
         bundle = f"artifacts/{BUNDLE_ARTIFACT}"
-        config = json.loads(registry.download(version.version, f"{bundle}/{CONFIG}", folder).read_bytes())
-        evidence = config["evidence"]
-        found.training = {
-            name: evidence[name]
-            for name in ("code_revision", "dataset_fingerprint", "images", "seed", "initial_bundle")
-            if name in evidence
-        }
-        if RECEIPT in config["files"]:
-            receipt = read_receipt(registry.download(version.version, f"{bundle}/{RECEIPT}", folder).parent)
-            assert receipt is not None, "it was just fetched"
-            found.receipt = {
+        config = json.loads(download(f"{bundle}/{CONFIG}").read_bytes())
+        names = ("code_revision", "dataset_fingerprint", "images", "seed", "initial_bundle")
+        lineage.training = {name: config["evidence"][name] for name in names if name in config["evidence"]}
+        receipt = read_receipt(download(f"{bundle}/{RECEIPT}").parent) if RECEIPT in config["files"] else None
+        if receipt is None:
+            lineage.missing.append("The bundle has no receipt of its training images.")
+        else:
+            lineage.receipt = {
                 "dataset_fingerprint": receipt.dataset_fingerprint,
                 "images": {split: len(seen.sha256) for split, seen in receipt.splits.items()},
                 "lesions": {split: len(seen.lesions) for split, seen in receipt.splits.items()},
             }
-        else:
-            found.missing.append("The bundle has no receipt of the images it was made from.")
         if "gates.judgement" in version.tags:
-            report = registry.download(version.version, f"{REPORT}/report.json", folder)
-            found.gates = json.loads(report.read_bytes())
+            lineage.gates = json.loads(download(f"{REPORT}/report.json").read_bytes())
         else:
-            found.missing.append("No gates' report is kept with it: it was never asked for.")
+            lineage.missing.append("No gate has judged the version yet.")

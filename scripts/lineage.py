@@ -1,136 +1,116 @@
-"""Where an answer came from: from a prediction's model.digest to version, run, code, data, gates and promotion.
-
-WHAT is the digest that stands in every answer under model.digest (or its
-first eight digits or more), a version number, or the request id of a
-prediction that was logged (X-Request-Id in the answer's header). The audit log tells when a promoter saw an alias
-move, what it did, and who it was where promote.py moved it; --verify finds
-lines of it that were changed or are missing. The exit code is 1 when nothing
-is known of WHAT or the audit log is broken, 2 for wrong options.
-"""
+"""Trace an answer to its model's version, run, code, data, gates and deployment."""
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from mlflow_tracking.command_line import table
+from handlers.errors import UsageError, UserError
+from mlflow_tracking.command_line import console, errors, run, table
 from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.outbox import HEAD_TAG
-from mlflow_tracking.provenance import Lineage, LineageError, trace
+from mlflow_tracking.provenance import Lineage, trace
 from mlflow_tracking.registry import Registry, RegistryUnavailable
-from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
-
-EPILOG = """
-Examples:
-
-  python scripts/lineage.py sha256:DIGEST
-
-  python scripts/lineage.py 3 --json
-
-  python scripts/lineage.py 7c1e2b0a-53c4-4d0e-9a55-0d3f8a9c1f10
-
-  python scripts/lineage.py --verify     # is the audit log whole?
-"""
-
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from mlflow_tracking.settings import MODEL_NAME, Settings
 
 
-@app.command(help=__doc__, epilog=EPILOG)
 def lineage(
-    what: str = typer.Argument("", metavar="DIGEST|REQUEST_ID|VERSION", help="What to trace.", show_default=False),
-    predictions: list[Path] = typer.Option(
-        [], "--predictions", exists=True, dir_okay=False, help="One more prediction log to search; repeat."
-    ),
-    as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
-    check: bool = typer.Option(False, "--verify", help="Check the audit log's chain of hashes."),
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="Digest, request id or version.", show_default=False)
+    ] = "",
+    predictions: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="Another prediction log to search; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    check: Annotated[bool, typer.Option("--verify", help="Check the audit log's chain of hashes.")] = False,
 ) -> None:
+    """Trace an answer to its model's version, run, code, data, gates and deployment.
+
+    WHAT is the digest in every answer under model.digest (at least its first
+    eight digits), a version number, or the request id of a logged prediction
+    (the answer's header X-Request-Id). The audit log shows when a promoter saw
+    an alias move, what it did, and who ran promote.py. --verify checks the
+    audit log for changed or missing lines. Exit codes: 0 found, 1 unknown or
+    the audit log is damaged, 2 wrong options.
+    """
     if bool(what) == check:
-        raise typer.BadParameter("give either something to trace or --verify.")
+        raise UsageError("Give either a digest, version or request id to trace, or --verify.")
     settings = Settings.load()
     registry, audit = Registry(settings.registry_uri), AuditLog(settings.store)
     if check:
-        raise typer.Exit(verify(registry, audit))
-    found = trace(what, registry, audit, [*settings.prediction_logs, *predictions])
+        verify(registry, audit)
+        return
+    history = trace(what, registry, audit, [*settings.prediction_logs, *(predictions or [])])
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        print(json.dumps(history.to_dict(), indent=1, ensure_ascii=False))
     else:
-        show(found)
+        show(history)
 
 
-def verify(registry: Registry, audit: AuditLog) -> int:
-    """Check the chain, and its end against what the registry knows. The exit code."""
+def verify(registry: Registry, audit: AuditLog) -> None:
+    """Check the audit log's chain, and its end against the registry. Raises UserError with every fault."""
     anchor = None
     try:
         anchor = Head.parse(registry.model_tag(HEAD_TAG) or "")
     except RegistryUnavailable as error:
-        errors.print(f"[yellow]{escape(str(error))}[/] Lines missing at the end would not be noticed.")
-    faults = audit.verify(anchor)
-    for sentence in faults:
-        errors.print(f"[red]✗[/] {escape(sentence)}")
-    if not faults:
-        held = "; its end is the one the registry knows" if anchor else ""
-        console.print(f"[green]✓[/] {audit.path}: {len(audit.rows()):,} lines, none changed, none missing{held}.")
-    return 1 if faults else 0
+        errors.print(f"{error} Lines missing at the end would not be noticed.", style="yellow")
+    if faults := audit.verify(anchor):
+        raise UserError("\n".join(faults))
+    console.print(f"✓ {audit.path}: {len(audit.rows()):,} lines, none changed, none missing.")
+    if anchor:
+        console.print("✓ Its end is the one that the registry knows.")
 
 
-def show(found: Lineage) -> None:
-    """Print what is known, from the model to the audit log."""
-    console.print(f"[bold]{MODEL_NAME}[/] {found.digest}")
-    if found.prediction:
-        _pairs("Prediction", {name: value for name, value in found.prediction.items() if not isinstance(value, dict)})
-    if found.version:
-        _pairs("Version", found.version)
-    if found.run:
-        _pairs("Run", {name: value for name, value in found.run.items() if name != "config"})
-        _pairs("Configuration", found.run["config"])
-    _pairs("Training", found.training)
-    if found.receipt:
-        _pairs("Receipt of what it has seen", found.receipt)
-    if found.gates:
-        _pairs("Gates", {one["gate"]: f"{one['outcome']}: {one['reason']}" for one in found.gates["verdicts"]})
-        if forced := found.gates["forced"]:
-            console.print(f"  [yellow]overruled by {escape(forced['by'])}: {escape(forced['reason'])}[/]")
-    for row in found.served:
+def show(history: Lineage) -> None:
+    """Print a model's history, from its version to the audit log."""
+    console.print(f"{MODEL_NAME} {history.digest}", style="bold")
+    prediction, run_facts = history.prediction or {}, history.run or {}
+    _pairs("Prediction", {name: value for name, value in prediction.items() if not isinstance(value, dict)})
+    _pairs("Version", history.version or {})
+    _pairs("Run", {name: value for name, value in run_facts.items() if name != "config"})
+    _pairs("Configuration", run_facts.get("config", {}))
+    _pairs("Training", history.training)
+    _pairs("Receipt of the training images", history.receipt or {})
+    if history.gates:
+        verdicts = history.gates["verdicts"]
+        _pairs("Gates", {verdict["gate"]: f"{verdict['outcome']}. {verdict['reason']}" for verdict in verdicts})
+        if forced := history.gates["forced"]:
+            console.print(f"  overruled by {forced['by']}: {forced['reason']}", style="yellow")
+    for row in history.served:
         previous = f", after version {row['previous']}" if row.get("previous") else ""
-        console.print(f"[bold]Served[/] since {row['at'][:19]}{previous} ({escape(row['by'])})")
-    if found.audit:
+        console.print(f"Served since {row['at'][:19]}{previous} ({row['by']})", style="bold")
+    if history.audit:
         grid = table("Audit log", ("At (UTC)", "Event", "Version"), folded=("By", "More"))
-        for row in found.audit:
-            more = row.get("reason") or row.get("remark") or row.get("alias") or ""
-            at = row["at"][:16].replace("T", " ")
-            grid.add_row(
-                at,
-                row["event"],
-                row.get("version", ""),
-                escape(row["by"]),
-                escape(shorten(str(more), 90, placeholder=" …")),
-            )
+        for row in history.audit:
+            more = shorten(str(row.get("reason") or row.get("remark") or row.get("alias") or ""), 90, placeholder=" …")
+            grid.add_row(row["at"][:16].replace("T", " "), row["event"], row.get("version", ""), row["by"], more)
         console.print(grid)
-    for sentence in found.missing:
-        console.print(f"[dim]{escape(sentence)}[/]")
+    for sentence in history.missing:
+        console.print(sentence, style="dim")
 
 
 def _pairs(title: str, values: Mapping[str, Any]) -> None:
-    told = {name: value for name, value in values.items() if value not in (None, "", [], {})}
-    if told:
-        console.print(f"[bold]{title}[/]")
-    for name, value in told.items():
+    """Print a heading and `name value` lines, without those that are empty."""
+    shown = {name: value for name, value in values.items() if value not in (None, "", [], {})}
+    if shown:
+        console.print(title, style="bold")
+    for name, value in shown.items():
         text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
         text = ", ".join(map(str, value)) if isinstance(value, list) else text
-        console.print(f"  [dim]{escape(name):<22}[/]{escape(str(text))}")
+        console.print(f"  {name:<22}{text}")
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except (LineageError, SettingsError) as error:
-        errors.print(f"[red]{escape(str(error))}[/]")
-        sys.exit(1)
+    run(
+        lineage,
+        examples=[
+            "python scripts/lineage.py sha256:DIGEST",
+            "python scripts/lineage.py 3 --json",
+            "python scripts/lineage.py 7c1e2b0a-53c4-4d0e-9a55-0d3f8a9c1f10",
+            "python scripts/lineage.py --verify",
+        ],
+    )

@@ -37,7 +37,7 @@ from rich.table import Table
 
 from handlers.taxonomy import CODES
 from mlflow_tracking.command_line import progress_bar
-from mlflow_tracking.promotion.evaluation_set import EvaluationSetError, freeze
+from mlflow_tracking.promotion.evaluation_set import EvaluationSetError, freeze, publish
 from mlflow_tracking.registry import EVALUATION_SET, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings, SettingsError
 from training.data.manifest import ManifestError, SharesError, build_manifest, fingerprint, read_manifest, report_path
@@ -112,10 +112,10 @@ def _freeze(console: Console, manifest: Path, split: str, images: int | None) ->
         by_class = ", ".join(f"{code} {counts[code]}" for code in CODES if code in counts)
         lesions = evaluation.frame["lesion_id"].nunique()
         registry = Registry(Settings.load().registry_uri)
-        registration = registry.freeze(
-            Path(temporary),
+        registration = publish(
+            registry,
+            evaluation,
             {
-                "digest": evaluation.digest,
                 "split": split,
                 "images": str(len(evaluation)),
                 "lesions": str(lesions),

@@ -28,9 +28,8 @@ from mlflow_tracking.promotion.plan import Actual
 from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
 from mlflow_tracking.promotion.torchserve_client import TorchServeError, TorchServeUnavailable
-from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable
+from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable, check_alias
 from mlflow_tracking.settings import MODEL_NAME, Settings
-from scripts.options import known_alias
 
 EXAMPLES = (
     "python scripts/promote.py to 3                    # champion is version 3",
@@ -51,7 +50,7 @@ app = command_group(__doc__, EXAMPLES)
 def to(
     version: Annotated[str, typer.Argument(metavar="VERSION", help="The version's number in MLflow.")],
     alias: Annotated[
-        str, typer.Option(callback=known_alias, help="champion serves; challenger is loaded next to it.")
+        str, typer.Option(callback=check_alias, help="champion serves; challenger is loaded next to it.")
     ] = "champion",
     force: Annotated[bool, typer.Option("--force", help="Overrule the gates; needs --reason.")] = False,
     reason: Annotated[str, typer.Option(help="The reason, for the audit log.")] = "",

@@ -17,6 +17,7 @@ import httpx
 from handlers.bundle import CONFIG, GRAPH, Bundle, BundleConfig, seal
 from handlers.files import write_json
 from mlflow_tracking.promotion.reconcile import Pass, Reconciler
+from mlflow_tracking.registration import register
 from mlflow_tracking.registry import Registry
 from mlflow_tracking.settings import Settings
 from scripts.free_ports import free_ports
@@ -186,7 +187,7 @@ class Promotion:
                 return steps, result
 
     def register(self, folder: Path, golden_shift: float = 0.0) -> str:
-        return self.registry.register(variant(self.bundle, folder, golden_shift).path).version.version
+        return register(self.registry, variant(self.bundle, folder, golden_shift).path).version.version
 
     def champion(self, version: str) -> tuple[list[str], Pass]:
         self.registry.set_alias("champion", version)

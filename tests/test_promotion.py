@@ -28,6 +28,7 @@ import pytest
 from handlers.bundle import CONFIG, WEIGHTS, Bundle, seal
 from handlers.metadata import FIELDS, Metadata
 from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.registration import register
 from mlflow_tracking.registry import Registry
 from scripts.free_ports import free_ports
 from tests.conftest import ROOT
@@ -199,9 +200,9 @@ def test_files_tampered_with_in_the_store_are_refused_and_the_old_version_serves
 def test_a_version_whose_worker_does_not_start_is_reported_soon(serving_first, tmp_path, monkeypatch):
     broken = variant(serving_first.bundle, tmp_path, starts=False)
     with pytest.raises(RuntimeError):
-        serving_first.registry.register(broken.path)
-    monkeypatch.setattr("mlflow_tracking.registry.tags", lambda bundle: {"digest": bundle.digest})  # which tried it
-    version = serving_first.registry.register(broken.path).version.version
+        register(serving_first.registry, broken.path)
+    monkeypatch.setattr("mlflow_tracking.registration.tags", lambda bundle: {"digest": bundle.digest})  # which tried it
+    version = register(serving_first.registry, broken.path).version.version
     began = time.monotonic()
     _, result = serving_first.champion(version)
     assert time.monotonic() - began < 60, "not only after the whole start-up time-out"
@@ -371,7 +372,7 @@ def test_a_model_that_takes_metadata_is_promoted_and_told_over_rest(serving_firs
     assert (refused.status_code, "takes no age" in refused.text) == (400, True)
 
     bundle = tiny_bundle(tmp_path / "bundle", metadata=Metadata.of(FIELDS))
-    version = serving_first.registry.register(bundle.path).version.version
+    version = register(serving_first.registry, bundle.path).version.version
     steps, result = serving_first.champion(version)
     assert f"serve version {version}" in steps, result.errors
     for case in bundle.golden():

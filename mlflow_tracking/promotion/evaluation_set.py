@@ -1,13 +1,13 @@
-"""The frozen evaluation set: the pictures about which every gate and every replay asks, wherever it runs.
+"""The frozen evaluation set: the pictures that every gate and every replay uses.
 
-Two files, kept as one artifact in the registry:
+Two files, stored as one artifact in the registry:
 
     rows.csv     file, image_id, label (class code), lesion_id, source, sha256, phash of each picture, and age, sex and
                  site, blank where unknown; sorted by sha256
     images.zip   the pictures, byte for byte, each named after its hash
 
-Its digest is the hash of rows.csv, which holds the hashes of the pictures, so one value vouches for all of it. The
-order by hash is a random one: any first part of it is a fair sample.
+The digest of a set is the hash of rows.csv. It vouches for the pictures too, because rows.csv holds their hashes.
+Sorting by hash is a random order, so the first N pictures are a fair sample.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,23 +32,22 @@ from handlers.files import atomic_file
 from handlers.metadata import FIELDS
 from handlers.taxonomy import CODES
 from mlflow_tracking.digests import DIGEST, short
-from mlflow_tracking.registry import Registry
+from mlflow_tracking.registry import CURRENT, EVALUATION_SET, Registration, Registry, registered
 
 ROWS = "rows.csv"
 IMAGES = "images.zip"
-BEFORE_METADATA = ("file", "image_id", "label", "lesion_id", "source", "sha256", "phash")
-COLUMNS = (*BEFORE_METADATA, *FIELDS)
-# A class keeps at least this many pictures in a smaller set, if it has them: a recall out of two says nothing.
-FEWEST_OF_A_CLASS = 20
+COLUMNS = ("file", "image_id", "label", "lesion_id", "source", "sha256", "phash", *FIELDS)
+# A smaller set keeps at least this many pictures of a class if there are as many: recall over fewer is too coarse.
+MIN_CLASS_IMAGES = 20
 
 
 class EvaluationSetError(UserError):
-    """An evaluation set that cannot be made, or is not what it says it is; a sentence."""
+    """An evaluation set that cannot be made, or whose files are damaged."""
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A verified set in a folder. `frame` has COLUMNS; `digest` is "sha256:" and the hash of rows.csv."""
+    """A set in a folder. `frame` has COLUMNS; `digest` is "sha256:" and the hash of rows.csv."""
 
     folder: Path
     frame: pd.DataFrame
@@ -56,39 +55,43 @@ class EvaluationSet:
 
     @classmethod
     def load(cls, folder: Path) -> "EvaluationSet":
-        """Read a set; its pictures are checked by `verify`, and when they are read. Raises EvaluationSetError."""
+        """Read a set without checking its pictures, which `verify` and `images` do. Raises EvaluationSetError."""
         try:
             text = (folder / ROWS).read_bytes()
             frame = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False)
             with zipfile.ZipFile(folder / IMAGES) as archive:
-                missing = set(frame["file"]) - set(archive.namelist())
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                names = set(archive.namelist())
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise EvaluationSetError(f"The evaluation set in {folder} cannot be read: {error}.") from error
-        # A set from before it kept metadata is still the one that was frozen; nothing is known of its patients.
-        known = tuple(frame.columns) in (COLUMNS, BEFORE_METADATA)
-        if not known or frame.empty or missing or set(frame["label"]) - set(CODES):
-            raise EvaluationSetError(f"The evaluation set in {folder} is incomplete, or of another kind.")
-        return cls(folder, frame.reindex(columns=list(COLUMNS), fill_value=""), digest_of(text))
+        if tuple(frame.columns) != COLUMNS or frame.empty or set(frame["label"]) - set(CODES):
+            raise EvaluationSetError(
+                f"{folder / ROWS} is not the table of an evaluation set. Freeze the set again with prepare_data.py."
+            )
+        if missing := set(frame["file"]) - names:
+            raise EvaluationSetError(
+                f"{folder / IMAGES} is incomplete: {min(missing)} is missing. Freeze the set again with prepare_data.py."
+            )
+        return cls(folder, frame, digest_of(text))
 
     def __len__(self) -> int:
         return len(self.frame)
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """The true classes, as indices into CODES (N,)."""
+        """The true classes (N,), indices into CODES."""
         return np.array([CODES.index(label) for label in self.frame["label"]], np.int64)
 
     @cached_property
     def lesions(self) -> NDArray[np.int64]:
-        """A number for each picture's lesion (N,), from 0."""
+        """The lesion's number of each picture (N,), from 0."""
         return np.asarray(pd.factorize(self.frame["lesion_id"])[0], np.int64)
 
     def images(self, positions: Sequence[int]) -> list[bytes]:
-        """The bytes of some pictures. Raises EvaluationSetError for one that was changed or cannot be read."""
+        """Return the bytes of some pictures. Raises EvaluationSetError if one is damaged."""
         return list(self._read(positions))
 
     def verify(self) -> None:
-        """Read every picture. Raises EvaluationSetError for one that was changed or cannot be read."""
+        """Check every picture. Raises EvaluationSetError if one is damaged."""
         for _ in self._read(range(len(self))):
             pass
 
@@ -105,7 +108,7 @@ class EvaluationSet:
 
 
 class CurrentSet:
-    """The frozen set that counts now, fetched from the registry into the folder `cache` and verified."""
+    """The evaluation set in force, downloaded from the registry into the folder `cache` and verified once."""
 
     def __init__(self, registry: Registry, cache: Path) -> None:
         self._registry = registry
@@ -113,63 +116,67 @@ class CurrentSet:
         self._verified: EvaluationSet | None = None
 
     def get(self) -> EvaluationSet | None:
-        """The set; None if none is frozen. It is fetched and verified once, until there is another, or doubt.
+        """Return the set, or None if none was frozen.
 
         Raises:
-            EvaluationSetError: it is not what was frozen.
+            EvaluationSetError: the registry's files are damaged or not those that were frozen.
             RegistryError, RegistryUnavailable
         """
-        registered = self._registry.evaluation_set()
-        if registered is None:
+        version = self._registry.evaluation_set()
+        if version is None:
             return None
-        digest = registered.digest or ""
+        digest = version.digest or ""
         if not DIGEST.fullmatch(digest):
-            raise EvaluationSetError(f"Version {registered.version} of the evaluation set has no valid digest tag.")
+            raise EvaluationSetError(
+                f"Version {version.version} of the evaluation set has no valid digest tag. "
+                "Freeze the set again with prepare_data.py."
+            )
         if self._verified is None or self._verified.digest != digest:
-            self._verified = self._kept(digest) or self._fetched(registered.version, digest)
+            self._verified = self._cached(digest) or self._downloaded(version.version, digest)
         return self._verified
 
     def doubt(self) -> None:
-        """The copy turned out to be damaged: have it verified before it is used again, and fetched if need be."""
+        """Verify the cached files again before their next use, and download them again if they are damaged."""
         self._verified = None
 
-    def _kept(self, digest: str) -> EvaluationSet | None:
+    def _cached(self, digest: str) -> EvaluationSet | None:
         with suppress(EvaluationSetError):
-            if (found := EvaluationSet.load(self._cache / short(digest))).digest == digest:
-                found.verify()
-                return found
+            evaluation = EvaluationSet.load(self._cache / short(digest))
+            if evaluation.digest == digest:
+                evaluation.verify()
+                return evaluation
         return None
 
-    def _fetched(self, version: str, digest: str) -> EvaluationSet:
-        # Other people's pictures: none of an older set stays behind.
+    def _downloaded(self, version: str, digest: str) -> EvaluationSet:
+        # Patients' pictures: the files of an older set are deleted.
         shutil.rmtree(self._cache, ignore_errors=True)
         self._cache.mkdir(parents=True)
         with tempfile.TemporaryDirectory(dir=self._cache) as temporary:
-            place = Path(temporary) / "set"
-            place.mkdir()
-            fetched = self._registry.download_evaluation_set(version, place)
-            found = EvaluationSet.load(fetched)
-            if found.digest != digest:
+            folder = self._registry.download(f"models:/{EVALUATION_SET}/{version}", Path(temporary) / "set")
+            evaluation = EvaluationSet.load(folder)
+            if evaluation.digest != digest:
                 raise EvaluationSetError(
-                    f"Version {version} of the evaluation set is not what was frozen: its digest is {found.digest}."
+                    f"Version {version} of the evaluation set was changed after it was frozen: "
+                    f"its digest is {evaluation.digest}."
                 )
-            found.verify()
-            fetched.rename(self._cache / short(digest))
+            evaluation.verify()
+            folder.rename(self._cache / short(digest))
         return EvaluationSet.load(self._cache / short(digest))
 
 
 def freeze(rows: pd.DataFrame, folder: Path, images: int | None = None) -> EvaluationSet:
-    """Write the pictures of a manifest's rows (training.data.manifest.read_manifest) as an evaluation set into `folder`.
+    """Write the pictures of a manifest's rows as an evaluation set into `folder`.
 
     Args:
-        images: about how many to take: whole lesions, each class in its share but at least FEWEST_OF_A_CLASS pictures
-            where there are any; None for all.
+        rows: from training.data.manifest.read_manifest.
+        images: how many pictures to take, roughly: whole lesions, each class in proportion but at least
+            MIN_CLASS_IMAGES pictures. None takes all.
 
     Raises:
-        EvaluationSetError: there is no picture, or one cannot be read or is not the one in the manifest.
+        EvaluationSetError: there are no rows, or a file is unreadable or differs from the manifest.
     """
     if rows.empty:
-        raise EvaluationSetError("There is no picture to freeze.")
+        raise EvaluationSetError("There is no picture to freeze. Choose a split of the manifest that has some.")
     chosen = (rows if images is None else _sample(rows, images)).drop_duplicates("sha256").sort_values("sha256")
     files = [f"{row.sha256}{Path(str(row.path)).suffix.lower()}" for row in chosen.itertuples()]
     frame = chosen.assign(file=files)[list(COLUMNS)]
@@ -180,27 +187,62 @@ def freeze(rows: pd.DataFrame, folder: Path, images: int | None = None) -> Evalu
             except OSError as error:
                 raise EvaluationSetError(f"{path} cannot be read: {error.strerror}.") from error
             if hashlib.sha256(image).hexdigest() != digest:
-                raise EvaluationSetError(f"{path} is not the file in the manifest any more; make the manifest anew.")
-            archive.writestr(zipfile.ZipInfo(name), image)  # dated 1980, not today
+                raise EvaluationSetError(
+                    f"{path} has changed since the manifest was made. Make the manifest again with prepare_data.py."
+                )
+            archive.writestr(zipfile.ZipInfo(name), image)  # ZipInfo has a fixed date, so that the bytes repeat
     with atomic_file(folder / ROWS) as file:
         file.write(frame.to_csv(index=False, float_format="%g", lineterminator="\n").encode())
     return EvaluationSet.load(folder)
 
 
+def publish(registry: Registry, evaluation: EvaluationSet, tags: Mapping[str, str]) -> Registration:
+    """Store a set in the registry and put it in force. A set that is stored already is not stored again.
+
+    Args:
+        tags: further tags of the version, besides its digest.
+
+    Raises RegistryError, RegistryUnavailable.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with registry.translated_errors():
+        client = registry.client
+        versions = client.search_model_versions(f"name='{EVALUATION_SET}'")
+        existing = next((version for version in versions if version.tags.get("digest") == evaluation.digest), None)
+        version = existing
+        if version is None:
+            experiment = client.get_experiment_by_name(EVALUATION_SET)
+            experiment_id = experiment.experiment_id if experiment else client.create_experiment(EVALUATION_SET)
+            run_id = client.create_run(experiment_id, run_name=short(evaluation.digest)).info.run_id
+            client.log_artifacts(run_id, str(evaluation.folder), EVALUATION_SET)
+            client.set_terminated(run_id)
+            try:
+                client.create_registered_model(EVALUATION_SET)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            source = f"runs:/{run_id}/{EVALUATION_SET}"
+            all_tags = {**tags, "digest": evaluation.digest}
+            version = client.create_model_version(EVALUATION_SET, source, run_id=run_id, tags=all_tags)
+        client.set_registered_model_alias(EVALUATION_SET, CURRENT, str(version.version))
+    return Registration(registered(version), created=existing is None)
+
+
 def digest_of(rows: bytes) -> str:
-    """The digest of a set with this rows.csv."""
+    """Return the digest of a set with this rows.csv."""
     return "sha256:" + hashlib.sha256(rows).hexdigest()
 
 
 def _sample(rows: pd.DataFrame, images: int) -> pd.DataFrame:
-    """Whole lesions in the order of their ids' hashes, until each class has its share."""
+    """Take whole lesions in the order of their ids' hashes until each class has its share."""
     share = min(1.0, images / len(rows))
     order = rows["lesion_id"].map(lambda lesion: hashlib.sha256(str(lesion).encode()).hexdigest())
     taken = []
     for _, of_class in rows.groupby("label"):
-        wanted = max(math.ceil(share * len(of_class)), min(FEWEST_OF_A_CLASS, len(of_class)))
+        target = max(math.ceil(share * len(of_class)), min(MIN_CLASS_IMAGES, len(of_class)))
         lesions = of_class.assign(order=order).sort_values(["order", "sha256"])
         ends = lesions.groupby("order", sort=False).size().cumsum()
-        last = ends.index[min(int(ends.searchsorted(wanted)), len(ends) - 1)]
+        last = ends.index[min(int(ends.searchsorted(target)), len(ends) - 1)]
         taken.append(lesions[lesions["order"] <= last])
     return pd.concat(taken).drop(columns="order")
