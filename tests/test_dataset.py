@@ -18,19 +18,10 @@ from handlers.files import atomic_file
 from handlers.preprocessing import Preprocessing
 from tests.tiny_lesions import COLOURS, tiny_manifest
 from training.config import load_config
-from training.data import dataset
-from training.data.dataset import (
-    LUMA,
-    Augment,
-    DataError,
-    Images,
-    batches,
-    build_cache,
-    classes_in,
-    epoch_order,
-    load_split,
-    standardise,
-)
+from training.data import image_cache
+from training.data.augmentation import LUMA, Augment
+from training.data.batches import Images, batches, classes_in, epoch_order, load_split, standardise
+from training.data.image_cache import DataError, build_cache
 from training.data.manifest import read_manifest
 
 SMALL = {"train": 12, "val": 6}
@@ -93,7 +84,7 @@ def test_images_are_decoded_once(frame, tmp_path):
 def test_two_containers_fill_the_same_cache(frame, tmp_path, monkeypatch):
     """Each has processes of the same numbers as the other."""
     monkeypatch.setattr(os, "getpid", lambda: 7)
-    real, begun = dataset._fill, []
+    real, begun = image_cache._fill, []
 
     def fill(path, *rest):
         real(path, *rest)
@@ -101,7 +92,7 @@ def test_two_containers_fill_the_same_cache(frame, tmp_path, monkeypatch):
             begun.append(path)
             build_cache(frame, Preprocessing(16), tmp_path)
 
-    monkeypatch.setattr(dataset, "_fill", fill)
+    monkeypatch.setattr(image_cache, "_fill", fill)
     pixels = build_cache(frame, Preprocessing(16), tmp_path)
     assert pixels.any(axis=(1, 2, 3)).all()
     with atomic_file(tmp_path / "manifest") as ours:

@@ -18,7 +18,8 @@ from tests.models import tiny_backbone, tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints, train
 from training.config import load_config
-from training.data.dataset import DataError, classes_in
+from training.data.batches import classes_in
+from training.data.image_cache import DataError
 from training.data.manifest import fingerprint, read_manifest
 from training.initial_weights import InitialWeights
 

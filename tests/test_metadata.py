@@ -40,7 +40,8 @@ from tests.test_training import command
 from tests.tiny_lesions import COLOURS, tiny_manifest
 from training import evaluate
 from training.config import ConfigError, load_config
-from training.data.dataset import DataError, encode_rows, withhold
+from training.data.batches import encode_rows, withhold
+from training.data.image_cache import DataError
 from training.data.manifest import read_manifest
 from training.evaluation.calibration_fit import fit_calibration
 from training.recipe import heads_of, make_optimizer, set_trainable

@@ -27,7 +27,7 @@ from mlflow_tracking.runs import code_revision
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints, evaluate, finish, train
 from training.config import ROOT, load_config
-from training.data.dataset import DataError
+from training.data.image_cache import DataError
 
 # MLflow's own models of its database use an option that SQLAlchemy will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")

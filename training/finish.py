@@ -23,7 +23,7 @@ from mlflow_tracking.command_line import console
 from mlflow_tracking.runs import Tracker, code_revision
 from training.checkpoints import BEST, LAST, load
 from training.config import TrainConfig
-from training.data.dataset import Images
+from training.data.batches import Images
 from training.evaluation.assessment import assess, headline
 from training.evaluation.calibration_fit import MIN_IMAGES, fit_calibration
 from training.evaluation.detectors import Known, KnownSpace, Outputs, known_space

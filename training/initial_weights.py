@@ -13,7 +13,7 @@ from handlers.bundle import Bundle, BundleError
 from handlers.metadata import Metadata
 from handlers.receipt import Receipt, overlap, read_receipt
 from handlers.weights import load_weights, read_weights
-from training.data.dataset import DataError
+from training.data.image_cache import DataError
 
 
 @dataclass(frozen=True)

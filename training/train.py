@@ -33,7 +33,9 @@ from mlflow_tracking.runs import Tracker, TrackingError, choose_store, code_revi
 from mlflow_tracking.settings import SettingsError
 from training.checkpoints import BEST, LAST, CheckpointError, find, load, restore, save
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
-from training.data.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split, withhold
+from training.data.augmentation import Augment
+from training.data.batches import Images, batches, classes_in, epoch_order, load_split, withhold
+from training.data.image_cache import DataError
 from training.data.manifest import ManifestError, build_manifest, fingerprint, read_manifest
 from training.evaluation.network_outputs import predict
 from training.finish import AFTER_EPOCHS, finish

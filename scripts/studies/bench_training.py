@@ -28,7 +28,9 @@ from torchvision.transforms import v2
 from handlers.backbone import build_backbone
 from mlflow_tracking.command_line import console, errors
 from training.config import ConfigError, TrainConfig, load_config
-from training.data.dataset import Augment, DataError, Images, batches, classes_in, epoch_order, load_split
+from training.data.augmentation import Augment
+from training.data.batches import Images, batches, classes_in, epoch_order, load_split
+from training.data.image_cache import DataError
 from training.data.manifest import ManifestError, read_manifest
 from training.losses import ClassificationLoss
 from training.recipe import attention_kernel, choose_device, make_optimizer

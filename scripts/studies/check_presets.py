@@ -31,7 +31,7 @@ from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeEr
 from mlflow_tracking.settings import Settings
 from training.checkpoints import LAST, CheckpointError, load
 from training.config import PRESETS, ROOT, ConfigError, load_config
-from training.data.dataset import build_cache
+from training.data.image_cache import build_cache
 from training.data.manifest import COLUMNS, ManifestError, read_manifest
 
 EPILOG = """

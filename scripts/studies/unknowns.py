@@ -33,7 +33,7 @@ from mlflow_tracking.command_line import console, errors
 from scripts.studies.far_images import far_images
 from training.checkpoints import LAST, CheckpointError, load
 from training.config import ROOT, ConfigError, TrainConfig, load_config
-from training.data.dataset import DataError, build_cache
+from training.data.image_cache import DataError, build_cache
 from training.data.manifest import COLUMNS, ManifestError, fingerprint, read_manifest
 from training.evaluate import ask, nine_of
 from training.evaluation.assessment import unknown_figures

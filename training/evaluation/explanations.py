@@ -24,7 +24,7 @@ from handlers.receipt import OverlapError, check_overlap
 from handlers.runtimes import TorchRuntime
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking.command_line import console, errors
-from training.data.dataset import DataError, build_cache
+from training.data.image_cache import DataError, build_cache
 from training.data.manifest import ManifestError, fingerprint, read_manifest
 from training.evaluation.figures import deletion_figure
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from handlers.backbone import fuse
 from handlers.preprocessing import Preprocessing
-from training.data.dataset import Images, batches, standardise
+from training.data.batches import Images, batches, standardise
 from training.evaluation.detectors import Outputs
 
 

@@ -1,0 +1,95 @@
+"""Random views of the training images, one batch at a time on the training device."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from handlers.preprocessing import Preprocessing
+from training.config import AugmentationSettings
+
+LUMA = [0.299, 0.587, 0.114]  # ITU-R BT.601
+
+
+class Augment:
+    """Random views of a batch: uint8 (N, C, C, 3) of any side C to standardised float32 (N, 3, S, S).
+
+    Flips, quarter turns, rotation, shift, crop and stretch are one affine map, hence one grid_sample. Brightness,
+    contrast, saturation, hue and the standardisation are one affine map of the colours, hence one matrix product.
+    Each image has its own random numbers. Dermoscopy has no upside, so every turn is allowed. RandAugment (Cubuk et
+    al. 2020) comes first if it is on. It works image by image and is therefore slower.
+    """
+
+    def __init__(self, settings: AugmentationSettings, preprocessing: Preprocessing) -> None:
+        self.settings = settings
+        self.preprocessing = preprocessing
+        self.randaugment = v2.RandAugment(num_ops=2, magnitude=settings.randaugment) if settings.randaugment else None
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment a batch. `generator` is on the CPU, so that every device sees the same random numbers."""
+        n, size = len(pixels), self.preprocessing.image_size
+        theta = self.geometry(n, generator).to(pixels.device)
+        channels_first = pixels.permute(0, 3, 1, 2)
+        if self.randaugment:  # uses torch's global generator, which each epoch seeds
+            channels_first = torch.stack([self.randaugment(image) for image in channels_first])
+        images = channels_first.float()
+        # Contrast turns about each image's mean grey, taken before cropping.
+        grey = images.mean((2, 3)) @ images.new_tensor(LUMA)
+        grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
+        images = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        matrix, offset = self.colour(grey.cpu(), generator)
+        return torch.baddbmm(offset.to(images.device)[:, :, None], matrix.to(images.device), images.flatten(2)).view(
+            n, 3, size, size
+        )
+
+    def geometry(self, n: int, generator: torch.Generator) -> Tensor:
+        """Return affine maps (n, 2, 3) from output to input coordinates, both in [-1, 1]."""
+        c = self.settings
+        angle = uniform(n, -c.rotate_degrees, c.rotate_degrees, generator) * (math.pi / 180)
+        turns = torch.randint(4, (n,), generator=generator) if c.rotate90 else torch.zeros(n)
+        angle = angle + turns * (math.pi / 2)
+        side = uniform(n, c.crop_scale, 1.0, generator).sqrt()
+        stretch = torch.exp(uniform(n, -math.log(c.crop_aspect), math.log(c.crop_aspect), generator) / 2)
+        # A stretched crop still fits inside the picture.
+        width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
+        mirror = 1 - 2 * torch.randint(2, (n,), generator=generator) if c.flip else torch.ones(n)
+        # The crop may leave the picture by `translate`.
+        lies = turns % 2 == 1
+        across, down = torch.where(lies, height, width), torch.where(lies, width, height)
+        x = uniform(n, -1, 1, generator) * (1 - across + 2 * c.translate)
+        y = uniform(n, -1, 1, generator) * (1 - down + 2 * c.translate)
+        cos, sin = angle.cos(), angle.sin()
+        rows = [width * cos * mirror, -height * sin, x, width * sin * mirror, height * cos, y]
+        return torch.stack(rows, dim=1).view(n, 2, 3)
+
+    def colour(self, grey: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return matrices (n, 3, 3) and offsets (n, 3) from RGB in [0, 255] to augmented, standardised RGB.
+
+        `grey` (n,) is each image's mean grey.
+        """
+        c, n = self.settings, len(grey)
+        contrast = uniform(n, 1 - c.contrast, 1 + c.contrast, generator)
+        gain = uniform(n, 1 - c.brightness, 1 + c.brightness, generator) * contrast
+        saturation = uniform(n, 1 - c.saturation, 1 + c.saturation, generator)[:, None, None]
+        turn = uniform(n, -c.hue, c.hue, generator) * (2 * math.pi)
+
+        # Hue: a rotation of the chroma plane of YIQ (NTSC), which leaves brightness alone.
+        to_yiq = torch.tensor([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+        rotation = torch.eye(3).repeat(n, 1, 1)
+        rotation[:, 1, 1] = rotation[:, 2, 2] = turn.cos()
+        rotation[:, 1, 2], rotation[:, 2, 1] = -turn.sin(), turn.sin()
+        hue = to_yiq.inverse() @ rotation @ to_yiq
+        to_grey = torch.tensor(LUMA).expand(3, 3)
+        matrix = gain[:, None, None] * (saturation * torch.eye(3) + (1 - saturation) * to_grey) @ hue
+        # brightness * (contrast * x + (1 - contrast) * grey): the same for all three channels
+        offset = (gain / contrast * (1 - contrast) * grey)[:, None].expand(n, 3)
+
+        scale, shift = torch.tensor(self.preprocessing.standardisation)
+        return matrix * scale[:, None], offset * scale + shift
+
+
+def uniform(n: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """Draw n numbers from U(low, high), float32."""
+    return low + (high - low) * torch.rand(n, generator=generator)

@@ -1,0 +1,132 @@
+"""From the manifest to batches: splits loaded through the image cache, the order of an epoch, batches on the device."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from handlers.metadata import Metadata
+from handlers.preprocessing import Preprocessing
+from handlers.taxonomy import CODES
+from training.data.image_cache import build_cache
+
+
+def classes_in(frame: pd.DataFrame) -> tuple[str, ...]:
+    """Return the codes with at least one training image, in taxonomy order. These get a logit."""
+    present = set(frame.loc[frame["split"] == "train", "label"])
+    return tuple(code for code in CODES if code in present)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a split.
+
+    `pixels` is uint8 (N, S, S, 3), memory-mapped. `labels` is int64 (N,), with -1 for a class without a logit.
+    `metadata` is float32 (N, D), encoded.
+    """
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    lesions: NDArray[np.str_]
+    metadata: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_split(
+    frame: pd.DataFrame,
+    split: str,
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    cache_dir: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    metadata: Metadata | None = None,
+) -> Images:
+    """Load one split through the cache (see build_cache for the other arguments and for DataError).
+
+    Args:
+        frame: a manifest (training.data.manifest.read_manifest).
+        classes: the codes that have a logit, in order.
+        metadata: the model's inputs besides the picture, if it has any.
+    """
+    rows = frame[frame["split"] == split].reset_index(drop=True)
+    index = {code: i for i, code in enumerate(classes)}
+    return Images(
+        build_cache(rows, preprocessing, cache_dir, progress),
+        rows["label"].map(lambda code: index.get(code, -1)).to_numpy(np.int64),
+        rows["lesion_id"].to_numpy(str),
+        encode_rows(rows, metadata or Metadata()),
+    )
+
+
+def encode_rows(rows: pd.DataFrame, metadata: Metadata) -> NDArray[np.float32]:
+    """Encode the manifest's age, sex and site for the network: (N, D). An unknown word counts as missing."""
+    records = rows[list(metadata.fields)].to_dict("records")
+    return np.array([metadata.encode(metadata.understood(record)) for record in records], np.float32).reshape(
+        len(rows), -1
+    )
+
+
+def epoch_order(labels: NDArray[np.int64], seed: int, epoch: int, sampler_power: float = 0.0) -> NDArray[np.int64]:
+    """Return the order in which an epoch visits the training images: len(labels) indices.
+
+    A shuffle if `sampler_power` is 0, otherwise draws with replacement with weight frequency^-power. The order
+    depends on the arguments alone, so a resumed epoch is the same epoch.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    if not sampler_power:
+        return rng.permutation(len(labels))
+    weights = np.bincount(labels)[labels] ** -float(sampler_power)
+    return rng.choice(len(labels), size=len(labels), p=weights / weights.sum())
+
+
+def batches(
+    images: Images, order: NDArray[np.int64], batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield pixels uint8 (N, S, S, 3), labels int64 (N,) and metadata float32 (N, D) on `device`, in `order`.
+
+    The next batch is gathered while the last one is used.
+    """
+
+    def gather(start: int) -> tuple[Tensor, ...]:
+        chosen = order[start : start + batch_size]
+        # Rows in file order are read faster from a disk.
+        by_place = np.argsort(chosen)
+        pixels = np.empty((len(chosen), *images.pixels.shape[1:]), np.uint8)
+        pixels[by_place] = images.pixels[chosen[by_place]]
+        arrays = (pixels, images.labels[chosen], images.metadata[chosen])
+        tensors = tuple(torch.from_numpy(array) for array in arrays)
+        return tuple(tensor.pin_memory() for tensor in tensors) if device.type == "cuda" else tensors
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(gather, 0)
+        for start in range(0, len(order), batch_size):
+            pixels, labels, metadata = (tensor.to(device, non_blocking=True) for tensor in coming.result())
+            if start + batch_size < len(order):
+                coming = pool.submit(gather, start + batch_size)
+            yield pixels, labels, metadata
+
+
+def withhold(encoded: Tensor, metadata: Metadata, share: float, generator: torch.Generator) -> Tensor:
+    """Blank values of encoded metadata (N, D) at random, so that a network learns to do without them.
+
+    An image loses all values with probability `share`, otherwise each value independently with the same probability.
+    """
+    if not metadata.fields:
+        return encoded
+    whole = torch.rand(len(encoded), 1, generator=generator) >= share
+    each = torch.rand(len(encoded), len(metadata.fields), generator=generator) >= share
+    return encoded * (whole & each)[:, list(metadata.columns)].to(encoded)
+
+
+def standardise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Standardise pixels for the network: uint8 (N, S, S, 3) to float32 (N, 3, S, S)."""
+    scale, offset = torch.tensor(preprocessing.standardisation, device=pixels.device)
+    return (pixels * scale + offset).permute(0, 3, 1, 2).contiguous()
