@@ -1,4 +1,4 @@
-"""MODEL_CARD.md says what the evaluations found, of the bundle that is shipped, which gives its golden answers."""
+"""MODEL_CARD.md has the figures of the evaluations of the shipped bundle, and the bundle gives its golden answers."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_figures_of_another_bundle_make_no_card(tmp_path, digest):
     shutil.copytree(EVALUATION, tmp_path / "evaluation")
     path = tmp_path / "evaluation" / "unknowns.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bundle": digest}))
-    with pytest.raises(model_card.CardError, match=r"Of another bundle than .*: unknowns\.json in "):
+    with pytest.raises(model_card.CardError, match=r"^unknowns\.json in .* describe another bundle than "):
         model_card.render(evaluation=tmp_path / "evaluation")
 
 
@@ -56,21 +56,21 @@ def test_figures_stand_under_their_names():
 
 
 def test_the_evaluations_are_of_the_shipped_bundle(evidence):
-    told = {path.stem: json.loads(path.read_text()) for path in EVALUATION.glob("*.json")}
-    digest = told["metrics"]["bundle"]
-    assert {table["bundle"] for table in told.values()} == {digest}
+    tables = {path.stem: json.loads(path.read_text()) for path in EVALUATION.glob("*.json")}
+    digest = tables["metrics"]["bundle"]
+    assert {table["bundle"] for table in tables.values()} == {digest}
     assert Predictor.load(SHIPPED, runtime="torch").bundle.digest == digest
     for table, fields, split in (("metrics", [], "test_picture_alone"), ("with_metadata", list(FIELDS), "test")):
-        assert told[table]["metadata"] == fields
-        assert (told[table]["runtime"], told[table]["precision"]) == ("torch", "f32")  # a bundle without a graph
-        assert told[table]["images"] == evidence["images"]["test"]
-        assert told[table]["overlap"]["overlaps"] is False
-        for name, value in told[table]["summary"].items():
+        assert tables[table]["metadata"] == fields
+        assert (tables[table]["runtime"], tables[table]["precision"]) == ("torch", "f32")  # a bundle without a graph
+        assert tables[table]["images"] == evidence["images"]["test"]
+        assert tables[table]["overlap"]["overlaps"] is False
+        for name, value in tables[table]["summary"].items():
             assert evidence["metrics"][split][name] == pytest.approx(value, abs=2e-3), name
-    assert [told[table]["tta"] for table in ("metrics", "with_metadata", "with_metadata_tta")] == [False, False, True]
-    mirrored = told["with_metadata_tta"]
+    assert [tables[table]["tta"] for table in ("metrics", "with_metadata", "with_metadata_tta")] == [False, False, True]
+    mirrored = tables["with_metadata_tta"]
     assert (mirrored["metadata"], mirrored["images"]) == (list(FIELDS), evidence["images"]["test"])
-    assert told["unknowns"]["data"] == evidence["dataset_fingerprint"]
+    assert tables["unknowns"]["data"] == evidence["dataset_fingerprint"]
 
 
 def test_the_receipt_is_of_the_images_it_was_made_from(evidence):

@@ -1,10 +1,4 @@
-"""Write MODEL_CARD.md: its words from model_card.template.md, its numbers from what the evaluations wrote.
-
-    python scripts/studies/model_card.py
-
-reads docs/evaluation/ (metrics.json of pictures alone, with_metadata.json, with_metadata_tta.json, unknowns.json,
-stress.json, explanations.json) and the shipped bundle.
-"""
+"""Write MODEL_CARD.md from model_card.template.md, the figures in docs/evaluation/ and the shipped bundle."""
 
 import json
 from pathlib import Path
@@ -12,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from handlers.bundle import Bundle, BundleError
+from handlers.bundle import Bundle
 from handlers.errors import UserError
 from handlers.files import atomic_file
 from handlers.taxonomy import KNOWN_CODES
-from mlflow_tracking.command_line import console, errors
+from mlflow_tracking.command_line import console, run
 from mlflow_tracking.settings import SHIPPED
 from scripts.studies import unknowns
 from training.config import ROOT
@@ -51,27 +45,34 @@ CLASS_FIGURES = {
 
 
 class CardError(UserError):
-    """Evaluations that a card cannot be written from, with a sentence saying why."""
+    """The evaluations do not fit the bundle."""
 
 
 def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
-    """The card's text.
+    """Return the text of the card.
 
     Raises:
         BundleError: the bundle is damaged.
-        CardError: an evaluation is of another bundle.
-        OSError, KeyError: figures are missing.
+        CardError: a figure is missing, or an evaluation describes another bundle.
     """
-    files = {name: evaluation / f"{name}.json" for name in PARTS}
-    told = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.is_file()}
     loaded = Bundle.load(bundle)
-    if others := [name for name, table in told.items() if table.get("bundle") != loaded.digest]:
-        raise CardError(
-            f"Of another bundle than {bundle}: {', '.join(f'{name}.json' for name in others)} in {evaluation}; "
-            "evaluate this one (--help says how)."
-        )
-    tta = told["with_metadata_tta"]
-    config, test, held_out = loaded.config.to_dict(), told["metrics"], told["unknowns"]["held_out"]
+    try:
+        tables = {name: json.loads((evaluation / f"{name}.json").read_text(encoding="utf-8")) for name in PARTS}
+        others = [f"{name}.json" for name, table in tables.items() if table["bundle"] != loaded.digest]
+        if others:
+            raise CardError(
+                f"{', '.join(others)} in {evaluation} describe another bundle than {bundle}. Evaluate this bundle; "
+                "--help lists the commands."
+            )
+        return _fill(loaded, tables)
+    except (KeyError, OSError, ValueError) as error:
+        raise CardError(f"The evaluations in {evaluation} cannot be used ({error}). Run them again.") from error
+
+
+def _fill(loaded: Bundle, tables: dict[str, Any]) -> str:
+    """Return the template with the figures of the tables."""
+    tta = tables["with_metadata_tta"]
+    config, test, held_out = loaded.config.to_dict(), tables["metrics"], tables["unknowns"]["held_out"]
     melanoma = test["per_class"]["MEL"]
     coverage = test["conformal"]["coverage_per_class"]
     return TEMPLATE.read_text(encoding="utf-8").format(
@@ -82,8 +83,8 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
         megabytes=sum(file["bytes"] for file in loaded.files.values()) / 1e6,
         all_images=sum(config["evidence"]["images"].values()),
         test=test,
-        told=told["with_metadata"],
-        figures=_figures(test, told["with_metadata"]),
+        with_metadata=tables["with_metadata"],
+        figures=_figures(test, tables["with_metadata"]),
         mirrored={key: _with_interval(headline(tta)[key], tta["intervals_95"][key], 3) for key in FIGURES.values()},
         classes=_classes(test),
         slices=_slices(test["slices"]),
@@ -92,18 +93,18 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
         level=config["calibration"]["conformal"]["confidence_level"],
         coverage=", ".join(f"{code} {coverage[code]:.0%}" for code in KNOWN_CODES if code in coverage),
         no_rejection=sum(table["called_malignant_by_all"] for table in held_out.values()) / len(held_out),
-        unknowns=unknowns.markdown(told["unknowns"]).strip(),
-        stress=stress.markdown(told["stress"]["faults"]).strip(),
-        explanations=told["explanations"],
+        unknowns=unknowns.markdown(tables["unknowns"]).strip(),
+        stress=stress.markdown(tables["stress"]["faults"]).strip(),
+        explanations=tables["explanations"],
     )
 
 
-def _figures(alone: dict[str, Any], told: dict[str, Any]) -> str:
-    """A row for each figure: its value and interval by the picture alone, and with metadata."""
+def _figures(alone: dict[str, Any], with_metadata: dict[str, Any]) -> str:
+    """Return a row for each figure: value and interval by the picture alone and with metadata."""
     lines = ["| figure | picture alone | 95 % interval | with age, sex and site | 95 % interval |", "| --- " * 5 + "|"]
     for name, key in FIGURES.items():
         cells = []
-        for table in (alone, told):
+        for table in (alone, with_metadata):
             low, high = table["intervals_95"][key]
             cells += [f"{headline(table)[key]:.3f}", f"{low:.3f} to {high:.3f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -113,7 +114,7 @@ def _figures(alone: dict[str, Any], told: dict[str, Any]) -> str:
 def _classes(test: dict[str, Any]) -> str:
     lines = [f"| class | images | {' | '.join(CLASS_FIGURES)} | recall as served |"]
     lines.append("| --- " * (3 + len(CLASS_FIGURES)) + "|")
-    for code in KNOWN_CODES:  # JSON keeps no order
+    for code in KNOWN_CODES:  # JSON files do not promise an order
         figures = test["per_class"][code]
         cells = [
             _with_interval(figures[key], test["per_class_intervals_95"][code][key]) for key in CLASS_FIGURES.values()
@@ -144,50 +145,35 @@ def _with_interval(value: float | None, interval: list[float] | None, digits: in
     return f"{value:.{digits}f}{drawn}"
 
 
+SHIPPED_ON_MANIFEST = "--bundle model_store/skin_vit --data data/manifest.csv"
+EVALUATE = f"python training/evaluate.py {SHIPPED_ON_MANIFEST}"
+EXAMPLES = [
+    "python scripts/studies/model_card.py",
+    "After another model was trained for shipping, first run:",
+    "python training/export.py runs/NAME/bundle model_store/skin_vit",
+    f"{EVALUATE} --out reports/metadata",
+    "cp reports/metadata/metrics.json docs/evaluation/with_metadata.json",
+    f"{EVALUATE} --tta --out reports/tta",
+    "cp reports/tta/metrics.json docs/evaluation/with_metadata_tta.json",
+    f"{EVALUATE} --picture-alone --out docs/evaluation",
+    f"python training/evaluation/stress.py {SHIPPED_ON_MANIFEST} --out docs/evaluation",
+    f"python training/evaluation/explanations.py {SHIPPED_ON_MANIFEST} --out docs/evaluation",
+    f"python scripts/studies/unknowns.py {SHIPPED_ON_MANIFEST} --out runs/unknowns",
+    "cp runs/unknowns/unknowns.json docs/evaluation",
+]
+
+
 def main(
-    bundle: Annotated[Path, typer.Option(help="The bundle that the card is of.")] = SHIPPED,
-    evaluation: Annotated[Path, typer.Option(help="Folder with the evaluations' JSON files.")] = EVALUATION,
-    out: Annotated[Path, typer.Option(help="The card.")] = CARD,
+    bundle: Annotated[Path, typer.Option(help="Bundle that the card describes.")] = SHIPPED,
+    evaluation: Annotated[Path, typer.Option(help="Folder with the JSON files of the evaluations.")] = EVALUATION,
+    out: Annotated[Path, typer.Option(help="The card to write.")] = CARD,
 ) -> None:
-    """Write the model card of a bundle from its evaluations.
-
-    Example, after training, for a model to ship:
-
-    python training/export.py runs/NAME/bundle model_store/skin_vit
-
-    python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --out reports/told
-
-    cp reports/told/metrics.json docs/evaluation/with_metadata.json
-
-    python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --tta --out reports/tta
-
-    cp reports/tta/metrics.json docs/evaluation/with_metadata_tta.json
-
-    python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --picture-alone
-    --out docs/evaluation
-
-    python training/evaluation/stress.py --bundle model_store/skin_vit --data data/manifest.csv --out docs/evaluation
-
-    python training/evaluation/explanations.py --bundle model_store/skin_vit --data data/manifest.csv --out docs/evaluation
-
-    python scripts/studies/unknowns.py --bundle model_store/skin_vit --data data/manifest.csv --out runs/unknowns
-
-    cp runs/unknowns/unknowns.json docs/evaluation
-
-    python scripts/studies/model_card.py
-    """
-    try:
-        text = render(bundle, evaluation)
-    except (BundleError, OSError, ValueError) as error:
-        errors.print(str(error))
-        raise SystemExit(1) from None
-    except KeyError as error:
-        errors.print(f"The evaluations in {evaluation} lack {error}; run them again (--help says how).")
-        raise SystemExit(1) from None
+    """Write the model card of a bundle from its evaluations."""
+    text = render(bundle, evaluation)
     with atomic_file(out) as file:
         file.write(text.encode())
     console.print(f"Written: {out}.")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main, examples=EXAMPLES)
