@@ -5,12 +5,14 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from handlers.backbone import split_attention
 from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, Bundle, BundleConfig, BundleError, seal
 from handlers.files import new_folder
-from handlers.predictor import Predictor, Request
-from handlers.runtimes import serving_module
+from handlers.predictor import Prediction, Predictor, Request
+
+if TYPE_CHECKING:
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -19,43 +21,54 @@ PROBABILITY_TOLERANCE = 1e-4
 MAP_TOLERANCE = 0.01
 
 
-def complete(source: Path, out: Path) -> Bundle:
-    """Copy a bundle to `out` with the serving graph derived from its weights, checked against the eager model.
-
-    A bundle that has its graph is copied as it is. One whose backbone cannot be exported is marked runtime "torch".
+def complete(bundle: Bundle, out: Path) -> Bundle:
+    """Copy a verified bundle to `out`, with the serving graph derived from its weights if it has none yet.
 
     Raises:
-        BundleError: the source is damaged, or the exported graph disagrees with the eager model.
+        BundleError: the exported graph disagrees with the eager model.
     """
-    bundle = Bundle.load(source)
-    with new_folder(Path(out), CONFIG) as folder:
-        for name in bundle.files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.path / name, folder / name)
+    with new_folder(out, CONFIG) as folder:
+        bundle.copy_files(folder)
         if bundle.config.runtime:
             shutil.copyfile(bundle.path / CONFIG, folder / CONFIG)
+            completed = bundle
         else:
-            module = serving_module(bundle)
-            runtime = "torch"
-            if module.cam.exportable:
-                try:
-                    split_attention(module.cam.backbone)
-                    export_graph(module, bundle.config, folder)
-                    runtime = "openvino"
-                # The exporters fail in their own many ways; whichever it is, the eager model still works.
-                except Exception as error:
-                    log.warning(
-                        "%s cannot be exported and will be served by torch, more slowly: %s",
-                        bundle.config.architecture,
-                        str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
-                    )
-            sealed = seal(folder, replace(bundle.config, runtime=runtime))
-            _check(sealed)
-    return Bundle.load(out)
+            completed = seal_with_graph(Bundle.draft(folder, bundle.config))
+    return replace(completed, path=out)
 
 
-def export_graph(module, config: BundleConfig, folder: Path) -> None:  # type: ignore[no-untyped-def]
-    """Write a module that takes what the serving module takes to `folder` as a graph for any size of batch."""
+def seal_with_graph(draft: Bundle) -> Bundle:
+    """Add the serving graph to a draft that holds all other files, seal it, and check the graph.
+
+    A backbone that cannot be exported gets no graph; its bundle is marked runtime "torch".
+
+    Raises:
+        BundleError: the exported graph disagrees with the eager model.
+    """
+    from handlers.backbone import split_attention
+    from handlers.serving_graph import serving_module
+
+    module = serving_module(draft)
+    runtime = "torch"
+    if module.cam.exportable:
+        try:
+            split_attention(module.cam.backbone)
+            export_graph(module, draft.config, draft.path)
+            runtime = "openvino"
+        # The exporters raise errors of many kinds. The eager model works after any of them.
+        except Exception as error:
+            log.warning(
+                "%s cannot be exported, so torch will serve it, more slowly: %s",
+                draft.config.architecture,
+                next(iter(str(error).strip().splitlines()), type(error).__name__)[:200],
+            )
+    bundle = seal(draft.path, replace(draft.config, runtime=runtime))
+    _check_golden(bundle)
+    return bundle
+
+
+def export_graph(module: "nn.Module", config: BundleConfig, folder: Path) -> None:
+    """Write a module with the serving module's inputs to `folder` as a graph for batches of any size."""
     import openvino
     import torch
 
@@ -69,24 +82,24 @@ def export_graph(module, config: BundleConfig, folder: Path) -> None:  # type: i
     with torch.no_grad():
         program = torch.export.export(module, tuple(example), dynamic_shapes=shapes, strict=False)
     graph = openvino.convert_model(program)
-    graph.reshape({given: [-1, *one.shape[1:]] for given, one in zip(graph.inputs, example, strict=True)})
+    graph.reshape({port: [-1, *tensor.shape[1:]] for port, tensor in zip(graph.inputs, example, strict=True)})
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         openvino.save_model(graph, Path(temporary) / GRAPH, compress_to_fp16=False)
         for name in (GRAPH, GRAPH_WEIGHTS):
             (Path(temporary) / name).rename(folder / name)
 
 
-def _check(bundle: Bundle) -> None:
-    """Hold the graph, in fp32, against the answers that the eager model gave at export. Raises BundleError."""
+def _check_golden(bundle: Bundle) -> None:
+    """Compare the bundle in fp32 with the golden answers, which the eager model gave. Raises BundleError."""
     cases = bundle.golden()
     predictor = Predictor(bundle, precision="f32")
-    requests = [Request(case.image, metadata=case.metadata) for case in cases]
-    for case, answer in zip(cases, predictor.predict(requests), strict=True):
-        if isinstance(answer, Exception):
+    answers = predictor.predict([Request(case.image, metadata=case.metadata) for case in cases])
+    for case, answer in zip(cases, answers, strict=True):
+        if not isinstance(answer, Prediction):
             raise BundleError(f"The golden image {case.name} is refused: {answer}") from answer
         probability, cam = case.disagreement(answer.probabilities, answer.grid or [])
         if not (probability <= PROBABILITY_TOLERANCE and cam <= MAP_TOLERANCE):  # so that NaN disagrees
             raise BundleError(
-                f"The serving graph disagrees with the model on {case.name}: probabilities by {probability:.2g}, "
-                f"1 - correlation of the maps {cam:.2g}."
+                f"The serving graph disagrees with the model on {case.name}: probabilities differ by "
+                f"{probability:.2g}, and 1 - correlation of the maps is {cam:.2g}."
             )

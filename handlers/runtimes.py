@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from handlers.bundle import GRAPH, WEIGHTS, Bundle, BundleError
-from handlers.weights import BASIS, load_weights, read_weights
+from handlers.bundle import GRAPH, Bundle
 
 if TYPE_CHECKING:
     import openvino
@@ -71,8 +70,7 @@ class OpenVinoRuntime:
         if self._width:
             inputs.append(np.zeros((len(pixels), self._width), np.float32) if metadata is None else metadata)
         results = self._request.infer(inputs, share_inputs=True)
-        # A graph from before there were residuals has none.
-        return results[0], results[1], results[2] if len(results) > 2 else np.zeros(len(pixels), np.float32)
+        return results[0], results[1], results[2]
 
 
 class TorchRuntime:
@@ -93,6 +91,8 @@ class TorchRuntime:
     ) -> None:
         import torch
 
+        from handlers.serving_graph import serving_module
+
         if threads:
             torch.set_num_threads(threads)
         self.precision = precision
@@ -110,62 +110,3 @@ class TorchRuntime:
             outputs = self.module(*(torch.tensor(array, device=self._device) for array in inputs))
         logits, maps, residuals = (output.float().cpu().numpy() for output in outputs)
         return logits, maps, residuals
-
-
-def serving_module(bundle: Bundle):  # type: ignore[no-untyped-def]  # torch is imported only when it is needed
-    """The eager torch module of a bundle: normalisation, backbone, Grad-CAM; in eval mode, fp32.
-
-    Raises:
-        BundleError: the network cannot be built, the weights are not those of its architecture, or they lack the known
-            space that its rejection needs.
-    """
-    import torch
-    from torch import Tensor, nn
-
-    from handlers.backbone import BackboneError, build_backbone
-    from handlers.gradcam import grad_cam
-
-    config = bundle.config
-    try:
-        backbone = build_backbone(
-            config.architecture,
-            len(config.classes),
-            config.preprocessing.image_size,
-            options=config.options,
-            metadata_width=len(config.metadata.columns),
-        )
-    except BackboneError as error:
-        raise BundleError(f"The bundle's network cannot be built: {error}") from error
-    weights = read_weights(bundle)
-    if config.calibration.rejection and config.calibration.rejection.residual_weight and weights.basis is None:
-        raise BundleError(f"The bundle's rejection needs {BASIS} in {WEIGHTS}, which is not there.")
-    try:
-        load_weights(backbone, weights.network)
-    except ValueError as error:
-        raise BundleError(f"The weights do not fit {config.architecture}: {error}.") from error
-
-    class ServingModule(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cam = grad_cam(backbone.eval())
-            # Inside the graph it is free.
-            scale, offset = config.preprocessing.standardisation
-            self.scale, self.offset = (nn.Buffer(torch.tensor(each)[:, None, None]) for each in (scale, offset))
-
-            self.origin, self.basis = (None if t is None else nn.Buffer(t) for t in (weights.origin, weights.basis))
-
-        def images(self, pixels: Tensor) -> Tensor:
-            """Pixels uint8 (N, S, S, 3) to the backbone's input (N, 3, S, S)."""
-            return pixels.permute(0, 3, 1, 2).float() * self.scale + self.offset
-
-        def forward(
-            self, pixels: Tensor, target: Tensor, metadata: Tensor | None = None
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            logits, maps, features = self.cam(self.images(pixels), target, metadata)
-            if self.basis is None:
-                return logits, maps, torch.zeros_like(logits[:, 0])
-            # Not a matrix product: in bf16 its error, weighed, would move the ninth probability.
-            outside = ((features - self.origin).unsqueeze(-1) * self.basis).sum(1)
-            return logits, maps, (outside * outside).sum(-1).sqrt()
-
-    return ServingModule().eval()

@@ -177,15 +177,12 @@ def _add_from_registry(lineage: Lineage, version: RegisteredVersion, registry: R
         config = json.loads(download(f"{bundle}/{CONFIG}").read_bytes())
         names = ("code_revision", "dataset_fingerprint", "images", "seed", "initial_bundle")
         lineage.training = {name: config["evidence"][name] for name in names if name in config["evidence"]}
-        receipt = read_receipt(download(f"{bundle}/{RECEIPT}").parent) if RECEIPT in config["files"] else None
-        if receipt is None:
-            lineage.missing.append("The bundle has no receipt of its training images.")
-        else:
-            lineage.receipt = {
-                "dataset_fingerprint": receipt.dataset_fingerprint,
-                "images": {split: len(seen.sha256) for split, seen in receipt.splits.items()},
-                "lesions": {split: len(seen.lesions) for split, seen in receipt.splits.items()},
-            }
+        receipt = read_receipt(download(f"{bundle}/{RECEIPT}").parent)
+        lineage.receipt = {
+            "dataset_fingerprint": receipt.dataset_fingerprint,
+            "images": {split: len(seen.sha256) for split, seen in receipt.splits.items()},
+            "lesions": {split: len(seen.lesions) for split, seen in receipt.splits.items()},
+        }
         if "gates.judgement" in version.tags:
             lineage.gates = json.loads(download(f"{REPORT}/report.json").read_bytes())
         else:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from handlers.bundle import Bundle
 from handlers.completion import complete
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
@@ -22,7 +23,7 @@ from tests.waiting import eventually
 def shipped_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model store as the promoter leaves it once version 1, the shipped model, serves."""
     folder = tmp_path_factory.mktemp("shipped")
-    bundle = complete(ROOT / "model_store" / "skin_vit", folder / "bundle")
+    bundle = complete(Bundle.load(ROOT / "model_store" / "skin_vit"), folder / "bundle")
     (store := folder / "store").mkdir()
     name = f"skin_vit-1-{bundle.digest.removeprefix('sha256:')[:12]}.mar"
     made = archives.build(bundle.path, store / name, version="1")

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 
 from handlers.backbone import build_backbone
-from handlers.bundle import CONFIG, Bundle, seal
+from handlers.bundle import CONFIG, RECEIPT, Bundle, seal
 from handlers.calibration import Calibration, Conformal, Rejection
 from handlers.files import write_json
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
-from handlers.receipt import RECEIPT, Receipt
+from handlers.receipt import Receipt
 from handlers.taxonomy import KNOWN_CODES
 from training.export import export_bundle
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 OPTIONS: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 IMAGE_SIZE = 64
+NOTHING_SEEN = Receipt("sha256:test", {})
 PLACE = TemporaryDirectory()  # of the bundles that are kept
 
 
@@ -99,5 +100,6 @@ def _exported(
         ),
         evidence={"dataset_fingerprint": "sha256:test", "metrics": {"balanced_accuracy": 0.125}},
         metadata=metadata,
+        receipt=NOTHING_SEEN,
         **export,
     )

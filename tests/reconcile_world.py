@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from handlers.bundle import GOLDEN, WEIGHTS, BundleConfig, GoldenCase, seal
+from handlers.bundle import GOLDEN, RECEIPT, WEIGHTS, BundleConfig, GoldenCase, seal
 from handlers.calibration import Calibration
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES
@@ -183,6 +183,7 @@ class World:
         (folder / "golden").mkdir(parents=True)
         (folder / WEIGHTS).write_bytes(version.encode())
         (folder / GOLDEN).write_text("[]")
+        (folder / RECEIPT).write_text("{}")
         config = BundleConfig("skin_vit", "vit", {}, KNOWN_CODES, Preprocessing(64), Calibration(), {"v": version})
         self.registry.bundles[version] = folder
         self.registry.tags[version] = {"digest": seal(folder, config).digest}
@@ -216,7 +217,7 @@ class Golden(GoldenParity):
 
     def evaluate(self, candidate):
         image = json.dumps({"digest": candidate.release.digest}).encode()
-        case = GoldenCase("golden/MEL.jpg", image, {"MEL": 0.5, "NV": 0.5}, [])
+        case = GoldenCase("golden/MEL.jpg", image, {"MEL": 0.5, "NV": 0.5}, [], [])
         bundle = type("Golden", (), {"golden": lambda self: [case]})()
         return super().evaluate(replace(candidate, bundle=bundle))
 

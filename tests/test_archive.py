@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.bundle import GOLDEN, WEIGHTS, Bundle, BundleConfig, seal
+from handlers.bundle import GOLDEN, RECEIPT, WEIGHTS, Bundle, BundleConfig, seal
 from handlers.calibration import Calibration
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES
@@ -30,6 +30,7 @@ def bundle(tmp_path) -> Bundle:
     (folder / "golden").mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(bytes(range(256)) * 5000)  # more than one chunk of copying
     (folder / GOLDEN).write_text("[]")
+    (folder / RECEIPT).write_text("{}")
     (folder / "golden" / "MEL.jpg").write_bytes(b"picture")
     return seal(
         folder, BundleConfig("skin_vit", "vit", {}, KNOWN_CODES, Preprocessing(64), Calibration(), runtime="torch")

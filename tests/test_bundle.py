@@ -17,7 +17,7 @@ from handlers.errors import UserError
 from handlers.files import new_folder
 from handlers.predictor import Predictor
 from handlers.taxonomy import CODES, KNOWN_CODES
-from tests.models import tiny_bundle
+from tests.models import NOTHING_SEEN, tiny_bundle
 from training import export
 
 
@@ -32,7 +32,7 @@ def slim(full, tmp_path_factory) -> Bundle:
 
 
 def test_completing_adds_the_graph_and_keeps_everything_else(slim, tmp_path):
-    full = complete(slim.path, tmp_path / "full")
+    full = complete(slim, tmp_path / "full")
     assert not slim.has_graph
     assert full.has_graph
     assert (slim.config.runtime, full.config.runtime) == ("", "openvino")
@@ -40,16 +40,16 @@ def test_completing_adds_the_graph_and_keeps_everything_else(slim, tmp_path):
 
 
 def test_completing_again_changes_nothing(full, tmp_path):
-    assert complete(full.path, tmp_path / "again").digest == full.digest
+    assert complete(full, tmp_path / "again").digest == full.digest
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "graph.bin", "golden.json", "golden/MEL.jpg"])
+@pytest.mark.parametrize("name", [WEIGHTS, "graph.bin", "golden.json", "golden/MEL.jpg", "receipt.json"])
 def test_a_changed_byte_in_any_file_is_refused(full, tmp_path, name):
     copy = shutil.copytree(full.path, tmp_path / "copy")
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
-    with pytest.raises(BundleError, match="changed or damaged"):
+    with pytest.raises(BundleError, match="is damaged"):
         Bundle.load(copy)
 
 
@@ -69,9 +69,9 @@ def test_a_changed_description_changes_the_digest(full, tmp_path):
         (lambda v: v.update(classes=["MEL", "XYZ"]), "XYZ"),
         (lambda v: v["files"].update({"../outside": {"sha256": ""}}), "outside"),
         (lambda v: v["files"].update({"more.bin": {"sha256": ""}}), "lacks more.bin"),
-        (lambda v: v["files"].pop(WEIGHTS), "does not list"),
-        (lambda v: v.update(metadata=["age"]), "garbles"),
-        (lambda v: v.update(metadata={"height": [1]}), "garbles"),
+        (lambda v: v["files"].pop(WEIGHTS), "lacks model.safetensors"),
+        (lambda v: v.update(metadata=["age"]), "malformed"),
+        (lambda v: v.update(metadata={"height": [1]}), "malformed"),
     ],
 )
 def test_a_wrong_description_is_refused_with_a_sentence(slim, tmp_path, change, message):
@@ -88,15 +88,15 @@ def test_something_else_is_no_bundle_and_is_not_overwritten(slim, tmp_path):
         Bundle.load(tmp_path)
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="choose another folder"):
-        complete(slim.path, tmp_path)
+        complete(slim, tmp_path)
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_weights_of_another_architecture_are_refused(slim, tmp_path):
     copy = shutil.copytree(slim.path, tmp_path / "copy")
-    seal(copy, replace(slim.config, options={**slim.config.options, "depth": 3}))
+    deeper = seal(copy, replace(slim.config, options={**slim.config.options, "depth": 3}))
     with pytest.raises(BundleError, match="do not fit"):
-        complete(copy, tmp_path / "out")
+        complete(deeper, tmp_path / "out")
 
 
 def test_an_unknown_architecture_is_refused_in_a_sentence(slim, tmp_path):
@@ -108,7 +108,7 @@ def test_an_unknown_architecture_is_refused_in_a_sentence(slim, tmp_path):
 
 def test_a_file_that_cannot_be_read_is_told(slim, monkeypatch):
     monkeypatch.setattr("handlers.bundle.file_sha256", Mock(side_effect=OSError(5, "Input/output error")))
-    with pytest.raises(BundleError, match=r"cannot be read \(Input/output error\)"):
+    with pytest.raises(BundleError, match=r"cannot be read: Input/output error"):
         Bundle.load(slim.path)
 
 
@@ -128,7 +128,7 @@ def test_a_way_to_run_that_there_is_not_is_refused(slim, options, message):
 def test_a_graph_that_disagrees_is_refused_and_leaves_nothing(slim, tmp_path, monkeypatch):
     monkeypatch.setattr(completion, "PROBABILITY_TOLERANCE", -1.0)
     with pytest.raises(BundleError, match="disagrees"):
-        complete(slim.path, tmp_path / "out")
+        complete(slim, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,6 +194,7 @@ def test_a_backbone_that_cannot_be_exported_is_served_by_torch(tmp_path):
         preprocessing=full_preprocessing(),
         calibration=Calibration(),
         evidence={},
+        receipt=NOTHING_SEEN,
     )
     assert (bundle.config.runtime, bundle.has_graph) == ("torch", False)
     case = bundle.golden()[0]
@@ -207,9 +208,9 @@ def test_a_failing_export_is_told_and_served_by_torch(slim, tmp_path, monkeypatc
         raise RuntimeError("no such operation")
 
     monkeypatch.setattr(completion, "export_graph", fail)
-    bundle = complete(slim.path, tmp_path / "bundle")
+    bundle = complete(slim, tmp_path / "bundle")
     assert (bundle.config.runtime, bundle.has_graph) == ("torch", False)
-    assert "served by torch, more slowly: no such operation" in caplog.text
+    assert "torch will serve it, more slowly: no such operation" in caplog.text
 
 
 def full_preprocessing():
@@ -234,6 +235,7 @@ def test_convolutional_backbones_export(tmp_path, architecture):
         preprocessing=full_preprocessing(),
         calibration=Calibration(),
         evidence={},
+        receipt=NOTHING_SEEN,
     )
     assert bundle.config.runtime == "openvino"  # and complete() held it against the eager model
 

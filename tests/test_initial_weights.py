@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from handlers.bundle import WEIGHTS, Bundle, BundleError
 from handlers.metadata import Metadata
-from handlers.receipt import make_receipt, overlap, read_receipt
+from handlers.receipt import image_identities, overlap, read_receipt
 from tests.models import tiny_backbone, tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints, train
@@ -21,6 +21,7 @@ from training.config import load_config
 from training.data.batches import classes_in
 from training.data.image_cache import DataError
 from training.data.manifest import fingerprint, read_manifest
+from training.evaluation.leakage import manifest_receipt
 from training.initial_weights import InitialWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -33,7 +34,7 @@ def start(tmp_path_factory):
     """A bundle with a receipt, and the manifest of its images."""
     folder = tmp_path_factory.mktemp("start")
     manifest = read_manifest(tiny_manifest(folder / "data"))
-    bundle = tiny_bundle(folder / "bundle", receipt=make_receipt(manifest, fingerprint(manifest)))
+    bundle = tiny_bundle(folder / "bundle", receipt=manifest_receipt(manifest, fingerprint(manifest)))
     return InitialWeights.read(bundle.path), manifest
 
 
@@ -91,7 +92,7 @@ def test_metadata_of_another_kind_begin_anew_though_they_are_as_wide(tmp_path):
     sex, age = Metadata.of(["sex"]), Metadata.of(["age"])
     assert len(sex.columns) == len(age.columns)
     images = read_manifest(tiny_manifest(tmp_path / "data"))
-    given = tiny_bundle(tmp_path / "bundle", metadata=sex, receipt=make_receipt(images, fingerprint(images)))
+    given = tiny_bundle(tmp_path / "bundle", metadata=sex, receipt=manifest_receipt(images, fingerprint(images)))
     initial, width = InitialWeights.read(given.path), len(age.columns)
     for inputs, anew in ((sex, []), (age, ["metadata_head"])):
         told = tiny_backbone(seed=1, metadata_width=width)
@@ -106,11 +107,6 @@ def test_another_network_is_refused(start, options):
     initial, _ = start
     with pytest.raises(BundleError, match="give its architecture, stem, depth and head_hidden"):
         initial.put_into(tiny_backbone(options=options), initial.bundle.config.classes)
-
-
-def test_a_bundle_without_receipt_is_refused(tmp_path):
-    with pytest.raises(BundleError, match="carries no receipt"):
-        InitialWeights.read(tiny_bundle(tmp_path / "bundle").path)
 
 
 def test_what_it_has_seen_cannot_judge(start):
@@ -138,7 +134,7 @@ def test_a_run_starts_from_it_and_hands_its_receipt_on(tmp_path, monkeypatch):
     second = tiny_manifest(tmp_path / "data2", size=(48, 40))  # other images
     seen = read_manifest(first)
     one = tiny_bundle(tmp_path / "one", architecture="test_vit", options={},
-                      receipt=make_receipt(seen, fingerprint(seen)))  # fmt: skip
+                      receipt=manifest_receipt(seen, fingerprint(seen)))  # fmt: skip
     still = [f"initial_bundle={one.path}", "lr=1e-12", "ema_decay=0", "image_size=48"]
     two = run("two", second, *still)
 
@@ -153,8 +149,8 @@ def test_a_run_starts_from_it_and_hands_its_receipt_on(tmp_path, monkeypatch):
         frame = read_manifest(manifest)
         for split in ("train", "val", "calibration"):
             rows = frame[frame["split"] == split]
-            assert len(overlap(receipt, rows).same_image) == len(rows)
-        assert not overlap(receipt, frame[frame["split"] == "test"]).found
+            assert len(overlap(receipt, image_identities(rows)).same_image) == len(rows)
+        assert not overlap(receipt, image_identities(frame[frame["split"] == "test"])).leaks
 
     # a resumed run needs the bundle no more; ending it again makes the same receipt
     for file in one.path.rglob("*.*"):
@@ -176,7 +172,7 @@ def test_frozen_epochs_train_only_what_the_bundle_did_not_bring(tmp_path, monkey
     table.assign(site=np.where(table["label"] == "NV", "head/neck", "palms/soles")).to_csv(manifest, index=False)
     seen = read_manifest(manifest)
     one = tiny_bundle(tmp_path / "one", architecture="test_vit", options={}, classes=classes_in(seen),
-                      receipt=make_receipt(seen, fingerprint(seen)))  # fmt: skip
+                      receipt=manifest_receipt(seen, fingerprint(seen)))  # fmt: skip
     settings = [*TINY, f"manifest={manifest}", f"initial_bundle={one.path}", "metadata=[site]", "ema_decay=0"]
     settings += ["image_size=64", "freeze_epochs=2", "mixup_alpha=0.5", "mix_probability=0.3",
                  "batch_size=8", "lr=0.01"]  # fmt: skip

@@ -25,12 +25,12 @@ from typer.testing import CliRunner
 
 from handlers.backbone import MetadataHead, build_backbone
 from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, seal
-from handlers.completion import _check
+from handlers.completion import _check_golden
 from handlers.files import write_json
 from handlers.gradcam import AutogradGradCam, grad_cam, target_layer
 from handlers.metadata import FIELDS, SEXES, SITES, Metadata, MetadataError
 from handlers.predictor import Prediction, Predictor, Request, RequestError
-from handlers.runtimes import serving_module
+from handlers.serving_graph import serving_module
 from handlers.skin_lesion_handler import SkinLesionHandler
 from mlflow_tracking.version_card import golden_result
 from scripts import predict as predict_script
@@ -258,7 +258,7 @@ def test_the_bundle_says_what_it_takes_and_answers_with_and_without(bundle):
     assert bundle.has_graph
     assert bundle.config.metadata == ALL
     cases = bundle.golden()
-    assert [case.metadata is None for case in cases] == [True] * 4 + [False] * 4
+    assert [not case.metadata for case in cases] == [True] * 4 + [False] * 4
     assert [case.name for case in cases[:4]] == [case.name for case in cases[4:]]
     moved = [
         case.disagreement(other.probabilities, other.grid)[0] for case, other in zip(cases[:4], cases[4:], strict=True)
@@ -292,7 +292,7 @@ def test_a_graph_that_forgets_the_metadata_is_not_sealed(bundle, tmp_path):
     (copy / CONFIG).unlink()
     write_json(copy / "golden.json", swapped)
     with pytest.raises(BundleError, match="disagrees with the model"):
-        _check(seal(copy, bundle.config))
+        _check_golden(seal(copy, bundle.config))
 
 
 def test_a_model_without_it_keeps_its_bundle(tmp_path):

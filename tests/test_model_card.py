@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from handlers.bundle import Bundle
 from handlers.completion import complete
 from handlers.metadata import FIELDS
 from handlers.predictor import Predictor, Request
@@ -83,7 +84,7 @@ def test_the_receipt_is_of_the_images_it_was_made_from(evidence):
 
 def test_the_shipped_model_is_small_and_gives_its_golden_answers(tmp_path):
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 25e6
-    predictor = Predictor(complete(SHIPPED, tmp_path / "bundle"))
+    predictor = Predictor(complete(Bundle.load(SHIPPED), tmp_path / "bundle"))
     cases = predictor.bundle.golden()
     requests = [Request(case.image, metadata=case.metadata) for case in cases]
     for case, answer in zip(cases, predictor.predict(requests), strict=True):

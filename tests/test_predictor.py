@@ -12,7 +12,8 @@ from PIL import Image
 from handlers.bundle import BundleError
 from handlers.predictor import LOW_PRECISION_TOLERANCE, Prediction, Predictor, Request, RequestError
 from handlers.preprocessing import ImageError
-from handlers.runtimes import OpenVinoRuntime, TorchRuntime, serving_module
+from handlers.runtimes import OpenVinoRuntime, TorchRuntime
+from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES
 from tests.models import tiny_bundle
 from training.evaluation.detectors import KnownSpace

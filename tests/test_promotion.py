@@ -376,7 +376,7 @@ def test_a_model_that_takes_metadata_is_promoted_and_told_over_rest(serving_firs
     steps, result = serving_first.champion(version)
     assert f"serve version {version}" in steps, result.errors
     for case in bundle.golden():
-        answer = serving_first.tell("", case.image, **{name: str(v) for name, v in (case.metadata or {}).items()})
+        answer = serving_first.tell("", case.image, **{name: str(v) for name, v in case.metadata.items()})
         assert answer.json()["probabilities"] == pytest.approx(case.probabilities, abs=1e-2)
     told = serving_first.tell("", sample_images[0], age="71", sex="", site="Head/Neck").json()
     assert told["metadata"] == {"age": 71.0, "sex": None, "site": "head/neck"}

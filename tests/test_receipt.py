@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from handlers.bundle import Bundle, BundleError
+from handlers.bundle import RECEIPT, Bundle, BundleError
 from handlers.files import write_json
-from handlers.receipt import COPY_RADIUS, RECEIPT, make_receipt, overlap, read_receipt
+from handlers.receipt import COPY_RADIUS, Overlap, image_identities, overlap, read_receipt
 from tests.models import tiny_bundle
 from training.data.manifest import fingerprint, read_manifest
+from training.evaluation.leakage import manifest_receipt
 
 RNG = np.random.default_rng(0)
 
@@ -39,7 +40,11 @@ def known():
 
 @pytest.fixture(scope="module")
 def receipt(known):
-    return make_receipt(known, fingerprint(known))
+    return manifest_receipt(known, fingerprint(known))
+
+
+def compare(receipt, frame) -> Overlap:
+    return overlap(receipt, image_identities(frame))
 
 
 def changed(row, **values):
@@ -51,17 +56,17 @@ def flipped(phash, bits):
 
 
 def test_its_own_test_split_is_not_refused(known, receipt):
-    found = overlap(receipt, known[known["split"] == "test"])
-    assert not found.found
-    assert "None of the 20 images" in str(found)
+    seen = compare(receipt, known[known["split"] == "test"])
+    assert not seen.leaks
+    assert "None of the 20 images" in str(seen)
 
 
 @pytest.mark.parametrize("split", ["train", "calibration"])
 def test_every_split_that_training_looks_at_is_refused(known, receipt, split):
     rows = known[known["split"] == split]
-    found = overlap(receipt, rows)
-    assert found.found
-    assert found.same_image == rows["image_id"].tolist()
+    seen = compare(receipt, rows)
+    assert seen.leaks
+    assert seen.same_image == rows["image_id"].tolist()
 
 
 def test_each_kind_of_overlap_is_named_once(known, receipt):
@@ -76,11 +81,11 @@ def test_each_kind_of_overlap_is_named_once(known, receipt):
     }
     for kind, frames in cases.items():
         for frame in frames:
-            found = overlap(receipt, frame)
-            assert found.found
-            assert {name for name in cases if getattr(found, name)} == {kind}
-            assert frame["image_id"][0] in str(found)
-    assert not overlap(receipt, changed(new, phash=flipped(row["phash"], COPY_RADIUS + 1))).found
+            seen = compare(receipt, frame)
+            assert seen.leaks
+            assert {name for name in cases if getattr(seen, name)} == {kind}
+            assert frame["image_id"][0] in str(seen)
+    assert not compare(receipt, changed(new, phash=flipped(row["phash"], COPY_RADIUS + 1))).leaks
 
 
 def test_ham10000_posing_as_another_data_set_is_caught(known, receipt):
@@ -88,26 +93,26 @@ def test_ham10000_posing_as_another_data_set_is_caught(known, receipt):
     posing = known[known["split"] == "train"].assign(
         image_id=[f"img_{i}" for i in range(40)], sha256=table(40)["sha256"].to_numpy()
     )
-    assert len(overlap(receipt, posing).same_lesion) == 40
+    assert len(compare(receipt, posing).same_lesion) == 40
     nameless = posing.assign(lesion_id=posing["image_id"], phash=[flipped(phash, 2) for phash in posing["phash"]])
-    assert len(overlap(receipt, nameless).near) == 40
-    assert overlap(receipt, nameless).found
+    assert len(compare(receipt, nameless).near) == 40
+    assert compare(receipt, nameless).leaks
 
 
 def test_a_few_alike_hashes_prove_nothing(known, receipt):
     strangers = table(100, start=5000)
     strangers.loc[:3, "phash"] = known["phash"][:4].to_numpy()
-    found = overlap(receipt, strangers)
-    assert len(found.near) == 4
-    assert not found.found
+    seen = compare(receipt, strangers)
+    assert len(seen.near) == 4
+    assert not seen.leaks
 
 
 def test_a_strangers_files_may_have_the_same_names():
     ours, theirs = table(10, "train", isic=False), table(10, isic=False)
     ours["lesion_id"], theirs["lesion_id"] = ours["image_id"], theirs["image_id"]
-    assert not overlap(make_receipt(ours, "sha256:x"), theirs).found
+    assert not compare(manifest_receipt(ours, "sha256:x"), theirs).leaks
     theirs["lesion_id"] = ours["lesion_id"] = [f"patient 7, lesion {i}" for i in range(10)]
-    assert len(overlap(make_receipt(ours, "sha256:x"), theirs).same_lesion) == 10
+    assert len(compare(manifest_receipt(ours, "sha256:x"), theirs).same_lesion) == 10
 
 
 def test_it_travels_in_the_bundle_under_its_digest(tmp_path, receipt):
@@ -115,12 +120,13 @@ def test_it_travels_in_the_bundle_under_its_digest(tmp_path, receipt):
     assert RECEIPT in bundle.files
     assert read_receipt(bundle.path) == receipt
     write_json(bundle.path / RECEIPT, receipt.to_dict() | {"dataset_fingerprint": "sha256:another"})
-    with pytest.raises(BundleError, match="was changed or damaged"):
+    with pytest.raises(BundleError, match="is damaged"):
         Bundle.load(bundle.path)
 
 
-def test_a_bundle_without_one_says_so_and_a_damaged_one_is_refused(tmp_path):
-    assert read_receipt(tmp_path) is None
+def test_a_missing_or_damaged_receipt_is_refused(tmp_path):
+    with pytest.raises(BundleError, match=RECEIPT):
+        read_receipt(tmp_path)
     for text in ("no JSON", "[]", json.dumps({"schema": 1}), json.dumps({"schema": 2})):
         (tmp_path / RECEIPT).write_text(text)
         with pytest.raises(BundleError, match=RECEIPT):
@@ -131,6 +137,6 @@ def test_it_holds_no_picture_and_no_path(tmp_path, receipt):
     from tests.tiny_lesions import tiny_manifest
 
     frame = read_manifest(tiny_manifest(tmp_path))
-    text = json.dumps(make_receipt(frame, fingerprint(frame)).to_dict())
+    text = json.dumps(manifest_receipt(frame, fingerprint(frame)).to_dict())
     assert str(tmp_path) not in text
     assert frame["sha256"][0] not in text  # a prefix is enough

@@ -21,7 +21,7 @@ from sklearn.metrics import classification_report
 from handlers.bundle import BundleError
 from handlers.files import write_json
 from handlers.predictor import Prediction, Predictor, Request
-from handlers.receipt import check_overlap, read_receipt
+from handlers.receipt import read_receipt
 from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking.command_line import console, errors, progress_bar
 from mlflow_tracking.runs import log_evaluation
@@ -38,6 +38,7 @@ from training.evaluation.figures import (
     roc_figure,
 )
 from training.evaluation.isic_scoring import write_submission
+from training.evaluation.leakage import check_overlap
 
 BATCH = 32
 THUMBNAIL = 256  # pixels, of the example sheet's pictures
@@ -235,8 +236,7 @@ def main(
     show(table)
     console.print(f"Written to {out}.")
     if run_id := predictor.config.evidence.get("run_id"):
-        receipt = read_receipt(bundle)
-        made_from = receipt.dataset_fingerprint if receipt else None
+        made_from = read_receipt(bundle).dataset_fingerprint
         own = data.is_file() and fingerprint(read_manifest(data)) == made_from
         console.print(log_evaluation(run_id, out, run_prefix(data, own, split, tta, picture_alone), headline(table)))
 

@@ -6,9 +6,7 @@ Called at the end of training; from the command line it makes the slim copy of a
 """
 
 import io
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from handlers.bundle import (
     GOLDEN,
     GRAPH,
     GRAPH_WEIGHTS,
+    RECEIPT,
     WEIGHTS,
     Bundle,
     BundleConfig,
@@ -31,12 +30,12 @@ from handlers.bundle import (
     seal,
 )
 from handlers.calibration import Calibration
-from handlers.completion import complete
+from handlers.completion import seal_with_graph
 from handlers.files import new_folder, write_json
 from handlers.metadata import Metadata
 from handlers.predictor import Prediction, Predictor, Request
 from handlers.preprocessing import Preprocessing, fingerprint
-from handlers.receipt import RECEIPT, Receipt
+from handlers.receipt import Receipt
 from handlers.weights import BASIS, ORIGIN
 from mlflow_tracking.settings import MODEL_NAME
 from training.data.synthetic import draw_lesion
@@ -63,7 +62,7 @@ def export_bundle(
     preprocessing: Preprocessing,
     calibration: Calibration,
     evidence: dict[str, Any],
-    receipt: Receipt | None = None,
+    receipt: Receipt,
     space: KnownSpace | None = None,
     half: bool = True,
     metadata: Metadata | None = None,
@@ -99,14 +98,14 @@ def export_bundle(
         dict(evidence),
         metadata=metadata or Metadata(),
     )
-    with tempfile.TemporaryDirectory() as temporary:
-        draft = Path(temporary) / "draft"
-        (draft / "golden").mkdir(parents=True)
-        save_file(state, draft / WEIGHTS)
-        if receipt:
-            write_json(draft / RECEIPT, receipt.to_dict())
-        _write_golden(draft, config)
-        return complete(draft, Path(out))
+    out = Path(out)
+    with new_folder(out, CONFIG) as folder:
+        save_file(state, folder / WEIGHTS)
+        write_json(folder / RECEIPT, receipt.to_dict())
+        draft = Bundle.draft(folder, config)
+        _write_golden(draft)
+        sealed = seal_with_graph(draft)
+    return replace(sealed, path=out)
 
 
 def slim(source: Path, out: Path) -> Bundle:
@@ -114,41 +113,40 @@ def slim(source: Path, out: Path) -> Bundle:
 
     The copy is for other registries, which do not know the run. Raises BundleError.
     """
-    bundle = Bundle.load(source)
-    with new_folder(Path(out), CONFIG) as folder:
-        for name in bundle.files.keys() - {GRAPH, GRAPH_WEIGHTS, CONFIG}:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.path / name, folder / name)
-        seal(folder, replace(bundle.config, runtime="", evidence={**bundle.config.evidence, "run_id": None}))
-    return Bundle.load(out)
+    bundle, out = Bundle.load(source), Path(out)
+    config = replace(bundle.config, runtime="", evidence={**bundle.config.evidence, "run_id": None})
+    with new_folder(out, CONFIG) as folder:
+        bundle.copy_files(folder, GRAPH, GRAPH_WEIGHTS)
+        sealed = seal(folder, config)
+    return replace(sealed, path=out)
 
 
-def _write_golden(draft: Path, config: BundleConfig) -> None:
-    """Draw the golden pictures and ask the eager fp32 model for its answers."""
+def _write_golden(draft: Bundle) -> None:
+    """Draw the golden pictures and keep the eager fp32 model's answers to them."""
+    config, folder = draft.config, draft.path
+    (folder / "golden").mkdir()
     names = []
     for seed, code in enumerate(GOLDEN_CODES):
         name = f"golden/{code}.jpg"
         buffer = io.BytesIO()
         draw_lesion(seed, code, size=(320, 240)).save(buffer, "JPEG", quality=90)
-        (draft / name).write_bytes(buffer.getvalue())
+        (folder / name).write_bytes(buffer.getvalue())
         names.append(name)
-    write_json(draft / GOLDEN, [])
-    predictor = Predictor(seal(draft, config), runtime="torch", precision="f32")
+    predictor = Predictor(draft, runtime="torch", precision="f32")
     asked: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in names]
     if fields := config.metadata.fields:
         told = [{field: values[field] for field in fields if field in values} for values in GOLDEN_METADATA]
         asked += [(name, values) for name, values in zip(names, told, strict=True) if values]
-    answers = predictor.predict([Request((draft / name).read_bytes(), metadata=values) for name, values in asked])
+    answers = predictor.predict([Request((folder / name).read_bytes(), metadata=values) for name, values in asked])
     cases = []
     for (name, values), answer in zip(asked, answers, strict=True):
         if not isinstance(answer, Prediction):
             raise answer
-        pixels, _ = config.preprocessing((draft / name).read_bytes())
+        pixels, _ = config.preprocessing((folder / name).read_bytes())
         colours = fingerprint(pixels).round(2).tolist()
         case = {"name": name, "probabilities": answer.probabilities, "grid": answer.grid, "colours": colours}
         cases.append(case | ({"metadata": values} if values else {}))
-    write_json(draft / GOLDEN, cases)
-    seal(draft, config)
+    write_json(folder / GOLDEN, cases)
 
 
 def main(

@@ -18,7 +18,7 @@ from torch import nn
 
 from handlers.backbone import build_backbone
 from handlers.files import write_json
-from handlers.receipt import Receipt, make_receipt
+from handlers.receipt import Receipt
 from mlflow_tracking.command_line import console
 from mlflow_tracking.runs import Tracker, code_revision
 from training.checkpoints import BEST, LAST, load
@@ -28,6 +28,7 @@ from training.evaluation.assessment import assess, headline
 from training.evaluation.calibration_fit import MIN_IMAGES, fit_calibration
 from training.evaluation.detectors import Known, KnownSpace, Outputs, known_space
 from training.evaluation.figures import confusion_figure, curves_figure, reliability_figure
+from training.evaluation.leakage import manifest_receipt
 from training.evaluation.network_outputs import outputs_of
 from training.export import export_bundle
 from training.losses import prior_logits
@@ -150,7 +151,7 @@ def finish(
     write_json(output / "metrics.json", reports)
     check()
 
-    receipt = make_receipt(frame, best["dataset_fingerprint"])
+    receipt = manifest_receipt(frame, best["dataset_fingerprint"])
     initial = best.get("initial")
     evidence: dict[str, Any] = {
         "run_id": tracker.run_id,

@@ -11,7 +11,7 @@ from torch import nn
 from handlers.backbone import is_vision_transformer
 from handlers.bundle import Bundle, BundleError
 from handlers.metadata import Metadata
-from handlers.receipt import Receipt, overlap, read_receipt
+from handlers.receipt import Receipt, image_identities, overlap, read_receipt
 from handlers.weights import load_weights, read_weights
 from training.data.image_cache import DataError
 
@@ -25,15 +25,9 @@ class InitialWeights:
 
     @classmethod
     def read(cls, path: Path | str) -> "InitialWeights":
-        """Raises BundleError if there is no sound bundle at `path`, or one that does not tell what it has seen."""
+        """Read a bundle and its receipt. Raises BundleError."""
         bundle = Bundle.load(path)
-        receipt = read_receipt(bundle.path)
-        if receipt is None:
-            raise BundleError(
-                f"{path} carries no receipt of the images it was made from (receipt.json), so nobody could tell what a "
-                "model made of it has seen; start from another bundle."
-            )
-        return cls(bundle, receipt)
+        return cls(bundle, read_receipt(bundle.path))
 
     def check(self, frame: pd.DataFrame, dataset_fingerprint: str) -> None:
         """Refuse a manifest by which a model would be tuned or judged on images that this bundle has learnt from.
@@ -46,10 +40,10 @@ class InitialWeights:
         if self.receipt.dataset_fingerprint == dataset_fingerprint:
             return
         rows = frame[frame["split"] != "train"]
-        found = overlap(self.receipt, rows)
-        if found.found:
+        seen = overlap(self.receipt, image_identities(rows))
+        if seen.leaks:
             raise DataError(
-                f"{self.bundle.path} has seen images outside this manifest's training split. {found} "
+                f"{self.bundle.path} has seen images outside this manifest's training split. {seen} "
                 "Start from another bundle, or put their lesions into the split train."
             )
 

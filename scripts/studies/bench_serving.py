@@ -44,6 +44,7 @@ from handlers.completion import complete
 from handlers.files import atomic_file, write_json
 from handlers.predictor import Prediction, Predictor
 from handlers.preprocessing import Preprocessing
+from handlers.receipt import Receipt
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking.command_line import console, errors
 from scripts.studies.serving_bench import naive_model, pieces, report, servers
@@ -92,6 +93,7 @@ def random_bundle(out: Path, architecture: str, size: int) -> Bundle:
         preprocessing=Preprocessing(size),
         calibration=Calibration(),
         evidence={},
+        receipt=Receipt("", {}),
     )
 
 
@@ -316,7 +318,7 @@ def bench(
             folder = Path(temporary)
             console.print("Making the model")
             place = folder / "bundle"
-            made = complete(bundle, place) if bundle else random_bundle(place, architecture, size)
+            made = complete(Bundle.load(bundle), place) if bundle else random_bundle(place, architecture, size)
             images = pictures(quick or tune)
             run = Bench(made, images, clients, seconds, _empty(made, images, before, bundle is not None))
             if tune:

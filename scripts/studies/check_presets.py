@@ -25,7 +25,7 @@ from handlers.bundle import Bundle
 from handlers.errors import UserError
 from handlers.files import write_json
 from handlers.receipt import SEEN_SPLITS
-from handlers.runtimes import serving_module
+from handlers.serving_graph import serving_module
 from mlflow_tracking.command_line import console, errors
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.settings import Settings
@@ -123,7 +123,7 @@ def promote(bundle: Bundle, settings: Settings) -> float:
     command = [sys.executable, str(ROOT / "scripts" / "register_model.py"), "--bundle", str(bundle.path)]
     if subprocess.run([*command, "--alias", "champion"], check=False, stdout=subprocess.DEVNULL).returncode:
         raise CheckError("The stack did not register it; is it running (`make up`)?")
-    cases = [case for case in bundle.golden() if case.metadata is None]
+    cases = [case for case in bundle.golden() if not case.metadata]
     end = time.monotonic() + PROMOTION_SECONDS
     with closing(TorchServe(settings.inference_url, settings.management)) as server:
         while time.monotonic() < end:

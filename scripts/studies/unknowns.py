@@ -25,8 +25,7 @@ from handlers.errors import UserError
 from handlers.files import write_json
 from handlers.predictor import Prediction, Predictor, Request
 from handlers.preprocessing import Preprocessing
-from handlers.receipt import OverlapError, check_overlap
-from handlers.runtimes import serving_module
+from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT, UNKNOWN
 from mlflow_tracking import metrics
 from mlflow_tracking.command_line import console, errors
@@ -38,6 +37,7 @@ from training.data.manifest import COLUMNS, ManifestError, fingerprint, read_man
 from training.evaluate import ask, nine_of
 from training.evaluation.assessment import unknown_figures
 from training.evaluation.detectors import DETECTORS, Known, Outputs
+from training.evaluation.leakage import OverlapError, check_overlap
 from training.evaluation.network_outputs import pooled
 
 BATCH = 128

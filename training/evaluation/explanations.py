@@ -20,13 +20,13 @@ from torch import nn
 
 from handlers.bundle import Bundle, BundleError
 from handlers.files import write_json
-from handlers.receipt import OverlapError, check_overlap
 from handlers.runtimes import TorchRuntime
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking.command_line import console, errors
 from training.data.image_cache import DataError, build_cache
 from training.data.manifest import ManifestError, fingerprint, read_manifest
 from training.evaluation.figures import deletion_figure
+from training.evaluation.leakage import OverlapError, check_overlap
 
 BATCH = 64
 SEED = 0  # of the shuffled weights and the random order

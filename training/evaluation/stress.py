@@ -20,7 +20,6 @@ from handlers.bundle import BundleError
 from handlers.files import write_json
 from handlers.predictor import Predictor
 from handlers.preprocessing import ImageError, decode
-from handlers.receipt import OverlapError, check_overlap
 from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking import metrics
 from mlflow_tracking.command_line import console, errors, progress_bar
@@ -28,6 +27,7 @@ from training.data.manifest import ManifestError, fingerprint, read_manifest
 from training.data.synthetic import draw_lesion
 from training.evaluation.assessment import conditional
 from training.evaluation.figures import sheet_figure
+from training.evaluation.leakage import OverlapError, check_overlap
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
 Fault = Callable[[Pixels, np.random.Generator], Pixels]

@@ -13,7 +13,7 @@ from pydantic import Field
 from handlers.bundle import Bundle
 from handlers.predictor import Predictor
 from handlers.preprocessing import fingerprint
-from handlers.receipt import overlap, read_receipt
+from handlers.receipt import image_identities, overlap, read_receipt
 from mlflow_tracking.promotion.answers import ask_one
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
@@ -115,10 +115,8 @@ class PreprocessingFingerprint(Gate):
     tolerance: float = Field(1.0, gt=0)
 
     def evaluate(self, candidate: Candidate) -> Verdict:
-        """Compare the grids; `not evaluated` for a bundle that was exported without them."""
-        cases = [case for case in candidate.bundle.golden() if case.colours is not None]
-        if not cases:
-            return self.skips("the bundle was exported before fingerprints were kept")
+        """Compare the grids."""
+        cases = candidate.bundle.golden()
         preprocess = candidate.bundle.config.preprocessing
         worst = max(
             float(np.abs(fingerprint(preprocess(case.image)[0]) - np.array(case.colours)).max()) for case in cases
@@ -133,18 +131,16 @@ class LeakageReceipt(SetGate):
     name: ClassVar[str] = "leakage"
 
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
-        """Compare the bundle's receipt with the set; `not evaluated` for a bundle without one."""
+        """Compare the bundle's receipt with the set."""
         receipt = read_receipt(candidate.bundle.path)
-        if receipt is None:
-            return self.skips("the bundle tells nothing of its training images: it has no receipt.json")
-        found = overlap(receipt, evaluation.frame)
+        found = overlap(receipt, image_identities(evaluation.frame))
         figures = {
             "same_image": len(found.same_image),
             "same_lesion": len(found.same_lesion),
             "near": len(found.near),
             "dataset_fingerprint": receipt.dataset_fingerprint,
         }
-        return self.holds(not found.found, str(found).rstrip("."), **figures)
+        return self.holds(not found.leaks, str(found).rstrip("."), **figures)
 
 
 def run_locally(bundle: Bundle, progress: Callable[[], None] = lambda: None) -> dict[str, float] | None:
@@ -183,7 +179,7 @@ def _main(folder: str) -> int:
         import torch  # noqa: F401
     except ModuleNotFoundError:
         return 3
-    bundle = Bundle.load(folder)
+    bundle = Bundle.read(folder)
     differences = {}
     for name, runtime in (("checkpoint", "torch"), ("graph", "openvino")):
         if runtime == "openvino" and not bundle.has_graph:

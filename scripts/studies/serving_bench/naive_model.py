@@ -25,7 +25,7 @@ from handlers.backbone import build_backbone
 from handlers.bundle import Bundle
 from handlers.files import write_json
 from handlers.gradcam import target_layer
-from handlers.runtimes import serving_module
+from handlers.serving_graph import serving_module
 
 WEIGHTS, ONNX, DESCRIPTION = "weights.pt", "model.onnx", "model.json"
 

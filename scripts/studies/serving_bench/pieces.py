@@ -33,7 +33,8 @@ from handlers.completion import export_graph
 from handlers.errors import UserError
 from handlers.predictor import OVERLAY_MIN_SIDE, Prediction, Predictor, overlay
 from handlers.preprocessing import decode
-from handlers.runtimes import OpenVinoRuntime, core, serving_module
+from handlers.runtimes import OpenVinoRuntime, core
+from handlers.serving_graph import serving_module
 from handlers.skin_lesion_handler import SkinLesionHandler
 from mlflow_tracking.promotion import archive
 from mlflow_tracking.settings import MODEL_NAME

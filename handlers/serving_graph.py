@@ -1,0 +1,65 @@
+"""The serving graph as a torch module: standardisation, backbone, Grad-CAM and residuals in one call.
+
+OpenVINO's graph is exported from it, and TorchRuntime runs it directly. Import it inside functions, as it needs torch.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from handlers.backbone import BackboneError, build_backbone
+from handlers.bundle import WEIGHTS, Bundle, BundleError
+from handlers.gradcam import grad_cam
+from handlers.preprocessing import Preprocessing
+from handlers.weights import BASIS, Weights, load_weights, read_weights
+
+
+class ServingModule(nn.Module):
+    """A network in eval mode and fp32, from uint8 pixels to logits, Grad-CAM maps and residuals."""
+
+    def __init__(self, backbone: nn.Module, preprocessing: Preprocessing, weights: Weights) -> None:
+        super().__init__()
+        self.cam = grad_cam(backbone.eval())
+        scale, offset = preprocessing.standardisation
+        self.scale, self.offset = (nn.Buffer(torch.tensor(each)[:, None, None]) for each in (scale, offset))
+        self.origin, self.basis = (None if t is None else nn.Buffer(t) for t in (weights.origin, weights.basis))
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Standardise pixels uint8 (N, S, S, 3) to the backbone's input (N, 3, S, S)."""
+        return pixels.permute(0, 3, 1, 2).float() * self.scale + self.offset
+
+    def forward(self, pixels: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (N, K), maps (N, h, w) and residuals (N,); arguments as for handlers.runtimes.Runtime."""
+        logits, maps, features = self.cam(self.images(pixels), target, metadata)
+        if self.basis is None:
+            return logits, maps, torch.zeros_like(logits[:, 0])
+        # No matrix product: its error in bf16, times the residual's weight, would move the ninth probability.
+        outside = ((features - self.origin).unsqueeze(-1) * self.basis).sum(1)
+        return logits, maps, (outside * outside).sum(-1).sqrt()
+
+
+def serving_module(bundle: Bundle) -> ServingModule:
+    """Build the module of a bundle, or of a draft, from its weights.
+
+    Raises:
+        BundleError: the network cannot be built, the weights do not fit it, or its rejection needs a space of known
+            lesions that the weights file does not hold.
+    """
+    config = bundle.config
+    try:
+        backbone = build_backbone(
+            config.architecture,
+            len(config.classes),
+            config.preprocessing.image_size,
+            options=config.options,
+            metadata_width=len(config.metadata.columns),
+        )
+    except BackboneError as error:
+        raise BundleError(f"The bundle's network cannot be built: {error}") from error
+    weights = read_weights(bundle)
+    if config.calibration.rejection and config.calibration.rejection.residual_weight and weights.basis is None:
+        raise BundleError(f"The bundle's rejection needs {BASIS} in {WEIGHTS}, which lacks it.")
+    try:
+        load_weights(backbone, weights.network)
+    except ValueError as error:
+        raise BundleError(f"The weights do not fit {config.architecture}: {error}.") from error
+    return ServingModule(backbone, config.preprocessing, weights).eval()
