@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from handlers.bundle import CONFIG
+from handlers.bundle import CONFIG, RECEIPT
 from handlers.errors import UserError
-from handlers.receipt import RECEIPT, read_receipt
+from handlers.receipt import read_receipt
 from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.promotion.gates.judgement_report import REPORT
 from mlflow_tracking.registry import BUNDLE_ARTIFACT, RegisteredVersion, Registry, RegistryError, RegistryUnavailable

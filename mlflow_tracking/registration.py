@@ -32,7 +32,7 @@ def register(registry: Registry, source: Path, run_id: str | None = None) -> Reg
         return Registration(existing, created=False)
     run_id = _training_run(registry, run_id, bundle)
     with tempfile.TemporaryDirectory() as temporary:
-        completed = complete(source, Path(temporary) / BUNDLE_ARTIFACT)
+        completed = complete(bundle, Path(temporary) / BUNDLE_ARTIFACT)
         if existing := registry.find(completed.digest):
             return Registration(existing, created=False)
         version_tags = tags(completed) | {"source_digest": bundle.digest}
