@@ -25,6 +25,7 @@ GENERATED = ("data/", "runs/", "model_store/skin_vit-", ".stack", ".venv")  # fo
 # Variables that the system, a tool or one of our own scripts sets.
 NOT_OURS = {"BASH_SOURCE", "BUNDLE_NOTE", "CI", "HOME", "NAMED_SECRETS", "NO_PROXY", "no_proxy", "PATH", "PYTHONPATH"}
 NOT_OURS |= {"TMPDIR", "VIRTUAL_ENV", "PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"}
+READS_ENVIRONMENT = {"BaseSettings", "ServiceSettings", "Settings"}  # bases of pydantic's settings classes
 
 
 def by_name(paths: list[Path]) -> list:
@@ -173,7 +174,7 @@ def settings_fields() -> dict[str, str]:
     fields = {}
     for path in sources(".py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and any("Settings" in ast.unparse(base) for base in node.bases):
+            if isinstance(node, ast.ClassDef) and {ast.unparse(base) for base in node.bases} & READS_ENVIRONMENT:
                 for field in node.body:
                     if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                         fields[field.target.id.upper()] = ast.unparse(field.value) if field.value else ""
