@@ -23,9 +23,10 @@ from mlflow_tracking.command_line import command_group, console, errors, run, ta
 from mlflow_tracking.digests import short
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.audit import person
-from mlflow_tracking.promotion.ledger import LedgerError, StoreBusy
+from mlflow_tracking.promotion.ledger import LedgerError
+from mlflow_tracking.promotion.locks import LOCK_SECONDS, StoreBusy, lock
 from mlflow_tracking.promotion.plan import Actual
-from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
+from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler, create_reconciler
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
 from mlflow_tracking.promotion.torchserve_client import TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable, check_alias
@@ -63,7 +64,7 @@ def to(
     at_once = not force and not again
     if at_once:  # so that a promoter that is deploying another version gives way
         move(reconciler, alias, version)
-    with spinner, ledgers.lock(reconciler.store, ledgers.LOCK_SECONDS):
+    with spinner, lock(reconciler.store, LOCK_SECONDS):
         if again:
             reconciler.forget(version)
         if not at_once:
@@ -88,7 +89,7 @@ def rollback(reason: Annotated[str, typer.Option(help="The reason, for the audit
     reconciler, spinner = open_reconciler()
     planned = plan_rollback(reconciler.registry, ledgers.read(reconciler.store))
     move(reconciler, "champion", planned.target.version)
-    with spinner, ledgers.lock(reconciler.store, ledgers.LOCK_SECONDS):
+    with spinner, lock(reconciler.store, LOCK_SECONDS):
         record_rollback(planned, reconciler.store, reconciler.audit, reconciler.by, reason)
         result = settle(reconciler)
     finish(result)
@@ -98,7 +99,7 @@ def rollback(reason: Annotated[str, typer.Option(help="The reason, for the audit
 def sync() -> None:
     """Deploy what the aliases in MLflow ask for, once."""
     reconciler, spinner = open_reconciler()
-    with spinner, ledgers.lock(reconciler.store, ledgers.LOCK_SECONDS):
+    with spinner, lock(reconciler.store, LOCK_SECONDS):
         result = settle(reconciler)
     finish(result)
 
@@ -107,7 +108,7 @@ def sync() -> None:
 def watch() -> None:
     """Deploy what the aliases in MLflow ask for, until Ctrl-C."""
     reconciler, spinner = open_reconciler()
-    with spinner, ledgers.lock(reconciler.store, ledgers.LOCK_SECONDS):
+    with spinner, lock(reconciler.store, LOCK_SECONDS):
         result = settle(reconciler)
     report(result)
     while True:
@@ -147,7 +148,7 @@ def open_reconciler(overruled: Mapping[str, str] | None = None) -> tuple[Reconci
     """Return a reconciler for the services of the settings, and the spinner that shows its steps."""
     spinner = console.status("Waiting for the promoter to finish its step …")
     by = f"{person()} with promote.py"
-    return Reconciler.create(Settings.load(), lambda event: show(event, spinner), by, overruled), spinner
+    return create_reconciler(Settings.load(), lambda event: show(event, spinner), by, overruled), spinner
 
 
 def move(reconciler: Reconciler, alias: str, version: str) -> None:

@@ -19,11 +19,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.comparison import replay_samples, replay_set
 from mlflow_tracking.promotion.evaluation_set import CurrentSet, EvaluationSetError
-from mlflow_tracking.promotion.execute import Executor
+from mlflow_tracking.promotion.execute import JUDGEMENTS
 from mlflow_tracking.promotion.gates.judgement_report import write_replay
+from mlflow_tracking.promotion.ledger import LedgerError
+from mlflow_tracking.promotion.locks import LOCK_SECONDS, lock
+from mlflow_tracking.promotion.observe import Observer
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import Registry, RegistryError, RegistryUnavailable
@@ -55,14 +58,14 @@ def replay(
     settings = Settings.load()
     registry = Registry(settings.registry_uri)
     torchserve = TorchServe(settings.inference_url, settings.management)
-    executor = Executor(settings.store, registry, torchserve, (), settings.evaluation_cache)
-    champion, challenger = both(registry, executor)
+    champion, challenger = both(registry, Observer(settings.store, torchserve))
+    book = AnswerBook(settings.store / JUDGEMENTS)
     tables: dict[str, Any] = {}
     with console.status("Asking both versions …"):
         # Set and answers are the promoter's too. Its gates have asked both versions already, so this is short.
-        with ledgers.lock(settings.store, ledgers.LOCK_SECONDS):
+        with lock(settings.store, LOCK_SECONDS):
             if (evaluation := CurrentSet(registry, settings.evaluation_cache).get()) is not None:
-                table = replay_set(torchserve, executor.book, evaluation, champion, challenger)
+                table = replay_set(torchserve, book, evaluation, champion, challenger)
                 tables["frozen evaluation set"] = table
         for folder in samples:
             found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
@@ -98,10 +101,10 @@ def replay(
             console.print(f"  {who} (version {version.version}): {times}{quality}")
 
 
-def both(registry: Registry, executor: Executor) -> tuple[Release, Release]:
+def both(registry: Registry, observer: Observer) -> tuple[Release, Release]:
     """What serves and what stands by, both loaded. Raises RegistryError."""
     challenger = registry.resolve("challenger")
-    actual = executor.observe()
+    actual = observer.actual_state()
     loaded = {held.release for held in actual.loaded.values() if held.ready}
     if actual.serving is None or actual.serving not in loaded:
         raise RegistryError("No champion is served; nothing to compare with.")
@@ -120,6 +123,6 @@ if __name__ == "__main__":
     except (RegistryUnavailable, TorchServeUnavailable) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(3)
-    except (RegistryError, TorchServeError, EvaluationSetError, ledgers.LedgerError, SettingsError, OSError) as error:
+    except (RegistryError, TorchServeError, EvaluationSetError, LedgerError, SettingsError, OSError) as error:
         errors.print(f"[red]{escape(str(error))}[/]")
         sys.exit(1)

@@ -32,8 +32,8 @@ from rich.table import Table
 
 from handlers.errors import UserError
 from mlflow_tracking.command_line import table
-from mlflow_tracking.promotion.ledger import StoreBusy, check_free
-from mlflow_tracking.settings import MODEL_NAME, ROOT, SettingsError
+from mlflow_tracking.promotion.locks import check_free
+from mlflow_tracking.settings import MODEL_NAME, ROOT
 from mlflow_tracking.settings import Settings as ServiceSettings
 from scripts.supervision import UNANSWERED, Supervision
 
@@ -130,12 +130,7 @@ def check_machine(settings: Settings) -> None:
     """Make the folders, and see that model store, ports and disk are free; StackError otherwise."""
     for folder in (settings.log("").parent, settings.run_dir, settings.store):
         make(folder)
-    try:
-        check_free(settings.store)
-    except StoreBusy as error:
-        raise StackError(str(error)) from None
-    except OSError as error:
-        raise StackError(f"The model store {settings.store} cannot be written: {error.strerror}.") from None
+    check_free(settings.store)
     if settings.run_dir.is_symlink() or settings.run_dir.stat().st_uid != os.getuid():
         raise StackError(f"{settings.run_dir} belongs to somebody else; name another folder in TORCHSERVE_RUN_DIR.")
     settings.run_dir.chmod(0o700)  # who reaches the sockets in it governs TorchServe
@@ -363,12 +358,12 @@ def status() -> None:
 if __name__ == "__main__":
     try:
         app()
-    except SettingsError as error:
-        console.print(f"[red]{escape(str(error))}[/]")
-        sys.exit(1)
     except StackError as error:
         console.print(f"[red]{escape(str(error))}[/]")
         if error.log and error.log.exists():
             end = "\n".join(error.log.read_text(errors="replace").splitlines()[-15:])
             console.print(f"The end of {escape(str(error.log))}:", Panel(escape(end), border_style="dim"))
         sys.exit(1)
+    except UserError as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        sys.exit(error.exit_code)

@@ -72,7 +72,7 @@ class Server:
         self.asked += 1
         if self.fail:
             status = self.fail.pop(0)
-            raise TorchServeError(status, "busy", passing=status >= 500)
+            raise TorchServeError(status, "busy", transient=status >= 500)
         time.sleep(self.seconds)
         model = {"digest": self.digests[version], "precision": "f32"}
         for case in self.bundle.golden():

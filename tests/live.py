@@ -16,7 +16,7 @@ import httpx
 
 from handlers.bundle import CONFIG, GRAPH, Bundle, BundleConfig, seal
 from handlers.files import write_json
-from mlflow_tracking.promotion.reconcile import Pass, Reconciler
+from mlflow_tracking.promotion.reconcile import Pass, Reconciler, create_reconciler
 from mlflow_tracking.registration import register
 from mlflow_tracking.registry import Registry
 from mlflow_tracking.settings import Settings
@@ -174,7 +174,7 @@ class Promotion:
             **{name.lower(): self.server.env[name] for name in names},
             **options,
         )
-        self.promoters.append(Reconciler.create(settings))
+        self.promoters.append(create_reconciler(settings))
         return self.promoters[-1]
 
     def settle(self, reconciler: Reconciler | None = None) -> tuple[list[str], Pass]:

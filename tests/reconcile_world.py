@@ -11,13 +11,16 @@ from handlers.bundle import GOLDEN, RECEIPT, WEIGHTS, BundleConfig, GoldenCase, 
 from handlers.calibration import Calibration
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES
+from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.execute import Executor
 from mlflow_tracking.promotion.gates.base import Gate
 from mlflow_tracking.promotion.gates.identity import GoldenParity
-from mlflow_tracking.promotion.reconcile import Event, Reconciler
+from mlflow_tracking.promotion.ledger import Ledger
+from mlflow_tracking.promotion.plan import Release
+from mlflow_tracking.promotion.reconcile import Reconciler
+from mlflow_tracking.promotion.step_runner import Event
 from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable
-from mlflow_tracking.settings import Settings
 
 
 class Killed(BaseException):
@@ -197,7 +200,14 @@ class World:
             if event.state not in ("begun", "running"):
                 self.events.append(f"{event.step} {event.state}")
 
-        return Reconciler(Settings(model_store=self.torchserve.store), self.registry, executor, tell, **options)
+        return Reconciler(self.registry, executor, 3, tell, **options)
+
+    def release(self, version: str) -> Release:
+        return Release(version, self.registry.tags[version]["digest"])
+
+    @property
+    def ledger(self) -> Ledger:
+        return ledgers.read(self.torchserve.store)
 
     def serve(self, version: str) -> None:
         self.registry.aliases["champion"] = version

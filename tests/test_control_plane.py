@@ -22,6 +22,7 @@ from datetime import datetime
 import pytest
 
 from handlers.predictor import Predictor
+from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.status import status
 from mlflow_tracking.registration import register
@@ -175,7 +176,7 @@ def test_a_worse_version_is_refused_and_everybody_can_see_why(first, worse, tmp_
     assert report["comparison"]["champion"]["balanced_accuracy"] == 1.0
     assert "balanced accuracy" in first.registry.download(worse, "gates/report.html", tmp_path).read_text()
 
-    page = PromoterState.model_validate(status(result, reconciler.setbacks))
+    page = PromoterState.model_validate(status(result, reconciler.backoff.setbacks))
     assert deployment(page) == f"Version 1 is deployed. Version {worse} was refused."
     assert "balanced accuracy" in page.refused[0].reason
 
@@ -336,9 +337,9 @@ def test_another_frozen_set_is_another_question(first, good, tmp_path):
         first.registry.client.set_model_version_tag(EVALUATION_SET, smaller.version, "digest", "sha256:" + "1" * 64)
         # Pushed out of TorchServe, it has to be checked when it comes back.
         reconciler = first.reconciler()
-        book = reconciler.executor.ledger()
+        book = ledgers.read(first.store)
         [archive] = [name for name, entry in book.archives.items() if entry.version == good]
-        reconciler.executor._write(book.rolled_back(archive))
+        ledgers.write(first.store, book.rolled_back(archive))
         first.settle(reconciler)
         first.registry.set_alias("champion", good)
         _, result = first.settle(reconciler)

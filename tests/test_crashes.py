@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 PROMOTER = """
 import os, signal, sys
 from contextlib import suppress
-from mlflow_tracking.promotion.reconcile import Reconciler
+from mlflow_tracking.promotion.reconcile import create_reconciler
 from mlflow_tracking.settings import Settings
 
 action, state, victim = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -47,7 +47,7 @@ def tell(event):
         with suppress(ProcessLookupError):
             os.kill(victim or os.getpid(), signal.SIGKILL)
 
-promoter = Reconciler.create(Settings(), tell)
+promoter = create_reconciler(Settings(), tell)
 for _ in range(6):
     promoter.reconcile(wait=60)
 """
@@ -119,7 +119,7 @@ def second_serves_and_third_is_new(promotion: Promotion) -> None:
     reconciler = promotion.reconciler()
     reconciler.forget("3")
     for archive in promotion.store.glob("skin_vit-3-*.mar"):
-        reconciler.executor._write(reconciler.executor.ledger().pruned(archive.name))
+        ledgers.write(promotion.store, ledgers.read(promotion.store).pruned(archive.name))
         archive.unlink()
     actual = reconciler.reconcile(wait=60).actual
     assert (actual.serving.version, actual.last_good.version, set(actual.loaded)) == ("2", "1", {"1", "2"})

@@ -25,8 +25,9 @@ from mlflow_tracking.promotion.evaluation_set import (
     EvaluationSetError,
     freeze,
 )
-from mlflow_tracking.promotion.execute import Executor, StepFailed
-from mlflow_tracking.promotion.plan import Action, Release, Step
+from mlflow_tracking.promotion.execute import Executor
+from mlflow_tracking.promotion.plan import Release
+from mlflow_tracking.promotion.step_errors import StepFailed
 from mlflow_tracking.registry import RegisteredVersion
 
 
@@ -169,7 +170,7 @@ class OneSet:
         return Path(shutil.copytree(self.folder, folder))
 
 
-def test_a_damaged_copy_is_fetched_again(rows, tmp_path):
+def test_a_damaged_copy_is_fetched_again(rows, tmp_path, monkeypatch):
     (tmp_path / "frozen").mkdir()
     registry = OneSet(tmp_path / "frozen", freeze(rows[:30], tmp_path / "frozen").digest)
 
@@ -180,17 +181,13 @@ def test_a_damaged_copy_is_fetched_again(rows, tmp_path):
     CurrentSet(registry, tmp_path / "cache").get().verify()
     assert registry.fetched == 2
 
-    def check(release):
-        executor.evaluation.get().verify()
-
-    executor = Executor(tmp_path / "store", registry, None, (), tmp_path / "cache")
-    executor.evaluation = current
+    check = Executor(tmp_path / "store", registry, None, (), tmp_path / "cache").check
+    monkeypatch.setattr(check, "evaluation", current)
+    monkeypatch.setattr(check, "_judgement", lambda *_: current.get().verify())
     flip(found.folder / IMAGES)
-    executor._check = check
-    step = Step(Action.CHECK, Release("1", "sha256:1"))
     with pytest.raises(StepFailed, match="cannot be read"):
-        executor.run(step)
-    executor.run(step)
+        check.run(Release("1", "sha256:1"), lambda remark: None, None)
+    current.get().verify()
     assert registry.fetched == 3
 
     flip(registry.folder / IMAGES)

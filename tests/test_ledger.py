@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from mlflow_tracking.promotion import ledger as ledgers
-from mlflow_tracking.promotion.ledger import Entry, Ledger, LedgerError, StoreBusy, Verifier
+from mlflow_tracking.promotion import locks
+from mlflow_tracking.promotion.ledger import Entry, Ledger, LedgerError, Verifier
+from mlflow_tracking.promotion.locks import StoreBusy
 from mlflow_tracking.promotion.plan import Release
 from tests.processes import running
 
@@ -48,7 +50,7 @@ def test_who_serves_and_who_did(ledger):
 )
 def test_a_damaged_ledger_is_an_error_with_a_sentence(tmp_path, text):
     (tmp_path / ledgers.LEDGER).write_text(text)
-    with pytest.raises(LedgerError, match=r"The ledger .*ledger\.json cannot be used: .*\."):
+    with pytest.raises(LedgerError, match=r"The ledger .*ledger\.json cannot be read .*\."):
         ledgers.read(tmp_path)
     ledgers.set_aside(tmp_path)
     assert ledgers.read(tmp_path) == Ledger()
@@ -73,9 +75,10 @@ WRITER = """
 import sys
 from pathlib import Path
 from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion import locks
 from mlflow_tracking.promotion.ledger import Entry, Ledger
 store = Path(sys.argv[1])
-with ledgers.lock(store):
+with locks.lock(store):
     print("locked", flush=True)
     for number in range(10**9):
         entry = Entry("0" * 64, str(number), "sha256:" + "0" * 64)
@@ -91,7 +94,7 @@ def writer(tmp_path):
 
 
 def test_a_killed_writer_leaves_a_whole_ledger_and_a_free_store(tmp_path, writer):
-    with pytest.raises(StoreBusy, match="Another promoter is at work"), ledgers.lock(tmp_path):
+    with pytest.raises(StoreBusy, match="Another promoter is working"), locks.lock(tmp_path):
         pass
     end, seen = time.monotonic() + 1, set()
     while time.monotonic() < end:
@@ -101,14 +104,14 @@ def test_a_killed_writer_leaves_a_whole_ledger_and_a_free_store(tmp_path, writer
     assert len(seen) > 2, "the writer wrote nothing"
     writer.kill()
     assert len(ledgers.read(tmp_path).archives) == 500
-    with ledgers.lock(tmp_path, wait=5):
+    with locks.lock(tmp_path, wait=5):
         pass
 
 
 def test_a_lock_is_given_back_after_an_error(tmp_path):
-    with pytest.raises(ZeroDivisionError), ledgers.lock(tmp_path):
+    with pytest.raises(ZeroDivisionError), locks.lock(tmp_path):
         raise ZeroDivisionError
-    with ledgers.lock(tmp_path):
+    with locks.lock(tmp_path):
         pass
 
 

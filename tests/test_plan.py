@@ -156,7 +156,7 @@ def number_is_taken(desired: Desired, actual: Actual) -> bool:
 @example((Desired(OTHER_ONE), Actual({"1": Loaded(ONE, True)}, "1", frozenset({ONE}), frozenset({ONE}), ONE)))
 def test_every_plan_is_legal_and_reaches_its_end(situation):
     desired, actual = situation
-    world = World.of(actual, desired.known)
+    world = World.of(actual, desired.registry_up)
     answered = world.answers() and not world.only_refused(desired)
     for step in plan(desired, actual):
         world.apply(step)
@@ -165,13 +165,13 @@ def test_every_plan_is_legal_and_reaches_its_end(situation):
     assert plan(desired, world.actual()) == ()
 
     assert world.last_good is None or world.last_good not in world.withdrawn
-    champion = desired.wanted(desired.champion)
+    champion = desired.unblocked(desired.champion)
     if champion:
         assert world.serving == champion
         assert world.default == champion.version
         assert world.loaded[champion.version] == Loaded(champion, ready=True)
         assert champion in world.stored
-        challenger = desired.wanted(desired.challenger)
+        challenger = desired.unblocked(desired.challenger)
         if challenger and challenger.version != champion.version:
             assert world.loaded[challenger.version] == Loaded(challenger, ready=True)
         belong = {champion, challenger, world.last_good}
@@ -185,13 +185,13 @@ def test_every_plan_is_legal_and_reaches_its_end(situation):
 @given(situations(), st.integers(0, 12))
 def test_cut_off_after_any_step_it_comes_to_the_same_end(situation, cut):
     desired, actual = situation
-    whole = World.of(actual, desired.known)
+    whole = World.of(actual, desired.registry_up)
     whole.reach(desired)
-    world = World.of(actual, desired.known)
+    world = World.of(actual, desired.registry_up)
     for step in plan(desired, actual)[:cut]:
         world.apply(step)
     world.reach(desired)
-    if number_is_taken(desired, actual) and not desired.wanted(desired.champion):
+    if number_is_taken(desired, actual) and not desired.unblocked(desired.champion):
         # Nobody says what shall serve, so the stand-in of a moment may stay.
         assert world.answers() == whole.answers()
         return
@@ -202,9 +202,9 @@ def test_cut_off_after_any_step_it_comes_to_the_same_end(situation, cut):
 @given(situations(), st.integers(0, 12))
 def test_when_a_step_fails_what_served_before_serves(situation, failing):
     desired, actual = situation
-    before = desired.wanted(actual.serving)
+    before = desired.unblocked(actual.serving)
     at_hand = before and (before in actual.stored or Loaded(before, True) in actual.loaded.values())
-    world = World.of(actual, desired.known)
+    world = World.of(actual, desired.registry_up)
     steps = plan(desired, actual)
     if failing >= len(steps) or not at_hand or number_is_taken(desired, actual):
         return
@@ -213,7 +213,7 @@ def test_when_a_step_fails_what_served_before_serves(situation, failing):
     failed = steps[failing].release
     if failed == before:
         return
-    blocked = Desired(desired.champion, desired.challenger, desired.known, desired.blocked | {failed})
+    blocked = Desired(desired.champion, desired.challenger, desired.registry_up, desired.blocked | {failed})
     world.reach(blocked)
     assert world.answers()
     if failed == desired.champion:
@@ -224,7 +224,7 @@ def test_when_a_step_fails_what_served_before_serves(situation, failing):
 @given(situations())
 def test_with_the_registry_away_nothing_proven_is_taken_away(situation):
     _, actual = situation
-    steps = plan(Desired(known=False), actual)
+    steps = plan(Desired(registry_up=False), actual)
     retired = {step.release for step in steps if step.action is Action.RETIRE}
     if not number_is_taken(Desired(), actual):
         assert not retired & (actual.approved | {actual.serving, actual.last_good})
@@ -258,7 +258,7 @@ def test_a_moved_alias_keeps_the_version_before_and_retires_the_one_before_that(
 
 def test_torchserve_came_back_empty_with_the_registry_away():
     empty = Actual({}, None, frozenset({ONE, TWO}), frozenset({ONE, TWO}), serving=TWO, last_good=ONE)
-    assert steps(Desired(known=False), empty) == ["load version 2", "load version 1"]
+    assert steps(Desired(registry_up=False), empty) == ["load version 2", "load version 1"]
 
 
 def test_torchserve_came_back_empty_while_the_alias_moved():
@@ -271,7 +271,7 @@ def test_torchserve_came_back_empty_while_the_alias_moved():
 def test_a_damaged_archive_of_what_serves_is_fetched_again():
     actual = Actual({"1": Loaded(ONE, True)}, "1", frozenset(), frozenset({ONE}), ONE)
     assert steps(Desired(ONE), actual) == ["store version 1"]
-    assert steps(Desired(known=False), actual) == []
+    assert steps(Desired(registry_up=False), actual) == []
 
 
 def test_a_refused_champion_changes_nothing():

@@ -14,12 +14,12 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from mlflow_tracking.promotion import execute, ledger, service, torchserve_client
-from mlflow_tracking.promotion.execute import NotYet, StepFailed
-from mlflow_tracking.promotion.ledger import StoreBusy
+from mlflow_tracking.promotion import ledger, locks, service, torchserve_client, workers
+from mlflow_tracking.promotion.locks import StoreBusy
 from mlflow_tracking.promotion.plan import Action, Actual, Desired, Release, Step
 from mlflow_tracking.promotion.reconcile import Pass
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
+from mlflow_tracking.promotion.step_errors import NotYet, StepFailed
 from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServe
 from mlflow_tracking.settings import Settings
 from scripts import promote, replay
@@ -67,11 +67,11 @@ def test_nothing_ends_the_loop(promoter, monkeypatch):
         CALM,
     ]
     monkeypatch.setattr(promoter.reconciler, "reconcile", passes(outcomes, stop))
-    once = promoter.once
-    monkeypatch.setattr(promoter, "once", lambda: (once(), told.append(promoter.status()["errors"])))
+    once = promoter.reconcile
+    monkeypatch.setattr(promoter, "reconcile", lambda: (once(), told.append(promoter.status()["errors"])))
     promoter.run(stop)
     assert [len(errors) for errors in told] == [1, 1, 1, 1, 0]
-    assert told[0] == told[1] == ["the promoter itself failed: ValueError('a fault of ours')"], "busy says nothing new"
+    assert told[0] == told[1] == ["The promoter's pass failed: ValueError('a fault of ours')."], "busy says nothing new"
     assert promoter.status()["settled"]
 
 
@@ -79,7 +79,7 @@ def test_a_loop_that_is_silent_hangs(promoter, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(service.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(promoter.reconciler, "reconcile", lambda: CALM)
-    promoter.once()
+    promoter.reconcile()
     server = service.http_server(promoter)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
@@ -94,7 +94,7 @@ def test_a_loop_that_is_silent_hangs(promoter, monkeypatch):
         now[0] += 1
         assert healthz() == (503, "the loop hangs")
         assert promoter.status()["seconds_silent"] == service.ALIVE_SECONDS
-        promoter.once()
+        promoter.reconcile()
         assert healthz() == (200, "ok")
     finally:
         server.shutdown()
@@ -105,7 +105,7 @@ def test_a_loop_that_is_silent_hangs(promoter, monkeypatch):
 PROMOTER = """
 import sys, time
 from pathlib import Path
-from mlflow_tracking.promotion.ledger import owned
+from mlflow_tracking.promotion.locks import owned
 with owned(Path(sys.argv[1]), "the promoter of /first"):
     print("owned", flush=True)
     time.sleep(600)
@@ -127,21 +127,21 @@ def test_a_store_that_is_in_use_is_said_before_anything_starts(tmp_path, owner, 
     assert done.returncode == 1
     [sentence] = (done.stdout + done.stderr).splitlines()
     assert sentence.startswith(f"The model store {store} is in use by the promoter of /first (pid {owner.pid} on ")
-    assert sentence.endswith("): stop that one first, or name another folder in MODEL_STORE.")
+    assert sentence.endswith("). Stop that promoter, or set MODEL_STORE to another folder.")
     assert not list((tmp_path / "state" / "logs").glob("*")), "nothing was started"
 
 
 def test_a_killed_promoter_leaves_the_store_free(tmp_path, owner):
     store = tmp_path / "model_store"
     with pytest.raises(StoreBusy, match="the promoter of /first"):
-        ledger.check_free(store)
-    with ledger.lock(store):
+        locks.check_free(store)
+    with locks.lock(store):
         pass  # promote.py takes turns with a living one
     owner.kill()
     owner.wait()
-    ledger.check_free(store)
-    with ledger.owned(store, "the promoter of /second"), pytest.raises(StoreBusy, match="the promoter of /second"):
-        ledger.check_free(store)
+    locks.check_free(store)
+    with locks.owned(store, "the promoter of /second"), pytest.raises(StoreBusy, match="the promoter of /second"):
+        locks.check_free(store)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def dead_worker(world, monkeypatch):
     """Version 1 serves and its worker is gone: (executor, seconds that can be moved, calls of scale)."""
     world.serve("1")
     now, calls = [1000.0], []
-    monkeypatch.setattr(execute.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
     world.torchserve.broken = {"1"}
     world.torchserve.versions = lambda: {"1": ServedVersion("1", world.torchserve.loaded["1"], 0, workers=1)}
     world.torchserve.scale = lambda version, workers, synchronous: calls.append((version, workers, synchronous))
@@ -159,7 +159,7 @@ def dead_worker(world, monkeypatch):
 def test_a_dead_worker_is_started_anew_once(world, dead_worker):
     executor, now, calls = dead_worker
     release = Release("1", world.registry.tags["1"]["digest"])
-    startup = executor.ledger().archives[release.archive].settings["startupTimeout"]
+    startup = world.ledger.archives[release.archive].settings["startupTimeout"]
     revive = Step(Action.REVIVE, release)
     for seconds in (0, startup - 1):
         now[0] = 1000.0 + seconds
@@ -167,7 +167,7 @@ def test_a_dead_worker_is_started_anew_once(world, dead_worker):
             executor.run(revive)
     assert calls == [], "it may be starting"
     now[0] = 1000.0 + startup
-    with pytest.raises(NotYet, match="started anew"):
+    with pytest.raises(NotYet, match="was restarted"):
         executor.run(revive)
     assert calls == [("1", 0, True), ("1", 1, False)], "none first: a dead one counts as one"
     now[0] += startup - 1
@@ -184,7 +184,7 @@ def test_a_dead_worker_is_started_anew_once(world, dead_worker):
 def test_a_version_without_any_worker_is_started_anew_at_once(world, dead_worker):
     executor, _, calls = dead_worker
     world.torchserve.versions = lambda: {"1": ServedVersion("1", world.torchserve.loaded["1"], 0, workers=0)}
-    with pytest.raises(NotYet, match="started anew"):
+    with pytest.raises(NotYet, match="was restarted"):
         executor.run(Step(Action.REVIVE, Release("1", world.registry.tags["1"]["digest"])))
     assert len(calls) == 2
 
@@ -238,7 +238,7 @@ def torchserve(monkeypatch):
 
 def test_draining_waits_for_an_answer_and_then_a_little(torchserve):
     client, log, ready, answer = torchserve
-    client.drain("2", quiet=2.0)
+    client.drain("2")
     assert log == ["/predictions/skin_vit/2", 2.0], "a refusal is an answer"
     log.clear()
     client.drain("7")
@@ -253,7 +253,7 @@ def test_draining_waits_for_an_answer_and_then_a_little(torchserve):
 def test_watching_goes_on_and_tells_what_is_new(world, monkeypatch, capsys):
     world.registry.aliases["champion"] = "1"
     reconciler = world.promoter()
-    monkeypatch.setattr(promote.Reconciler, "create", lambda settings, tell, by, overruled: reconciler)
+    monkeypatch.setattr(promote, "create_reconciler", lambda *_: reconciler)
     monkeypatch.setenv("MODEL_STORE", str(world.torchserve.store))
     turns = []
 
@@ -278,9 +278,9 @@ def test_a_replay_waits_for_the_store(world, monkeypatch):
     release = Release("1", "sha256:" + "1" * 64)
     monkeypatch.setenv("MODEL_STORE", str(world.torchserve.store))
     monkeypatch.setattr(replay, "Registry", lambda uri: world.registry)
-    monkeypatch.setattr(replay, "both", lambda registry, executor: (release, release))
-    monkeypatch.setattr(replay.ledgers, "LOCK_SECONDS", 0.0)
-    with ledger.lock(world.torchserve.store), pytest.raises(StoreBusy):
+    monkeypatch.setattr(replay, "both", lambda registry, observer: (release, release))
+    monkeypatch.setattr(replay, "LOCK_SECONDS", 0.0)
+    with locks.lock(world.torchserve.store), pytest.raises(StoreBusy):
         replay.replay(samples=[], out=None, as_json=True)
     with pytest.raises(replay.RegistryError, match="nothing to replay"):
         replay.replay(samples=[], out=None, as_json=True)

@@ -275,7 +275,7 @@ def test_a_changed_archive_is_left_out_and_fetched_again(serving_second, second)
 def test_a_damaged_ledger_is_set_aside_and_made_anew(serving_first):
     (serving_first.store / ledgers.LEDGER).write_text("{")
     steps, result = serving_first.settle()
-    assert "cannot be used" in result.errors[0]
+    assert "cannot be read" in result.errors[0]
     assert serving_first.settle()[1].settled
     assert (serving_first.store / "ledger.json.damaged").read_text() == "{"
     ledger = ledgers.read(serving_first.store)

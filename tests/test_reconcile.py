@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.bundle import WEIGHTS, Bundle
-from mlflow_tracking.promotion import archive, execute, ledger, reconcile
+from mlflow_tracking.promotion import archive, backoff, execute, ledger, observe, workers
 from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.gates.base import Candidate
@@ -25,6 +25,7 @@ from mlflow_tracking.promotion.gates.identity import DigestAndSignature, GoldenP
 from mlflow_tracking.promotion.plan import Action, Release, Step
 from mlflow_tracking.promotion.reconcile import Reconciler
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
+from mlflow_tracking.promotion.step_errors import NotYet, StepFailed
 from tests.reconcile_world import Golden, Killed, World, full_disk
 
 
@@ -33,12 +34,18 @@ def world(tmp_path) -> World:
     return World(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch):
+    """A crash of the machine is no subject here, and syncing takes most of the time."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """Time that moves when it is told to."""
     now = [1000.0]
-    monkeypatch.setattr(reconcile.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(execute, "PATIENCE", 0.0)
+    monkeypatch.setattr(backoff.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(workers, "REVIVE_SECONDS", 0.0)
     return now
 
 
@@ -103,16 +110,10 @@ def test_a_failure_is_tried_again_ever_more_rarely(world, clock):
 
 
 def test_a_failure_may_last_for_weeks(world, clock):
-    world.serve("1")
-    world.torchserve.broken = {"2"}
-    world.registry.aliases["champion"] = "2"
-    promoter = world.promoter()
-    promoter.reconcile()
-    [back] = promoter.setbacks.values()
-    back.attempts, back.retry_at = 5000, 0.0
-    assert "could not be loaded" in promoter.reconcile().errors[0]
-    [back] = promoter.setbacks.values()
-    assert back.retry_at == clock[0] + 300
+    back = backoff.Backoff()
+    for _ in range(5000):
+        back.add(world.release("2"), "the worker died", final=False, approved=False)
+    assert back.setbacks[world.release("2")].retry_at == clock[0] + 300
 
 
 def test_a_champion_that_has_just_lost_its_worker_is_compared_with_all_the_same(world, monkeypatch):
@@ -124,10 +125,13 @@ def test_a_champion_that_has_just_lost_its_worker_is_compared_with_all_the_same(
             return super().evaluate(candidate)
 
     world.serve("1")
-    promoter = world.promoter()
-    promoter.executor.judge.gates = (Compares(),)
-    real = promoter.executor._load
-    monkeypatch.setattr(promoter.executor, "_load", lambda *args: (real(*args), world.torchserve.resting.add("1"))[0])
+    promoter = world.promoter((Compares(),))
+    real = world.torchserve.wait_ready
+    monkeypatch.setattr(
+        world.torchserve,
+        "wait_ready",
+        lambda *args: (real(*args), args[0] == "2" and world.torchserve.resting.add("1"))[0],
+    )
     world.registry.aliases["champion"] = "2"
     promoter.reconcile()
     assert world.torchserve.default_version == "2"
@@ -137,28 +141,37 @@ def test_a_champion_that_has_just_lost_its_worker_is_compared_with_all_the_same(
 def test_a_champion_that_finds_no_place_beside_the_candidate_keeps_serving(world, monkeypatch):
     world.serve("1")
     promoter = world.promoter()
-    real = promoter.executor._load
+    real = world.torchserve.wait_ready
 
-    def load(*args):
-        real(*args)
-        world.torchserve.broken.add("1")
-        world.torchserve.resting.add("1")
+    def wait_ready(version, *args):
+        if version == "2":
+            world.torchserve.broken.add("1")
+            world.torchserve.resting.add("1")
+        return real(version, *args)
 
-    monkeypatch.setattr(promoter.executor, "_load", load)
+    monkeypatch.setattr(world.torchserve, "wait_ready", wait_ready)
     world.registry.aliases["champion"] = "2"
     [error] = promoter.reconcile().errors
-    assert "version 1, which serves, has lost its worker" in error
+    assert "The champion, version 1, lost its worker" in error
     assert set(world.torchserve.loaded) == {"1"}
     assert world.torchserve.default_version == "1"
-    # one that is broken for good is not waited for
-    promoter.executor._given_up.add("1")
-    promoter.setbacks.clear()
-    monkeypatch.setattr(promoter.executor, "_load", real)
+
+
+def test_a_champion_whose_restart_failed_is_not_awaited(world, monkeypatch):
+    monkeypatch.setattr(workers, "STARTUP_SECONDS", 0.0)
+    world.serve("1")
+    promoter = world.promoter()
+    world.torchserve.broken.add("1")
     world.torchserve.resting.add("1")
-    promoter.executor.run(Step(Action.LOAD, Release("2", world.registry.tags["2"]["digest"])))
-    world.torchserve.resting.add("1")
-    promoter.executor.run(Step(Action.CHECK, Release("2", world.registry.tags["2"]["digest"])))
-    assert Release("2", world.registry.tags["2"]["digest"]) in promoter.executor.observe().approved
+    world.torchserve.scale = lambda *args, **options: None
+    monkeypatch.setattr(workers.time, "monotonic", iter(range(0, 100_000, 1000)).__next__)
+    for end in NotYet, NotYet, StepFailed:
+        with pytest.raises(end):
+            promoter.executor.run(Step(Action.REVIVE, world.release("1")))
+    promoter.executor.run(Step(Action.STORE, world.release("2")))
+    promoter.executor.run(Step(Action.LOAD, world.release("2")))
+    promoter.executor.run(Step(Action.CHECK, world.release("2")))
+    assert world.release("2") in promoter.executor.observe().approved
 
 
 def test_what_is_refused_first_never_stays(world):
@@ -270,7 +283,7 @@ def test_what_was_refused_costs_another_promoter_nothing(world):
     result = promoter.reconcile()
     assert world.events == [], "nothing was fetched or loaded"
     assert "golden parity: golden/MEL.jpg" in result.errors[0]
-    assert promoter.setbacks[result.desired.champion].final
+    assert promoter.backoff.setbacks[result.desired.champion].final
     assert len(world.registry.reports) == 2, "and the report is not written again"
 
 
@@ -313,7 +326,7 @@ def test_a_challenger_that_fails_as_champion_is_taken_out(world):
     world.registry.aliases["challenger"] = "2"
     world.promoter().reconcile()
     world.torchserve.shift = {"2": 0.5}
-    world.promoter().executor.forget(world.registry.tags["2"]["digest"])
+    world.promoter().forget("2")
     world.registry.aliases["champion"] = "2"
     result = world.promoter().reconcile()
     assert "golden parity" in result.errors[0]
@@ -349,43 +362,40 @@ def test_nobody_overrules_what_is_not_what_was_registered(world):
     assert world.torchserve.default_version == "1"
 
 
-def test_a_version_that_is_not_asked_for_any_more_is_not_checked_to_the_end(world):
+def test_a_version_that_is_not_asked_for_any_more_is_not_checked_to_the_end(world, monkeypatch):
     world.serve("1")
     world.registry.aliases["champion"] = "2"
-    promoter = world.promoter()
+    monkeypatch.setattr(observe, "RECHECK_SECONDS", 0.0)
 
     class Slow(Golden):
         def evaluate(self, candidate):
             candidate.progress("half way")
             world.registry.aliases["champion"] = "1"
-            promoter._looked = 0.0
             candidate.progress("nearly")
             pytest.fail("it went on")
 
-    promoter.executor.judge.gates = (Slow(),)
+    promoter = world.promoter((Slow(),))
     result = promoter.reconcile()
     assert result.waiting
-    assert result.errors == ("Version 2 is not asked for any more; its check was stopped.",)
+    assert result.errors == ("The step 'check version 2' was stopped, because no alias points at version 2 any more.",)
     assert world.status("2") is None, "nobody is at fault"
     promoter.reconcile()
     assert set(world.torchserve.loaded) == {"1"}
     assert promoter.reconcile().settled
 
 
-def test_with_mlflow_away_a_check_goes_on(world):
+def test_with_mlflow_away_a_check_goes_on(world, monkeypatch):
+    monkeypatch.setattr(observe, "RECHECK_SECONDS", 0.0)
     world.serve("1")
     world.registry.aliases["champion"] = "2"
-    promoter = world.promoter()
 
     class Gone(Golden):
         def evaluate(self, candidate):
             world.registry.up = False
-            promoter._looked = 0.0
             candidate.progress("half way")
             return super().evaluate(candidate)
 
-    promoter.executor.judge.gates = (Gone(),)
-    promoter.reconcile()
+    world.promoter((Gone(),)).reconcile()
     assert world.torchserve.default_version == "2"
 
 
@@ -393,7 +403,7 @@ def test_rolled_back_from_is_nobodys_last_good_version(world):
     for version in "12":
         world.serve(version)
     promoter = world.promoter()
-    promoter.executor.withdraw(Release("2", world.registry.tags["2"]["digest"]))
+    ledger.write(promoter.store, world.ledger.rolled_back(world.release("2").archive))
     world.registry.aliases["champion"] = "1"
     promoter.reconcile()
     assert world.events == ["serve version 1 done", "retire version 2 done"]
@@ -413,7 +423,7 @@ def test_asked_for_again_before_it_left_it_is_not_withdrawn(world):
         world.serve(version)
     promoter = world.promoter()
     world.registry.aliases["champion"] = "1"
-    promoter.executor.withdraw(Release("2", world.registry.tags["2"]["digest"]))
+    ledger.write(promoter.store, world.ledger.rolled_back(world.release("2").archive))
     world.registry.aliases["champion"] = "2"
     assert promoter.reconcile().settled
     assert ledger.read(world.torchserve.store).withdrawn == ()
@@ -464,7 +474,7 @@ def test_what_is_missing_in_the_audit_log_the_registry_remembers(world, end):
     world.registry.aliases["champion"] = "2"
     for _ in range(2):
         [error] = promoter.reconcile().errors
-        assert "is not whole" in error
+        assert "is damaged" in error
     assert world.torchserve.default_version == "2", "promotion goes on"
     assert world.registry.notes["audit.head"] == remembered
     assert promoter.audit.verify(Head.parse(remembered))

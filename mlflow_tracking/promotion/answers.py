@@ -22,7 +22,7 @@ from handlers.taxonomy import CODES, MALIGNANT
 from mlflow_tracking.digests import short
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
+from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, with_retries
 
 # Enough to keep a worker busy, and not so many that the champion's requests wait behind a queue.
 PARALLEL = 2
@@ -80,20 +80,15 @@ def ask_one(
 ) -> tuple[dict[str, Any], float]:
     """The whole answer of one version to one picture, and the milliseconds that it took, without those before it.
 
-    What passes is waited for a little, `progress` being called before, which may raise to stop. Raises as `ask`.
+    A transient error is retried; `progress` is called before each retry and may raise to stop. Raises as `ask`.
     """
-    for wait in (0.5, 2.0, None):
+
+    def timed() -> tuple[dict[str, Any], float]:
         began = time.monotonic()
-        try:
-            answer = torchserve.predict(image, release.version, metadata=metadata)
-        except TorchServeError as error:
-            if not error.passing or wait is None:
-                raise
-            progress()
-            time.sleep(wait)
-        else:
-            milliseconds = 1000 * (time.monotonic() - began)
-            break
+        answer = torchserve.predict(image, release.version, metadata=metadata)
+        return answer, 1000 * (time.monotonic() - began)
+
+    answer, milliseconds = with_retries(timed, progress)
     if answer["model"]["digest"] != release.digest:
         raise TorchServeError(500, f"another model answered for version {release.version}: {answer['model']['digest']}")
     return answer, milliseconds

@@ -84,7 +84,7 @@ def replay_samples(
         try:
             return ask(torchserve, champion, [image], parallel=1), ask(torchserve, challenger, [image], parallel=1)
         except TorchServeError as error:
-            if error.passing or error.status >= 500:
+            if error.transient or error.status >= 500:
                 raise
             return str(error)
 

@@ -1,6 +1,6 @@
-"""What the promoter tells the registry: how versions stand, what the gates found, and where the audit log ends.
+"""What the promoter writes into the registry: statuses, judgements, and the end of the audit log.
 
-What the registry does not take, as it is away, is kept until it does.
+Entries wait here while the registry is away.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from mlflow_tracking.promotion.gates.judge import Judge
 from mlflow_tracking.promotion.plan import Actual, Release
 from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError
 
-HEAD_TAG = "audit.head"  # the model's tag that holds the newest line of the audit log
+HEAD_TAG = "audit.head"  # tag of the registered model: the newest line of the audit log
 
 
 class Outbox:
@@ -26,57 +26,59 @@ class Outbox:
         self._judge = judge
         self._audit = audit
         self._due: dict[Release, dict[str, str]] = {}
-        self._head = ""  # as the registry was last told
+        self._head = ""  # the line that the registry has
 
     def put(self, release: Release, status: str, reason: str = "") -> None:
-        """How a release stands from now on, in place of what was due on it."""
+        """Set the status of a release; it replaces a waiting one."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
         self._due[release] = {"serving.status": status, "serving.reason": reason, "serving.since": since}
 
-    def correct(self, asked: Iterable[RegisteredVersion], actual: Actual) -> None:
-        """Put what the tags of versions with an alias do not say: a promoter may have died before it could tell."""
+    def correct(self, versions: Iterable[RegisteredVersion], actual: Actual) -> None:
+        """Put the statuses that a promoter could not write before it died. `versions` are those with an alias."""
         expected = dict.fromkeys(actual.approved, "challenger")
         if actual.serving:
             expected[actual.serving] = "serving"
-        for version in asked:
+        for version in versions:
             release = _release(version)
             status = expected.get(release)
             if status and version.tags.get("serving.status") != status and release not in self._due:
                 self.put(release, status)
 
-    def send(self, asked: Iterable[RegisteredVersion]) -> list[str]:
-        """Write what is due, the judgements on versions with an alias, and the audit log's end; returns what is wrong
-        with that log. Raises RegistryUnavailable; the rest stays due."""
+    def send(self, versions: Iterable[RegisteredVersion]) -> list[str]:
+        """Write what waits, the judgements on `versions` (those with an alias) and the audit log's end.
+
+        Returns sentences on a damaged audit log. Raises RegistryUnavailable; then the rest keeps waiting.
+        """
         for release in list(self._due):
             version = self._registry.version(release.version)
-            # Another registry's version of the same number is another model.
+            # A new registry may hold another model under the same number.
             if version is not None and _release(version) == release:
                 self._registry.tag(release.version, self._due[release])
             del self._due[release]
-        for version in asked:
+        for version in versions:
             if version.digest:
-                self._report(version)
-        return self._tell_head()
+                self._report(version, version.digest)
+        return self._send_head()
 
-    def _report(self, version: RegisteredVersion) -> None:
-        """Keep the judgement on a version with it in MLflow, if it is not there yet."""
-        judgement = self._judge.newest(version.digest or "")
+    def _report(self, version: RegisteredVersion, digest: str) -> None:
+        """Write the judgement on a version into MLflow, unless it is there already."""
+        judgement = self._judge.newest(digest)
         if judgement is None or version.tags.get("gates.judgement") == judgement.id:
             return
         with tempfile.TemporaryDirectory() as temporary:
             report.write_report(Path(temporary), judgement)
-            with suppress(RegistryError):  # registered by something else, it has no place for files
+            with suppress(RegistryError):  # a version of another tool has no place for files
                 self._registry.log_report(version.version, Path(temporary), report.REPORT)
         self._registry.tag(version.version, report.tags(judgement))
 
-    def _tell_head(self) -> list[str]:
-        """Have the registry remember the audit log's newest line; not when the log lacks what is remembered there."""
+    def _send_head(self) -> list[str]:
+        """Write the audit log's newest line into the registry, unless the log lacks the line that is there."""
         head = str(self._audit.head())
         if head == self._head:
             return []
         faults = self._audit.verify(Head.parse(self._registry.model_tag(HEAD_TAG) or ""))
         if faults:
-            return [f"The audit log {self._audit.path} is not whole (see docs/operations.md). {faults[0]}"]
+            return [f"The audit log {self._audit.path} is damaged (see docs/operations.md). {faults[0]}"]
         self._registry.set_model_tag(HEAD_TAG, head)
         self._head = head
         return []

@@ -1,22 +1,25 @@
-"""What is wanted and what is there in, the steps from one to the other out. Pure: no clock, no network, no file.
+"""The planner: compute the steps that turn the actual state into the desired state. Pure: no clock, network or files.
 
-A plan never takes away what answers before something proven answers in its place, and it may be cut off after any
-step: planning again from what is then there leads to the same end.
+Two promises hold for every plan. What answers now stays until a proven release answers in its place. A plan may stop
+after any step, and planning again from there reaches the same end.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypeVar
 
 from mlflow_tracking.digests import short
 from mlflow_tracking.settings import MODEL_NAME
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True, order=True)
 class Release:
     """One bundle under one version number of the registry.
 
-    Both are needed: a new registry counts from 1 again, and its version 1 is another model than the old one's.
+    A new registry counts from 1 again, so the number alone does not identify a model.
     """
 
     version: str
@@ -24,7 +27,7 @@ class Release:
 
     @property
     def archive(self) -> str:
-        """The name of its archive in the model store."""
+        """The file name of its archive in the model store."""
         return f"{MODEL_NAME}-{self.version}-{short(self.digest)}.mar"
 
 
@@ -33,9 +36,9 @@ class Action(StrEnum):
 
     STORE = "store"  # fetch the bundle, verify it, put the archive into the model store
     LOAD = "load"  # register the archive in TorchServe and wait for a ready worker
-    REVIVE = "revive"  # it is loaded, but no worker is ready
-    CHECK = "check"  # hold its answers against the gates
-    SERVE = "serve"  # make it the one that answers /predictions/skin_vit
+    REVIVE = "revive"  # get a ready worker for a loaded version that has none
+    CHECK = "check"  # judge its answers by the gates
+    SERVE = "serve"  # make it the default, which answers /predictions/skin_vit
     RETIRE = "retire"  # drain it and take it out of TorchServe
 
 
@@ -52,25 +55,30 @@ class Step:
 
 @dataclass(frozen=True)
 class Desired:
-    """What the registry's aliases ask for.
+    """The desired state: the releases that the registry's aliases point at.
 
-    `known` is False when the registry is out of reach: then nothing is asked for, and nothing proven is taken away.
-    `blocked` are releases that were refused, or failed and wait for another try.
+    Without the registry (`registry_up` is False) both are None, and the plan removes nothing proven. `blocked` are
+    releases that were refused, or that failed and wait for their next try.
     """
 
     champion: Release | None = None
     challenger: Release | None = None
-    known: bool = True
+    registry_up: bool = True
     blocked: frozenset[Release] = frozenset()
 
-    def wanted(self, release: Release | None) -> Release | None:
-        """The release, unless it is blocked."""
+    @property
+    def releases(self) -> list[Release]:
+        """The releases that have an alias."""
+        return [release for release in (self.champion, self.challenger) if release]
+
+    def unblocked(self, release: Release | None) -> Release | None:
+        """Return the release, or None if it is blocked."""
         return None if release in self.blocked else release
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A version in TorchServe. `ready` means that a worker is ready to answer."""
+    """A version in TorchServe; `ready` means that a worker can answer."""
 
     release: Release
     ready: bool
@@ -78,11 +86,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Actual:
-    """What TorchServe holds (by version, and its default version), the model store, and the ledger.
+    """The actual state of TorchServe, the model store and the ledger.
 
-    `stored` are the archives that are what the ledger says; `approved` the releases that passed their gates and
-    belong in TorchServe; `serving` and `last_good` the ones that answered last and before; `withdrawn` those that a
-    person has rolled back from.
+    Args:
+        loaded: what TorchServe holds, by version.
+        default: the version that TorchServe asks when a request names none.
+        stored: releases whose archive is intact.
+        approved: releases that passed their gates and belong in TorchServe.
+        serving, last_good: the release that serves, and the one before it.
+        withdrawn: releases that a person rolled back from.
     """
 
     loaded: Mapping[str, Loaded] = field(default_factory=dict)
@@ -94,35 +106,50 @@ class Actual:
     withdrawn: frozenset[Release] = frozenset()
 
 
-def plan(desired: Desired, actual: Actual) -> tuple[Step, ...]:
-    """The steps that make TorchServe agree with the registry; none when it does.
+def take_over(
+    new: Name, serving: Name | None, last_good: Name | None, withdrawn: Collection[Name]
+) -> tuple[Name | None, frozenset[Name]]:
+    """Return (last good, withdrawn) after `new` takes over from `serving`.
 
-    The champion serves; the release that served before it stays loaded, so that going back is instant; the challenger
-    is loaded beside them; everything else is retired. With the registry away, or its champion refused, the aim is
-    what served last.
+    A release that a person rolled back from does not become the last good one. If `new` serves already, nothing
+    changes: otherwise the last good release would be lost.
+    """
+    if new == serving:
+        return last_good, frozenset(withdrawn)
+    remaining = frozenset(withdrawn) - {new}
+    if serving not in remaining:
+        return serving, remaining
+    return None if last_good == new else last_good, remaining
+
+
+def plan(desired: Desired, actual: Actual) -> tuple[Step, ...]:
+    """Return the steps that make TorchServe agree with the registry; none if it agrees.
+
+    The champion serves, its predecessor stays loaded for an instant roll-back, and the challenger is loaded. All other
+    versions are retired. If the registry is away or its champion is blocked, the release that served last serves.
     """
     draft = _Draft(actual)
-    before = (desired.wanted(actual.serving), desired.wanted(actual.last_good))
-    proven = [release for release in before if release and draft.at_hand(release)]
-    asked, challenger = desired.wanted(desired.champion), desired.wanted(desired.challenger)
-    champion = asked or (proven[0] if proven else None)
+    earlier = (desired.unblocked(actual.serving), desired.unblocked(actual.last_good))
+    proven = [release for release in earlier if release and draft.at_hand(release)]
+    requested, challenger = desired.unblocked(desired.champion), desired.unblocked(desired.challenger)
+    champion = requested or (proven[0] if proven else None)
     if champion is None:
-        # TorchServe makes the first version it gets the default: one that was refused must not stay there.
+        # TorchServe makes the first version that it loads the default: a refused one must not stay there.
         refused = desired.blocked - actual.approved - {actual.serving, actual.last_good}
         if all(held.release in refused for held in draft.loaded.values()):
             for held in sorted(draft.loaded.values(), key=lambda held: held.release.version == draft.default):
                 draft.retire(held.release)
         return tuple(draft.steps)
     if not draft.answers() and proven and champion not in proven[:1]:
-        # Fetching and loading something new takes its time and may fail: first let something proven answer.
+        # Loading something new takes time and may fail: first a proven release answers.
         draft.bring(proven[0])
         draft.serve(proven[0])
-    draft.bring(champion, fetch=asked is not None)
-    # Who passed as challenger was compared with the champion of that day; who has served is not asked again.
+    draft.bring(champion, fetch=requested is not None)
+    # A challenger was compared with an earlier champion, so it is checked again. A release that served is not.
     draft.check(champion, again=champion not in (actual.serving, actual.last_good))
     draft.serve(champion)
     keep = {release for release in (champion, draft.last_good, challenger) if release}
-    if not desired.known:
+    if not desired.registry_up:
         keep |= draft.approved
     for held in list(draft.loaded.values()):
         if held.release not in keep:
@@ -130,15 +157,15 @@ def plan(desired: Desired, actual: Actual) -> tuple[Step, ...]:
     if challenger is not None and challenger.version != champion.version:
         draft.bring(challenger, fetch=True)
         draft.check(challenger)
-    # TorchServe starts with what serves alone, to answer soon; the others that belong there follow.
+    # TorchServe starts with the serving version alone, to answer soon. The other approved versions follow.
     for release in sorted(keep & draft.approved & draft.stored):
-        if release.version not in draft.loaded and desired.wanted(release):
+        if release.version not in draft.loaded and desired.unblocked(release):
             draft.bring(release)
     return tuple(draft.steps)
 
 
 class _Draft:
-    """The steps so far, and what will be there after them."""
+    """The steps so far, and the state that they lead to."""
 
     def __init__(self, actual: Actual) -> None:
         self.steps: list[Step] = []
@@ -148,38 +175,36 @@ class _Draft:
         self.approved = set(actual.approved)
         self.serving = actual.serving
         self.last_good = actual.last_good
-        self.withdrawn = set(actual.withdrawn)
+        self.withdrawn = actual.withdrawn
 
     def answers(self) -> bool:
         return self.default in self.loaded and self.loaded[self.default].ready
 
     def at_hand(self, release: Release) -> bool:
-        """Whether it can be brought without the registry."""
+        """Whether the release can be loaded without the registry."""
         held = self.loaded.get(release.version)
         return release in self.stored or (held is not None and held.release == release)
 
     def bring(self, release: Release, fetch: bool = False) -> None:
-        """Have the release in TorchServe with a ready worker, and in the store if it can be fetched."""
+        """Get a ready worker for the release; with `fetch` also get its archive into the store."""
         if fetch and release not in self.stored:
             self._add(Action.STORE, release)
             self.stored.add(release)
         held = self.loaded.get(release.version)
         if held and held.release != release:
-            self._make_way(held.release)
+            self._free_number(held.release)
             held = None
         if held is None:
             self._add(Action.LOAD, release)
-            # TorchServe makes the first version it gets the default.
-            self.default = self.default if self.loaded else release.version
+            self.default = self.default if self.loaded else release.version  # TorchServe's rule for the first version
         elif not held.ready:
             self._add(Action.REVIVE, release)
         self.loaded[release.version] = Loaded(release, ready=True)
 
-    def _make_way(self, old: Release) -> None:
-        """Retire a release of another registry whose version number is needed.
+    def _free_number(self, old: Release) -> None:
+        """Retire a release of another registry, because TorchServe holds one model under one version number.
 
-        If it is the default, another approved release answers meanwhile; if there is none, there is a gap of seconds:
-        TorchServe holds one model under one number.
+        If it is the default, another approved release answers in the meantime. Without one there is a gap of seconds.
         """
         if self.default == old.version:
             others = [held for version, held in self.loaded.items() if version != old.version]
@@ -187,7 +212,7 @@ class _Draft:
             if stand_in is not None:
                 self.serve(stand_in)
             else:
-                for held in others:  # TorchServe does not drop a default that has company
+                for held in others:  # TorchServe refuses to drop the default while other versions are loaded
                     self.retire(held.release)
         self.retire(old)
 
@@ -202,12 +227,8 @@ class _Draft:
         self._add(Action.SERVE, release)
         self.approved.add(release)
         self.default = release.version
-        if self.serving != release:
-            self.withdrawn.discard(release)
-            self.last_good = None if self.last_good == release else self.last_good
-            if self.serving not in self.withdrawn:
-                self.last_good = self.serving
-            self.serving = release
+        self.last_good, self.withdrawn = take_over(release, self.serving, self.last_good, self.withdrawn)
+        self.serving = release
 
     def retire(self, release: Release) -> None:
         self._add(Action.RETIRE, release)

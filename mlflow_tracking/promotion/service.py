@@ -1,16 +1,5 @@
-"""The promoter: reconciles every two seconds and tells of it on HTTP.
+"""The promoter: reconcile every two seconds, and report on it over HTTP."""
 
-    python -m mlflow_tracking.promotion.service
-
-/healthz says whether the loop is alive, /status what it sees and does (JSON), /metrics the same for Prometheus. Nothing
-can be told to it: what should be served is said in the registry. Ctrl-C stops it.
-
-Settings, from the environment or `.env` (.env.example says what each is): MLFLOW_TRACKING_URI or MLFLOW_PORT,
-TORCHSERVE_URL or TORCHSERVE_PORT, TORCHSERVE_MANAGEMENT or TORCHSERVE_RUN_DIR, MODEL_STORE, STACK_STATE, PROMOTER_HOST,
-PROMOTER_PORT, PROMOTER_POLL_SECONDS, PROMOTER_GATES, PROMOTER_KEEP_ARCHIVES.
-"""
-
-import argparse
 import json
 import logging
 import signal
@@ -18,32 +7,36 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mlflow_tracking.promotion.gates.judge import GateSettingsError
-from mlflow_tracking.promotion.ledger import StoreBusy, owned
-from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
+from handlers.errors import UserError
+from mlflow_tracking.command_line import run
+from mlflow_tracking.promotion.locks import StoreBusy, owned
+from mlflow_tracking.promotion.reconcile import Event, Pass, create_reconciler
 from mlflow_tracking.promotion.status import status
-from mlflow_tracking.settings import Settings, SettingsError
+from mlflow_tracking.settings import Settings
 
 log = logging.getLogger("promoter")
-# A pass may wait for a worker that loads, and for one that drains; a loop that is silent for longer hangs.
+# A step may wait for a worker that loads or drains. A loop that is silent for longer hangs.
 ALIVE_SECONDS = 300.0
 STEPS_KEPT = 50
-OWN_SECONDS = 5.0  # for a promoter that is just ending, or for `make up`, which looks whether there is one
+OWN_SECONDS = 5.0  # how long to wait for a promoter that is ending, or for `make up`, which probes the lock
+
+
+class PromoterError(UserError):
+    """The promoter cannot start."""
 
 
 class Promoter:
-    """The loop, and what it tells."""
+    """The reconcile loop, its state and its figures."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.reconciler = Reconciler.create(settings, tell=self._event)
+        self.reconciler = create_reconciler(settings, self._event)
         self.metrics = Metrics()
         self._steps: deque[dict[str, Any]] = deque(maxlen=STEPS_KEPT)
         self._status: dict[str, Any] = {"settled": False, "errors": ["starting"]}
@@ -52,39 +45,40 @@ class Promoter:
         self._beat = time.monotonic()
 
     def run(self, stop: threading.Event) -> None:
-        """Reconcile until told to stop."""
+        """Reconcile until `stop` is set."""
         while not stop.is_set():
-            self.once()
+            self.reconcile()
             stop.wait(self.settings.promoter_poll_seconds)
 
-    def once(self) -> None:
-        """One pass. Nothing that goes wrong in it ends the loop."""
+    def reconcile(self) -> None:
+        """Run one pass; no error ends the loop."""
         self._beat = time.monotonic()
         try:
             result = self.reconciler.reconcile()
         except StoreBusy:
-            return  # scripts/promote.py is doing the same
+            return  # scripts/promote.py is reconciling
         except Exception as error:
-            # A fault of ours must not take the promoter away: TorchServe may need it in a minute.
+            # The promoter survives its own faults, because TorchServe may need it in a minute.
             log.exception("pass failed")
-            self._status = self._status | {"settled": False, "errors": [f"the promoter itself failed: {error!r}"]}
+            self._status = self._status | {"settled": False, "errors": [f"The promoter's pass failed: {error!r}."]}
             return
         if result.errors != self._errors:
             for sentence in result.errors:
                 log.warning("problem", extra={"fields": {"error": sentence}})
             if not result.errors:
-                log.info("all problems are gone")
+                log.info("all problems are solved")
             self._errors = result.errors
-        self.metrics.record(result, len(self.reconciler.setbacks))
-        self._status = status(result, self.reconciler.setbacks)
+        setbacks = self.reconciler.backoff.setbacks
+        self.metrics.record(result, len(setbacks))
+        self._status = status(result, setbacks)
 
     def status(self) -> dict[str, Any]:
-        """What /status answers."""
-        told = {"running": self._running, "steps": list(self._steps), "seconds_silent": self._silence()}
-        return {**self._status, **told}
+        """Return the answer of /status."""
+        loop = {"running": self._running, "steps": list(self._steps), "seconds_silent": self._silence()}
+        return {**self._status, **loop}
 
     def alive(self) -> bool:
-        """Whether the loop moves."""
+        """Whether the loop has moved lately."""
         return self._silence() < ALIVE_SECONDS
 
     def _silence(self) -> float:
@@ -111,25 +105,25 @@ class Promoter:
 
 
 class Metrics:
-    """The promoter's figures for Prometheus."""
+    """Figures for Prometheus."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.steps = Counter("promoter_steps", "Steps by how they ended", ["action", "state"], registry=self.registry)
         self.seconds = Histogram("promoter_step_seconds", "Duration of steps", ["action"], registry=self.registry)
-        self.serving = self._gauge("promoter_serving_version", "The version that answers; 0 for none")
-        self.champion = self._gauge("promoter_champion_version", "The version the alias champion asks for; 0 for none")
+        self.serving = self._gauge("promoter_serving_version", "Version that serves; 0 for none")
+        self.champion = self._gauge("promoter_champion_version", "Version with the alias champion; 0 for none")
         self.registry_up = self._gauge("promoter_registry_up", "Whether MLflow answered")
         self.torchserve_up = self._gauge("promoter_torchserve_up", "Whether TorchServe answered")
-        self.settled = self._gauge("promoter_settled", "Whether all is as the registry asks")
-        self.set_back = self._gauge("promoter_refused_releases", "Releases that were refused, or wait for another try")
-        self.last_pass = self._gauge("promoter_last_pass_timestamp_seconds", "When the last pass ended")
+        self.settled = self._gauge("promoter_settled", "Whether TorchServe agrees with the registry")
+        self.set_back = self._gauge("promoter_refused_releases", "Releases that were refused or wait for a retry")
+        self.last_pass = self._gauge("promoter_last_pass_timestamp_seconds", "Time of the last pass")
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, registry=self.registry)
 
     def record(self, result: Pass, set_back: int) -> None:
-        """Take over the outcome of a pass."""
+        """Set the figures after a pass."""
         champion = result.desired.champion
         self.serving.set(_number(result.actual.default if result.actual else None))
         self.champion.set(_number(champion.version if champion else None))
@@ -149,10 +143,10 @@ def _now() -> str:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line."""
+    """Log lines as JSON objects."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Time, level, message, the `fields` given with it, and an exception's text."""
+        """Return time, level, message, the record's `fields` and the exception."""
         values = {"at": _now(), "level": record.levelname.lower(), "message": record.getMessage()}
         values |= getattr(record, "fields", {})
         if record.exc_info:
@@ -161,7 +155,7 @@ class JsonLines(logging.Formatter):
 
 
 def http_server(promoter: Promoter) -> ThreadingHTTPServer:
-    """A server for /healthz, /status and /metrics, bound but not yet running. Raises OSError for a busy port."""
+    """Return a bound server for /healthz, /status and /metrics. Raises PromoterError if the port cannot be used."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -174,7 +168,7 @@ def http_server(promoter: Promoter) -> ThreadingHTTPServer:
             elif path == "/metrics":
                 self._send(200, "text/plain; version=0.0.4; charset=utf-8", generate_latest(promoter.metrics.registry))
             else:
-                self._json(404, {"error": "There are /healthz, /status and /metrics."})
+                self._json(404, {"error": "Use /healthz, /status or /metrics."})
 
         def _json(self, code: int, values: dict[str, Any]) -> None:
             self._send(code, "application/json", json.dumps(values, indent=1).encode() + b"\n")
@@ -187,49 +181,44 @@ def http_server(promoter: Promoter) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, *args: Any) -> None:
-            """Health checks every few seconds are not worth a line."""
+            """Log nothing: health checks come every few seconds."""
 
-    return ThreadingHTTPServer((promoter.settings.promoter_host, promoter.settings.promoter_port), Handler)
+    host, port = promoter.settings.promoter_host, promoter.settings.promoter_port
+    try:
+        return ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise PromoterError(
+            f"The promoter cannot listen on {host}:{port} ({error.strerror}). Set PROMOTER_PORT to a free port."
+        ) from error
 
 
-def main() -> int:
-    """Run until SIGTERM or Ctrl-C. Exit code 1 and a sentence for settings that do not work."""
-    raw = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser("promoter", description=__doc__, formatter_class=raw).parse_args()
+def main() -> None:
+    """Reconcile every two seconds, and report on it over HTTP.
+
+    /healthz reports whether the loop is alive, /status its state as JSON, /metrics the figures for Prometheus. The promoter
+    takes no commands: move an alias in MLflow instead. Ctrl-C stops it.
+
+    Settings come from the environment or `.env`, and .env.example explains them: MLFLOW_TRACKING_URI or MLFLOW_PORT,
+    TORCHSERVE_URL or TORCHSERVE_PORT, TORCHSERVE_MANAGEMENT or TORCHSERVE_RUN_DIR, MODEL_STORE, STACK_STATE, PROMOTER_HOST,
+    PROMOTER_PORT, PROMOTER_POLL_SECONDS, PROMOTER_GATES, PROMOTER_KEEP_ARCHIVES.
+    """
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(logging.INFO)
-    with ExitStack() as held:
-        try:
-            settings = Settings.load()
-            promoter = Promoter(settings)
-            held.enter_context(owned(settings.store, f"the promoter of {settings.state}", OWN_SECONDS))
-        except (SettingsError, GateSettingsError, StoreBusy) as error:
-            print(error, file=sys.stderr)
-            return 1
-        except OSError as error:
-            print(f"The model store {settings.store} cannot be written: {error.strerror}.", file=sys.stderr)
-            return 1
-        try:
-            server = http_server(promoter)
-        except OSError as error:
-            where = f"{settings.promoter_host}:{settings.promoter_port}"
-            told = f"The promoter cannot listen on {where} ({error.strerror}); choose a PROMOTER_PORT."
-            print(told, file=sys.stderr)
-            return 1
-        serve(promoter, server)
-    return 0
+    settings = Settings.load()
+    promoter = Promoter(settings)
+    with owned(settings.store, f"the promoter of {settings.state}", OWN_SECONDS):
+        serve(promoter, http_server(promoter))
 
 
 def serve(promoter: Promoter, server: ThreadingHTTPServer) -> None:
-    """Reconcile and answer until SIGTERM or Ctrl-C."""
+    """Reconcile and answer requests until SIGTERM or Ctrl-C."""
     settings, stop = promoter.settings, threading.Event()
 
     def on_signal(number: int, frame: object) -> None:
-        # Steps may be cut off anywhere, so there is no need to wait for one that takes a minute.
         stop.set()
-        raise SystemExit(0)
+        raise SystemExit(0)  # at once: a step may be interrupted anywhere
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
@@ -244,4 +233,4 @@ def serve(promoter: Promoter, server: ThreadingHTTPServer) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

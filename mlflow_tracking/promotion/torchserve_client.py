@@ -1,25 +1,26 @@
-"""TorchServe's management and prediction APIs, as far as promotion needs them. Every call has a time-out."""
+"""A client for TorchServe's management and prediction APIs, and the rule for retries. Every call has a timeout."""
 
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from handlers.errors import ServiceUnavailable, UserError
 from mlflow_tracking.settings import MODEL_NAME
 
-# A description is answered from memory; more than this means that the server hangs.
-QUICK = 10.0
-CHANGE = 60.0  # what starts or ends workers, or waits for them
-# Start-ups of a worker that may fail before its archive is taken to be at fault.
-STARTS = 2
-# A golden image on a machine that is busy loading another model.
-PREDICTION = 75.0
-# A worker that died, a queue that is full, a worker that was killed.
-PASSING = (500, 503, 507)
+Result = TypeVar("Result")
+
+MANAGEMENT_SECONDS = 10.0  # TorchServe describes models from memory, so a slower answer means that it hangs
+WORKER_SECONDS = 60.0  # for calls that start or end workers
+PREDICTION_SECONDS = 75.0  # longer than TorchServe waits for a worker (torchserve/model-config.yaml)
+DRAIN_SECONDS = 2.0  # for requests that are inside a worker when the queue is empty
+STARTS = 2  # how often a worker may die while it starts before its archive counts as broken
+RETRY_WAITS = (0.5, 2.0)  # seconds before each retry of a prediction
+# TorchServe's own statuses that may pass: the worker died, the queue is full or no worker is ready, a worker was killed.
+TRANSIENT = (500, 503, 507)
 
 
 class TorchServeUnavailable(ServiceUnavailable):
@@ -27,23 +28,29 @@ class TorchServeUnavailable(ServiceUnavailable):
 
 
 class TorchServeError(UserError):
-    """TorchServe answered with an error; `status` is its HTTP status.
+    """TorchServe answered with an error.
 
-    `passing` says that it is TorchServe's own and may be gone when it is asked again: a worker died, or the queue is
-    full. The handler's refusals are none of these.
+    Args:
+        status: the HTTP status.
+        code: the handler's code, or the name of TorchServe's exception.
+        transient: the error is TorchServe's own and a retry may succeed. The handler's refusals are not transient.
     """
 
-    def __init__(self, status: int, message: str, passing: bool = False) -> None:
+    def __init__(self, status: int, message: str, code: str = "", transient: bool = False) -> None:
         super().__init__(message)
         self.status = status
-        self.passing = passing
+        self.code = code
+        self.transient = transient
 
 
 @dataclass(frozen=True)
 class ServedVersion:
-    """One version as TorchServe describes it: its archive, how many workers are ready, how many there are in all.
+    """One version in TorchServe.
 
-    `starting` are the process ids of those that are not ready.
+    Args:
+        archive: the file name of its archive.
+        ready, workers: how many workers are ready, and how many there are.
+        starting: process ids of the workers that are not ready.
     """
 
     version: str
@@ -54,20 +61,20 @@ class ServedVersion:
 
 
 class TorchServe:
-    """A client for one model.
+    """A client for the model MODEL_NAME. Methods raise TorchServeError and TorchServeUnavailable.
 
     Args:
         url: the prediction API.
-        management: the management API, unix:PATH or http://HOST:PORT.
+        management: the management API, unix:PATH or http://HOST:PORT; not needed for predictions.
     """
 
-    def __init__(self, url: str, management: str) -> None:
-        # No proxy stands between the parts of one stack (trust_env).
+    def __init__(self, url: str, management: str = "") -> None:
+        # trust_env is off: no proxy stands between the parts of one stack.
         socket = management.removeprefix("unix:") if management.startswith("unix:") else None
         transport = httpx.HTTPTransport(uds=socket) if socket else None
         base = "http://torchserve" if socket else management
-        self._management = httpx.Client(transport=transport, base_url=base, timeout=QUICK, trust_env=False)
-        self._inference = httpx.Client(base_url=url, timeout=PREDICTION, trust_env=False)
+        self._management = httpx.Client(transport=transport, base_url=base, timeout=MANAGEMENT_SECONDS, trust_env=False)
+        self._inference = httpx.Client(base_url=url, timeout=PREDICTION_SECONDS, trust_env=False)
 
     def close(self) -> None:
         """Close the connections."""
@@ -75,21 +82,17 @@ class TorchServe:
         self._inference.close()
 
     def versions(self) -> dict[str, ServedVersion]:
-        """All versions of the model that are registered, with or without workers.
-
-        Raises TorchServeError, TorchServeUnavailable.
-        """
+        """Return all registered versions, with or without workers."""
         try:
-            described = self._manage("GET", f"/models/{MODEL_NAME}/all")
+            models = self._manage("GET", f"/models/{MODEL_NAME}/all")
         except TorchServeError as error:
             if error.status == 404:
                 return {}
             raise
-        return {entry["modelVersion"]: _served(entry) for entry in described}
+        return {model["modelVersion"]: _served(model) for model in models}
 
     def default(self) -> str | None:
-        """The version that answers when none is named; None without any. Raises TorchServeError,
-        TorchServeUnavailable."""
+        """Return the version that answers if a request names none; None without any version."""
         try:
             return self._manage("GET", f"/models/{MODEL_NAME}")[0]["modelVersion"]
         except TorchServeError as error:
@@ -98,39 +101,36 @@ class TorchServe:
             raise
 
     def register(self, archive: str, workers: int) -> None:
-        """Register an archive of the model store and have its workers started; wait_ready tells when.
+        """Register an archive of the model store and start its workers; wait_ready waits for them.
 
-        Not synchronously: that holds one of TorchServe's network threads until the worker is ready, and every request
-        that arrives on it. It would also do so without workers, as those of model-config.yaml are started anyway.
-        Raises TorchServeError, TorchServeUnavailable.
+        A synchronous call would block one of TorchServe's network threads, and every request on it, until the worker
+        is ready.
         """
         params = {"url": archive, "initial_workers": str(workers), "synchronous": "false"}
-        self._manage("POST", "/models", params=params, timeout=CHANGE)
+        self._manage("POST", "/models", params=params, timeout=WORKER_SECONDS)
 
     def scale(self, version: str, workers: int, synchronous: bool) -> None:
-        """Set the number of workers, and wait for that if asked. Raises TorchServeError, TorchServeUnavailable."""
+        """Set the number of workers; wait for them if `synchronous`."""
         params = {"min_worker": str(workers), "max_worker": str(workers), "synchronous": str(synchronous).lower()}
-        self._manage("PUT", f"/models/{MODEL_NAME}/{version}", params=params, timeout=QUICK + CHANGE * synchronous)
+        timeout = MANAGEMENT_SECONDS + WORKER_SECONDS * synchronous
+        self._manage("PUT", f"/models/{MODEL_NAME}/{version}", params=params, timeout=timeout)
 
     def set_default(self, version: str) -> None:
-        """Let `version` answer /predictions/NAME. Raises TorchServeError, TorchServeUnavailable."""
+        """Let `version` answer /predictions/NAME."""
         self._manage("PUT", f"/models/{MODEL_NAME}/{version}/set-default")
 
     def unregister(self, version: str) -> None:
-        """Take a version out at once, if it is there. What it is computing then gets no answer: see drain.
-
-        Raises TorchServeError, TorchServeUnavailable.
-        """
+        """Unload a version at once, if it is loaded. Requests inside its workers get no answer: see drain."""
         try:
-            self._manage("DELETE", f"/models/{MODEL_NAME}/{version}", timeout=CHANGE)
+            self._manage("DELETE", f"/models/{MODEL_NAME}/{version}", timeout=WORKER_SECONDS)
         except TorchServeError as error:
             if error.status != 404:
                 raise
 
     def wait_ready(self, version: str, timeout: float, progress: Callable[[], None] = lambda: None) -> bool:
-        """Whether a worker of the version gets ready within `timeout` seconds; False too once it died STARTS times.
+        """Return whether a worker gets ready within `timeout` seconds; False early once it died STARTS times.
 
-        `progress` is called between two looks, and may raise to stop. Raises TorchServeError, TorchServeUnavailable.
+        `progress` is called while waiting, and may raise to stop.
         """
         end = time.monotonic() + timeout
         processes: set[int] = set()
@@ -144,36 +144,35 @@ class TorchServe:
             progress()
             time.sleep(0.25)
 
-    def drain(self, version: str, quiet: float = 2.0) -> None:
-        """Wait until a version that is no longer the default has answered what it was asked before.
+    def drain(self, version: str) -> None:
+        """Wait until a version that is no longer the default has answered its earlier requests.
 
-        TorchServe tells of requests that wait, not of those inside a worker, and unregistering leaves these without an
-        answer. The queue is first in, first out, so any answer to a request of our own, even a refusal, says that all
-        before it went into a worker; `quiet` seconds more let other workers finish theirs. Raises
-        TorchServeError, TorchServeUnavailable.
+        TorchServe reports requests in the queue, but not those inside a worker, and unregistering drops the latter. The
+        queue is first in, first out: any answer to a request of our own, even a refusal, means that all earlier ones
+        went into a worker. DRAIN_SECONDS more let the other workers finish.
         """
         served = self.versions().get(version)
         if served is None or not served.ready:
             return
         with suppress(TorchServeError):
             try:
-                self.predict(b"drain", version, timeout=CHANGE)
+                self.predict(b"drain", version, timeout=WORKER_SECONDS)
             except TorchServeUnavailable:
-                return  # no answer in all this time: the others will not get theirs either
-        time.sleep(quiet)
+                return  # the earlier requests will get no answer either
+        time.sleep(DRAIN_SECONDS)
 
     def predict(
         self,
         image: bytes,
-        version: str,
-        timeout: float = PREDICTION,
+        version: str = "",
+        timeout: float = PREDICTION_SECONDS,
         metadata: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The REST answer of one version to one image, sent as a form if there are `metadata` to tell.
+        """Return the REST answer to one image, of the default version if none is named.
 
-        Raises TorchServeError or TorchServeUnavailable.
+        `metadata` are further form fields.
         """
-        path = f"/predictions/{MODEL_NAME}/{version}"
+        path = f"/predictions/{MODEL_NAME}/{version}".rstrip("/")
         if metadata:
             data = {name: str(value) for name, value in metadata.items()}
             return _answer(self._inference, "POST", path, data=data, files={"data": image}, timeout=timeout)
@@ -184,26 +183,53 @@ class TorchServe:
         return _answer(self._management, method, path, **options)
 
 
+def with_retries(call: Callable[[], Result], before_retry: Callable[[], None] = lambda: None) -> Result:
+    """Return the result of a call to TorchServe; retry after a transient error, after each of RETRY_WAITS.
+
+    `before_retry` may raise to stop. Raises what the last try raised.
+    """
+    for wait in RETRY_WAITS:
+        try:
+            return call()
+        except TorchServeError as error:
+            if not error.transient:
+                raise
+        before_retry()
+        time.sleep(wait)
+    return call()
+
+
 def _answer(client: httpx.Client, method: str, path: str, **options: Any) -> Any:
     try:
         response = client.request(method, path, **options)
+    except httpx.TimeoutException as error:
+        raise TorchServeUnavailable(f"TorchServe gave no answer to {method} {path} in time.") from error
     except httpx.HTTPError as error:
-        kind = "gives no answer" if isinstance(error, httpx.TimeoutException) else "is away"
-        raise TorchServeUnavailable(f"TorchServe {kind} ({method} {path}: {error or type(error).__name__}).") from error
+        raise TorchServeUnavailable(
+            f"TorchServe is away ({method} {path}: {error or type(error).__name__})."
+        ) from error
     try:
         values = response.json()
     except ValueError:
-        values = {}
-    if response.is_success:
+        values = None
+    if response.is_success and values is not None:
         return values
-    # TorchServe's own errors are {code, type, message}; the handler's are {error: {code, message}}.
-    message = values.get("message") or values.get("error", {}).get("message") or response.reason_phrase
-    passing = response.status_code in PASSING and "error" not in values
-    raise TorchServeError(response.status_code, f"TorchServe answered {response.status_code}: {message}", passing)
+    raise _error(response.status_code, response.reason_phrase, values)
 
 
-def _served(entry: dict[str, Any]) -> ServedVersion:
-    workers = entry.get("workers", [])
+def _error(status: int, phrase: str, values: Any) -> TorchServeError:
+    """Return the error in a response: the handler's is {error: {code, message}}, TorchServe's {code, type, message}."""
+    values = values if isinstance(values, dict) else {}
+    handler = values.get("error")
+    if isinstance(handler, dict):
+        return TorchServeError(status, str(handler.get("message", phrase)), str(handler.get("code", status)))
+    message = str(values.get("message") or phrase).rstrip(".")
+    code, transient = str(values.get("type") or phrase), status in TRANSIENT
+    return TorchServeError(status, f"TorchServe answered {status}: {message}.", code, transient)
+
+
+def _served(model: dict[str, Any]) -> ServedVersion:
+    workers = model.get("workers", [])
     ready = sum(worker["status"] == "READY" for worker in workers)
     starting = frozenset(worker["pid"] for worker in workers if worker["status"] != "READY" and worker["pid"] > 0)
-    return ServedVersion(entry["modelVersion"], entry["modelUrl"], ready, len(workers), starting)
+    return ServedVersion(model["modelVersion"], model["modelUrl"], ready, len(workers), starting)

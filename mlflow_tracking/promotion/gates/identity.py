@@ -75,7 +75,7 @@ class GoldenParity(Gate):
             try:
                 answer, _ = ask_one(candidate.torchserve, release, case.image, case.metadata, go_on)
             except TorchServeError as error:
-                if error.passing:  # a worker died, which may be for want of memory: no reason to refuse it for good
+                if error.transient:  # a worker died, which may be for want of memory: no reason to refuse it for good
                     raise
                 return self.holds(False, f"{case.name} got no answer: {error}")
             precision = answer["model"].get("precision", "f32")
