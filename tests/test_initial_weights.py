@@ -23,6 +23,7 @@ from training.data.image_cache import DataError
 from training.data.manifest import fingerprint, read_manifest
 from training.evaluation.leakage import manifest_receipt
 from training.initial_weights import InitialWeights
+from training.interruption import Interruption
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
@@ -121,7 +122,7 @@ def test_what_it_has_seen_cannot_judge(start):
 
 def test_a_run_starts_from_it_and_hands_its_receipt_on(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    stop = train.Interruption()
+    stop = Interruption()
     monkeypatch.setattr(stop, "watch", lambda: None)
 
     def run(name, manifest, *settings, checkpoint=None):
@@ -165,7 +166,7 @@ def test_a_run_starts_from_it_and_hands_its_receipt_on(tmp_path, monkeypatch):
 def test_frozen_epochs_train_only_what_the_bundle_did_not_bring(tmp_path, monkeypatch):
     """So a model learns what age, sex and site add, and answers pictures alone as before; in a resumed run, too."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    stop = train.Interruption()
+    stop = Interruption()
     monkeypatch.setattr(stop, "watch", lambda: None)
     manifest = tiny_manifest(tmp_path / "data")
     table = pd.read_csv(manifest)

@@ -34,18 +34,18 @@ from handlers.serving_graph import serving_module
 from handlers.skin_lesion_handler import SkinLesionHandler
 from mlflow_tracking.version_card import golden_result
 from scripts import predict as predict_script
+from tests.commands import invoke
 from tests.models import ARCHITECTURE, OPTIONS, tiny_backbone, tiny_bundle
 from tests.test_handler import FakeContext
-from tests.test_training import command
 from tests.tiny_lesions import COLOURS, tiny_manifest
-from training import evaluate
+from training import evaluate, train
 from training.config import ConfigError, load_config
 from training.data.batches import encode_rows, withhold
 from training.data.image_cache import DataError
 from training.data.manifest import read_manifest
 from training.evaluation.calibration_fit import fit_calibration
 from training.recipe import heads_of, make_optimizer, set_trainable
-from training.train import load_data
+from training.training_data import load_splits
 
 ALL = Metadata.of(FIELDS)
 TOLD = {"age": 71, "sex": "male", "site": "head/neck"}
@@ -429,7 +429,7 @@ def test_metadata_that_nobody_recorded_are_refused(tmp_path):
     manifest = tiny_manifest(tmp_path / "data")
     config = load_config(None, ["metadata=[sex]", f"manifest={manifest}"])
     with pytest.raises(DataError, match="has a known sex; leave sex out"):
-        load_data(config, read_manifest(manifest), tuple(COLOURS), SimpleNamespace(check=lambda: None))
+        load_splits(config, read_manifest(manifest), tuple(COLOURS), lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -449,8 +449,8 @@ def trained(tmp_path_factory):
     frame.to_csv(manifest, index=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        code, output = command(
-            "architecture=test_vit", "image_size=32", "batch_size=16", "lr=3e-3", "warmup_epochs=1", "bootstrap=0",
+        code, output = invoke(
+            train.main, "architecture=test_vit", "image_size=32", "batch_size=16", "lr=3e-3", "warmup_epochs=1", "bootstrap=0",
             "pretrained=false", "metadata=[age, site]", f"manifest={manifest}", "epochs=12", "ema_decay=0.9",
             "mixup_alpha=0.2", "mix_probability=0.2", "--output", folder / "run",
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """Training.
 
-A resumed run is the uninterrupted run, to the last bit, and goes on in the same MLflow run even after a kill -9;
-SIGTERM leaves a run marked KILLED and a checkpoint; what a run could not come to its end with is refused before it
-begins; a user's mistake is one sentence and an exit code.
+A resumed run equals the uninterrupted run to the last bit and continues in the same MLflow run, even after kill -9.
+SIGTERM leaves a checkpoint and a run marked KILLED. A run that could not finish is refused before it begins. A user's
+mistake is one sentence and an exit code.
 """
 
 import json
@@ -12,24 +12,25 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from handlers.backbone import BackboneError
 from handlers.bundle import Bundle
 from handlers.predictor import Predictor
 from mlflow_tracking.runs import code_revision
+from tests.commands import invoke
 from tests.tiny_lesions import tiny_manifest
-from training import checkpoints, evaluate, finish, train
+from training import checkpoints, evaluate, finish, train, training_data
 from training.config import ROOT, load_config
 from training.data.image_cache import DataError
+from training.interruption import Interrupted
 
-# MLflow's own models of its database use an option that SQLAlchemy will drop.
+# MLflow's database models use an option that SQLAlchemy will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 # timm's smallest vision transformer, made for tests
@@ -63,39 +64,52 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 # ---- the loop, in this process
 
 
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    return tmp_path / "mlflow.db"
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return tiny_manifest(tmp_path_factory.mktemp("data"))
+
+
+class RecordingTracker:
+    """Stands in for the MLflow run and for the end of training; records the calls."""
+
+    uri, run_id, url = "nowhere", "run", ""
+    calls: ClassVar[list[tuple]] = []
+
+    def __init__(self, *args):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, args))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_the_loop():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Tracker", RecordingTracker)
+        patch.setattr(train, "finish", lambda *args: RecordingTracker.calls.append(("finish", args)))
+        patch.setattr(train.console, "print", lambda *texts, **style: RecordingTracker.calls.append(("print", texts)))
+        patch.setenv("MLFLOW_TRACKING_URI", "nowhere")
+        yield
 
 
 @pytest.fixture
-def bare(monkeypatch):
-    """The loop alone, without calibration and export, and with tracking that only remembers."""
-    told = []
-
-    class Silent:
-        uri, run_id, url = "nowhere", "run", ""
-
-        def __init__(self, *args):
-            pass
-
-        def __getattr__(self, name):
-            return lambda *args, **kwargs: told.append((name, args))
-
-    monkeypatch.setattr(train, "Tracker", Silent)
-    monkeypatch.setattr(train, "finish", lambda *args: told.append(("finish", args)))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere")
-    return told
+def calls():
+    """The calls of `RecordingTracker` during this test."""
+    RecordingTracker.calls.clear()
+    return RecordingTracker.calls
 
 
-class After:
-    """An interruption after `batches` batches."""
+def printed(calls, text):
+    return any(name == "print" and text in str(args[0]) for name, args in calls)
+
+
+class StopAfter:
+    """An interruption after this number of checks."""
 
     number = 0
 
-    def __init__(self, batches=10**9):
-        self.left = batches
+    def __init__(self, checks=10**9):
+        self.left = checks
 
     def watch(self):
         pass
@@ -104,7 +118,18 @@ class After:
         self.left -= 1
         if not self.left:
             self.number = signal.SIGTERM
-            raise train.Interrupted(signal.SIGTERM)
+            raise Interrupted(signal.SIGTERM)
+
+
+def run(output, *settings, resume=False, stop=None):
+    output.mkdir(exist_ok=True)
+    checkpoint = checkpoints.load(output / "last.pt") if resume else None
+    train.train(load_config(None, [*TINY, *settings]), output, checkpoint, stop or StopAfter())
+    return checkpoints.load(output / "last.pt")
+
+
+def history(state):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in state["history"]]
 
 
 EVERYTHING = ["drop_rate=0.2", "drop_path_rate=0.2", "mixup_alpha=0.2", "cutmix_alpha=1", "sampler_power=0.5",
@@ -112,44 +137,31 @@ EVERYTHING = ["drop_rate=0.2", "drop_path_rate=0.2", "mixup_alpha=0.2", "cutmix_
               "layer_decay=0.8", "freeze_epochs=1", "scheduler=restarts", "restart_epochs=1"]  # fmt: skip
 
 
-def run(output, config, resume=False, stop=None):
-    output.mkdir(exist_ok=True)
-    checkpoint = checkpoints.load(output / "last.pt") if resume else None
-    train.train(config, output, checkpoint, stop or After())
-    return checkpoints.load(output / "last.pt")
-
-
-def strip(history):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
-
-
-def test_a_resumed_run_is_the_uninterrupted_run(bare, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_run(calls, tmp_path):
     manifest = tiny_manifest(tmp_path / "data")
     frame = pd.read_csv(manifest, keep_default_na=False)
     frame.assign(age=np.arange(len(frame)) % 90).to_csv(manifest, index=False)
-    config = load_config(None, [*TINY, *EVERYTHING, f"manifest={manifest}", "epochs=3", "metadata=[age]"])
-    whole = run(tmp_path / "whole", config)
+    settings = [*EVERYTHING, f"manifest={manifest}", "epochs=3", "metadata=[age]"]
+    whole = run(tmp_path / "whole", *settings)
 
-    # The cache is there by now, so only batches and epochs are checked: 3 + 1 an epoch. The 6th is inside the second.
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path / "broken", config, stop=After(6))
-    assert stopped.value.code == 143
-    assert ("end", ("KILLED",)) in bare
-    broken = checkpoints.load(tmp_path / "broken" / "last.pt")
-    assert broken["epoch"] == 1
+    # The cache exists by now, so only batches and epochs are checked: 3 + 1 per epoch. The 6th is in the second epoch.
+    with pytest.raises(Interrupted, match="after 1 whole epochs. To resume: python training/train.py") as stopped:
+        run(tmp_path / "broken", *settings, stop=StopAfter(6))
+    assert stopped.value.exit_code == 143
+    assert ("end", ("KILLED",)) in calls
+    assert checkpoints.load(tmp_path / "broken" / "last.pt")["epoch"] == 1
 
-    torch.manual_seed(12345)  # whatever happened in between
-    resumed = run(tmp_path / "broken", config, resume=True)
+    torch.manual_seed(12345)  # a resumed run must not depend on the process's random state
+    resumed = run(tmp_path / "broken", *settings, resume=True)
     assert len(resumed["history"]) == 3
-    assert strip(resumed["history"]) == strip(whole["history"])
+    assert history(resumed) == history(whole)
     for part in ("model", "ema"):
         assert all(torch.equal(resumed[part][name], whole[part][name]) for name in whole[part])
     best = [checkpoints.load(tmp_path / name / "best.pt") for name in ("whole", "broken")]
     assert best[0]["best"] == best[1]["best"]
     assert all(torch.equal(best[0]["weights"][name], best[1]["weights"][name]) for name in best[0]["weights"])
-    # and another seed is another run, so that the equality above says something
-    other = run(tmp_path / "other", config.model_copy(update={"seed": 1}))
-    assert strip(other["history"]) != strip(whole["history"])
+    # Another seed gives another run, so the equality above means something.
+    assert history(run(tmp_path / "other", *settings, "seed=1", "epochs=1"))[0] != history(whole)[0]
 
 
 CHANGES = ["optimizer=adam", "weight_decay=1", "scheduler=constant", "layer_decay=0.5", "freeze_epochs=1",
@@ -159,173 +171,138 @@ CHANGES = ["optimizer=adam", "weight_decay=1", "scheduler=constant", "layer_deca
            "logit_adjustment=1"]  # fmt: skip
 
 
-def test_every_setting_of_the_loop_changes_what_is_learnt(bare, tmp_path):
-    """One epoch of five steps each: a setting that the loop forgot would leave its history as it was, to the bit."""
+def test_every_setting_of_the_loop_changes_the_result(tmp_path):
+    """One epoch of a few steps each: the history would stay the same, to the bit, if the loop ignored a setting."""
     manifest = tiny_manifest(tmp_path / "data")
     table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
     rare = (table["split"] == "train") & (table["label"] == "MEL") & (table.index % 2 == 0)
-    table[~rare].to_csv(manifest, index=False)  # or balancing would change nothing
-    base = [*TINY, f"manifest={manifest}", "epochs=1", "batch_size=8", "warmup_epochs=0.5", "ema_decay=0.5",
-            "mix_probability=1", "grad_clip=1", "lr=1e-2"]  # fmt: skip
-    plain = run(tmp_path / "plain", load_config(None, base))
-    again = run(tmp_path / "again", load_config(None, base))
-    assert strip(again["history"]) == strip(plain["history"])
-    forgotten = []
-    for number, change in enumerate(CHANGES):
-        changed = run(tmp_path / str(number), load_config(None, [*base, change]))
-        if strip(changed["history"]) == strip(plain["history"]):
-            forgotten.append(change)
-    assert not forgotten
+    table[~rare].to_csv(manifest, index=False)  # unequal classes, or balancing would change nothing
+    base = [f"manifest={manifest}", "epochs=1", "batch_size=8", "warmup_epochs=0.5", "ema_decay=0.5",
+            "mix_probability=1", "lr=1e-2"]  # fmt: skip
+    plain = run(tmp_path / "plain", *base)
+    assert history(run(tmp_path / "again", *base)) == history(plain)
+    changed = {setting: run(tmp_path / setting, *base, setting) for setting in CHANGES}
+    assert [setting for setting, state in changed.items() if history(state) == history(plain)] == []
     [row] = plain["history"]
     assert plain["best"]["score"] == row["val_balanced_accuracy"]
-    by_loss = run(tmp_path / "loss", load_config(None, [*base, "monitor=loss"]))
-    assert by_loss["best"]["score"] == -row["val_loss"]
+    assert run(tmp_path / "loss", *base, "monitor=loss")["best"]["score"] == -row["val_loss"]
 
 
-def test_it_stops_early_and_resumes_to_the_end(bare, tmp_path):
-    manifest = tiny_manifest(tmp_path / "data")
-    settings = [*TINY, f"manifest={manifest}", "epochs=50", "patience=2", "lr=1e-12", "ema_decay=0"]
-    state = run(tmp_path / "run", load_config(None, settings))
-    # with no progress after the first epoch, it waits for two more
+def test_it_stops_early_and_resumes_to_the_end(manifest, calls, tmp_path):
+    settings = [f"manifest={manifest}", "epochs=50", "patience=2", "lr=1e-12", "ema_decay=0"]
+    state = run(tmp_path / "run", *settings)
     assert state["best"]["epoch"] + 2 == state["epoch"] < 50
-    bare.clear()
-    again = run(tmp_path / "run", load_config(None, settings), resume=True)
-    assert again["epoch"] == state["epoch"]
-    assert [name for name, _ in bare if name in ("epoch", "finish")] == ["finish"]
+    calls.clear()
+    assert run(tmp_path / "run", *settings, resume=True)["epoch"] == state["epoch"]
+    assert [name for name, _ in calls if name in ("epoch", "finish")] == ["finish"]
 
 
-def test_a_run_with_no_epoch_left_says_so_and_notes_no_setting_that_did_nothing(bare, tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(train.console, "print", lambda text, **style: said.append(text))
-    base = [*TINY, f"manifest={tiny_manifest(tmp_path / 'data')}", "epochs=2"]
-    run(tmp_path / "run", load_config(None, base))
-    assert not [line for line in said if "none is left" in line]
-    bare.clear()
-    again = load_config(None, [*base, "epochs=1", "lr=9", "seed=3", "confidence_level=0.8"])
-    assert run(tmp_path / "run", again, resume=True)["epoch"] == 2
-    assert [line for line in said if line.startswith("2 epochs are done, none is left")]
-    for step in ("start", "finish"):
-        [used] = [args[0] for name, args in bare if name == step]
-        assert (used.epochs, used.lr, used.seed, used.confidence_level) == (2, 1e-3, 0, 0.8)
+BASE = ["lr=1e-2", "ema_decay=0.5", "layer_decay=0.8", "weight_decay=0.5"]
 
 
-@pytest.mark.parametrize("change", ["weight_decay=2", "layer_decay=0.5", "optimizer=adam"])
-def test_a_resumed_run_learns_by_the_settings_it_is_given(bare, tmp_path, change):
-    manifest = tiny_manifest(tmp_path / "data")
-    base = [*TINY, f"manifest={manifest}", "ema_decay=0.5", "layer_decay=0.8", "weight_decay=0.5", "lr=1e-2"]
-    run(tmp_path / "as it was", load_config(None, [*base, "epochs=1"]))
-    shutil.copytree(tmp_path / "as it was", tmp_path / "changed")
-    plain = run(tmp_path / "as it was", load_config(None, [*base, "epochs=2"]), resume=True)
-    changed = run(tmp_path / "changed", load_config(None, [*base, "epochs=2", change]), resume=True)
-    assert strip(changed["history"])[0] == strip(plain["history"])[0]
-    assert strip(changed["history"])[1] != strip(plain["history"])[1]
-
-
-def test_a_resumed_run_may_watch_another_figure(bare, tmp_path):
-    """The best epoch so far is then judged by that figure, or none after it could ever be better, or each would be."""
-    manifest = tiny_manifest(tmp_path / "data")
-    base = [*TINY, f"manifest={manifest}", "lr=1e-2", "ema_decay=0.5"]
-    first = run(tmp_path / "run", load_config(None, [*base, "epochs=1"]))
-    assert first["best"]["score"] > 0
-    told = run(tmp_path / "run", load_config(None, [*base, "epochs=4", "monitor=loss"]), resume=True)
-    losses = [row["val_loss"] for row in told["history"]]
-    assert told["best"] == {"epoch": int(np.argmin(losses)) + 1, "score": -min(losses)}
-    assert told["best"]["epoch"] > 1
-
-
-@pytest.mark.parametrize("architecture", ["convnext_atto", "mobilenetv3_small_050", "deit_tiny_distilled_patch16_224"])
-def test_what_cannot_be_explained_is_refused_before_it_is_trained(bare, tmp_path, architecture):
-    settings = [
-        *TINY,
-        f"manifest={tiny_manifest(tmp_path / 'data')}",
-        f"architecture={architecture}",
-        "pretrained=false",
-    ]
-    with pytest.raises(BackboneError, match=f"{architecture} cannot be explained by Grad-CAM here"):
-        run(tmp_path / "run", load_config(None, settings))
-    assert not list((tmp_path / "run").iterdir())
-
-
-def test_one_class_is_nothing_to_learn(bare, tmp_path):
-    manifest = tiny_manifest(tmp_path / "data")
-    table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
-    table.assign(label="MEL").to_csv(manifest, index=False)
-    with pytest.raises(DataError, match="are MEL: add images of another class"):
-        run(tmp_path / "run", load_config(None, [*TINY, f"manifest={manifest}"]))
-    assert not list((tmp_path / "run").iterdir())
-
-
-def test_a_diverging_run_says_so(bare, tmp_path):
-    settings = [*TINY, f"manifest={tiny_manifest(tmp_path / 'data')}", "lr=1e30", "epochs=3", "warmup_epochs=0"]
-    with pytest.raises(train.TrainingError, match=r"The loss is nan in epoch \d; try a lower lr"):
-        run(tmp_path / "run", load_config(None, settings))
-    assert ("end", ("FAILED",)) in bare
-
-
-def test_a_changed_manifest_or_model_is_not_resumed(bare, tmp_path):
-    manifest = tiny_manifest(tmp_path / "data")
-    config = load_config(None, [*TINY, f"manifest={manifest}", "epochs=1"])
-    run(tmp_path / "run", config)
-    with pytest.raises(checkpoints.CheckpointError, match="resume without changing the model"):
-        run(tmp_path / "run", config.model_copy(update={"architecture": "test_vit2"}), resume=True)
-    manifest.write_text("\n".join(manifest.read_text().splitlines()[:-1]) + "\n")
-    with pytest.raises(train.TrainingError, match="has changed since this run began"):
-        run(tmp_path / "run", config, resume=True)
+@pytest.fixture(scope="module")
+def first_epoch(manifest, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first") / "run"
+    run(folder, f"manifest={manifest}", *BASE, "epochs=1")
+    return folder
 
 
 @pytest.fixture
-def ended(bare, monkeypatch):
-    """The loop with its real end, and what it printed."""
-    said = []
+def resumed(first_epoch, manifest, tmp_path):
+    """`resumed(settings)`: the state after resuming a copy of the run `first_epoch`."""
+
+    def resume(*settings):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(first_epoch, folder)
+        return run(folder, f"manifest={manifest}", *BASE, *settings, resume=True)
+
+    return resume
+
+
+def test_a_resumed_run_without_epochs_left_keeps_the_settings_that_epochs_read(resumed, calls):
+    assert resumed("epochs=1", "lr=9", "seed=3", "confidence_level=0.8")["epoch"] == 1
+    assert printed(calls, "All 1 epochs are done")
+    for step in ("start", "finish"):
+        [settings] = [args[2] if step == "start" else args[0].to_dict() for name, args in calls if name == step]
+        assert [settings[name] for name in ("epochs", "lr", "seed", "confidence_level")] == [1, 1e-2, 0, 0.8]
+
+
+def test_a_resumed_run_uses_its_new_settings(resumed, calls):
+    plain = history(resumed("epochs=2"))
+    for change in ("weight_decay=2", "layer_decay=0.5", "optimizer=adam"):
+        changed = history(resumed("epochs=2", change))
+        assert changed[0] == plain[0]
+        assert changed[1] != plain[1], change
+    assert not printed(calls, "epochs are done")
+
+
+def test_a_resumed_run_may_monitor_another_figure(resumed):
+    """The best epoch so far is then judged by that figure: otherwise no later epoch could win, or each one would."""
+    state = resumed("epochs=4", "monitor=loss")
+    losses = [row["val_loss"] for row in state["history"]]
+    assert state["best"] == {"epoch": int(np.argmin(losses)) + 1, "score": -min(losses)}
+    assert state["best"]["epoch"] > 1
+
+
+def test_a_changed_model_or_manifest_is_not_resumed(resumed, manifest, tmp_path):
+    with pytest.raises(checkpoints.CheckpointError, match="resume without changing the model"):
+        resumed("architecture=test_vit2")
+    shorter = tmp_path / "manifest.csv"
+    frame = pd.read_csv(manifest, dtype=str, keep_default_na=False)[:-1]
+    frame.assign(image=str(manifest.parent) + "/" + frame["image"]).to_csv(shorter, index=False)
+    with pytest.raises(train.TrainingError, match="has changed since this run began"):
+        resumed(f"manifest={shorter}")
+
+
+@pytest.mark.parametrize("architecture", ["convnext_atto", "mobilenetv3_small_050", "deit_tiny_distilled_patch16_224"])
+def test_a_network_without_grad_cam_is_refused_before_it_is_trained(manifest, tmp_path, architecture):
+    with pytest.raises(BackboneError, match=f"Grad-CAM cannot explain {architecture}"):
+        run(tmp_path / "run", f"manifest={manifest}", f"architecture={architecture}")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_single_class_is_refused(tmp_path):
+    manifest = tiny_manifest(tmp_path / "data", {"train": 4, "val": 4})
+    table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
+    table.assign(label="MEL").to_csv(manifest, index=False)
+    with pytest.raises(DataError, match="are MEL; add images of another class"):
+        run(tmp_path / "run", f"manifest={manifest}")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_diverging_run_is_stopped(manifest, calls, tmp_path):
+    with pytest.raises(train.TrainingError, match=r"The loss is nan in epoch \d; try a lower lr"):
+        run(tmp_path / "run", f"manifest={manifest}", "lr=1e30", "epochs=3", "warmup_epochs=0")
+    assert ("end", ("FAILED",)) in calls
+
+
+def test_serving_rejects_as_training_reported(tmp_path, monkeypatch, calls):
     monkeypatch.setattr(train, "finish", finish.finish)
-    monkeypatch.setattr(finish.console, "print", lambda text, **style: said.append(text))
-    return said
-
-
-def test_known_lesions_span_a_space_and_serving_rejects_as_training_did(ended, tmp_path):
     manifest = tiny_manifest(tmp_path / "data", {"train": 48, "val": 80, "calibration": 60, "test": 60})
     table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
     table.loc[(table["split"] == "test") & (table["label"] == "NV"), "label"] = "UNK"
     table.assign(lesion_id=table["image_id"]).to_csv(manifest, index=False)
-    run(tmp_path / "run", load_config(None, [*TINY, f"manifest={manifest}", "epochs=2"]))
-    assert not any("logits alone" in line for line in ended)
+    run(tmp_path / "run", f"manifest={manifest}", "epochs=2")
+    assert not printed(calls, "logits only")
 
     bundle = Bundle.load(tmp_path / "run" / "bundle")
     assert bundle.config.calibration.rejection.residual_weight > 0
     rows, _ = evaluate.open_rows(manifest, "test", tmp_path)
-    judged = evaluate.evaluate(rows, evaluate.ask(Predictor(bundle), rows), 0)
+    served = evaluate.evaluate(rows, evaluate.ask(Predictor(bundle), rows), 0)
     reports = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert judged["rejected"] == pytest.approx(reports["test"]["rejected"], abs=1.5 / 40)
-    assert judged["unknown"] == pytest.approx(reports["test"]["unknown"], abs=0.05)
-    # the space is of the validation images: what the rejection does to them is not told
+    assert served["rejected"] == pytest.approx(reports["test"]["rejected"], abs=1.5 / 40)
+    assert served["unknown"] == pytest.approx(reports["test"]["unknown"], abs=0.05)
+    # The known space was fitted on the validation images, so their rejection is not reported.
     assert not {"rejected", "balanced_accuracy_9", "as_served", "unknown"} & set(reports["val"])
     assert not any("UNK" in key or "rejected" in key for key in bundle.config.evidence["metrics"]["val"])
     assert reports["val"]["conformal"]["coverage"] > 0
 
 
-@pytest.mark.parametrize(
-    ("setting", "says"),
-    [("name=few", "the 18 validation images are fewer than their 64 dimensions"),
-     ("head_hidden=[8]", "the head has hidden layers")],
-)  # fmt: skip
-def test_without_a_known_space_it_says_so(ended, tmp_path, setting, says):
-    config = load_config(None, [*TINY, f"manifest={tiny_manifest(tmp_path / 'data')}", "epochs=1", setting])
-    run(tmp_path / "run", config)
-    assert [line for line in ended if "by the logits alone" in line and says in line]
-
-
 # ---- the command line
 
 
-def command(*args):
-    app = typer.Typer()
-    app.command()(train.main)
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    return result.exit_code, result.output + result.stderr
-
-
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["epochz=3"], "the nearest is 'epochs'"),
         (["--config", "vit_smal"], "There is no preset 'vit_smal'"),
@@ -334,106 +311,88 @@ def command(*args):
         (["device=mps"], "device=mps is not available"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_2(args, says, tmp_path):
-    code, output = command("pretrained=false", f"manifest={tmp_path / 'm.csv'}", f"output={tmp_path / 'out'}", *args)
+def test_a_wrong_setting_is_one_sentence_and_exit_2(args, message, tmp_path):
+    settings = ["pretrained=false", f"manifest={tmp_path / 'm.csv'}", f"output={tmp_path / 'out'}", *args]
+    code, output = invoke(train.main, *settings)
     assert code == 2
-    assert says in output
-    assert "Traceback" not in output
+    assert message in output
 
 
-def test_a_checkpoint_that_is_not_there_is_one_sentence():
-    code, output = command("--resume", "nowhere/last.pt")
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--resume", "nowhere/last.pt"], "There is no checkpoint nowhere/last.pt."),
+        (["--resume", "run/best.pt"], "resume from run/last.pt."),
+        (["manifest=m.csv", "data_dir=data", "--output", "o"], "There is no manifest m.csv and no data in data"),
+        (["manifest=typo.csv", "--output", "o"], "There is no manifest typo.csv; make it with python scripts/prepare"),
+    ],
+)
+def test_a_missing_file_is_one_sentence_and_exit_1(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, output = invoke(train.main, *args)
     assert code == 1
-    assert "There is no checkpoint nowhere/last.pt." in output
-
-
-def test_no_data_is_one_sentence(tmp_path):
-    code, output = command(
-        f"manifest={tmp_path / 'm.csv'}", f"data_dir={tmp_path / 'data'}", "--output", tmp_path / "o"
-    )
-    assert code == 1
-    assert "There is no manifest" in output
-    assert "prepare_data.py" in output
+    assert message in output
     assert not (tmp_path / "o").exists()
 
 
-def test_a_manifest_that_is_named_and_not_there_is_not_made(tmp_path, monkeypatch):
-    """It may be mistyped. Who names the folder of the images too asks for one; a run that goes on has had its own."""
-    missing, data = tmp_path / "typo.csv", tmp_path / "data"
-    made = []
+def test_a_manifest_is_made_only_where_its_data_was_named_too(tmp_path, monkeypatch, calls):
+    missing, data, made = tmp_path / "missing.csv", tmp_path / "data", []
 
-    def make(folders, out, **options):
+    def build(folders, out, **options):
         made.append(folders)
-        tiny_manifest(out.parent).rename(out)
+        tiny_manifest(out.parent, {"train": 2}).rename(out)
 
-    monkeypatch.setattr(train, "build_manifest", make)
-    tiny_manifest(data)
-    code, output = command(f"manifest={missing}", "--output", tmp_path / "o")
-    assert code == 1
-    assert f"There is no manifest {missing}; make it with python scripts/prepare_data.py --data DIR" in output
+    monkeypatch.setattr(training_data, "build_manifest", build)
+    tiny_manifest(data, {"train": 2})
     config = load_config(None, [f"manifest={missing}", f"data_dir={data}"])
     with pytest.raises(DataError, match="There is no manifest"):
-        train.open_manifest(config, resumed=True)
+        training_data.open_manifest(config, resumed=True)
     assert not made
-
-    said = []
-    monkeypatch.setattr(train.console, "print", said.append)
-    assert len(train.open_manifest(config, resumed=False))
+    assert len(training_data.open_manifest(config, resumed=False)) == 2
     assert made == [[data]]
-    assert said == [f"Made {missing} from {data}."]
+    assert printed(calls, f"Made {missing} from {data}.")
 
 
-def test_a_data_folder_is_not_passed_over_for_the_manifest_of_another(tmp_path):
+def test_an_existing_manifest_does_not_stand_in_for_another_data_folder(manifest, tmp_path):
     config = load_config(None, [f"data_dir={tmp_path / 'mine'}"])
-    config.__dict__["manifest"] = str(tiny_manifest(tmp_path))  # the default one, which nobody named
-    with pytest.raises(DataError, match=r"mine would not be read: leave data_dir out"):
-        train.open_manifest(config, resumed=False)
-    assert len(train.open_manifest(config, resumed=True))
+    config.__dict__["manifest"] = str(manifest)  # the default manifest, which the settings do not name
+    with pytest.raises(DataError, match=r"mine would not be read; leave data_dir out"):
+        training_data.open_manifest(config, resumed=False)
+    assert len(training_data.open_manifest(config, resumed=True))
 
 
-@pytest.fixture
-def heeds_ctrl_c():
-    """As in a terminal; a script that starts the tests in the background has them ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_stops_the_making_of_a_manifest_at_once(tmp_path, monkeypatch, heeds_ctrl_c):
+def test_ctrl_c_stops_the_making_of_a_manifest_at_once(tmp_path, monkeypatch):
     def interrupted(*args, **options):
         signal.raise_signal(signal.SIGINT)
-        pytest.fail("Ctrl-C was put off")
+        pytest.fail("Ctrl-C was ignored")
 
-    monkeypatch.setattr(train, "build_manifest", interrupted)
+    monkeypatch.setattr(training_data, "build_manifest", interrupted)
     (tmp_path / "data" / "nevus").mkdir(parents=True)
-    code, _ = command(f"manifest={tmp_path / 'm.csv'}", f"data_dir={tmp_path / 'data'}", "--output", tmp_path / "o")
-    assert code != 0
+    # As in a terminal: a script that starts the tests in the background makes them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, _ = invoke(
+            train.main, f"manifest={tmp_path / 'm.csv'}", f"data_dir={tmp_path / 'data'}", "--output", tmp_path / "o"
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 130
 
 
-def test_an_output_folder_with_a_run_in_it_is_not_overwritten(tmp_path):
-    checkpoints.save(tmp_path / "last.pt", {"epoch": 3})
-    code, output = command("--output", tmp_path)
+def test_a_run_is_not_overwritten_and_not_continued_elsewhere(tmp_path):
+    run_folder, other = tmp_path / "run", tmp_path / "other"
+    run_folder.mkdir()
+    checkpoints.save(run_folder / "last.pt", {"config": load_config(None).to_dict()})
+    code, output = invoke(train.main, "--output", run_folder)
     assert code == 2
-    assert f"--resume {tmp_path / 'last.pt'}" in output
-
-
-def test_a_run_goes_on_in_no_other_folder(tmp_path):
-    (tmp_path / "run").mkdir()
-    checkpoints.save(tmp_path / "run" / "last.pt", {"config": load_config(None).to_dict()})
-    for words in (["--output", tmp_path / "other"], [f"output={tmp_path / 'other'}"]):
-        code, output = command("--resume", tmp_path / "run", *words)
+    assert f"--resume {run_folder / 'last.pt'}" in output
+    for words in (["--output", other], [f"output={other}"]):
+        code, output = invoke(train.main, "--resume", run_folder, *words)
         assert code == 2
-        assert "goes on in its own folder" in output
-        assert not (tmp_path / "other").exists()
-    own = tmp_path / "run" / ".." / "run"
-    assert "device=mps is not available" in command("--resume", tmp_path / "run", "--output", own, "device=mps")[1]
-
-
-def test_best_is_not_mistaken_for_a_resumable_checkpoint(tmp_path):
-    checkpoints.save(tmp_path / "best.pt", {"weights": {}})
-    code, output = command("--resume", tmp_path / "best.pt")
-    assert code == 1
-    assert "last.pt" in output
+        assert "writes to its own folder" in output
+        assert not other.exists()
+    same = other / ".." / "run"
+    assert "device=mps is not" in invoke(train.main, "--resume", run_folder, "--output", same, "device=mps")[1]
 
 
 # ---- the real thing: processes, signals, MLflow, the bundle

@@ -47,8 +47,8 @@ class InitialWeights:
                 "Start from another bundle, or put their lesions into the split train."
             )
 
-    def described(self) -> dict[str, Any]:
-        """What a run's checkpoints keep of it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a run's checkpoints record."""
         return {"digest": self.bundle.digest, "receipt": self.receipt.to_dict()}
 
     def put_into(self, backbone: nn.Module, classes: tuple[str, ...], inputs: Metadata | None = None) -> list[str]:

@@ -34,7 +34,7 @@ from training.data.image_cache import DataError
 from training.data.manifest import ManifestError, read_manifest
 from training.losses import ClassificationLoss
 from training.recipe import attention_kernel, choose_device, make_optimizer
-from training.train import cache_preprocessing
+from training.training_data import training_preprocessing
 
 EPILOG = """
 Examples:
@@ -119,7 +119,7 @@ def bench(
         settings = load_config(config, overrides or (), {"manifest": str(data)})
         frame = read_manifest(data)
         classes = classes_in(frame)
-        preprocessing = cache_preprocessing(settings)
+        preprocessing = training_preprocessing(settings)
         folder = Path(settings.cache_dir) if settings.cache_dir else data.parent / "cache"
         images = load_split(frame, "train", classes, preprocessing, folder)
         if len(images) < settings.batch_size:

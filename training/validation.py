@@ -1,0 +1,42 @@
+"""Validation after each epoch: its figures, the best epoch, and early stopping."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from mlflow_tracking import metrics
+
+
+def validation_figures(labels: NDArray[np.int64], logits: NDArray[np.floating[Any]]) -> dict[str, float]:
+    """Return the figures of one epoch, over the images whose class has a logit (label >= 0)."""
+    labelled = labels >= 0
+    y, p = labels[labelled], softmax(logits[labelled].astype(np.float64), axis=1)
+    return {
+        "val_loss": metrics.nll(y, p),
+        "val_accuracy": metrics.accuracy(y, p),
+        "val_balanced_accuracy": metrics.balanced_accuracy(y, p),
+        "val_macro_f1": metrics.macro_f1(y, p),
+        "val_macro_auc": metrics.macro_auc(y, p),
+    }
+
+
+def score(figures: Mapping[str, float], monitor: str) -> float:
+    """Return the number that chooses the best epoch, the higher the better: balanced accuracy, or the negative loss."""
+    return -figures["val_loss"] if monitor == "loss" else figures["val_balanced_accuracy"]
+
+
+def out_of_patience(best: Mapping[str, Any] | None, epochs_done: int, patience: int) -> bool:
+    """Return True if `patience` epochs (0: any number) brought no improvement on the best epoch."""
+    return bool(best and patience and epochs_done - best["epoch"] >= patience)
+
+
+def describe_epoch(row: Mapping[str, float], epochs: int) -> str:
+    """Return one line for the console."""
+    return (
+        f"epoch {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.4f}  val {row['val_loss']:.4f}  "
+        f"accuracy {row['val_accuracy']:.3f}  balanced {row['val_balanced_accuracy']:.3f}  "
+        f"F1 {row['val_macro_f1']:.3f}  AUC {row['val_macro_auc']:.3f}  lr {row['lr']:.1e}  {row['seconds']:.0f} s"
+    )
