@@ -19,8 +19,12 @@ PARTS = [st.Page(read_pictures, title=wording.READ_PICTURES, icon=":material/ima
 
 st.set_page_config(wording.PAGE_TITLE, HERE / "icon.svg", layout="wide", initial_sidebar_state="collapsed")
 st.html(HERE / "style.css")
-part = st.navigation(PARTS, position="sidebar" if len(PARTS) > 1 else "hidden")
+part = st.navigation(PARTS, position="hidden")  # Streamlit's own menus cover the masthead, or hide with the sidebar
 with st.container(key="masthead"):
     st.html(html_blocks.masthead())
+    if len(PARTS) > 1:
+        with st.container(key="parts", horizontal=True):
+            for link in PARTS:
+                st.page_link(link)
 sidebar()
 part.run()

@@ -18,7 +18,7 @@ UPLOAD_TEXT = (
     "The model gives nine probabilities and a heatmap for each picture. Pictures are not stored. A log keeps each "
     "picture’s fingerprint (SHA-256) and its probabilities."
 )
-UPLOAD_LABEL = "Dermoscopy pictures"
+UPLOAD_LABEL = "Drop one or several pictures here"
 SOURCE_LABEL, FILES, CAMERA = "Source of the pictures", "Files", "Camera"
 CAMERA_LABEL = "Photograph of the lesion"
 CAMERA_ADVICE = "Use a dermoscope. The model was not trained on ordinary photographs of skin."
@@ -88,7 +88,7 @@ OUTAGES: dict[ProblemKind, tuple[str, str]] = {  # headline, advice
     ),
     "timeout": ("The model server takes too long", "It may be starting or overloaded. Try again in a moment."),
     "busy": ("The model server is busy", "Too many requests are waiting. Try again in a moment."),
-    "no_model": ("No model is deployed yet", "The operator deploys a version with the alias `champion` in MLflow."),
+    "no_model": ("No model is deployed yet", "The operator deploys a version by its alias `champion` in MLflow."),
     "failed": ("The model failed on this picture", "The server’s log has the reason. Other pictures can be read."),
     "refused": ("There is no heatmap for this class", "The heatmap of the most likely class is shown instead."),
     "unexpected": ("The model server sent an unexpected answer", "The server’s log may have the reason."),

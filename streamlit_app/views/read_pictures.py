@@ -13,7 +13,7 @@ from streamlit_app.readings import Reading, Readings, Upload
 
 MAX_PICTURES = 50  # at a time: what a table shows well and one session may hold in memory
 DEFAULT_OPACITY = 60  # percent
-ROW_HEIGHT = 52  # pixels, for a thumbnail
+ROW_HEIGHT, THUMBNAIL_WIDTH = 52, 76  # pixels
 
 
 def read_pictures() -> None:
@@ -90,7 +90,10 @@ def choose(answered: list[Reading], results: list[Reading]) -> Reading:
             wording.DOWNLOAD, csv_export.to_csv(results), "skin_lesions.csv", "text/csv", on_click="ignore",
             icon=":material/download:",
         )  # fmt: skip
-    columns: dict[str, Any] = {table.PICTURE: st.column_config.ImageColumn("", width="small"), **wording.COLUMNS}
+    columns: dict[str, Any] = {
+        table.PICTURE: st.column_config.ImageColumn("", width=THUMBNAIL_WIDTH),
+        **wording.COLUMNS,
+    }
     for name in table.PERCENTAGES:
         columns[name] = st.column_config.ProgressColumn(
             wording.COLUMNS[name], format="%.1f %%", min_value=0, max_value=100, width="small"
@@ -134,22 +137,23 @@ def patient_details(upload: Upload, answer: Answer) -> None:
         if (value := st.session_state[f"{name}-{upload.sha256}"]) not in (None, ""):
             details[name] = value
 
-    st.html(html_blocks.details_heading())
-    takes = answer.model.takes
-    for column, (name, choices) in zip(st.columns(len(takes), gap="medium"), takes.items(), strict=True):
-        key, value = f"{name}-{upload.sha256}", upload.details.get(name)
-        if value is not None and answer.model.accepts(name, value):
-            st.session_state.setdefault(key, value)
-        if name == "age":
-            low, high = (int(float(age)) for age in choices)
-            column.number_input(
-                wording.AGE, low, high, None, key=key, placeholder=wording.EMPTY_FIELD, on_change=keep, args=(name,)
-            )
-        else:
-            column.selectbox(
-                name.capitalize(), ["", *choices], key=key, on_change=keep, args=(name,),
-                format_func=lambda word: word or wording.EMPTY_FIELD,
-            )  # fmt: skip
+    with st.container(key="details"):
+        st.html(html_blocks.details_heading())
+        takes = answer.model.takes
+        for column, (name, choices) in zip(st.columns(len(takes), gap="medium"), takes.items(), strict=True):
+            key, value = f"{name}-{upload.sha256}", upload.details.get(name)
+            if value is not None and answer.model.accepts(name, value):
+                st.session_state.setdefault(key, value)
+            if name == "age":
+                low, high = (int(float(age)) for age in choices)
+                column.number_input(
+                    wording.AGE, low, high, None, key=key, placeholder=wording.EMPTY_FIELD, on_change=keep, args=(name,)
+                )
+            else:
+                column.selectbox(
+                    name.capitalize(), ["", *choices], key=key, on_change=keep, args=(name,),
+                    format_func=lambda word: word or wording.EMPTY_FIELD,
+                )  # fmt: skip
 
 
 @st.fragment
