@@ -21,7 +21,7 @@ st.set_page_config(wording.PAGE_TITLE, HERE / "icon.svg", layout="wide", initial
 st.html(HERE / "style.css")
 part = st.navigation(PARTS, position="hidden")  # Streamlit's own menus cover the masthead, or hide with the sidebar
 with st.container(key="masthead"):
-    st.html(html_blocks.masthead())
+    st.html(html_blocks.MASTHEAD)
     if len(PARTS) > 1:
         with st.container(key="parts", horizontal=True):
             for link in PARTS:

@@ -12,25 +12,20 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 def to_csv(readings: Sequence[Reading]) -> str:
     """Return all readings as CSV. No cell can start a formula in a spreadsheet."""
-    answers = [reading.answer for reading in readings if reading.answer]
-    codes = list(answers[0].probabilities) if answers else []
-    details = [name for name in METADATA if any(name in answer.metadata for answer in answers)]
-    header = ["file", "sha256", "code", "name", "probability", "malignant", *codes, "entropy", "conformal_set"]
-    header += ["confidence_level", "model", "version", "digest", *details, "problem"]
+    rows = [{"file": r.upload.name, "sha256": r.upload.sha256} | _cells(r.answer) for r in readings]
+    header = dict.fromkeys(name for row in rows for name in row)
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, header, restval="")
+    writer = csv.DictWriter(stream, [*header, "problem"], restval="")
     writer.writeheader()
-    for reading in readings:
-        row: dict[str, object] = {"file": reading.upload.name, "sha256": reading.upload.sha256}
-        if reading.answer:
-            row |= _answer_cells(reading.answer)
-            row |= {name: reading.answer.metadata.get(name) for name in details}
+    for reading, row in zip(readings, rows, strict=True):
         row["problem"] = str(reading.problem or "")
-        writer.writerow({key: _harmless(value) for key, value in row.items()})
+        writer.writerow({name: _harmless(value) for name, value in row.items()})
     return stream.getvalue()
 
 
-def _answer_cells(answer: Answer) -> dict[str, object]:
+def _cells(answer: Answer | None) -> dict[str, object]:
+    if answer is None:
+        return {}
     top = answer.ranking[0]
     return {
         "code": top,
@@ -44,6 +39,7 @@ def _answer_cells(answer: Answer) -> dict[str, object]:
         "model": answer.model.name,
         "version": answer.model.version,
         "digest": answer.model.digest,
+        **{name: answer.metadata[name] for name in METADATA if name in answer.metadata},
     }
 
 

@@ -17,31 +17,32 @@ def prose(text: str) -> str:
     return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", html)
 
 
-def masthead() -> str:
-    """Return the page's name and the notice that stays in sight."""
-    return (
-        f'<header class="sl-mast"><span class="sl-brand"><i></i>{wording.PAGE_TITLE}</span>'
-        f'<span class="sl-notice" role="note">{prose(wording.NOTICE)}</span></header>'
-    )
-
-
-def upload_invitation() -> str:
-    """Return the heading and text above the uploader."""
-    return f'<section class="sl-hero"><h1>{prose(wording.UPLOAD_HEADING)}</h1><p>{prose(wording.UPLOAD_TEXT)}</p></section>'
-
-
-def features() -> str:
-    """Return what the page offers, for a newcomer, below the uploader."""
-    items = "".join(
-        f'<li><span class="sl-icon" aria-hidden="true">{icon}</span><div><h3>{heading}</h3><p>{text}</p></div></li>'
-        for icon, heading, text in wording.FEATURES
-    )
-    return f'<ul class="sl-steps">{items}</ul>'
-
-
 def heading(text: str) -> str:
     """Return a heading above a part of the answer."""
     return f"<h4>{escape(text)}</h4>"
+
+
+MASTHEAD = (
+    f'<header class="sl-mast"><span class="sl-brand"><i></i>{wording.PAGE_TITLE}</span>'
+    f'<span class="sl-notice" role="note">{prose(wording.NOTICE)}</span></header>'
+)
+UPLOAD_INVITATION = (
+    f'<section class="sl-hero"><h1>{wording.UPLOAD_HEADING}</h1><p>{prose(wording.UPLOAD_TEXT)}</p></section>'
+)
+_features = (
+    f'<li><span class="sl-icon" aria-hidden="true">{icon}</span><div><h3>{title}</h3><p>{prose(text)}</p></div></li>'
+    for icon, title, text in wording.FEATURES
+)
+FEATURES = f'<ul class="sl-steps">{"".join(_features)}</ul>'
+DETAILS_HEADING = (
+    f'<div class="sl-details">{heading(wording.DETAILS_HEADING)}<p>{prose(wording.DETAILS_TEXT)}</p></div>'
+)
+HEAT_SCALE = (
+    f'<p class="sl-scale"><span>{wording.HEAT_LEAST}</span>'
+    f'<i style="background: linear-gradient(90deg, {", ".join(COLOURS)})"></i><span>{wording.HEAT_MOST}</span></p>'
+)
+_advice = (f"{heading(title)}<p>{prose(text)}</p>" for title, text in wording.GUIDE)
+GUIDE = f'<section class="sl-guide">{"".join(_advice)}</section>'
 
 
 def verdict(answer: Answer, name: str) -> str:
@@ -61,25 +62,11 @@ def verdict(answer: Answer, name: str) -> str:
     )
 
 
-def details_heading() -> str:
-    """Return the heading and text above the fields for the patient's details."""
-    return f'<div class="sl-details">{heading(wording.DETAILS_HEADING)}<p>{prose(wording.DETAILS_TEXT)}</p></div>'
-
-
 def chart_heading(answer: Answer) -> str:
     """Return the heading of the probability chart and the legend of its colours."""
     kinds = dict.fromkeys(answer.kind(code) for code in answer.probabilities)
     legend = "".join(f'<span><i class="sl-dot sl-{kind}"></i>{wording.KINDS[kind]}</span>' for kind in kinds)
     return f'<div class="sl-head">{heading(wording.PROBABILITIES)}<p class="sl-legend">{legend}</p></div>'
-
-
-def heat_scale() -> str:
-    """Return the legend of the heatmap's colours."""
-    return (
-        f'<p class="sl-scale"><span>{wording.HEAT_LEAST}</span>'
-        f'<i style="background: linear-gradient(90deg, {", ".join(COLOURS)})"></i>'
-        f"<span>{wording.HEAT_MOST}</span></p>"
-    )
 
 
 def uncertainty(answer: Answer) -> str:
@@ -99,11 +86,8 @@ def uncertainty(answer: Answer) -> str:
     if UNKNOWN in answer.probabilities:
         title = wording.UNKNOWN_HEADING.format(percent=wording.percent(answer.probabilities[UNKNOWN]))
         cards.append((title, f"<p>{prose(wording.UNKNOWN_TEXT)}</p>"))
-    return (
-        '<section class="sl-sure">'
-        + "".join(f"<div>{heading(headline)}{text}</div>" for headline, text in cards)
-        + "</section>"
-    )
+    blocks = "".join(f"<div>{heading(headline)}{text}</div>" for headline, text in cards)
+    return f'<section class="sl-sure">{blocks}</section>'
 
 
 def glossary(answer: Answer) -> str:
@@ -186,12 +170,6 @@ def not_deployed(versions: list[RefusedVersion]) -> str:
     items = "".join(f"<li>{escape(version.reason)}</li>" for version in versions)
     block = f'<section class="sl-problem sl-mild"><h3>{wording.NOT_DEPLOYED}</h3><ul>{items}</ul></section>'
     return block if versions else ""
-
-
-def guide() -> str:
-    """Return the sidebar's advice on reading an answer."""
-    texts = "".join(f"{heading(title)}<p>{prose(text)}</p>" for title, text in wording.GUIDE)
-    return f'<section class="sl-guide">{texts}</section>'
 
 
 def _tag(answer: Answer, code: str) -> str:

@@ -20,7 +20,7 @@ def read_pictures() -> None:
     """Draw this part of the page, from the upload down to the model that answered."""
     uploads = chosen_uploads()
     if not uploads:
-        st.html(html_blocks.features())
+        st.html(html_blocks.FEATURES)
         return
     readings: Readings = st.session_state.setdefault("readings", Readings())
     promoter = connections.promoter()
@@ -49,7 +49,7 @@ def chosen_uploads() -> list[Upload]:
                 wording.UPLOAD_LABEL, accept_multiple_files=True, key="files", label_visibility="collapsed"
             )
         if not files:
-            invitation.html(html_blocks.upload_invitation())
+            invitation.html(html_blocks.UPLOAD_INVITATION)
     if len(files) > MAX_PICTURES:
         st.warning(wording.TOO_MANY.format(count=len(files), limit=MAX_PICTURES), icon=":material/filter_list:")
     earlier: dict[str, Upload] = st.session_state.get("uploads", {})
@@ -98,13 +98,13 @@ def choose(answered: list[Reading], results: list[Reading]) -> Reading:
         columns[name] = st.column_config.ProgressColumn(
             wording.COLUMNS[name], format="%.1f %%", min_value=0, max_value=100, width="small"
         )
+    rows = [(r.upload.name, thumbnail(r.upload.sha256, r.upload.image), r.answer) for r in answered if r.answer]
     event = st.dataframe(
-        table.overview([(r.upload.name, thumbnail(r.upload.sha256, r.upload.image), r.answer) for r in answered if r.answer]),
-        key="overview", hide_index=True, row_height=ROW_HEIGHT, on_select="rerun",
+        table.overview(rows), key="overview", hide_index=True, row_height=ROW_HEIGHT, on_select="rerun",
         selection_mode="single-row-required", column_config=columns, alt=wording.TABLE_ALT,
     )  # fmt: skip
-    rows = event.selection.rows
-    return answered[rows[0] if rows and rows[0] < len(answered) else 0]
+    selected = event.selection.rows
+    return answered[selected[0] if selected and selected[0] < len(answered) else 0]
 
 
 def show_reading(reading: Reading, readings: Readings) -> None:
@@ -138,7 +138,7 @@ def patient_details(upload: Upload, answer: Answer) -> None:
             details[name] = value
 
     with st.container(key="details"):
-        st.html(html_blocks.details_heading())
+        st.html(html_blocks.DETAILS_HEADING)
         takes = answer.model.takes
         for column, (name, choices) in zip(st.columns(len(takes), gap="medium"), takes.items(), strict=True):
             key, value = f"{name}-{upload.sha256}", upload.details.get(name)
@@ -186,7 +186,7 @@ def show_heatmap(upload: Upload, answer: Answer, readings: Readings) -> None:
     # Within the page's message, not as a file: Streamlit drops the files of a run that a moving slider interrupts.
     overlay = pictures.data_url(heatmap.overlay(shown, heat.grid, opacity))
     right.image(overlay, width="stretch", alt=wording.HEAT_ALT.format(name=name))
-    right.html(html_blocks.heat_scale())
+    right.html(html_blocks.HEAT_SCALE)
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)

@@ -16,5 +16,5 @@ def sidebar() -> None:
         st.html(html_blocks.services(services))
         if promoter and promoter.refused:
             st.html(html_blocks.not_deployed(promoter.refused))
-        st.html(html_blocks.guide())
+        st.html(html_blocks.GUIDE)
         st.link_button(wording.MLFLOW_LINK, setting("MLFLOW_PUBLIC_URL"), icon=":material/open_in_new:")
