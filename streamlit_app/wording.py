@@ -43,7 +43,7 @@ NOT_SHOWN = "The model has read this picture. The page cannot show its format."
 HEAT_TARGET, HEAT_DEFAULT = "Evidence for", "the most likely class"
 HEAT_HEADING, HEAT_ALT = "Evidence for {name}", "Heatmap for {name}"
 HEAT_OPACITY = "Opacity of the heatmap"
-HEAT_LEAST, HEAT_MOST = "least evidence", "most evidence in this map"
+HEAT_LEAST, HEAT_MOST = "least", "most evidence in this map"
 PROBABILITIES = "Nine probabilities"
 LIKELY_CLASSES, LIKELY_NONE = "Likely classes", "none"
 LIKELY_TEXT = (
@@ -96,7 +96,7 @@ OUTAGES: dict[ProblemKind, tuple[str, str]] = {  # headline, advice
 
 # Sidebar
 STATUS_HEADING, MODEL_SERVER, DEPLOYMENT = "Status", "Model server", "Deployment"
-ANSWERS, NO_ANSWER, NOT_DEPLOYED = "answers", "does not answer", "Not deployed"
+RUNNING, NO_ANSWER, NOT_DEPLOYED = "Running", "Does not answer", "Not deployed"
 MLFLOW_LINK = "Models and runs in MLflow"
 GUIDE = [
     (
@@ -146,7 +146,7 @@ def certainty(answer: Answer) -> tuple[str, str, str]:
     entropy = answer.uncertainty.entropy
     choices = math.exp(entropy)
     first, second = (answer.classes[code].name for code in answer.ranking[:2])
-    measure = f"The entropy of {entropy:.2f} nats equals an even choice among {choices:.1f} classes."
+    measure = f"An even choice among {choices:.1f} classes has the same entropy ({entropy:.2f} nats)."
     if choices < 1.5:
         return "high", "Certainty: high", f"Nearly all of the probability is on {first}. {measure}"
     if choices < 3:

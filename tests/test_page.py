@@ -288,7 +288,7 @@ class TestApp:
         st.cache_data.clear()
         blocks = read(page, ("lesion.jpg", jpegs[0]))
         assert "The model server does not answer" in blocks
-        assert "</b> does not answer" in blocks
+        assert "<span>Does not answer</span>" in blocks
 
     def test_a_new_model_between_two_requests(self, page, server, jpegs):
         read(page, ("lesion.jpg", jpegs[0]))

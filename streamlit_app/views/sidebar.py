@@ -9,7 +9,7 @@ from streamlit_app.client import setting
 def sidebar() -> None:
     """Draw the sidebar."""
     up, promoter = connections.model_server_is_up(), connections.promoter()
-    services = [(wording.MODEL_SERVER, up, wording.ANSWERS if up else wording.NO_ANSWER)]
+    services = [(wording.MODEL_SERVER, up, wording.RUNNING if up else wording.NO_ANSWER)]
     if promoter:
         services.append((wording.DEPLOYMENT, promoter.settled, wording.deployment(promoter)))
     with st.sidebar:
