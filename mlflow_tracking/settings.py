@@ -1,4 +1,4 @@
-"""Where the services are: one settings object, read from the environment and `.env` (.env.example lists all names)."""
+"""Settings of the services, read from the environment and `.env`; .env.example explains each name."""
 
 import hashlib
 import os
@@ -16,30 +16,30 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "model_store" / "skin_vit"  # the bundle that comes with the repository
 # The registered model in MLflow, the model in TorchServe, and the first part of every archive's name.
 MODEL_NAME = "skin_vit"
-# Bytes of a socket's path; systems allow 103 or 107, and supervisord adds its process id for a moment.
+# The longest path of a socket in bytes. Systems allow 103 or 107, and supervisord briefly appends its process id.
 SOCKET_PATH = 95
-# What holds a registry: a server, or a database without one, as training leaves where none answers.
-STORE = re.compile(r"https?://[^/]|(sqlite|postgresql|mysql|mssql)(\+\w+)?://", re.IGNORECASE)
+# A registry is a server, or a database, which training writes to when no server answers.
+REGISTRY_URI = re.compile(r"https?://[^/]|(sqlite|postgresql|mysql|mssql)(\+\w+)?://", re.IGNORECASE)
 
 
 def reach_directly(uri: str) -> None:
-    """Let no proxy stand between this process and a server on this machine; other addresses are left alone."""
+    """Bypass proxies between this process and a server on this machine."""
     if (host := urlsplit(uri).hostname) in ("127.0.0.1", "localhost"):
-        for name in ("NO_PROXY", "no_proxy"):  # where both are there, the lower case wins
-            others = [one for one in os.environ.get(name, "").split(",") if one and one != host]
+        for name in ("NO_PROXY", "no_proxy"):  # if both are set, the lower case wins
+            others = [entry for entry in os.environ.get(name, "").split(",") if entry and entry != host]
             os.environ[name] = ",".join([*others, host])
 
 
 def quiet_client(uri: str) -> None:
-    """Set MLflow's client up before its import: no statistics, no minutes of retries, no proxy to loopback."""
+    """Configure MLflow's client before its import: no statistics, short retries, no proxy on this machine."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        # Our callers try again themselves; nobody should wait two minutes for "is it running?", nor a training run.
+        # The callers retry themselves. MLflow's default would block a command or a training run for two minutes.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # training prints it itself
-        # Files go through MLflow: by itself the client would turn to the object store, which only the server can reach.
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # training prints the URL
+        # Files go through MLflow, because only the server reaches the object store.
         "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
         "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
     }.items():
@@ -48,14 +48,11 @@ def quiet_client(uri: str) -> None:
 
 
 class SettingsError(UserError):
-    """A setting that cannot be used; a sentence."""
+    """A setting with an unusable value."""
 
 
 class Settings(BaseSettings):
-    """Addresses and folders of the registry's side. A relative folder is meant from the repository's root.
-
-    Addresses that are not given follow from the ports, as in `make up`.
-    """
+    """Addresses and folders. Relative folders start at the repository's root; default addresses follow from the ports."""
 
     model_config = SettingsConfigDict(env_file=ROOT / ".env", env_ignore_empty=True, extra="ignore")
 
@@ -76,20 +73,25 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls) -> Self:
-        """The settings in force. Raises SettingsError for a value that cannot be."""
+        """Return the settings in force. Raises SettingsError."""
         try:
             return cls()
         except ValidationError as error:
             first = error.errors()[0]
-            raise SettingsError(f"{str(first['loc'][0]).upper()}={first['input']} cannot be: {first['msg']}.") from None
+        name, value = str(first["loc"][0]).upper(), first["input"]
+        if name.endswith("_PORT"):
+            raise SettingsError(f"{name} is '{value}': it must be a port number from 1 to 65535.")
+        if name.endswith("_SECONDS"):
+            raise SettingsError(f"{name} is '{value}': it must be a number of seconds above 0.")
+        raise SettingsError(f"{name} is '{value}': it must be a whole number, 0 or greater.")
 
     @property
     def registry_uri(self) -> str:
-        """MLflow's address. Raises SettingsError for one that its client would take for a folder of files."""
+        """MLflow's address. Raises SettingsError for an address that MLflow's client would take for a folder."""
         uri = self.mlflow_tracking_uri or f"http://127.0.0.1:{self.mlflow_port}"
-        if not STORE.match(uri):
+        if not REGISTRY_URI.match(uri):
             raise SettingsError(
-                f"MLFLOW_TRACKING_URI={uri} cannot be: it is http://HOST:PORT (or https), or a database such as "
+                f"MLFLOW_TRACKING_URI is '{uri}': it must be http://HOST:PORT, https://HOST, or a database such as "
                 "sqlite:///FILE."
             )
         return uri
@@ -111,32 +113,30 @@ class Settings(BaseSettings):
 
     @property
     def run_dir(self) -> Path:
-        """The folder of the sockets: in the state folder, or short under /tmp where that lies too deep for a socket.
+        """The folder of the sockets: in the state folder, or below /tmp if that path is too long for a socket.
 
         Raises SettingsError for a TORCHSERVE_RUN_DIR that is too long.
         """
-        wanted = ROOT / (self.torchserve_run_dir or self.state / "run")
-        if len(os.fsencode(wanted / "management.sock")) <= SOCKET_PATH:
-            return wanted
+        folder = ROOT / (self.torchserve_run_dir or self.state / "run")
+        if len(os.fsencode(folder / "management.sock")) <= SOCKET_PATH:
+            return folder
         if self.torchserve_run_dir:
-            raise SettingsError(
-                f"TORCHSERVE_RUN_DIR={wanted} is too long for the path of a socket: name a shorter folder."
-            )
-        return Path("/tmp") / f"skin-lesion-{os.getuid()}-{hashlib.sha256(os.fsencode(wanted)).hexdigest()[:8]}"
+            raise SettingsError(f"TORCHSERVE_RUN_DIR is '{folder}': its path is too long for a socket. Set a shorter one.")
+        return Path("/tmp") / f"skin-lesion-{os.getuid()}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}"
 
     @property
     def gates(self) -> Path:
-        """The gates' settings, absolute."""
+        """The gates' settings file, absolute."""
         return ROOT / self.promoter_gates
 
     @property
     def evaluation_cache(self) -> Path:
-        """Where the frozen evaluation set is kept once it was fetched, absolute."""
+        """The folder for fetched evaluation sets, absolute."""
         return self.state / "evaluation"
 
     @property
     def prediction_logs(self) -> list[Path]:
-        """TorchServe's prediction log and those before it that are kept, the newest first; absolute."""
+        """TorchServe's prediction log and its earlier files, the newest first; absolute."""
         newest = ROOT / (self.prediction_log or self.state / "logs/predictions.jsonl")
         older = sorted(newest.parent.glob(f"{newest.name}.*"), key=lambda path: path.stat().st_mtime, reverse=True)
         return [path for path in (newest, *older) if path.is_file()]

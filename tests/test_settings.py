@@ -1,10 +1,11 @@
-"""Settings of the registry's side: one reading of the environment for every command.
+"""Settings: every command reads the environment in the same way.
 
-- a value that cannot be is told in one sentence, by whichever command;
-- every command looks for TorchServe's management socket where `make up` puts it, also below a deep folder;
-- MLflow's client leaves no file behind that counts installations.
+- an unusable value gives one sentence, whichever command reads it;
+- every command finds TorchServe's management socket where `make up` puts it, also below a deep folder;
+- MLflow's client writes no file of statistics.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -16,36 +17,64 @@ from mlflow_tracking.settings import SOCKET_PATH, Settings, SettingsError
 from scripts.stack import Settings as StackSettings
 from tests.conftest import ROOT
 
-COMMANDS = {
-    "promote": ["scripts/promote.py", "status"],
-    "register": ["scripts/register_model.py", "--run-id", "x"],
-    "replay": ["scripts/replay.py"],
-    "lineage": ["scripts/lineage.py", "3"],
-    "stack": ["scripts/stack.py", "status"],
-    "promoter": ["-m", "mlflow_tracking.promotion.service"],
-    "predict": ["scripts/predict.py", "lesion.jpg"],
-    "evaluate": ["training/evaluate.py", "--bundle", "x", "--data", "x", "--out", "x"],
-}
+COMMANDS = [
+    ["scripts/promote.py", "status"],
+    ["scripts/register_model.py", "--run-id", "x"],
+    ["scripts/replay.py"],
+    ["scripts/lineage.py", "3"],
+    ["scripts/stack.py", "status"],
+    ["mlflow_tracking/promotion/service.py"],
+    ["scripts/predict.py", "lesion.jpg"],
+    ["training/evaluate.py", "--bundle", "x", "--data", "x", "--out", "x"],
+]
+# All in one process, because each alone would import torch or mlflow again.
+RUN_ALL = """
+import contextlib, io, json, runpy, sys
+outcomes = []
+for command in json.loads(sys.argv[1]):
+    sys.argv, code = command, None
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    outcomes.append((command[0], code, out.getvalue()))
+print(json.dumps(outcomes))
+"""
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_wrong_value_gets_one_sentence(command):
+def test_every_command_answers_an_unusable_value_with_one_sentence():
     env = os.environ | {"PROMOTER_PORT": "70000", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *COMMANDS[command]], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 1
-    [line] = (done.stdout + done.stderr).splitlines()
-    assert line.startswith("PROMOTER_PORT=70000 cannot be: ")
+    program = [sys.executable, "-c", RUN_ALL, json.dumps(COMMANDS)]
+    done = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    sentence = "PROMOTER_PORT is '70000': it must be a port number from 1 to 65535."
+    assert json.loads(done.stdout) == [[command[0], 1, f"{sentence}\n"] for command in COMMANDS]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("MLFLOW_PORT", "x", "a port number from 1 to 65535"),
+        ("PROMOTER_POLL_SECONDS", "0", "a number of seconds above 0"),
+        ("PROMOTER_KEEP_ARCHIVES", "-1", "a whole number, 0 or greater"),
+    ],
+)
+def test_an_unusable_value_is_named_with_its_rule(monkeypatch, name, value, rule):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as raised:
+        Settings.load()
+    assert str(raised.value) == f"{name} is '{value}': it must be {rule}."
 
 
 @pytest.mark.parametrize("uri", ["foo", "127.0.0.1:5001", "file:///tmp/runs", "http:", "http:///", "/tmp/runs"])
-def test_an_address_of_mlflow_that_cannot_be_gets_one_sentence(monkeypatch, uri):
+def test_an_unusable_address_of_mlflow_gives_one_sentence(monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(SettingsError, match=f"^MLFLOW_TRACKING_URI={uri} cannot be: it is http://HOST:PORT "):
+    with pytest.raises(SettingsError, match=f"^MLFLOW_TRACKING_URI is '{uri}': it must be http://HOST:PORT, "):
         _ = Settings.load().registry_uri
 
 
 @pytest.mark.parametrize("uri", ["http://mlflow:5001", "https://kim:key@mlflow.example/base", "sqlite:////tmp/runs.db"])
-def test_an_address_of_mlflow_is_taken_as_it_is(monkeypatch, uri):
+def test_a_usable_address_of_mlflow_is_kept(monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert Settings.load().registry_uri == uri
 
@@ -59,7 +88,7 @@ def test_the_socket_is_where_the_stack_puts_it(monkeypatch, tmp_path, depth):
     assert Path(socket).parent == StackSettings.load().run_dir
     assert len(os.fsencode(socket)) <= SOCKET_PATH
     monkeypatch.setenv("TORCHSERVE_RUN_DIR", "/tmp/" + "x" * SOCKET_PATH)
-    with pytest.raises(SettingsError, match="name a shorter folder"):
+    with pytest.raises(SettingsError, match="Set a shorter one"):
         _ = Settings.load().management
 
 

@@ -25,8 +25,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# A unix socket's path may have 103 bytes on macOS and 107 on Linux; as in mlflow_tracking/settings.py.
-SOCKET_LENGTH = 95
 LEDGER_SCHEMA = 1
 
 
@@ -113,17 +111,19 @@ def _fault(path: Path, sha256: str) -> str | None:
 
 
 def _check_socket(management: str) -> None:
-    """Refuse a path too long for a socket, and one that a living server listens on. Raises StartError."""
+    """Raise StartError for a path that the system cannot use as a socket, or on which a server listens already."""
     if not management.startswith("unix:"):
         return
     path = management.removeprefix("unix:")
-    if len(os.fsencode(path)) > SOCKET_LENGTH:
-        raise StartError(
-            f"The socket's path {path} is longer than {SOCKET_LENGTH} bytes: name a shorter TORCHSERVE_RUN_DIR."
-        )
     with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(path) == 0:
-            raise StartError(f"TorchServe is running already in {Path(path).parent}: stop it first.")
+        try:
+            listening = probe.connect_ex(path) == 0
+        except OSError as error:
+            raise StartError(
+                f"The socket {path} cannot be used ({error}). Set TORCHSERVE_RUN_DIR to a folder with a shorter path."
+            ) from error
+    if listening:
+        raise StartError(f"TorchServe is running already in {Path(path).parent}. Stop it first.")
 
 
 def _folder(env: Mapping[str, str], name: str, default: str) -> Path:

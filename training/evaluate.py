@@ -25,7 +25,7 @@ from handlers.receipt import read_receipt
 from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking.command_line import console, errors, progress_bar
 from mlflow_tracking.runs import log_evaluation
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.settings import Settings, SettingsError
 from training.data.manifest import ManifestError, build_manifest, fingerprint, read_manifest
 from training.evaluation.assessment import assess, conditional, headline, slices
 from training.evaluation.figures import (
@@ -218,7 +218,7 @@ def main(
         table = evaluate(rows, answers, bootstrap)
         sheet = examples(predictor, rows, answers, picture_alone)
         figures = pictures(rows, answers, table) | {"examples.png": sheet}
-    except (ManifestError, BundleError, ValueError) as error:  # SettingsError is one
+    except (ManifestError, BundleError, SettingsError, ValueError) as error:
         errors.print(str(error))
         raise SystemExit(1) from None
 

@@ -1,11 +1,11 @@
-"""A bundle and the code that runs it -> one TorchServe archive; the same input gives the same bytes.
+"""Build a TorchServe archive from a bundle and the code that runs it. The same input gives the same bytes.
 
-A .mar is a zip with MAR-INF/MANIFEST.json. It is written here and not by torch-model-archiver because that one stamps
-its files with the time and works in one shared temporary folder; a test holds the two against each other.
+A .mar file is a zip file. torch-model-archiver is not used because it writes the current time into its files and works
+in one shared temporary folder. A test compares the contents of both.
 
     MAR-INF/MANIFEST.json    name, version, handler
-    skin_lesion_handler.py   TorchServe imports the handler by its bare name, so it lies at the root as well
-    handlers/                the whole package: an archive runs its own code, whatever the repository does later
+    skin_lesion_handler.py   TorchServe imports the handler by its bare name, so it is also at the root
+    handlers/                the whole package: an archive runs its own code
     bundle/                  the model
     model-config.yaml        workers, batching, precision
 """
@@ -28,7 +28,7 @@ HANDLERS = Path(handlers.__file__).parent
 HANDLER = "skin_lesion_handler.py"
 MODEL_CONFIG = ROOT / "torchserve" / "model-config.yaml"
 BUNDLE_FOLDER = "bundle"
-# What TorchServe must be told again when it restores a version at its start.
+# The settings that TorchServe needs again when it restores a version at its start.
 START_SETTINGS = (
     "minWorkers",
     "maxWorkers",
@@ -38,12 +38,12 @@ START_SETTINGS = (
     "startupTimeout",
     "maxRetryTimeoutInSec",
 )
-_OURS = re.compile(rf"{MODEL_NAME}-\d+-[0-9a-f]{{12}}\.mar")
+_ARCHIVE_NAME = re.compile(rf"{MODEL_NAME}-\d+-[0-9a-f]{{12}}\.mar")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A finished archive: its file, the file's SHA-256, and TorchServe's settings out of model-config.yaml."""
+    """A finished archive: its file, the file's SHA-256, and TorchServe's settings from model-config.yaml."""
 
     path: Path
     sha256: str
@@ -58,17 +58,17 @@ def build(
     handlers_folder: Path = HANDLERS,
     model_config: Path = MODEL_CONFIG,
 ) -> Archive:
-    """Write the archive of a bundle folder to `out`: temporary file, fsync, rename.
+    """Write the archive of a bundle folder to `out`, atomically. OSError leaves `out` unchanged.
 
-    Entries are sorted, carry one fixed time and are not compressed (weights hardly are, and how deflate packs them
-    depends on the version of zlib). OSError (disk full, source missing) leaves `out` as it was.
+    Entries are sorted and have one fixed time. They are not compressed: weights hardly shrink, and the bytes would
+    depend on the version of zlib.
     """
     settings = read_settings(model_config)
     sources = dict(_sources(bundle, handlers_folder, model_config))
     with atomic_file(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_entry("MAR-INF/MANIFEST.json"), _manifest(version))
         for name in sorted(sources):
-            # zip64 in the header depends on what zipfile believes the size may be: tell it.
+            # Whether the header is a zip64 one depends on the size that zipfile expects.
             info = _entry(name)
             info.file_size = sources[name].stat().st_size
             with sources[name].open("rb") as source, archive.open(info, "w") as target:
@@ -77,7 +77,7 @@ def build(
 
 
 def extract_bundle(archive: Path, folder: Path) -> Path:
-    """Unpack the bundle of an archive into `folder` and return where it lies. Raises OSError or zipfile.BadZipFile."""
+    """Extract the bundle of an archive into `folder`; return its path. Raises OSError or zipfile.BadZipFile."""
     with zipfile.ZipFile(archive) as file:
         for name in file.namelist():
             if name.startswith(f"{BUNDLE_FOLDER}/"):
@@ -86,25 +86,25 @@ def extract_bundle(archive: Path, folder: Path) -> Path:
 
 
 def clean(store: Path) -> list[Path]:
-    """Remove what writing that was cut off has left, also below. Only for the holder of the store's lock."""
-    left = [path for path in store.rglob(f".*{TEMPORARY}") if path.is_file()]
-    for path in left:
+    """Remove the temporary files of interrupted writes; return them. The caller holds the store's lock."""
+    leftovers = [path for path in store.rglob(f".*{TEMPORARY}") if path.is_file()]
+    for path in leftovers:
         path.unlink(missing_ok=True)
-    return left
+    return leftovers
 
 
 def surplus(store: Path, needed: Collection[str], keep: int) -> list[Path]:
-    """The archives of our naming in the store that nobody needs, but for the `keep` youngest of them, oldest first.
+    """Return the archives that are not needed, except the `keep` youngest, the oldest first.
 
-    A crash between writing an archive and its ledger entry leaves one that the ledger does not know; it counts too.
+    Files with other names are left alone. An archive that the ledger lacks, after a crash, counts as not needed.
     """
-    unneeded = [path for path in store.glob("*.mar") if _OURS.fullmatch(path.name) and path.name not in needed]
+    unneeded = [path for path in store.glob("*.mar") if _ARCHIVE_NAME.fullmatch(path.name) and path.name not in needed]
     unneeded.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
     return unneeded[: max(0, len(unneeded) - keep)]
 
 
 def read_settings(model_config: Path) -> dict[str, int]:
-    """TorchServe's own numbers in model-config.yaml."""
+    """Return TorchServe's own settings in a model-config.yaml."""
     values = yaml.safe_load(model_config.read_text())
     return {name: int(values[name]) for name in START_SETTINGS if name in values}
 
@@ -130,13 +130,13 @@ def _manifest(version: str) -> str:
             "configFile": MODEL_CONFIG.name,
         },
         "archiverVersion": "0.12.0",
-        "createdOn": "01/01/1980 00:00:00",  # TorchServe wants one; a true one would differ each time
+        "createdOn": "01/01/1980 00:00:00",  # TorchServe requires a time, and the same bytes require a fixed one
     }
     return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name)  # dated 1980, the first moment a zip can name
+    entry = zipfile.ZipInfo(name)  # dated 1980, the earliest time of the format
     entry.external_attr = 0o644 << 16
-    entry.create_system = 3  # else the entry says on which system it was made
+    entry.create_system = 3  # otherwise the entry names the system that wrote it
     return entry
