@@ -121,7 +121,9 @@ class Settings(BaseSettings):
         if len(os.fsencode(folder / "management.sock")) <= SOCKET_PATH:
             return folder
         if self.torchserve_run_dir:
-            raise SettingsError(f"TORCHSERVE_RUN_DIR is '{folder}': its path is too long for a socket. Set a shorter one.")
+            raise SettingsError(
+                f"TORCHSERVE_RUN_DIR is '{folder}': its path is too long for a socket. Set a shorter one."
+            )
         return Path("/tmp") / f"skin-lesion-{os.getuid()}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}"
 
     @property
