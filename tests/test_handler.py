@@ -229,5 +229,5 @@ def test_a_damaged_bundle_stops_the_worker(tmp_path, folder):
     copy = shutil.copytree(folder, tmp_path / "copy")
     with (copy / "bundle" / "graph.bin").open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(BundleError, match="changed or damaged"):
+    with pytest.raises(BundleError, match="is damaged"):
         SkinLesionHandler().initialize(FakeContext(copy))

@@ -192,7 +192,7 @@ def test_files_tampered_with_in_the_store_are_refused_and_the_old_version_serves
     assert result.errors
     assert f"load version {version}" not in steps
     assert serving_first.tag(version, "status") == "refused"
-    reason = "was changed or damaged" if tampered == "weights" else "is not the one that was registered"
+    reason = "is damaged" if tampered == "weights" else "is not the one that was registered"
     assert reason in serving_first.tag(version, "reason")
     assert serving_first.served() == "1"
 
