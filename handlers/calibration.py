@@ -1,6 +1,6 @@
-"""From the network's logits to nine probabilities and a set of likely classes; travels in the bundle as numbers.
+"""Calibration: a network's logits to nine probabilities and a set of likely classes.
 
-The fitting is in training/evaluation/calibration_fit.py; here is only the arithmetic that serving needs.
+Here is only what serving computes; training/evaluation/calibration_fit.py fits the numbers.
 """
 
 from collections.abc import Sequence
@@ -10,44 +10,14 @@ from typing import Any
 import numpy as np
 
 from handlers.taxonomy import CODES, UNKNOWN
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A ninth probability for a model that never saw an UNK image: p_unk = sigmoid((threshold - familiarity) / scale).
-
-    familiarity = logsumexp(logits) - residual_weight * residual: high for what excites the classes as known lesions do
-    and whose features lie in the space that those span. With the weight of training/evaluation/detectors.py it is virtual-logit
-    matching (Wang et al. 2022, "ViM"), with a weight of 0 the energy (Liu et al. 2020).
-    """
-
-    threshold: float
-    scale: float
-    residual_weight: float = 0.0
-
-    def familiarity(self, logits: np.ndarray, residuals: np.ndarray | None = None) -> np.ndarray:
-        """Logits (N, K) and residuals (N,) (handlers.runtimes; not needed where their weight is 0) to (N,).
-
-        Raises ValueError where residuals are needed and there are none.
-        """
-        energy = _logsumexp(np.asarray(logits, np.float64))[:, 0]
-        if not self.residual_weight:
-            return energy
-        if residuals is None:
-            raise ValueError("This rejection needs the residuals of the features.")
-        return energy - self.residual_weight * np.asarray(residuals, np.float64)
-
-    def probability(self, logits: np.ndarray, residuals: np.ndarray | None = None) -> np.ndarray:
-        """The probability of "none of the above" (N,); arguments, and what is raised, as for `familiarity`."""
-        away = self.threshold - self.familiarity(logits, residuals)
-        return 0.5 * (1 + np.tanh(away / (2 * self.scale)))  # a sigmoid that cannot overflow
+from handlers.unknown_class import Rejection, logsumexp
 
 
 @dataclass(frozen=True)
 class Conformal:
     """Class-conditional conformal sets: class c is in the set when 1 - p_c <= its threshold (Sadinle et al. 2019).
 
-    On exchangeable data the set holds the true class with probability `confidence_level`, for each class by itself.
+    On exchangeable data the set holds the true class with probability `confidence_level`, within each class.
     """
 
     confidence_level: float
@@ -63,17 +33,17 @@ class Calibration:
     conformal: Conformal | None = None
 
     def known_probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """Logits (N, K) to probabilities over the model's own classes, float64 (N, K), rows summing to 1."""
+        """Convert logits (N, K) to probabilities of the model's own classes, float64 (N, K), rows summing to 1."""
         scaled = np.asarray(logits, np.float64) / self.temperature
-        return np.exp(scaled - _logsumexp(scaled))
+        return np.exp(scaled - logsumexp(scaled))
 
     def probabilities(
         self, logits: np.ndarray, classes: Sequence[str], residuals: np.ndarray | None = None
     ) -> np.ndarray:
-        """Logits (N, K) for `classes` (K codes) to float64 (N, 9) in taxonomy order, rows summing to 1.
+        """Convert logits (N, K) of `classes` (K codes) to float64 (N, 9) in taxonomy order, rows summing to 1.
 
-        `residuals` (N,) are the serving graph's. Classes the model was not trained on get 0. With a rejection, UNK gets
-        its probability and the others share the rest.
+        `residuals` (N,) come from the serving graph. Classes that the model was not trained on get 0. With a rejection,
+        UNK gets its probability and the other classes share the rest.
         """
         known = self.known_probabilities(logits)
         out = np.zeros((len(known), len(CODES)))
@@ -87,10 +57,10 @@ class Calibration:
     def conformal_sets(
         self, logits: np.ndarray, classes: Sequence[str], residuals: np.ndarray | None = None
     ) -> list[list[str]] | None:
-        """For each row of logits (N, K) the codes in its conformal set, most probable first; None without conformal.
+        """Return the codes in the conformal set of each row of logits (N, K), most probable first.
 
-        UNK joins a set when it is the most probable of the nine. A set that would be empty holds the most probable
-        class.
+        None without conformal thresholds. UNK joins a set if it is the most probable of the nine. An empty set gets
+        the most probable class.
         """
         if self.conformal is None:
             return None
@@ -109,19 +79,14 @@ class Calibration:
         return sets
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, as kept in bundle.json."""
+        """Return the JSON form, as kept in bundle.json."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Calibration":
-        """The inverse of to_dict."""
+        """Invert to_dict."""
         return cls(
             values["temperature"],
             Rejection(**values["rejection"]) if values.get("rejection") else None,
             Conformal(**values["conformal"]) if values.get("conformal") else None,
         )
-
-
-def _logsumexp(values: np.ndarray) -> np.ndarray:
-    peak = values.max(axis=1, keepdims=True)
-    return peak + np.log(np.exp(values - peak).sum(axis=1, keepdims=True))

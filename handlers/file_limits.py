@@ -1,8 +1,8 @@
-"""Limits on how an image file is built, told from its bytes before Pillow sees them.
+"""Limits on the structure of an image file, checked on its bytes before Pillow reads them.
 
-A file within the limits of bytes and pixels may still cost a decoder minutes or gigabytes: by thousands of scans,
-texts or tiles, by fields of millions of values, by parts that claim the same bytes again and again. What is refused
-here no camera or program writes; docs/reliability.md has what it would cost.
+A file within the limits of bytes and pixels may still cost a decoder minutes or gigabytes, through thousands of scans,
+texts or tiles, fields of millions of values, or strips that share the same bytes. No camera or common program writes
+such files; docs/lab-notes.md has what they cost.
 """
 
 import re
@@ -11,31 +11,31 @@ from typing import Literal
 
 import numpy as np
 
-JPEG, PNG, TIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", (b"II*\x00", b"MM\x00*")
+from handlers.errors import InvalidImage
 
-# Segments of a JPEG, chunks of a PNG, strips and tiles of a TIFF are read one by one, in Python; large files have a few
-# thousand. So are bytes that belong to none of them.
+# Pillow reads segments of a JPEG, chunks of a PNG, strips and tiles of a TIFF, and stray bytes between them one by one in
+# Python. Large files have a few thousand.
 MAX_PARTS = 100_000
 # Each scan of a JPEG is a walk over the whole picture, and a scan may have 80 bytes. Encoders write 1 to 12.
 MAX_SCANS = 30
-# Exif comes in one segment of 64 KB, now and then in several. Pillow joins them one by one, copying all before.
+# Exif comes in one segment of 64 KB, rarely in several. Pillow copies all earlier ones with each.
 MAX_EXIF_SEGMENTS = 20
 MAX_TABLES = 4 << 20  # bytes of a JPEG's quantisation tables and Photoshop's blocks
-MAX_TEXTS = 100  # of a PNG, packed: each may unpack to a megabyte
-MAX_FIELDS = 1000  # of a TIFF's page
-MAX_VALUES = 200_000  # in all of them; the largest table is a transfer function of three times 65,536
-MAX_TILE_SIDE = 4096  # pixels, unless the picture is larger
+MAX_TEXTS = 100  # compressed texts of a PNG: each may unpack to a megabyte
+MAX_FIELDS = 1000  # of a TIFF's first page
+MAX_VALUES = 200_000  # in all fields; the largest table is a transfer function of 3 x 65,536 values
+MAX_TILE_SIDE = 4096  # pixels; a tile may also be as large as the picture
 # 48 megapixels is the largest common camera sensor.
 MAX_PIXELS = 50_000_000
-# So many pixels with transparency, in 8 bits; of more, nothing that a camera writes fits into 20 MiB.
+# 50 megapixels with transparency, in 8 bits. Larger ones that cameras write do not fit into 20 MiB.
 MAX_UNPACKED = 200_000_000
 
 # A marker that a length follows, or the end: no stuffed byte, padding, restart inside a scan, start or TEM.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _SCAN, _END, _APP1 = 0xDA, 0xD9, 0xE1
 _FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), 0xDE)
-_ARITHMETIC = (0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)  # slow, and written by nobody
-_NO_LENGTH = (0xC8, _END, *range(0xF0, 0xFE))  # before a scan: Pillow takes none and would read on elsewhere than we do
+_ARITHMETIC = (0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)  # decoded slowly, and no common program writes them
+_NO_LENGTH = (0xC8, _END, *range(0xF0, 0xFE))  # before a scan, Pillow reads them differently
 _TABLES = (0xDB, 0xED)
 
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG by its colour type
@@ -48,110 +48,130 @@ _PLAIN_BYTES = (1, 2, 7)  # types that are not unpacked
 _JPEG_IN_TIFF = 7
 
 
-def excess(data: bytes) -> str:
-    """What a JPEG, PNG or TIFF has more of than any camera or program writes, in words; "" where there is nothing."""
-    if data.startswith(PNG):
-        return _png(data)
-    if data.startswith(JPEG):
-        return _jpeg(data)
-    return _tiff(data) if data.startswith(TIFF) else ""
+def check_structure(data: bytes, format_: str) -> None:
+    """Check a file of a format (handlers.decoding.image_format). Raises InvalidImage if it exceeds a limit."""
+    if format_ == "PNG":
+        _check_png(data)
+    elif format_ == "JPEG":
+        _check_jpeg(data)
+    elif format_ == "TIFF":
+        _check_tiff(data)
 
 
-def _png(data: bytes) -> str:
+def _check_png(data: bytes) -> None:
     width, height, depth, colour = struct.unpack(">IIBB", data[16:26].ljust(10, b"\0"))
     if width * height <= MAX_PIXELS and width * height * depth * _CHANNELS.get(colour, 0) > 8 * MAX_UNPACKED:
-        return f"{MAX_UNPACKED:,} bytes when it is unpacked"
-    position, parts, profiles, texts = len(PNG), 0, 0, 0
+        raise InvalidImage(
+            f"This PNG decompresses to more than {MAX_UNPACKED:,} bytes. Save it with 8 bits per channel."
+        )
+    position, chunks, profiles, texts = 8, 0, 0, 0  # behind the signature
     while position < len(data) and (name := data[position + 4 : position + 8]) != b"IEND":
         position += 12 + int.from_bytes(data[position : position + 4])  # length, name and checksum: 4 bytes each
-        parts, profiles, texts = parts + 1, profiles + (name == b"iCCP"), texts + (name in (b"zTXt", b"iTXt"))
-        if parts > MAX_PARTS:
-            return f"{MAX_PARTS:,} chunks"
-        if profiles > 1 or texts > MAX_TEXTS:
-            return "one colour profile" if profiles > 1 else f"{MAX_TEXTS} packed texts"
-    return ""
+        chunks, profiles, texts = chunks + 1, profiles + (name == b"iCCP"), texts + (name in (b"zTXt", b"iTXt"))
+        if chunks > MAX_PARTS:
+            raise InvalidImage(f"This PNG has more than {MAX_PARTS:,} chunks. Save it again as a standard PNG.")
+        if profiles > 1:
+            raise InvalidImage("This PNG has more than one colour profile. Save it again as a standard PNG.")
+        if texts > MAX_TEXTS:
+            raise InvalidImage(f"This PNG has more than {MAX_TEXTS} compressed texts. Save it without metadata.")
 
 
-def _jpeg(data: bytes) -> str:
-    position, between, parts, scans, frames, exif, tables = 2, 0, 0, 0, 0, 0, 0
-    while found := _MARKER.search(data, position):
-        marker = data[found.start() + 1]
+def _check_jpeg(data: bytes) -> None:
+    position, stray, segments, scans, frames, exif, tables = 2, 0, 0, 0, 0, 0, 0
+    while match := _MARKER.search(data, position):
+        marker = data[match.start() + 1]
         if not scans:
-            between += found.start() - position
-            if marker in _NO_LENGTH or between > MAX_PARTS:
-                return "headers before its first scan"
+            stray += match.start() - position
+            if marker in _NO_LENGTH:
+                raise InvalidImage("This JPEG has a wrong marker before its first scan. Save it as a standard JPEG.")
+            if stray > MAX_PARTS:
+                break
         if marker == _END:
-            return ""
+            return
         if marker in _ARITHMETIC:
-            return "Huffman's codes (it is coded arithmetically)"
-        position = found.end()
+            raise InvalidImage("This JPEG uses arithmetic coding, which is not supported. Save it as a standard JPEG.")
+        position = match.end()
         length = int.from_bytes(data[position : position + 2])  # which counts itself
-        parts, scans, frames = parts + 1, scans + (marker == _SCAN), frames + (marker in _FRAMES)
+        segments, scans, frames = segments + 1, scans + (marker == _SCAN), frames + (marker in _FRAMES)
         exif += marker == _APP1 and data.startswith(b"Exif\0\0", position + 2)
         tables += length if marker in _TABLES else 0
         position += length
-        for number, most, what in (
-            (parts, MAX_PARTS, "segments"), (scans, MAX_SCANS, "scans"), (exif, MAX_EXIF_SEGMENTS, "segments of Exif"),
-            (frames, 1, "frame"), (tables, MAX_TABLES, "bytes of tables"),
-        ):  # fmt: skip
-            if number > most:
-                return f"{most:,} {what}"
-    return "" if scans or len(data) - position <= MAX_PARTS else "headers before its first scan"
+        if segments > MAX_PARTS:
+            raise InvalidImage(f"This JPEG has more than {MAX_PARTS:,} segments. Save it as a standard JPEG.")
+        if scans > MAX_SCANS:
+            raise InvalidImage(f"This JPEG has more than {MAX_SCANS} scans. Save it as a baseline JPEG.")
+        if exif > MAX_EXIF_SEGMENTS:
+            raise InvalidImage(f"This JPEG has more than {MAX_EXIF_SEGMENTS} Exif segments. Save it without metadata.")
+        if frames > 1:
+            raise InvalidImage("This JPEG has more than one frame. Save it as a standard JPEG.")
+        if tables > MAX_TABLES:
+            raise InvalidImage(f"This JPEG has more than {MAX_TABLES:,} bytes of tables. Save it as a standard JPEG.")
+    if not scans and max(stray, len(data) - position) > MAX_PARTS:
+        raise InvalidImage(f"This JPEG has more than {MAX_PARTS:,} stray bytes. Save it as a standard JPEG.")
 
 
-def _tiff(data: bytes) -> str:
-    """Of the first page, the only one that is read."""
+def _check_tiff(data: bytes) -> None:
+    """Check the first page, the only one that is read."""
     order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
     page = int.from_bytes(data[4:8], order)
     fields = int.from_bytes(data[page : page + 2], order)
     if fields > MAX_FIELDS:
-        return f"{MAX_FIELDS:,} fields"
+        raise InvalidImage(f"This TIFF has more than {MAX_FIELDS:,} fields. Save it as a standard TIFF.")
     numbers: dict[int, list[int]] = {}
-    seen, values = set(), 0
+    tags, values = set(), 0
     for entry in range(page + 2, min(page + 2 + 12 * fields, len(data)), 12):
         tag, kind, length = (
             int.from_bytes(data[entry + start : entry + end], order) for start, end in ((0, 2), (2, 4), (4, 8))
         )
-        if tag in seen:  # Pillow takes the one, libtiff perhaps the other
-            return "one field of a kind"
-        seen.add(tag)
+        if tag in tags:  # Pillow and libtiff may pick different ones
+            raise InvalidImage(f"This TIFF repeats the field {tag}. Save it as a standard TIFF.")
+        tags.add(tag)
         if tag in (_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES):
             if length > MAX_PARTS:
-                return f"{MAX_PARTS:,} strips or tiles"
+                raise InvalidImage(f"This TIFF has more than {MAX_PARTS:,} strips or tiles. Save it as PNG.")
         elif kind not in _PLAIN_BYTES:
             values += length
         if values > MAX_VALUES:
-            return f"{MAX_VALUES:,} values in its fields"
+            raise InvalidImage(
+                f"This TIFF has more than {MAX_VALUES:,} values in its fields. Save it without metadata."
+            )
         if tag in _NUMBERS:
             if kind not in (3, 4):
-                return "whole numbers for its measures"
-            size = 2 if kind == 3 else 4
-            start = entry + 8 if length * size <= 4 else int.from_bytes(data[entry + 8 : entry + 12], order)
-            there = min(length, max(0, len(data) - start) // size)
-            kind_of = np.dtype(f"u{size}").newbyteorder("<" if order == "little" else ">")
-            numbers[tag] = np.frombuffer(data, kind_of, there, start).tolist() if there else []
-    return _excess_of_pixels(data, numbers)
+                raise InvalidImage(f"This TIFF's field {tag} is not a whole number. Save it as a standard TIFF.")
+            numbers[tag] = _tiff_numbers(data, entry, 2 if kind == 3 else 4, length, order)
+    _check_tiff_pixels(data, numbers)
 
 
-def _excess_of_pixels(data: bytes, numbers: dict[int, list[int]]) -> str:
-    """Of a TIFF's measures, strips and tiles."""
+def _tiff_numbers(data: bytes, entry: int, size: int, length: int, order: Literal["little", "big"]) -> list[int]:
+    """Read a field's `length` whole numbers of `size` bytes, as far as the file holds them."""
+    start = entry + 8 if length * size <= 4 else int.from_bytes(data[entry + 8 : entry + 12], order)
+    count = min(length, max(0, len(data) - start) // size)
+    kind = np.dtype(f"u{size}").newbyteorder("<" if order == "little" else ">")
+    return np.frombuffer(data, kind, count, start).tolist() if count else []
+
+
+def _check_tiff_pixels(data: bytes, numbers: dict[int, list[int]]) -> None:
+    """Check a TIFF's size, strips and tiles, given the numbers in its fields by tag."""
 
     def largest(tag: int, default: int = 0) -> int:
         return max(numbers.get(tag, ()), default=default)
 
-    # Strips may name the same bytes, which are then unpacked as often.
+    # Strips may point at the same bytes, each of which is then unpacked again.
     if any(sum(numbers.get(tag, ())) > len(data) for tag in (_STRIP_BYTES, _TILE_BYTES)):
-        return "its own bytes in strips or tiles"
+        raise InvalidImage("The strips or tiles of this TIFF are larger than the file. Save it as a standard TIFF.")
     if largest(_COMPRESSION) == _JPEG_IN_TIFF:
         for places, counts in ((_STRIPS, _STRIP_BYTES), (_TILES, _TILE_BYTES)):
             for place, count in zip(numbers.get(places, ()), numbers.get(counts, ()), strict=False):
-                if found := _jpeg(data[place : place + count]):
-                    return found
+                _check_jpeg(data[place : place + count])
     width, height, tile_width, tile_height = map(largest, (_WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT))
     if tile_width > max(width, MAX_TILE_SIDE) or tile_height > max(height, MAX_TILE_SIDE):
-        return f"{MAX_TILE_SIDE:,} pixels at the side of a tile"
+        raise InvalidImage(
+            f"This TIFF has tiles of {tile_width}×{tile_height} pixels; at most {MAX_TILE_SIDE:,} per side are "
+            "supported. Save it without tiles."
+        )
     bits = numbers.get(_BITS) or [1]
     depth = sum(bits) if len(bits) > 1 else bits[0] * largest(_SAMPLES, 1)
     if width * height <= MAX_PIXELS and max(width * height, tile_width * tile_height) * depth > 8 * MAX_UNPACKED:
-        return f"{MAX_UNPACKED:,} bytes when it is unpacked"
-    return ""
+        raise InvalidImage(
+            f"This TIFF decompresses to more than {MAX_UNPACKED:,} bytes. Save it with 8 bits per channel."
+        )

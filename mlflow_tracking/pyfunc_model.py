@@ -17,9 +17,10 @@ import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from handlers.errors import ImageError
 from handlers.metadata import FIELDS
-from handlers.predictor import Predictor, Request
-from handlers.preprocessing import ImageError
+from handlers.predictor import Predictor
+from handlers.request import Request
 from handlers.taxonomy import CODES
 
 # What memory holds at once when a table of images comes in.

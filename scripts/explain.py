@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 
 from handlers.bundle import BundleError
+from handlers.errors import ImageError
 from handlers.files import atomic_file
-from handlers.preprocessing import ImageError
 from mlflow_tracking.settings import SHIPPED
 
 EPILOG = """
@@ -30,7 +30,8 @@ def main(
     """Write the Grad-CAM overlay of one image."""
     if output.suffix.lower() != ".png":
         raise typer.BadParameter(f"{output} is to be a PNG; give a name that ends in .png.")
-    from handlers.predictor import Predictor, Request
+    from handlers.predictor import Predictor
+    from handlers.request import Request
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     try:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from handlers.bundle import BundleError
-from handlers.preprocessing import ImageError
+from handlers.errors import ImageError
 from mlflow_tracking.settings import MODEL_NAME, Settings, SettingsError
 
 EPILOG = """
@@ -82,7 +82,8 @@ def _served() -> str:
 
 
 def _ask_bundle(folder: Path, tta: bool, metadata: dict[str, str]) -> Any:
-    from handlers.predictor import Predictor, Request
+    from handlers.predictor import Predictor
+    from handlers.request import Request
 
     try:
         predictor = Predictor.load(folder)

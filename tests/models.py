@@ -12,12 +12,13 @@ import torch
 
 from handlers.backbone import build_backbone
 from handlers.bundle import CONFIG, RECEIPT, Bundle, seal
-from handlers.calibration import Calibration, Conformal, Rejection
+from handlers.calibration import Calibration, Conformal
 from handlers.files import write_json
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
 from handlers.receipt import Receipt
 from handlers.taxonomy import KNOWN_CODES
+from handlers.unknown_class import Rejection
 from training.export import export_bundle
 
 ARCHITECTURE = "vit_tiny_patch16_224"

@@ -11,12 +11,13 @@ import pytest
 
 from handlers import completion
 from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, seal
-from handlers.calibration import Calibration, Conformal, Rejection
+from handlers.calibration import Calibration, Conformal
 from handlers.completion import complete
 from handlers.errors import UserError
 from handlers.files import new_folder
 from handlers.predictor import Predictor
 from handlers.taxonomy import CODES, KNOWN_CODES
+from handlers.unknown_class import Rejection
 from tests.models import NOTHING_SEEN, tiny_bundle
 from training import export
 
@@ -115,8 +116,8 @@ def test_a_file_that_cannot_be_read_is_told(slim, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"runtime": "onnx"}, "one of auto, openvino, torch, not 'onnx'"),
-        ({"precision": "int8"}, "one of auto, bf16, f32, not 'int8'"),
+        ({"runtime": "onnx"}, "runtime is 'onnx': it must be one of auto, openvino, torch"),
+        ({"precision": "int8"}, "precision is 'int8': it must be one of auto, bf16, f32"),
         ({"runtime": "openvino"}, "has no serving graph for OpenVINO"),
     ],
 )

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from handlers.bundle import WEIGHTS, Bundle
+from handlers.errors import ImageError
 from handlers.metadata import Metadata
 from handlers.predictor import Predictor
-from handlers.preprocessing import ImageError
 from handlers.taxonomy import CODES
 from mlflow_tracking.metrics import balanced_accuracy
 from mlflow_tracking.promotion.answers import Answers

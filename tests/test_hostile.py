@@ -25,10 +25,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from handlers.metadata import FIELDS
+from handlers.errors import ImageError
 from handlers.predictor import Predictor
-from handlers.preprocessing import ImageError, Preprocessing
-from handlers.skin_lesion_handler import IMAGE_FIELDS, OPTIONS, SkinLesionHandler
+from handlers.preprocessing import Preprocessing
+from handlers.request_parsing import IMAGE_FIELDS, OPTIONS
+from handlers.skin_lesion_handler import SkinLesionHandler
 from tests.hostile import corpus, images, photograph, requests
 from tests.hostile.images import Case
 from tests.models import tiny_bundle
@@ -93,7 +94,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-names = st.sampled_from([*IMAGE_FIELDS, *OPTIONS, *FIELDS, "body", "explain"]) | st.text(max_size=60)
+names = st.sampled_from([*IMAGE_FIELDS, *OPTIONS, "body", "explain"]) | st.text(max_size=60)
 rows = st.dictionaries(names, values, max_size=5) | values.map(lambda value: {"body": value})
 
 

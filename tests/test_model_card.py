@@ -10,8 +10,9 @@ import pytest
 from handlers.bundle import Bundle
 from handlers.completion import complete
 from handlers.metadata import FIELDS
-from handlers.predictor import Predictor, Request
+from handlers.predictor import Predictor
 from handlers.receipt import SEEN_SPLITS, read_receipt
+from handlers.request import Request
 from scripts.studies import model_card
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from handlers.bundle import BundleError
-from handlers.predictor import LOW_PRECISION_TOLERANCE, Prediction, Predictor, Request, RequestError
-from handlers.preprocessing import ImageError
+from handlers.errors import ImageError
+from handlers.prediction import Prediction
+from handlers.predictor import LOW_PRECISION_TOLERANCE, Predictor
+from handlers.request import Request, RequestError
 from handlers.runtimes import OpenVinoRuntime, TorchRuntime
 from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES
@@ -135,8 +137,8 @@ def test_the_map_after_augmentation_is_that_of_the_averaged_top_class(predictor,
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request(b"", gradcam="heat"), "gradcam must be one of"),
-        (Request(b"", target="mel"), "target must be one of"),
+        (Request(b"", gradcam="heat"), "gradcam is 'heat': it must be one of"),
+        (Request(b"", target="mel"), "target is 'mel': it must be one of"),
     ],
 )
 def test_wrong_options_are_refused_with_a_sentence(predictor, request_, message):

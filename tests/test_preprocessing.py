@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from handlers import preprocessing
-from handlers.preprocessing import MAX_BYTES, ImageError, Preprocessing, decode
+from handlers import decoding
+from handlers.decoding import MAX_BYTES, decode
+from handlers.errors import ImageError
+from handlers.preprocessing import Preprocessing
 from streamlit_app.pictures import open_picture
 from tests.hostile import images
 
@@ -100,7 +102,7 @@ def test_white_is_zero_where_a_tiff_says_so(read):
 
 def test_large_webps_are_decoded_one_at_a_time(picture, monkeypatch):
     alone = MagicMock()
-    monkeypatch.setattr(preprocessing, "_alone", alone)
+    monkeypatch.setattr(decoding, "_alone", alone)
     decode(encode(picture.resize((64, 48)), "WEBP"))
     assert not alone.__enter__.called
     decode(encode(Image.new("RGB", (700, 400)), "WEBP", lossless=True))

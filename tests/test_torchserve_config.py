@@ -24,8 +24,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from handlers.decoding import MAX_BYTES
 from handlers.files import file_sha256
-from handlers.preprocessing import MAX_BYTES
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.ledger import Entry, Ledger
 from mlflow_tracking.settings import ROOT, Settings

@@ -20,8 +20,10 @@ from sklearn.metrics import classification_report
 
 from handlers.bundle import BundleError
 from handlers.files import write_json
-from handlers.predictor import Prediction, Predictor, Request
+from handlers.prediction import Prediction
+from handlers.predictor import Predictor
 from handlers.receipt import read_receipt
+from handlers.request import Request
 from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking.command_line import console, errors, progress_bar
 from mlflow_tracking.runs import log_evaluation

@@ -33,9 +33,11 @@ from handlers.calibration import Calibration
 from handlers.completion import seal_with_graph
 from handlers.files import new_folder, write_json
 from handlers.metadata import Metadata
-from handlers.predictor import Prediction, Predictor, Request
+from handlers.prediction import Prediction
+from handlers.predictor import Predictor
 from handlers.preprocessing import Preprocessing, fingerprint
 from handlers.receipt import Receipt
+from handlers.request import Request
 from handlers.weights import BASIS, ORIGIN
 from mlflow_tracking.settings import MODEL_NAME
 from training.data.synthetic import draw_lesion

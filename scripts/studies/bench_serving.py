@@ -42,7 +42,8 @@ from handlers.bundle import Bundle, BundleError
 from handlers.calibration import Calibration
 from handlers.completion import complete
 from handlers.files import atomic_file, write_json
-from handlers.predictor import Prediction, Predictor
+from handlers.prediction import Prediction
+from handlers.predictor import Predictor
 from handlers.preprocessing import Preprocessing
 from handlers.receipt import Receipt
 from handlers.taxonomy import KNOWN_CODES

@@ -23,8 +23,10 @@ from rich.table import Table
 from handlers.bundle import Bundle, BundleError
 from handlers.errors import UserError
 from handlers.files import write_json
-from handlers.predictor import Prediction, Predictor, Request
+from handlers.prediction import Prediction
+from handlers.predictor import Predictor
 from handlers.preprocessing import Preprocessing
+from handlers.request import Request
 from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT, UNKNOWN
 from mlflow_tracking import metrics

@@ -27,7 +27,8 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from handlers.preprocessing import MAX_BYTES, ImageError, decode, ignore_oddities
+from handlers.decoding import MAX_BYTES, decode, ignore_oddities
+from handlers.errors import ImageError
 
 # Limits on a pair: bits by which the hashes differ, and two measures that `confirm` explains.
 HASH_RADIUS = 8

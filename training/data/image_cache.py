@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from handlers.errors import UserError
-from handlers.preprocessing import ImageError, Preprocessing, ignore_oddities
+from handlers.decoding import ignore_oddities
+from handlers.errors import ImageError, UserError
+from handlers.preprocessing import Preprocessing
 
 SCHEMA = 2  # of the cache; part of its key
 

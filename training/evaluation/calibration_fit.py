@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from handlers.calibration import Calibration, Conformal, Rejection
+from handlers.calibration import Calibration, Conformal
+from handlers.unknown_class import Rejection
 
 # The share of known lesions that the rejector may call unknown before anything else.
 FALSE_REJECTION = 0.05

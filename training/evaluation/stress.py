@@ -17,9 +17,10 @@ from PIL import Image
 from rich.table import Table
 
 from handlers.bundle import BundleError
+from handlers.decoding import decode
+from handlers.errors import ImageError
 from handlers.files import write_json
 from handlers.predictor import Predictor
-from handlers.preprocessing import ImageError, decode
 from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking import metrics
 from mlflow_tracking.command_line import console, errors, progress_bar

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from pydantic import Field
 
-from handlers.preprocessing import SHRINK_SIDE, decode
+from handlers.decoding import SHRINK_SIDE, decode
 from mlflow_tracking.promotion.answers import ask, metadata_of
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict

@@ -30,9 +30,11 @@ from ts.context import Context, RequestProcessor
 from handlers.backbone import split_attention
 from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, Bundle, seal
 from handlers.completion import export_graph
+from handlers.decoding import decode
 from handlers.errors import UserError
-from handlers.predictor import OVERLAY_MIN_SIDE, Prediction, Predictor, overlay
-from handlers.preprocessing import decode
+from handlers.overlay import OVERLAY_MIN_SIDE, overlay
+from handlers.prediction import Prediction
+from handlers.predictor import Predictor
 from handlers.runtimes import OpenVinoRuntime, core
 from handlers.serving_graph import serving_module
 from handlers.skin_lesion_handler import SkinLesionHandler

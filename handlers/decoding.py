@@ -1,0 +1,209 @@
+"""Decoding: untrusted bytes to an upright RGB picture, with every limit on its size and shape.
+
+The steps: count the bytes, detect the format from the first bytes, check the structure (handlers/file_limits.py), check
+the header, decode the pixels, convert them to RGB, turn them upright.
+"""
+
+import hashlib
+import io
+import threading
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from handlers.errors import ImageError, InvalidImage
+from handlers.file_limits import MAX_PIXELS, check_structure
+
+# Dermoscopes and phones write 1 to 15 MB.
+MAX_BYTES = 20 * 1024 * 1024
+MIN_SIDE = 16
+# Beyond a panorama's shape the squashed input no longer resembles a lesion.
+MAX_ASPECT_RATIO = 8.0
+# Exif has 64 KB in most files, and Pillow unpacks whatever length a tag claims.
+MAX_EXIF_BYTES = 1 << 20
+# Pillow holds three canvases of a WebP, 16 bytes a pixel. So a WebP may have half the pixels of other formats, and large
+# ones are decoded one at a time.
+MAX_WEBP_PIXELS, ALONE_PIXELS = 25_000_000, 262_144
+# Pictures shrink by whole boxes right after decoding, as long as the shorter side keeps this many pixels. A batch of
+# eight with 50 megapixels each would hold 1.6 GB otherwise.
+SHRINK_SIDE = 512
+
+# First bytes by Pillow's name of the format. JPEG includes MPO, the multi-picture JPEG of phones.
+_SIGNATURES = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\x00", b"MM\x00*"),
+}
+_RUN_LENGTHS = (1, 2)  # compressions of a BMP that Pillow decodes in Python, a pixel at a time
+_alone = threading.Lock()
+# The transposition that makes a picture with this EXIF orientation upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An upright RGB picture, possibly at reduced scale, with the upright size (pixels) in which it was sent."""
+
+    image: Image.Image
+    width: int
+    height: int
+    sha256: str
+
+
+def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
+    """Decode untrusted bytes to an upright RGB image.
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and the first page of
+    a TIFF is taken.
+
+    Args:
+        data: the file as received.
+        min_side: if given, the picture may be decoded at reduced scale: a JPEG at 1/2, 1/4 or 1/8 as long as its
+            shorter side keeps this many pixels, others down to SHRINK_SIDE.
+
+    Raises:
+        ImageError: 413 for too many bytes or pixels, 415 for another kind of file, 400 for a damaged or unusable one.
+    """
+    if not data:
+        raise ImageError(400, "empty_image", "The request holds no image. Send the bytes of one picture.")
+    if len(data) > MAX_BYTES:
+        raise ImageError(
+            413, "image_too_large", f"The image has {len(data):,} bytes; the limit is {MAX_BYTES:,} bytes."
+        )
+    format_ = image_format(data)
+    check_structure(data, format_)
+    try:
+        with Image.open(io.BytesIO(data), formats=(format_,)) as opened:
+            _check_header(opened)
+            large = format_ == "WEBP" and opened.width * opened.height > ALONE_PIXELS
+            with _alone if large else nullcontext():
+                image, size = _load(opened, min_side)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(413, "image_too_large", f"The image has more than {MAX_PIXELS:,} pixels.") from error
+    except UnidentifiedImageError as error:
+        raise InvalidImage(f"The file begins like a {format_} image, but its header is damaged.") from error
+    # Pillow's decoders report damage with exceptions of many kinds.
+    except Exception as error:
+        raise InvalidImage(f"The {format_} image is damaged or cut off and cannot be decoded.") from error
+    return DecodedImage(image, *size, hashlib.sha256(data).hexdigest())
+
+
+def image_format(data: bytes) -> str:
+    """Detect the format from the first bytes, as Pillow names it. Raises ImageError (415) for another kind of file."""
+    for name, signatures in _SIGNATURES.items():
+        if data.startswith(signatures):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    raise ImageError(
+        415, "unsupported_media_type", "The file is not a JPEG, PNG, WebP, BMP or TIFF image. Save it as JPEG or PNG."
+    )
+
+
+def ignore_oddities() -> None:
+    """Keep Pillow's warnings of harmless oddities in EXIF and TIFF tags out of the log, for the whole process.
+
+    Not around each picture, because Python's warning filters are shared by all threads.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _check_header(image: Image.Image) -> None:
+    width, height = image.size
+    max_pixels = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
+    if width * height > max_pixels:
+        raise ImageError(
+            413, "image_too_large", f"The image has {width}×{height} pixels; the limit is {max_pixels:,} pixels."
+        )
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(
+            400, "image_too_small", f"The image has {width}×{height} pixels; each side needs at least {MIN_SIDE}."
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(
+            400,
+            "unusual_shape",
+            f"The image has {width}×{height} pixels; one side may be at most {MAX_ASPECT_RATIO:g} times the other.",
+        )
+    if image.format == "TIFF" and _area(image) > width * height:
+        raise InvalidImage("The strips or tiles of this TIFF overlap. Save it as a standard TIFF.")
+    if image.format == "BMP" and image.info.get("compression") in _RUN_LENGTHS:
+        raise InvalidImage("This BMP uses run-length compression, which is not supported. Save it as PNG.")
+    if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
+        raise ImageError(400, "animated_image", "The image is an animation. Send one still picture.")
+
+
+def _area(image: Any) -> int:
+    """Count the pixels of all strips or tiles of a TIFF, per layer where layers are stored separately."""
+    samples, separate = image.tag_v2.get(277, 1), image.tag_v2.get(284, 1) == 2
+    places = (tile[1] for tile in image.tile)
+    return sum((right - left) * (low - top) for left, top, right, low in places) // (samples if separate else 1)
+
+
+def _load(image: Image.Image, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode the pixels. Returns the upright RGB picture and the upright (width, height) in which it was sent."""
+    sent = image.size
+    if min_side is not None and image.format in ("JPEG", "MPO"):
+        # draft keeps both sides at or above the requested ones, so request the shape scaled to the shorter side.
+        scale = min_side / min(sent)
+        image.draft(None, (max(1, round(sent[0] * scale)), max(1, round(sent[1] * scale))))
+    if image.format == "TIFF":
+        # Pillow would unpack all of Exif and GPS after the pixels, whatever length they claim, except for animations.
+        image.is_animated = True  # type: ignore[attr-defined]
+    orientation = _orientation(image)
+    image.load()
+    shrink = 1 if min_side is None else max(1, min(image.size) // max(min_side, SHRINK_SIDE))
+    rgb = _to_rgb(image, shrink)
+    if orientation in _UPRIGHT:
+        rgb = rgb.transpose(_UPRIGHT[orientation])
+    return rgb, (sent[1], sent[0]) if orientation in (5, 6, 7, 8) else sent
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 for upright."""
+    if image.format == "TIFF":  # Pillow turns it upright itself and reports the upright size
+        return 1
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()  # Exif may stand behind the pixels
+    text = len(image.info.get("Raw profile type exif") or "") // 2  # ImageMagick's Exif, a text of hexadecimal digits
+    if max(len(image.info.get("exif") or b""), text) > MAX_EXIF_BYTES:
+        raise InvalidImage(f"The image has more than {MAX_EXIF_BYTES:,} bytes of Exif data. Save it without metadata.")
+    value = image.getexif().get(0x0112, 1)
+    return value if isinstance(value, int) else 1  # a value of the wrong type is ignored
+
+
+def _to_rgb(image: Image.Image, shrink: int) -> Image.Image:
+    """Convert any mode to RGB and divide each side by `shrink`, with at most two copies of the full size at a time."""
+    if image.mode.startswith("I"):  # 16-bit grey
+        grey = image.convert("I").reduce(shrink)
+        levels = (np.clip(np.asarray(grey), 0, 65535) // 257).astype(np.uint8)
+        white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # of a TIFF; Pillow respects it in 8 bits alone
+        image, shrink = Image.fromarray(255 - levels if white_is_zero else levels), 1
+    elif image.mode == "F":
+        raise InvalidImage("Floating-point images have no defined brightness. Send 8 or 16 bits per channel.")
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        if image.mode == "LA" and shrink > 1:  # while it has two channels
+            image, shrink = image.reduce(shrink), 1
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    if shrink > 1:
+        image = image.reduce(shrink)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")

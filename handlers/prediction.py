@@ -1,0 +1,69 @@
+"""A prediction: the answer to one request, and its JSON in the REST contract."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from handlers.decoding import DecodedImage
+from handlers.taxonomy import BY_CODE, TAXONOMY
+
+DISCLAIMER = "Research use only. Not a medical device."
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one request. `probabilities` has nine entries summing to 1; `grid` holds rows of values in [0, 1].
+
+    `target` is the code of the map's class. `metadata` are the values that were used, None for missing ones; it is
+    empty for a model without metadata.
+    """
+
+    probabilities: dict[str, float]
+    grid: list[list[float]] | None
+    target: str | None
+    overlay_png: bytes | None
+    entropy: float
+    conformal_set: list[str] | None
+    confidence_level: float | None
+    image: DecodedImage
+    model: dict[str, Any]
+    metadata: Mapping[str, float | str | None]
+
+    @property
+    def code(self) -> str:
+        """The most probable of the nine classes."""
+        return max(self.probabilities, key=self.probabilities.__getitem__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON of the REST answer (schema 1)."""
+        top = BY_CODE[self.code]
+        return {
+            "schema": 1,
+            "model": self.model,
+            "prediction": {
+                "code": top.code,
+                "name": top.name,
+                "probability": self.probabilities[top.code],
+                "malignant": top.malignant,
+            },
+            "probabilities": self.probabilities,
+            "classes": {
+                c.code: {"name": c.name, "malignant": c.malignant, "description": c.description} for c in TAXONOMY
+            },
+            "uncertainty": {
+                "entropy": self.entropy,
+                "conformal_set": self.conformal_set,
+                "confidence_level": self.confidence_level,
+            },
+            "gradcam": None
+            if self.grid is None
+            else {
+                "target": self.target,
+                "grid": self.grid,
+                "overlay_png": base64.b64encode(self.overlay_png).decode() if self.overlay_png else None,
+            },
+            "image": {"width": self.image.width, "height": self.image.height, "sha256": self.image.sha256},
+            **({"metadata": dict(self.metadata)} if self.metadata else {}),
+            "disclaimer": DISCLAIMER,
+        }
