@@ -69,8 +69,9 @@ class PredictionClient:
             except requests.RequestException as error:
                 raise self._translate(error) from error
             else:
-                if wait is None or not _is_transient(response):
-                    return _parse(response)
+                body = _body(response)
+                if wait is None or not _is_transient(response.status_code, body):
+                    return _parse(response.status_code, body)
             time.sleep(wait)
         raise AssertionError("unreachable: the last try returns or raises")
 
@@ -95,40 +96,34 @@ class PredictionClient:
         return ServingError("unexpected", f"{self.url} is not a usable address. Check TORCHSERVE_URL.")
 
 
-def _is_transient(response: requests.Response) -> bool:
-    """Return whether a retry may succeed: TorchServe's own failure, not the handler's."""
-    status = response.status_code
-    return status in BUSY or (status == FAILED and not _handler_error(_json(response)))
-
-
-def _json(response: requests.Response) -> Any:
+def _body(response: requests.Response) -> dict[str, Any]:
+    """Return the JSON object in a response; empty if there is none."""
     try:
-        return response.json()
+        body = response.json()
     except ValueError:
-        return None
+        return {}
+    return body if isinstance(body, dict) else {}
 
 
-def _handler_error(body: Any) -> dict[str, Any]:
-    """Return the handler's error in a body; empty if the body holds TorchServe's error or none."""
-    error = body.get("error") if isinstance(body, dict) else None
-    return error if isinstance(error, dict) else {}
+def _is_transient(status: int, body: dict[str, Any]) -> bool:
+    """Return whether a retry may succeed: TorchServe's own failure, not the handler's, whose body has `error`."""
+    return status in BUSY or (status == FAILED and "error" not in body)
 
 
-def _parse(response: requests.Response) -> Answer:
-    """Return the answer in a response.
+def _parse(status: int, body: dict[str, Any]) -> Answer:
+    """Return the answer in a body.
 
     Raises:
-        ServingError: the response holds an error of the handler or of TorchServe, or no answer of schema 1.
+        ServingError: the body holds an error of the handler or of TorchServe, or no answer of schema 1.
     """
-    status, body = response.status_code, _json(response)
     if status == 200:
         try:
             return Answer.model_validate(body)
         except ValidationError as error:
             fields = ", ".join(".".join(map(str, problem["loc"])) or "body" for problem in error.errors()[:3])
             raise ServingError("unexpected", f"The answer is not in schema 1: {fields}.") from error
-    ours = _handler_error(body)
-    message = str(ours.get("message") or (body.get("message") if isinstance(body, dict) else None) or "")[:300]
+    ours = body.get("error")
+    message = str((ours if isinstance(ours, dict) else body).get("message") or "")[:300]
     if status in BUSY:
         raise ServingError("busy", message or "All workers are busy.")
     if status == 404:
@@ -139,7 +134,9 @@ def _parse(response: requests.Response) -> Answer:
         raise ServingError("refused", message or "The model server refused the picture without a reason.")
     if status == FAILED and ours:
         raise ServingError("failed", message or "The model failed on this picture.")
-    raise ServingError("unexpected", f"The model server answered with status {status}. {message}")
+    if message:
+        raise ServingError("unexpected", f"The model server answered with status {status}: {message}")
+    raise ServingError("unexpected", f"The model server answered with status {status}.")
 
 
 def promoter_state(url: str) -> PromoterState | None:

@@ -23,6 +23,11 @@ pytest_plugins = ["tests.fixtures_page"]
 FOLDER = Path(__file__).parent.parent / "streamlit_app"
 HOSTILE = '<img src=x onerror="alert(1)">![x](http://evil.example/y)$a$.jpg'
 
+HALF_BLUE = Image.new("RGB", (80, 40), "red")
+HALF_BLUE.paste("blue", (0, 0, 40, 40))
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # the left side belongs on top
+
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
@@ -49,28 +54,20 @@ class TestPictures:
         assert distances == sorted(distances)
         assert distances[0] > 0
 
-    def test_the_exif_orientation_is_applied(self):
-        wide = Image.new("RGB", (80, 40), "red")
-        wide.paste("blue", (0, 0, 20, 40))
-        exif = Image.Exif()
-        exif[0x0112] = 6  # the left side belongs on top
-        shown = pictures.open_picture(encode(wide, "JPEG", exif=exif, quality=95))
-        assert shown.size == (40, 80)
-        assert shown.getpixel((20, 5))[2] > 200
-
-    def test_large_pictures_are_shown_smaller(self):
-        assert pictures.open_picture(encode(Image.new("RGB", (4000, 3000)), "JPEG")).size == (1000, 750)
-
     @pytest.mark.parametrize(
-        ("image", "colour"),
+        ("kind", "image", "options", "size", "colour"),
         [
-            (Image.new("RGBA", (20, 20), (0, 0, 0, 0)), (255, 255, 255)),
-            (Image.fromarray(np.full((20, 20), 40_000, np.uint16)), (155, 155, 155)),
+            ("JPEG", Image.new("RGB", (4000, 3000)), {}, (1000, 750), (0, 0, 0)),
+            ("JPEG", HALF_BLUE, {"exif": TURNED, "quality": 95}, (40, 80), (0, 0, 254)),
+            ("PNG", Image.new("RGBA", (20, 20), (0, 0, 0, 0)), {}, (20, 20), (255, 255, 255)),
+            ("PNG", Image.fromarray(np.full((20, 20), 40_000, np.uint16)), {}, (20, 20), (155, 155, 155)),
         ],
-        ids=["transparent", "16 bits"],
+        ids=["large", "turned", "transparent", "16 bits"],
     )
-    def test_colours_on_the_screen(self, image, colour):
-        assert pictures.open_picture(encode(image, "PNG")).getpixel((3, 3)) == colour
+    def test_a_picture_on_the_screen(self, kind, image, options, size, colour):
+        shown = pictures.open_picture(encode(image, kind, **options))
+        assert shown.size == size
+        assert shown.getpixel((5, 5)) == pytest.approx(colour, abs=2)
 
     @pytest.mark.parametrize("data", [b"", b"GIF89a", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
     def test_other_files_are_not_shown(self, data):

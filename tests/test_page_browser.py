@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from playwright.sync_api import BrowserContext, Page, expect
 
 from scripts.free_ports import free_ports
 from tests.chromium import chromium
@@ -66,19 +66,12 @@ def address(fake_server) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def context(browser) -> Iterator[BrowserContext]:
+def context() -> Iterator[BrowserContext]:
     """One context for all tests, so that Streamlit's scripts are compiled once."""
-    context = browser.new_context(viewport=WINDOWS["wide"], accept_downloads=True)
-    context.set_default_timeout(PATIENCE)
     expect.set_options(timeout=PATIENCE)
-    yield context
-    context.close()
+    with chromium() as browser, browser.new_context(viewport=WINDOWS["wide"], accept_downloads=True) as context:
+        context.set_default_timeout(PATIENCE)
+        yield context
 
 
 @pytest.fixture
@@ -237,8 +230,6 @@ def test_patient_details_stay_with_their_picture(page, server, files):
     expect(page.get_by_alt_text(f"Heatmap for {name}")).to_be_visible()
     expect(page.locator(".sl-verdict")).to_contain_text(name)
     settle(page)
-    if folder := os.environ.get("SCREENSHOT_DIR"):
-        screenshot(page, Path(folder) / "details.png")
     open_row(page, 1, "nv.jpg")
     expect(age).to_have_value("")
     open_row(page, 0, "mel.jpg")

@@ -56,8 +56,8 @@ class TestClient:
             ("refuse", "refused", "damaged"),
             ("too_large", "refused", "larger than the model server accepts"),
             ("no_model", "no_model", "Model not found"),
-            ("broken", "unexpected", "status 500. Worker died."),
-            ("redirect", "unexpected", "status 302"),
+            ("broken", "unexpected", "status 500: Worker died."),
+            ("redirect", "unexpected", "status 302."),
             ("garbage", "unexpected", "not in schema 1"),
         ],
     )
@@ -91,10 +91,6 @@ class TestClient:
         monkeypatch.delenv("NO_PROXY", raising=False)
         assert predictions.predict(jpegs[0])
 
-    def test_ping(self, predictions):
-        assert predictions.is_up()
-        assert not PredictionClient(NOWHERE).is_up()
-
     @pytest.mark.parametrize(
         "wrong",
         [
@@ -119,8 +115,10 @@ class TestClient:
             parse(**wrong)
 
 
-class TestPromoter:
-    def test_a_page_without_promoter(self, server):
+class TestStatus:
+    def test_services_that_do_not_answer(self, server, predictions):
+        assert predictions.is_up()
+        assert not PredictionClient(NOWHERE).is_up()
         assert client.promoter_state(NOWHERE) is None
         assert client.promoter_state(server.url) is None, "a 404 is not a promoter"
 
