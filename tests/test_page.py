@@ -6,6 +6,8 @@ App: the whole page, run by Streamlit's own test driver.
 
 import csv
 import io
+import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,11 @@ class TestWords:
     def test_the_style_sheet_has_the_charts_colours(self):
         style = (FOLDER / "style.css").read_text()
         assert all(f"--{kind}-bar: {colour};" in style for kind, colour in charts.CLASS_COLOURS.items())
+
+    def test_the_page_takes_files_as_large_as_a_request(self):
+        limit = int(re.search(r"max_request_size=(\d+)", (FOLDER / "../torchserve/config.properties").read_text())[1])
+        config = tomllib.loads((FOLDER / ".streamlit/config.toml").read_text())
+        assert config["server"]["maxUploadSize"] * 1024 * 1024 == limit
 
     def test_links_to_mlflow(self):
         block = html_blocks.provenance(parse(), "http://mlflow.example:5001/")
