@@ -1,5 +1,6 @@
-"""Stand-ins for MLflow and TorchServe that fail at will, around a real store and ledger (tests/test_reconcile.py)."""
+"""Stand-ins for MLflow and TorchServe that fail on demand, around a real store and ledger (tests/test_reconcile.py)."""
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from mlflow_tracking.promotion.gates.base import Gate
 from mlflow_tracking.promotion.gates.identity import GoldenParity
 from mlflow_tracking.promotion.ledger import Ledger
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.reconcile import Reconciler
+from mlflow_tracking.promotion.reconcile import Pass, Reconciler
 from mlflow_tracking.promotion.step_runner import Event
 from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable
@@ -96,7 +97,7 @@ class FakeRegistry:
 
 @dataclass
 class FakeTorchServe:
-    """TorchServe's rules, as the live tests have found them."""
+    """TorchServe with its rules, which the live tests confirm."""
 
     doors: Doors
     store: Path
@@ -196,11 +197,11 @@ class World:
         gates = (Golden(),) if gates is None else gates
         executor = Executor(self.torchserve.store, self.registry, self.torchserve, gates, self.folder / "cache")
 
-        def tell(event: Event) -> None:
+        def listener(event: Event) -> None:
             if event.state not in ("begun", "running"):
                 self.events.append(f"{event.step} {event.state}")
 
-        return Reconciler(self.registry, executor, 3, tell, **options)
+        return Reconciler(self.registry, executor, 3, listener, **options)
 
     def release(self, version: str) -> Release:
         return Release(version, self.registry.tags[version]["digest"])
@@ -209,19 +210,38 @@ class World:
     def ledger(self) -> Ledger:
         return ledgers.read(self.torchserve.store)
 
-    def serve(self, version: str) -> None:
+    def deploy(self, version: str, promoter: Reconciler | None = None) -> Pass:
+        """Make a version champion and run one pass, of a new promoter by default."""
         self.registry.aliases["champion"] = version
-        self.promoter().reconcile()
-        assert self.torchserve.default_version == version
-        assert self.promoter().reconcile().settled
+        return (promoter or self.promoter()).reconcile()
+
+    def serve(self, *versions: str) -> "World":
+        """Deploy versions one after the other, each until nothing is left to do."""
+        for version in versions:
+            self.deploy(version)
+            assert self.served == version
+            assert self.promoter().reconcile().settled
         self.events.clear()
+        return self
+
+    def copy(self, folder: Path) -> "World":
+        """Return an independent world in the same state."""
+        twin = copy.deepcopy(self)
+        twin.folder = folder
+        twin.torchserve.store = Path(shutil.copytree(self.torchserve.store, folder / "store"))
+        return twin
+
+    @property
+    def served(self) -> str | None:
+        """The version that answers."""
+        return self.torchserve.default_version
 
     def status(self, version: str) -> str | None:
         return self.registry.tags[version].get("serving.status")
 
 
 class Golden(GoldenParity):
-    """With golden pictures that tell the stand-in which bundle it is to play; it has no checkpoint."""
+    """Golden parity with a picture that names the bundle which the stand-in plays; there is no checkpoint."""
 
     checkpoint: bool = False
 
