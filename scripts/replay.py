@@ -1,81 +1,62 @@
-"""What would change if the challenger answered: champion and challenger asked about the same pictures.
-
-Both must be loaded: point the alias challenger at a version and wait for
-the promoter. The pictures are those of the frozen evaluation set, and, if
-you name folders with --samples, your own: live requests are not kept, so
-only pictures given on purpose can be replayed. The report (JSON and HTML)
-tells agreement, flips into and out of malignant, and latency; it is kept
-with the challenger's version in MLflow. The exit code is 1 when something
-is missing, 2 for wrong options, 3 when a server is away.
-"""
+"""Compare champion and challenger on the same pictures."""
 
 import json
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
+from handlers.errors import UsageError
+from mlflow_tracking.command_line import console, run
 from mlflow_tracking.promotion.answers import AnswerBook
-from mlflow_tracking.promotion.comparison import replay_samples, replay_set
-from mlflow_tracking.promotion.evaluation_set import CurrentSet, EvaluationSetError
+from mlflow_tracking.promotion.comparison import replay_folder, replay_set
+from mlflow_tracking.promotion.evaluation_set import CurrentSet
 from mlflow_tracking.promotion.execute import JUDGEMENTS
 from mlflow_tracking.promotion.gates.judgement_report import write_replay
-from mlflow_tracking.promotion.ledger import LedgerError
 from mlflow_tracking.promotion.locks import LOCK_SECONDS, lock
 from mlflow_tracking.promotion.observe import Observer
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
-from mlflow_tracking.registry import Registry, RegistryError, RegistryUnavailable
-from mlflow_tracking.settings import Settings, SettingsError
-from training.data.sources import IMAGE_ENDINGS
+from mlflow_tracking.promotion.torchserve_client import TorchServe
+from mlflow_tracking.registry import Registry, RegistryError
+from mlflow_tracking.settings import Settings
 
-EPILOG = """
-Examples:
-
-  python scripts/replay.py
-
-  python scripts/replay.py --samples clinic/2026-11 --out replay
-"""
-REPLAY = "replay"  # where the report lies among the challenger's artifacts
-
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+REPLAY = "replay"  # the report's folder among the challenger's artifacts
 
 
-@app.command(help=__doc__, epilog=EPILOG)
 def replay(
-    samples: list[Path] = typer.Option(
-        [], "--samples", exists=True, file_okay=False, help="A folder of pictures to ask about as well; repeat."
-    ),
-    out: Path = typer.Option(None, "--out", help="Also write the report into this folder."),
-    as_json: bool = typer.Option(False, "--json", help="Print the tables as JSON."),
+    samples: Annotated[
+        list[Path] | None, typer.Option(exists=True, file_okay=False, help="A folder of pictures to add; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the report into this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON.")] = False,
 ) -> None:
+    """Compare champion and challenger on the same pictures.
+
+    First point the alias challenger at a version and wait until the promoter
+    has loaded it. The pictures are those of the frozen evaluation set and of
+    folders named with --samples; live requests are not kept. The report (JSON
+    and HTML) has agreement, flips between benign and malignant, and latency.
+    MLflow stores it with the challenger's version. Exit codes: 0 done, 1 a
+    version or the pictures are missing, 2 wrong options, 3 a server does not
+    answer.
+    """
     settings = Settings.load()
     registry = Registry(settings.registry_uri)
     torchserve = TorchServe(settings.inference_url, settings.management)
-    champion, challenger = both(registry, Observer(settings.store, torchserve))
+    champion, challenger = loaded_pair(registry, Observer(settings.store, torchserve))
     book = AnswerBook(settings.store / JUDGEMENTS)
     tables: dict[str, Any] = {}
-    with console.status("Asking both versions …"):
-        # Set and answers are the promoter's too. Its gates have asked both versions already, so this is short.
+    with console.status("Both versions answer …"):
+        # The promoter uses the same set and answers. Its gates have collected most answers already.
         with lock(settings.store, LOCK_SECONDS):
-            if (evaluation := CurrentSet(registry, settings.evaluation_cache).get()) is not None:
-                table = replay_set(torchserve, book, evaluation, champion, challenger)
-                tables["frozen evaluation set"] = table
-        for folder in samples:
-            found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-            files = sorted(path for path in found if not path.name.startswith("."))  # macOS leaves ._NAME.jpg
-            if not files:
-                raise RegistryError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_ENDINGS))}).")
-            tables[str(folder)] = replay_samples(torchserve, files, champion, challenger)
+            if evaluation := CurrentSet(registry, settings.evaluation_cache).get():
+                tables["frozen evaluation set"] = replay_set(torchserve, book, evaluation, champion, challenger)
+        for folder in samples or []:
+            tables[str(folder)] = replay_folder(torchserve, folder, champion, challenger)
     torchserve.close()
     if not tables:
-        raise RegistryError("There is nothing to replay: freeze an evaluation set, or name folders with --samples.")
+        raise UsageError("There are no pictures: freeze an evaluation set, or name a folder with --samples.")
     with tempfile.TemporaryDirectory() as temporary:
         write_replay(Path(temporary), champion.version, challenger.version, tables)
         registry.log_report(challenger.version, Path(temporary), REPLAY)
@@ -86,43 +67,44 @@ def replay(
         print(json.dumps(tables, indent=1))
         return
     for name, table in tables.items():
-        console.print(
-            f"[bold]{escape(name)}[/]: {table['images']} pictures, {table['agreement']:.1%} agree; "
-            f"{table['into_malignant']} turn malignant, {table['out_of_malignant']} turn benign"
-        )
-        for refused, reason in table.get("refused", {}).items():
-            console.print(f"  [yellow]{escape(refused)} was left out:[/] {escape(reason)}")
-        for who, version in (("champion", champion), ("challenger", challenger)):
-            figures = table[who]
-            quality = (
-                f", balanced accuracy {figures['balanced_accuracy']:.3f}" if "balanced_accuracy" in figures else ""
-            )
-            times = f"p50 {figures['p50_milliseconds']:.0f} ms, p95 {figures['p95_milliseconds']:.0f} ms"
-            console.print(f"  {who} (version {version.version}): {times}{quality}")
+        show(name, table, {"champion": champion, "challenger": challenger})
 
 
-def both(registry: Registry, observer: Observer) -> tuple[Release, Release]:
-    """What serves and what stands by, both loaded. Raises RegistryError."""
-    challenger = registry.resolve("challenger")
+def loaded_pair(registry: Registry, observer: Observer) -> tuple[Release, Release]:
+    """Return champion and challenger, both loaded in TorchServe. Raises RegistryError."""
     actual = observer.actual_state()
-    loaded = {held.release for held in actual.loaded.values() if held.ready}
+    loaded = {version.release for version in actual.loaded.values() if version.ready}
     if actual.serving is None or actual.serving not in loaded:
-        raise RegistryError("No champion is served; nothing to compare with.")
+        raise RegistryError("No champion serves. Deploy one with `promote.py to VERSION`.")
+    challenger = registry.resolve("challenger")
     if challenger is None:
-        raise RegistryError("No version is challenger. Name one with `promote.py to VERSION --alias challenger`.")
+        raise RegistryError("No version is challenger. Choose one with `promote.py to VERSION --alias challenger`.")
     release = Release(challenger.version, challenger.digest or "")
     if release not in loaded:
-        reason = challenger.tags.get("serving.reason") or "the promoter has not brought it up yet"
-        raise RegistryError(f"The challenger, version {release.version}, is not loaded: {reason.rstrip('.')}.")
+        reason = challenger.tags.get("serving.reason") or "The promoter has not loaded it yet."
+        raise RegistryError(f"The challenger, version {release.version}, is not loaded. {reason}")
     return actual.serving, release
 
 
+def show(name: str, table: dict[str, Any], releases: dict[str, Release]) -> None:
+    """Print one table."""
+    console.print(
+        f"{name}: {table['images']} pictures, {table['agreement']:.1%} agree, "
+        f"{table['into_malignant']} turn malignant, {table['out_of_malignant']} turn benign",
+        style="bold",
+    )
+    for file, reason in table.get("refused", {}).items():
+        console.print(f"  {file} was left out: {reason}", style="yellow")
+    for role, release in releases.items():
+        figures = table[role]
+        line = f"p50 {figures['p50_milliseconds']:.0f} ms, p95 {figures['p95_milliseconds']:.0f} ms"
+        if "balanced_accuracy" in figures:
+            line += f", balanced accuracy {figures['balanced_accuracy']:.3f}"
+        console.print(f"  {role} (version {release.version}): {line}")
+
+
 if __name__ == "__main__":
-    try:
-        app()
-    except (RegistryUnavailable, TorchServeUnavailable) as error:
-        errors.print(f"[red]{escape(str(error))}[/]")
-        sys.exit(3)
-    except (RegistryError, TorchServeError, EvaluationSetError, LedgerError, SettingsError, OSError) as error:
-        errors.print(f"[red]{escape(str(error))}[/]")
-        sys.exit(1)
+    run(
+        replay,
+        examples=["python scripts/replay.py", "python scripts/replay.py --samples clinic/2026-11 --out replay"],
+    )

@@ -1,7 +1,4 @@
-"""A good candidate for the gates, its bundle and its evaluation set.
-
-Test modules ask for these by `pytest_plugins`; tests/gates_world.py holds what they import.
-"""
+"""Fixtures of the gates' tests, requested with `pytest_plugins`: a good candidate and its evaluation set."""
 
 import hashlib
 
@@ -18,7 +15,7 @@ from tests.gates_world import CHAMPION, COUNTS, SETTINGS, SIGNATURE, Case, Serve
 from tests.models import tiny_bundle
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def evaluation(tmp_path_factory) -> EvaluationSet:
     folder = tmp_path_factory.mktemp("set")
     rows = []
@@ -27,20 +24,20 @@ def evaluation(tmp_path_factory) -> EvaluationSet:
             path = folder / f"{code}{number}.png"
             path.write_bytes(image := patch(code, number))
             digest = hashlib.sha256(image).hexdigest()
-            told = (float(number + 20) if number % 2 else None, "female", "palms/soles" if number % 3 else "knee")
-            rows.append((str(path), path.stem, code, f"{code}-{number // 2}", "drawn", digest, digest[:16], *told))
+            metadata = (float(number + 20) if number % 2 else None, "female", "palms/soles" if number % 3 else "knee")
+            rows.append((str(path), path.stem, code, f"{code}-{number // 2}", "drawn", digest, digest[:16], *metadata))
     return freeze(pd.DataFrame(rows, columns=["path", *COLUMNS[1:]]), folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bundle(tmp_path_factory) -> Bundle:
     return tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle", receipt=receipt("f" * 64))
 
 
 @pytest.fixture
 def case(bundle, evaluation, tmp_path) -> Case:
-    digests = {"1": CHAMPION.digest, "2": bundle.digest}
     originals = frozenset(bytes.fromhex(digest) for digest in evaluation.frame["sha256"])
+    digests = {"1": CHAMPION.digest, "2": bundle.digest}
     server = Server(bundle, {"1": {}, "2": {}}, originals=originals, digests=digests)
     candidate = Candidate(
         Release("2", bundle.digest),
@@ -52,8 +49,7 @@ def case(bundle, evaluation, tmp_path) -> Case:
         champion=CHAMPION,
         evaluation=evaluation,
     )
-    gates = {gate.name: gate for gate in load_gates(SETTINGS)}
-    # Seconds each: the checkpoint has a test of its own.
-    gates["golden parity"] = gates["golden parity"].model_copy(update={"checkpoint": False})
-    gates["latency"] = gates["latency"].model_copy(update={"requests": 5})
-    return Case(candidate, server, gates, tmp_path)
+    case = Case(candidate, server, {gate.name: gate for gate in load_gates(SETTINGS)}, tmp_path)
+    case.limit("golden parity", checkpoint=False)  # takes seconds and has a test of its own
+    case.limit("latency", requests=5)
+    return case

@@ -1,6 +1,6 @@
-"""A candidate for the gates that is good until something is done to it, and a TorchServe that sees what a patch shows.
+"""A candidate that passes all gates until a test changes something, and a TorchServe that recognises coloured patches.
 
-The fixtures of it are in tests/fixtures_gates.py.
+tests/fixtures_gates.py has the fixtures.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from mlflow_tracking.settings import ROOT
 
 SETTINGS = ROOT / "mlflow_tracking" / "gates.yaml"
 SIGNATURE = ((("image", "binary"),), tuple((code, "double") for code in CODES))
-COUNTS = {"MEL": 40, "NV": 90, "BCC": 30, "AK": 30, "BKL": 30, "DF": 30, "VASC": 30, "SCC": 30, "UNK": 24}
+COUNTS = {"MEL": 20, "NV": 90, "BCC": 14, "AK": 14, "BKL": 14, "DF": 14, "VASC": 14, "SCC": 14, "UNK": 20}
 CHAMPION = Release("1", "sha256:" + "c" * 64)
 
 
 def patch(code: str, number: int) -> bytes:
-    """A picture of one hue, its class; light and shade differ, so that no two are the same."""
+    """Return a picture whose hue stands for its class and whose shade makes it unique."""
     hue = round(CODES.index(code) * 255 / len(CODES))
     pixels = np.full((24, 24, 3), (hue, 150 + number % 80, 120 + number), np.uint8)
     buffer = io.BytesIO()
@@ -38,14 +38,14 @@ def patch(code: str, number: int) -> bytes:
     return buffer.getvalue()
 
 
-def seen(image: bytes) -> str:
-    """The class that a patch shows."""
+def class_of(image: bytes) -> str:
+    """Return the class of a patch."""
     hue = np.asarray(Image.open(io.BytesIO(image)).convert("HSV"))[:, :, 0].mean()
     return CODES[round(hue * len(CODES) / 255) % len(CODES)]
 
 
 def answer(**probabilities: float) -> dict[str, float]:
-    """Nine probabilities: those given, the rest shared by the others."""
+    """Return nine probabilities; the classes that are not given share the rest."""
     others = [code for code in CODES if code not in probabilities]
     rest = (1 - sum(probabilities.values())) / len(others)
     return {code: probabilities.get(code, rest) for code in CODES}
@@ -53,37 +53,37 @@ def answer(**probabilities: float) -> dict[str, float]:
 
 @dataclass
 class Server:
-    """TorchServe with one version for each entry of `models`: what it answers to a patch of a class."""
+    """TorchServe. `models` has, for each version, the answers to patches of a class that are not simply right."""
 
     bundle: Bundle
     models: dict[str, dict] = field(default_factory=dict)
     golden_shift: float = 0.0
     seconds: float = 0.0
-    disturbed: bool = False  # by any picture that it has not seen as it is
+    disturbed: bool = False  # flips its answers to changed pictures
     originals: frozenset[bytes] = frozenset()
     digests: dict[str, str] = field(default_factory=dict)
-    asked: int = 0
+    requests: int = 0
     fail: list[int] = field(default_factory=list)  # statuses of the next answers
-    deaf: bool = False  # to metadata
+    deaf: bool = False  # ignores metadata
     takes: dict[str, list] = field(default_factory=dict)
-    told: list[tuple[bytes, dict]] = field(default_factory=list)  # pictures of patches and what came with them
+    patches: list[tuple[bytes, dict]] = field(default_factory=list)  # received, each with its metadata
 
     def predict(self, image: bytes, version: str, metadata: dict | None = None) -> dict:
-        self.asked += 1
+        self.requests += 1
         if self.fail:
             status = self.fail.pop(0)
             raise TorchServeError(status, "busy", transient=status >= 500)
         time.sleep(self.seconds)
         model = {"digest": self.digests[version], "precision": "f32"}
         for case in self.bundle.golden():
-            if (case.image, case.metadata) == (image, {} if self.deaf else metadata or {}):
+            if case.image == image and case.metadata == ({} if self.deaf else metadata or {}):
                 top = max(case.probabilities, key=case.probabilities.__getitem__)
                 shifted = case.probabilities | {top: case.probabilities[top] + self.golden_shift}
                 return {"model": model, "probabilities": shifted}
-        assert set(metadata or {}) <= set(self.takes), "TorchServe refuses what the model does not take"
-        self.told.append((image, dict(metadata or {})))
+        assert set(metadata or {}) <= set(self.takes), "TorchServe refuses unknown metadata"
+        self.patches.append((image, dict(metadata or {})))
         model["takes"] = self.takes
-        code = seen(image)
+        code = class_of(image)
         if self.disturbed and version == "2" and hashlib.sha256(image).digest() not in self.originals:
             code = "NV" if code in ("MEL", "BCC", "SCC") else "MEL"
         return {"model": model, "probabilities": self.models[version].get(code, answer(**{code: 0.97}))}
@@ -95,7 +95,7 @@ def receipt(*digests: str) -> Receipt:
 
 
 def resealed(bundle: Bundle, folder: Path, **files: object) -> Bundle:
-    """A copy of the bundle with some files exchanged, its hashes right."""
+    """Copy the bundle with some files replaced and correct hashes."""
     out = Path(shutil.copytree(bundle.path, folder / "bundle"))
     (out / CONFIG).unlink()
     for name, content in files.items():
@@ -108,12 +108,17 @@ def resealed(bundle: Bundle, folder: Path, **files: object) -> Bundle:
 
 @dataclass
 class Case:
-    """A candidate that is good, until something is done to it."""
+    """A candidate, its server, and the gates."""
 
     candidate: Candidate
     server: Server
     gates: dict[str, Gate]
     folder: Path
+
+    def limit(self, gate: str, **limits: object) -> Gate:
+        """Change a gate's limits."""
+        self.gates[gate] = self.gates[gate].model_copy(update=limits)
+        return self.gates[gate]
 
     def judge(self) -> Judge:
         return Judge(tuple(self.gates.values()), self.folder / "judgements")
@@ -122,7 +127,7 @@ class Case:
         return self.judge().judge(self.candidate)
 
     def use(self, bundle: Bundle) -> None:
-        """Take another bundle for the candidate's."""
+        """Replace the candidate's bundle."""
         self.server.bundle, self.server.digests["2"] = bundle, bundle.digest
         self.candidate.bundle, self.candidate.registered_digest = bundle, bundle.digest
         self.candidate.release = Release("2", bundle.digest)

@@ -15,7 +15,7 @@ from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.execute import Executor
 from mlflow_tracking.promotion.gates.base import Gate
-from mlflow_tracking.promotion.gates.identity import GoldenParity
+from mlflow_tracking.promotion.gates.identity import GoldenParityGate
 from mlflow_tracking.promotion.ledger import Ledger
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.reconcile import Pass, Reconciler
@@ -240,7 +240,7 @@ class World:
         return self.registry.tags[version].get("serving.status")
 
 
-class Golden(GoldenParity):
+class Golden(GoldenParityGate):
     """Golden parity with a picture that names the bundle which the stand-in plays; there is no checkpoint."""
 
     checkpoint: bool = False

@@ -1,6 +1,8 @@
-"""Answers of a version to the frozen set: asked once, over REST, with the metadata that the model takes; and replays.
+"""Answers of a version to the frozen set, and comparisons of two versions.
 
-Asking that was stopped goes on where it was, and what it is about can be seen meanwhile.
+- pictures are sent over REST with the metadata that the model takes; each is asked once, and an interrupted run resumes;
+- passing errors are retried, and the waits do not count as latency;
+- a replay of a folder lists the files that are no pictures.
 """
 
 import hashlib
@@ -8,10 +10,11 @@ import hashlib
 import numpy as np
 import pytest
 
+from handlers.errors import UserError
 from handlers.taxonomy import CODES
 from mlflow_tracking.metrics import balanced_accuracy
 from mlflow_tracking.promotion.answers import Answers
-from mlflow_tracking.promotion.comparison import compare, replay_samples
+from mlflow_tracking.promotion.comparison import compare, replay_folder
 from mlflow_tracking.promotion.gates.judgement_report import write_replay
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
 from tests.gates_world import CHAMPION, answer, patch
@@ -19,60 +22,58 @@ from tests.gates_world import CHAMPION, answer, patch
 pytest_plugins = ["tests.fixtures_gates"]
 
 
-def test_a_model_that_takes_metadata_is_told_what_the_set_knows(case):
+def test_a_model_that_takes_metadata_gets_the_metadata_of_the_set(case):
     case.server.takes = {"age": [0, 120], "site": ["palms/soles", "head/neck"]}
     _ = case.candidate.answers
-    known = {row.sha256: row for row in case.candidate.evaluation.frame.itertuples()}
-    assert len(case.server.told) == 1 + len(known)
-    for image, told in case.server.told[1:]:
-        row = known[hashlib.sha256(image).hexdigest()]
+    rows = {row.sha256: row for row in case.candidate.evaluation.frame.itertuples()}
+    assert len(case.server.patches) == 1 + len(rows)
+    for image, metadata in case.server.patches[1:]:
+        row = rows[hashlib.sha256(image).hexdigest()]
         number = int(row.image_id.removeprefix(row.label))
-        # No sex, which it does not take; no "knee", which it does not know.
+        # The model takes no sex and does not know the site "knee".
         expected = {"age": number + 20.0} if number % 2 else {}
-        assert told == expected | ({"site": "palms/soles"} if number % 3 else {})
+        assert metadata == expected | ({"site": "palms/soles"} if number % 3 else {})
 
 
 def test_a_changed_picture_comes_with_the_metadata_of_the_original(case):
     case.server.takes = {"age": [0, 120]}
     _ = case.candidate.answers
-    case.server.told.clear()
-    gate = case.gates["stress"].model_copy(update={"images": 4})
-    assert gate.evaluate(case.candidate).passed
+    case.server.patches.clear()
+    assert case.limit("stress", images=4).evaluate(case.candidate).passed
     ages = [{"age": float(age)} if age else {} for age in case.candidate.evaluation.frame["age"][:4]]
     assert {} in ages and any(ages)
-    told = [told for _, told in case.server.told[1:]]
-    for start in range(0, 16, 4):  # the four of one change, in whatever order they arrived
-        assert sorted(told[start : start + 4], key=str) == sorted(ages, key=str)
+    sent = [metadata for _, metadata in case.server.patches[1:]]
+    for start in range(0, 16, 4):  # the four pictures of one change, in any order
+        assert sorted(sent[start : start + 4], key=str) == sorted(ages, key=str)
 
 
-def test_answers_are_asked_once_and_asking_goes_on_where_it_stopped(case):
-    remarks = []
-
+def test_each_picture_is_asked_once_and_an_interrupted_run_resumes(case):
     class Stop(Exception):
         pass
 
     def progress(remark):
         remarks.append(remark)
-        if "has answered 160" in remark:
+        if "has answered 96" in remark:
             raise Stop
 
+    remarks, size = [], len(case.candidate.evaluation)
     case.candidate.progress = progress
     with pytest.raises(Stop):
         _ = case.candidate.answers
-    assert case.server.asked == 1 + 160, "the first is asked what the model takes"
-    assert remarks[0] == f"version 2 has answered 16 of {len(case.candidate.evaluation)} pictures"
+    assert case.server.requests == 1 + 96, "the first request asks what the model takes"
+    assert remarks[0] == f"version 2 has answered 16 of {size} pictures"
     [path] = (case.folder / "judgements").glob("answers-*")
-    path.write_bytes(path.read_bytes()[:-20])  # and the machine went down within a line
+    path.write_bytes(path.read_bytes()[:-20])  # a crash in the middle of a line
     case.candidate.progress = remarks.append
     answers = case.candidate.answers
-    assert case.server.asked == 2 + len(case.candidate.evaluation) + 1, "one answer was lost"
+    assert case.server.requests == 2 + size + 1, "one answer was lost"
     assert balanced_accuracy(case.candidate.evaluation.labels, answers.probabilities) == 1.0
     case.candidate.book.complete(case.server, case.candidate.release, case.candidate.evaluation)
-    assert case.server.asked == 2 + len(case.candidate.evaluation) + 1
+    assert case.server.requests == 2 + size + 1
 
 
-def test_a_busy_worker_is_asked_again_and_a_broken_one_is_not_the_candidates_fault(case, monkeypatch):
-    monkeypatch.setattr("mlflow_tracking.promotion.answers.time.sleep", lambda seconds: None)
+def test_passing_errors_are_retried_and_others_are_raised(case, monkeypatch):
+    monkeypatch.setattr("mlflow_tracking.promotion.torchserve_client.RETRY_WAITS", (0.0, 0.0))
     case.server.fail = [503, 507]
     assert len(case.candidate.answers.top) == len(case.candidate.evaluation)
     case.server.fail = [503] * 6
@@ -80,49 +81,49 @@ def test_a_busy_worker_is_asked_again_and_a_broken_one_is_not_the_candidates_fau
         case.gates["stress"].evaluate(case.candidate)
     case.server.fail = []
     case.server.digests["1"] = "sha256:" + "0" * 64
-    with pytest.raises(TorchServeError, match="another model answered"):
+    with pytest.raises(TorchServeError, match="was answered by another model"):
         _ = case.candidate.champion_answers
 
 
-def test_a_version_is_timed_by_its_answers_not_by_our_waits(case):
-    case.server.fail = [503]  # half a second is waited after it
-    assert case.gates["latency"].evaluate(case.candidate).figures["p95"] < 250
-    assert case.server.asked == 1 + 5
+def test_the_wait_before_a_retry_is_no_latency(case):
+    case.server.fail = [503]  # half a second of waiting
+    assert case.gates["latency"].evaluate(case.candidate).figures["p95"] < 450
+    assert case.server.requests == 1 + 5
 
 
-def test_samples_that_are_no_pictures_are_named_and_left_out(case, tmp_path):
-    for number, code in enumerate(("MEL", "NV")):
-        (tmp_path / f"{code}.png").write_bytes(patch(code, number))
-    (tmp_path / "notes.png").write_text("no picture")
-    real = case.server.predict
-
-    def predict(image, version, metadata=None):
-        if image == b"no picture":
-            raise TorchServeError(415, "TorchServe answered 415: This is not a JPEG.")
-        return real(image, version, metadata)
-
-    case.server.predict = predict
-    files = [tmp_path / name for name in ("MEL.png", "notes.png", "NV.png")]
-    table = replay_samples(case.server, files, CHAMPION, case.candidate.release)
-    assert (table["images"], table["agreement"]) == (2, 1.0)
-    assert table["refused"] == {"notes.png": "TorchServe answered 415: This is not a JPEG."}
+def test_a_replay_lists_files_that_are_no_pictures(case, tmp_path, monkeypatch):
+    folder = tmp_path / "clinic"
+    (folder / "2026").mkdir(parents=True)
+    (folder / "2026" / "MEL").write_bytes(patch("MEL", 0))  # bytes decide, not the ending
+    (folder / "NV.png").write_bytes(patch("NV", 1))
+    (folder / "notes.png").write_text("no picture")
+    (folder / "._NV.png").write_text("hidden")
+    table = replay_folder(case.server, folder, CHAMPION, case.candidate.release)
+    assert (table["images"], table["agreement"], list(table["refused"])) == (2, 1.0, ["notes.png"])
+    assert "not a JPEG" in table["refused"]["notes.png"]
     write_replay(tmp_path, "1", "2", {"clinic": table})
-    assert "notes.png</code> was left out: TorchServe answered 415" in (tmp_path / "report.html").read_text()
-    with pytest.raises(TorchServeError, match="None of the 1 pictures can be read; notes.png"):
-        replay_samples(case.server, files[1:2], CHAMPION, case.candidate.release)
-    case.server.fail = [500] * 3
+    assert "notes.png</code> was left out: This is not a JPEG" in (tmp_path / "report.html").read_text()
+    monkeypatch.setattr("mlflow_tracking.promotion.torchserve_client.RETRY_WAITS", (0.0, 0.0))
+    case.server.fail = [500] * 9
     with pytest.raises(TorchServeError, match="busy"):
-        replay_samples(case.server, files[:1], CHAMPION, case.candidate.release)
+        replay_folder(case.server, folder, CHAMPION, case.candidate.release)
+    case.server.fail = []
+    for name in ("2026/MEL", "NV.png"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"None of the 1 files in .* is a picture. notes.png: This is not a JPEG"):
+        replay_folder(case.server, folder, CHAMPION, case.candidate.release)
 
 
-def answers_of(codes: list[str]) -> Answers:
-    return Answers(np.array([[answer(**{code: 0.9})[one] for one in CODES] for code in codes]), np.arange(1.0, 5.0))
-
-
-def test_a_replay_tells_flips_by_name():
-    table = compare(None, answers_of(["MEL", "NV", "NV", "BCC"]), answers_of(["MEL", "SCC", "BKL", "DF"]), list("abcd"))
+def test_a_comparison_lists_flips_by_name():
+    before, after = (
+        Answers(np.array([[answer(**{code: 0.9})[column] for column in CODES] for code in codes]), np.arange(1.0, 5.0))
+        for codes in (["MEL", "NV", "NV", "BCC"], ["MEL", "SCC", "BKL", "DF"])
+    )
+    table = compare(None, before, after, list("abcd"))
     assert (table["images"], table["agreement"]) == (4, 0.25)
     assert (table["into_malignant"], table["out_of_malignant"]) == (1, 1)
-    assert table["flips"] == [{"image": "b", "champion": "NV", "challenger": "SCC"},
-                              {"image": "d", "champion": "BCC", "challenger": "DF"}]  # fmt: skip
+    assert table["flips"] == [
+        {"image": "b", "champion": "NV", "challenger": "SCC"},
+        {"image": "d", "champion": "BCC", "challenger": "DF"},
+    ]
     assert table["champion"] == {"p50_milliseconds": 2.5, "p95_milliseconds": pytest.approx(3.85)}

@@ -171,10 +171,10 @@ def test_a_worse_version_is_refused_and_everybody_can_see_why(first, worse, tmp_
     assert tags["gates.balanced_accuracy"].startswith("failed: ")
     assert "balanced accuracy: " in tags["serving.reason"]
     assert {name for name, value in tags.items() if value.startswith("failed: ")} == {"gates.balanced_accuracy"}
-    report = json.loads(first.registry.download(worse, "gates/report.json", tmp_path).read_text())
+    report = json.loads(first.registry.download_version(worse, "gates/report.json", tmp_path).read_text())
     assert report["outcome"] == "refused"
     assert report["comparison"]["champion"]["balanced_accuracy"] == 1.0
-    assert "balanced accuracy" in first.registry.download(worse, "gates/report.html", tmp_path).read_text()
+    assert "balanced accuracy" in first.registry.download_version(worse, "gates/report.html", tmp_path).read_text()
 
     page = PromoterState.model_validate(status(result, reconciler.backoff.setbacks))
     assert deployment(page) == f"Version 1 is deployed. Version {worse} was refused."
@@ -260,10 +260,10 @@ def test_a_challenger_is_compared_and_never_answers_for_the_champion(first, good
     assert samples["images"] == 4
     assert "balanced_accuracy" not in samples["champion"], "nobody told the truth about them"
     assert samples["challenger"]["p95_milliseconds"] > 0
-    kept = json.loads(first.registry.download(good, "replay/report.json", tmp_path).read_text())
+    kept = json.loads(first.registry.download_version(good, "replay/report.json", tmp_path).read_text())
     assert kept == json.loads((tmp_path / "out" / "report.json").read_text())
     assert kept["tables"] == tables
-    page = first.registry.download(good, "replay/report.html", tmp_path).read_text()
+    page = first.registry.download_version(good, "replay/report.html", tmp_path).read_text()
     assert "100.0% of the answers to 4 pictures agree" in page
 
 

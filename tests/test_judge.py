@@ -16,7 +16,6 @@ from mlflow_tracking.promotion.gates.base import NO_SET, Outcome
 from mlflow_tracking.promotion.gates.judge import GATES, GateSettingsError, Judgement, load_gates
 from mlflow_tracking.promotion.gates.judgement_report import html, tags, write_replay, write_report
 from tests.gates_world import CHAMPION, SETTINGS, answer
-from tests.models import tiny_bundle
 
 pytest_plugins = ["tests.fixtures_gates"]
 
@@ -33,10 +32,10 @@ def test_after_a_decisive_gate_the_others_are_not_asked(case):
     case.server.golden_shift = 0.002
     judgement = case.judgement()
     rest = [verdict for verdict in judgement.verdicts if verdict.gate not in ("digest and signature", "golden parity")]
-    assert {verdict.reason for verdict in rest} == {"not asked, since golden parity failed"}
+    assert {verdict.reason for verdict in rest} == {"Skipped because golden parity failed."}
     assert judgement.blocking[0].gate == "golden parity"
     assert len(judgement.blocking) == 1
-    assert case.server.asked == 1
+    assert case.server.requests == 1
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def test_without_a_set_a_gate_blocks_as_the_settings_say(case, policy, first, pa
     [verdict] = judgement.verdicts
     assert (verdict.outcome, verdict.reason) == (Outcome.NOT_EVALUATED, NO_SET)
     assert judgement.passed is passes
-    assert judgement.reason == f"calibration: not evaluated: {NO_SET}", "shown, whether it blocks or not"
+    assert judgement.reason == f"calibration: not evaluated. {NO_SET}", "shown, whether it blocks or not"
 
 
 @pytest.mark.parametrize("champion", [None, CHAMPION])
@@ -70,9 +69,8 @@ def test_while_no_set_is_frozen_all_pass_and_the_reason_is_shown(case, champion)
 
 
 @pytest.mark.parametrize(("champion", "passes"), [(None, True), (CHAMPION, False)])
-def test_once_a_set_is_frozen_what_is_not_evaluated_blocks_all_but_the_first(case, tmp_path, champion, passes):
-    case.use(tiny_bundle(tmp_path / "bare"))  # without a receipt
-    case.gates = {"leakage": case.gates["leakage"]}
+def test_once_a_set_is_frozen_what_is_not_evaluated_blocks_all_but_the_first(case, champion, passes):
+    case.gates = {"melanoma sensitivity": case.limit("melanoma sensitivity", images=1000)}
     case.candidate.champion = champion
     assert case.judgement().passed is passes
 
@@ -114,7 +112,7 @@ def test_the_judgement_that_counts_last_is_the_newest(case):
     assert judge.newest(judgement.question.bundle) == first
     judge.keep(forced)
     assert judge.newest(judgement.question.bundle) == forced
-    assert forced.word == "forced"
+    assert forced.outcome == "forced"
     assert forced.id != judgement.id
 
 
@@ -138,10 +136,10 @@ def test_the_report_is_for_programs_and_for_people(case, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
-    ("speed: {}", "names speed; the gates are digest and signature, golden parity"),
-    ("- leakage", "names something else than gates"),
-    ("calibration: {ceiling: 2}", "calibration: ceiling: Input should be less than or equal to 1"),
-    ("calibration: {cieling: 0.1}", "calibration: cieling: Extra inputs are not permitted"),
+    ("speed: {}", "names speed, but the gates are digest and signature, golden parity"),
+    ("- leakage", "is not a table of gates"),
+    ("calibration: {ceiling: 2}", "calibration.ceiling: Input should be less than or equal to 1"),
+    ("calibration: {cieling: 0.1}", "calibration.cieling: Extra inputs are not permitted"),
     ("calibration: {not_evaluated: maybe}", "not_evaluated"),
     ("calibration: {", "cannot be read"),
 ])  # fmt: skip

@@ -23,7 +23,7 @@ from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.gates.base import Candidate
-from mlflow_tracking.promotion.gates.identity import DigestAndSignature, GoldenParity
+from mlflow_tracking.promotion.gates.identity import RegistrationGate, GoldenParityGate
 from mlflow_tracking.promotion.plan import Action, Step
 from mlflow_tracking.promotion.reconcile import Reconciler
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
@@ -187,7 +187,7 @@ def test_the_tolerance_of_golden_answers(world, precision, shift, passed):
     bundle = Bundle.load(world.registry.bundles["1"])
     candidate = Candidate(world.release("1"), bundle, world.torchserve, AnswerBook(world.folder))
     assert Golden().evaluate(candidate).passed is passed
-    assert not GoldenParity().evaluate(candidate).passed, "the bundle has no golden images"
+    assert not GoldenParityGate().evaluate(candidate).passed, "the bundle has no golden images"
 
 
 def test_a_changed_bundle_is_refused(first):
@@ -330,7 +330,7 @@ def test_a_person_overrules_the_gates_and_every_promoter_respects_it(first):
 
 
 def test_a_version_without_signature_cannot_be_forced(first):
-    promoter = first.promoter((DigestAndSignature(),), by="ann@lab", overruled={"2": "agreed"})
+    promoter = first.promoter((RegistrationGate(),), by="ann@lab", overruled={"2": "agreed"})
     assert "has no signature" in first.deploy("2", promoter).errors[0]
     assert first.served == "1"
 

@@ -1,8 +1,8 @@
-"""What a version answers to the frozen set, asked over REST and kept as it comes: asking that was cut off goes on.
+"""Answers of a version to the frozen set, requested over REST and kept in a file, so that an interrupted run resumes.
 
-One file for a bundle and a set, one line of JSON for a picture. The answers are those of TorchServe itself, so they are
-judged with everything that serving adds: the archive's code, its preprocessing, its precision on this machine. A model
-that takes metadata (handlers.metadata) is told what the set knows.
+Each file holds the answers of one bundle to one set, one JSON line for each picture. The answers come from TorchServe,
+so they include the archive's code, its preprocessing, and its precision on this machine. A model that takes metadata
+(handlers.metadata) receives the metadata of the set.
 """
 
 import json
@@ -24,26 +24,26 @@ from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, with_retries
 
-# Enough to keep a worker busy, and not so many that the champion's requests wait behind a queue.
+# Enough to keep a worker busy, but the champion's requests do not wait behind a long queue.
 PARALLEL = 2
-BATCH = 16  # pictures between two looks at whether the answers are still wanted
+BATCH = 16  # pictures between two calls of `progress`
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Probabilities (N, 9) in taxonomy order, and the milliseconds that each answer took (N,)."""
+    """Probabilities (N, 9) in taxonomy order, and latencies in milliseconds (N,)."""
 
     probabilities: NDArray[np.float64]
     milliseconds: NDArray[np.float64]
 
     @property
     def top(self) -> NDArray[np.int64]:
-        """The most probable class of each, an index into CODES (N,)."""
+        """The most probable classes (N,), indices into CODES."""
         return np.asarray(self.probabilities.argmax(1), np.int64)
 
     @property
     def malignant(self) -> NDArray[np.bool_]:
-        """Whether the most probable class is malignant (N,)."""
+        """True where the most probable class is malignant (N,)."""
         return np.asarray(MALIGNANT[self.top])
 
 
@@ -55,11 +55,14 @@ def ask(
     parallel: int = PARALLEL,
     metadata: Sequence[Values] | None = None,
 ) -> Answers:
-    """Ask one version about some pictures, telling it `metadata` of each. `progress` is called with the number
-    answered, and may raise to stop.
+    """Return one version's answers to some pictures.
+
+    Args:
+        progress: called with the number of answers so far; may raise to stop.
+        metadata: of each picture.
 
     Raises:
-        TorchServeError: a picture got no answer, or another model's.
+        TorchServeError: a picture got no answer, or an answer of another model.
         TorchServeUnavailable
     """
     pairs = list(zip(images, metadata or [{}] * len(images), strict=True))
@@ -78,9 +81,9 @@ def ask_one(
     metadata: Values | None,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], float]:
-    """The whole answer of one version to one picture, and the milliseconds that it took, without those before it.
+    """Return one version's whole answer to one picture, and the milliseconds of the successful request.
 
-    A transient error is retried; `progress` is called before each retry and may raise to stop. Raises as `ask`.
+    Transient errors are retried. `progress` is called before each retry and may raise to stop. Raises as `ask`.
     """
 
     def timed() -> tuple[dict[str, Any], float]:
@@ -89,17 +92,18 @@ def ask_one(
         return answer, 1000 * (time.monotonic() - began)
 
     answer, milliseconds = with_retries(timed, progress)
-    if answer["model"]["digest"] != release.digest:
-        raise TorchServeError(500, f"another model answered for version {release.version}: {answer['model']['digest']}")
+    digest = answer["model"]["digest"]
+    if digest != release.digest:
+        raise TorchServeError(500, f"Version {release.version} was answered by another model, {digest}.")
     return answer, milliseconds
 
 
 def metadata_of(torchserve: TorchServe, release: Release, evaluation: EvaluationSet) -> list[Values]:
-    """For each picture of the set what a version can be told of it; one answer says what it takes. Raises as `ask`."""
+    """Return the metadata to send with each picture of the set: known values that the version takes. Raises as `ask`."""
     answer, _ = ask_one(torchserve, release, evaluation.images([0])[0], {})
     takes = Metadata.from_dict(answer["model"].get("takes", {}))
-    known = [takes.understood(row) for row in evaluation.frame.to_dict("records")]
-    return [{name: value for name, value in row.items() if value is not None} for row in known]
+    values = [takes.understood(row) for row in evaluation.frame.to_dict("records")]
+    return [{name: value for name, value in row.items() if value is not None} for row in values]
 
 
 class AnswerBook:
@@ -115,28 +119,28 @@ class AnswerBook:
         evaluation: EvaluationSet,
         progress: Callable[[int], None] = lambda done: None,
     ) -> Answers:
-        """All answers; what is not there yet is asked. `progress` as for `ask`, which also tells what is raised."""
+        """Return all answers, requesting those that are not in the book. `progress` and errors as for `ask`."""
         path, digests = self._path(release, evaluation), list(evaluation.frame["sha256"])
-        known = self._read(path)
-        missing = [position for position, digest in enumerate(digests) if digest not in known]
+        rows = self._read(path)
+        missing = [position for position, digest in enumerate(digests) if digest not in rows]
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as clean:  # without a line that a crash cut off
-                clean.writelines(_line(digest, row) for digest, row in known.items())
+                clean.writelines(_line(digest, row) for digest, row in rows.items())
             metadata = metadata_of(torchserve, release, evaluation)
         for start in range(0, len(missing), BATCH):
             positions = missing[start : start + BATCH]
-            images, tell = evaluation.images(positions), [metadata[position] for position in positions]
-            answers = ask(torchserve, release, images, metadata=tell)
-            fresh = dict(zip((digests[position] for position in positions), _rows(answers), strict=True))
+            images = evaluation.images(positions)
+            answers = ask(torchserve, release, images, metadata=[metadata[position] for position in positions])
+            new = dict(zip((digests[position] for position in positions), _rows(answers), strict=True))
             with path.open("ab") as file:
-                file.writelines(_line(digest, row) for digest, row in fresh.items())
-            known |= fresh
+                file.writelines(_line(digest, row) for digest, row in new.items())
+            rows |= new
             progress(len(digests) - len(missing) + start + len(positions))
-        return _answers([known[digest] for digest in digests])
+        return _answers([rows[digest] for digest in digests])
 
     def forget(self, digest: str) -> None:
-        """Have a bundle asked anew, about every set."""
+        """Delete a bundle's answers to all sets."""
         for path in self.folder.glob(f"answers-{short(digest)}-*.jsonl"):
             path.unlink(missing_ok=True)
 
@@ -144,14 +148,14 @@ class AnswerBook:
         return self.folder / f"answers-{short(release.digest)}-{short(evaluation.digest)}.jsonl"
 
     def _read(self, path: Path) -> dict[str, dict[str, Any]]:
-        known = {}
+        rows = {}
         try:
             for line in path.read_bytes().splitlines():
                 row = json.loads(line)
-                known[row.pop("sha256")] = row
+                rows[row.pop("sha256")] = row
         except (FileNotFoundError, ValueError):
-            pass  # none yet, or the last line was cut off
-        return known
+            pass  # no file yet, or the last line was cut off
+        return rows
 
 
 def _row(torchserve: TorchServe, release: Release, image: bytes, metadata: Values) -> dict[str, Any]:

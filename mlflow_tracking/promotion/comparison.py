@@ -1,12 +1,14 @@
-"""Shadow replay: the same pictures answered by champion and challenger, and where the two part."""
+"""Comparison of champion and challenger: their answers to the same pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from handlers.errors import UserError
+from handlers.preprocessing import SHRINK_SIDE, ImageError, decode
 from handlers.taxonomy import CODES
 from mlflow_tracking import metrics
 from mlflow_tracking.promotion.answers import PARALLEL, AnswerBook, Answers, ask
@@ -14,22 +16,22 @@ from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
 
-EXAMPLES = 20  # flips named one by one
+MAX_FLIPS = 20  # flips that are listed by name
 
 
 def compare(
-    evaluation: EvaluationSet | None, champion: Answers, challenger: Answers, names: Any = None
+    evaluation: EvaluationSet | None, champion: Answers, challenger: Answers, names: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What would change if the challenger answered, as one JSON-able table.
+    """Return what would change if the challenger served, as a JSON-able table.
 
     Args:
-        evaluation: the frozen set that was asked about; None for other pictures, whose truth is not known.
-        names: what to call the pictures (N,) where there is no set.
+        evaluation: the frozen set of the answers; None for other pictures, whose true class is unknown.
+        names: the pictures' names (N,) without a set.
 
     Returns:
-        `agreement`: share of pictures with the same most probable class; `into_malignant`, `out_of_malignant`: flips by
-        number, `flips`: the first of them by name; `moved`: mean total variation distance of the nine probabilities;
-        milliseconds of both, p50 and p95, as measured while they were asked; balanced accuracies where truth is known.
+        `agreement`: share of pictures with the same most probable class; `into_malignant`, `out_of_malignant`: numbers
+        of flips, `flips`: the first MAX_FLIPS; `moved`: mean total variation distance of the probabilities; for both
+        versions p50 and p95 of latency, and balanced accuracy if the true classes are known.
     """
     labels = None if evaluation is None else evaluation.labels
     names = names if evaluation is None else list(evaluation.frame["image_id"])
@@ -49,57 +51,67 @@ def compare(
                 "challenger": CODES[challenger.top[position]],
                 **({} if labels is None else {"truth": CODES[labels[position]]}),
             }
-            for position in np.flatnonzero(into | out)[:EXAMPLES].tolist()
+            for position in np.flatnonzero(into | out)[:MAX_FLIPS].tolist()
         ],
     }
-    for who, answers in (("champion", champion), ("challenger", challenger)):
+    for role, answers in (("champion", champion), ("challenger", challenger)):
         p50, p95 = np.percentile(answers.milliseconds, [50, 95]).tolist()
-        table[who] = {"p50_milliseconds": p50, "p95_milliseconds": p95}
+        table[role] = {"p50_milliseconds": p50, "p95_milliseconds": p95}
         if labels is not None:
-            table[who]["balanced_accuracy"] = metrics.balanced_accuracy(labels, answers.probabilities)
+            table[role]["balanced_accuracy"] = metrics.balanced_accuracy(labels, answers.probabilities)
     return table
 
 
 def replay_set(
     torchserve: TorchServe, book: AnswerBook, evaluation: EvaluationSet, champion: Release, challenger: Release
 ) -> dict[str, Any]:
-    """Both versions on the frozen set; answers that are kept are not asked again. Raises as `ask`."""
-    return compare(
-        evaluation,
-        book.complete(torchserve, champion, evaluation),
-        book.complete(torchserve, challenger, evaluation),
-    )
+    """Compare both versions on the frozen set; answers in the book are used. Raises as `ask`."""
+    before, after = (book.complete(torchserve, release, evaluation) for release in (champion, challenger))
+    return compare(evaluation, before, after)
 
 
-def replay_samples(
-    torchserve: TorchServe, files: Sequence[Path], champion: Release, challenger: Release
-) -> dict[str, Any]:
-    """Both versions on pictures whose truth is not known; `refused` has those that were no pictures, with the reason.
+def replay_folder(torchserve: TorchServe, folder: Path, champion: Release, challenger: Release) -> dict[str, Any]:
+    """Compare both versions on the pictures in a folder and below; hidden files are ignored.
 
-    Raises as `ask`, and OSError; TorchServeError when no picture is left.
+    The table has `refused`: reasons by the names of files that are no pictures. Raises as `ask`, and OSError;
+    UserError if there is no picture.
     """
 
-    def both(file: Path) -> tuple[Answers, Answers] | str:
-        image = file.read_bytes()  # here, so that a folder of many is never in memory whole
+    def answers_to(file: Path) -> tuple[Answers, Answers] | str:
+        image = file.read_bytes()  # one at a time, so that memory never holds a whole folder
         try:
+            decode(image, SHRINK_SIDE)
             return ask(torchserve, champion, [image], parallel=1), ask(torchserve, challenger, [image], parallel=1)
+        except ImageError as error:
+            return str(error)
         except TorchServeError as error:
             if error.transient or error.status >= 500:
                 raise
             return str(error)
 
+    files = sorted(_visible_files(folder))
     with ThreadPoolExecutor(PARALLEL) as pool:
-        found = list(zip(files, pool.map(both, files), strict=True))
-    pairs = [pair for _, pair in found if not isinstance(pair, str)]
-    refused = {file.name: pair for file, pair in found if isinstance(pair, str)}
+        results = dict(zip(files, pool.map(answers_to, files), strict=True))
+    refused = {str(file.relative_to(folder)): reason for file, reason in results.items() if isinstance(reason, str)}
+    pairs = {str(file.relative_to(folder)): pair for file, pair in results.items() if not isinstance(pair, str)}
+    if not refused and not pairs:
+        raise UserError(f"{folder} is empty. Name a folder of pictures.")
     if not pairs:
         name, reason = next(iter(refused.items()))
-        raise TorchServeError(400, f"None of the {len(files)} pictures can be read; {name}: {reason}")
-    before, after = (_together([pair[side] for pair in pairs]) for side in (0, 1))
-    names = [file.name for file, pair in found if not isinstance(pair, str)]
-    return compare(None, before, after, names) | {"refused": refused}
+        raise UserError(f"None of the {len(refused)} files in {folder} is a picture. {name}: {reason}")
+    before, after = (_concatenated([pair[side] for pair in pairs.values()]) for side in (0, 1))
+    return compare(None, before, after, list(pairs)) | {"refused": refused}
 
 
-def _together(answers: Sequence[Answers]) -> Answers:
-    parts = zip(*((one.probabilities, one.milliseconds) for one in answers), strict=True)
-    return Answers(*(np.concatenate(part) for part in parts))
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and below, except hidden ones such as macOS's ._NAME.jpg."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def _concatenated(answers: Sequence[Answers]) -> Answers:
+    return Answers(
+        np.concatenate([part.probabilities for part in answers]),
+        np.concatenate([part.milliseconds for part in answers]),
+    )

@@ -1,9 +1,10 @@
-"""What a gate is: one question about a candidate, and a verdict with a reason.
+"""Gates: the questions that a candidate must answer well before it serves.
 
-A new gate is a subclass of Gate (or of SetGate, for a question about the frozen set) with a `name`, its limits as
-fields, and an answer; it joins GATES in judge.py and gets a line in gates.yaml. docs/operations.md tells more.
+A new gate is a subclass of Gate, or of SetGate for a question about the frozen evaluation set. It has a `name`, its
+limits as fields, and an answer. Add it to GATES in judge.py and to gates.yaml; docs/promotion.md lists the steps.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,12 +21,11 @@ from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.torchserve_client import TorchServe
 from mlflow_tracking.version_card import Signature
 
-NO_SET = "no evaluation set is frozen: scripts/prepare_data.py --freeze-eval makes one"
-NO_CHAMPION = "no other version answers yet to compare it with"
+NO_SET = "No evaluation set is frozen. Freeze one with prepare_data.py --freeze-eval."
 
 
 class Outcome(StrEnum):
-    """How a question was answered."""
+    """The outcome of a gate."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -34,7 +34,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate found: one sentence why, and the figures behind it. `blocks`: it keeps the candidate from serving."""
+    """A gate's outcome with its reason, in whole sentences, and figures. `blocks`: it keeps the candidate from serving."""
 
     gate: str
     outcome: Outcome
@@ -44,17 +44,16 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether the gate was evaluated and is content."""
+        """True if the gate was evaluated and passed."""
         return self.outcome is Outcome.PASSED
 
 
 @dataclass
 class Candidate:
-    """A release that is loaded in TorchServe but may not answer yet, its bundle out of its archive, and what to hold it
-    against.
+    """A release that is loaded in TorchServe but does not serve yet, with everything the gates need.
 
-    `signature` are the types of MLflow's inputs and outputs, ((name, type), …) each; `registered_digest` is the
-    version's tag. `champion` is what answers now. `progress` hears how far asking is, and may raise to stop it.
+    `bundle` is read from the release's archive. `registered_digest` and `signature` are those of the version in MLflow.
+    `champion` is the release that serves now. `progress` receives remarks and may raise to stop.
     """
 
     release: Release
@@ -78,7 +77,7 @@ class Candidate:
         return self._answers(self.champion) if self.champion else None
 
     def _answers(self, release: Release) -> Answers:
-        assert self.evaluation is not None, "the gates that need the set look for it first"
+        assert self.evaluation is not None, "only a SetGate uses answers"
         size = len(self.evaluation)
         return self.book.complete(
             self.torchserve,
@@ -89,33 +88,34 @@ class Candidate:
 
 
 class Gate(ABC, BaseModel):
-    """One question. Its fields are its limits, as gates.yaml gives them.
+    """One question. Its fields are the limits that gates.yaml can set.
 
-    `not_evaluated` says what a gate does that lacks what it needs: `block`; `first`: let the very first champion pass,
-    and block all others; `unfrozen`: as `first`, but let all pass while nobody has frozen an evaluation set; `allow`.
+    `not_evaluated` decides for a gate that lacks something: `block` blocks; `first` lets only the first champion pass;
+    `unfrozen` also lets all versions pass while no evaluation set is frozen; `allow` lets all pass.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
-    # With this one failed, the other questions have no meaning, and are not asked.
+    # After a decisive gate has failed, the remaining gates are skipped.
     decisive: ClassVar[bool] = False
 
     not_evaluated: Literal["block", "first", "unfrozen", "allow"] = "unfrozen"
 
     @abstractmethod
     def evaluate(self, candidate: Candidate) -> Verdict:
-        """Raises only for what is not the candidate's fault: TorchServeUnavailable, TorchServeError."""
+        """Return the verdict. Raises TorchServeError, TorchServeUnavailable if the candidate is not at fault."""
 
-    def holds(self, passed: bool, reason: str, **figures: Any) -> Verdict:
-        """The verdict of a question that was asked."""
-        return Verdict(self.name, Outcome.PASSED if passed else Outcome.FAILED, reason, figures)
+    def verdict(self, passed: bool, reason: str, **figures: Any) -> Verdict:
+        """Return `passed` or `failed`. Figures that are NaN or infinite become None, as JSON has none of these."""
+        finite = {name: value if _is_finite(value) else None for name, value in figures.items()}
+        return Verdict(self.name, Outcome.PASSED if passed else Outcome.FAILED, reason, finite)
 
-    def skips(self, reason: str, **figures: Any) -> Verdict:
-        """The verdict of a question that could not be asked."""
+    def skipped(self, reason: str, **figures: Any) -> Verdict:
+        """Return `not evaluated`."""
         return Verdict(self.name, Outcome.NOT_EVALUATED, reason, figures)
 
     def blocks(self, verdict: Verdict, candidate: Candidate) -> bool:
-        """Whether a verdict keeps the candidate from serving."""
+        """Return True if a verdict keeps the candidate from serving."""
         if verdict.outcome is not Outcome.NOT_EVALUATED:
             return verdict.outcome is Outcome.FAILED
         first, unfrozen = candidate.champion is None, candidate.evaluation is None
@@ -123,15 +123,19 @@ class Gate(ABC, BaseModel):
         return not passes[self.not_evaluated]
 
 
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 class SetGate(Gate):
     """A question about the answers to the frozen evaluation set."""
 
     def evaluate(self, candidate: Candidate) -> Verdict:
-        """`not evaluated` without a set."""
+        """Return the verdict of `judge`, or `not evaluated` without a set."""
         if candidate.evaluation is None:
-            return self.skips(NO_SET)
+            return self.skipped(NO_SET)
         return self.judge(candidate, candidate.evaluation)
 
     @abstractmethod
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
-        """As evaluate, with a set."""
+        """Return the verdict on the answers to this set. Raises as `evaluate`."""

@@ -1,4 +1,4 @@
-"""How does the candidate behave: do small changes of a picture turn its answer, and does it answer in time?"""
+"""Behaviour gates: stability under small changes of a picture, and latency."""
 
 import io
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def _compressed(image: Image.Image) -> Image.Image:
     return Image.open(buffer)
 
 
-# What the same lesion may look like from another device or hand: none of it changes the diagnosis.
+# Changes that another camera or hand makes to a picture of the same lesion. None of them changes the diagnosis.
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "mirrored": ImageOps.mirror,
     "turned by a quarter": lambda image: image.transpose(Image.Transpose.ROTATE_90),
@@ -29,8 +29,8 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-class StressFlips(SetGate):
-    """Small changes of a picture seldom turn a malignant answer into a benign one or back."""
+class StressGate(SetGate):
+    """Small changes of a picture seldom flip the answer between malignant and benign."""
 
     name: ClassVar[str] = "stress"
 
@@ -38,30 +38,30 @@ class StressFlips(SetGate):
     images: int = Field(48, ge=1)
 
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
-        """The share of turned answers over `images` pictures and all changes."""
-        number = min(self.images, len(evaluation))  # the set's order is a random one
-        # Large ones in small, as the changed pictures are sent as PNG, which may be several times the file's size.
+        """Compare the mean share of flipped answers with the ceiling."""
+        number = min(self.images, len(evaluation))  # the set is in random order
+        # Decoded small: changed pictures are sent as PNG, whose files are several times as large.
         originals = [decode(image, SHRINK_SIDE).image for image in evaluation.images(range(number))]
         before = candidate.answers.malignant[:number]
         torchserve, release = candidate.torchserve, candidate.release
         metadata = metadata_of(torchserve, release, evaluation)[:number]
         flips = {}
         for change, apply in CHANGES.items():
-            candidate.progress(f"version {release.version} is asked about pictures that are {change}")
+            candidate.progress(f"version {release.version} answers pictures that are {change}")
             changed = [_png(apply(image)) for image in originals]
             after = ask(torchserve, release, changed, lambda done: candidate.progress(""), metadata=metadata)
             flips[change] = float((before != after.malignant).mean())
         share = float(np.mean(list(flips.values())))
         worst = max(flips, key=flips.__getitem__)
         reason = (
-            f"{share:.3f} of the answers turn between malignant and benign (worst: {worst}, {flips[worst]:.3f}); "
-            f"the ceiling is {self.ceiling:g}"
+            f"{share:.3f} of the answers flip between malignant and benign; the ceiling is {self.ceiling:g}. "
+            f"The worst change is '{worst}' with {flips[worst]:.3f}."
         )
-        return self.holds(share <= self.ceiling, reason, share=share, ceiling=self.ceiling, images=number, **flips)
+        return self.verdict(share <= self.ceiling, reason, share=share, ceiling=self.ceiling, images=number, **flips)
 
 
-class LatencyBudget(Gate):
-    """On this machine, one request after another is answered within the budget: its 95th percentile, over REST."""
+class LatencyGate(Gate):
+    """The 95th percentile of latency over REST, one request at a time on this machine, is within the budget."""
 
     name: ClassVar[str] = "latency"
 
@@ -69,14 +69,14 @@ class LatencyBudget(Gate):
     requests: int = Field(30, ge=5)
 
     def evaluate(self, candidate: Candidate) -> Verdict:
-        """Ask about the golden pictures in turn."""
+        """Send the golden pictures in turn."""
         cases = candidate.bundle.golden()
         images = [cases[number % len(cases)].image for number in range(self.requests)]
         candidate.progress(f"version {candidate.release.version} is timed")
         times = ask(candidate.torchserve, candidate.release, images, parallel=1).milliseconds
         p50, p95 = np.percentile(times, [50, 95]).tolist()
-        reason = f"95 % of the answers took {p95:.0f} ms or less; the budget is {self.p95_milliseconds:g} ms"
-        return self.holds(p95 <= self.p95_milliseconds, reason, p50=p50, p95=p95, budget=self.p95_milliseconds)
+        reason = f"95 % of the answers took at most {p95:.0f} ms; the budget is {self.p95_milliseconds:g} ms."
+        return self.verdict(p95 <= self.p95_milliseconds, reason, p50=p50, p95=p95, budget=self.p95_milliseconds)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -1,16 +1,16 @@
-"""Is the candidate what it says it is? Its digest and signature, its answers, its pixels, and what it has seen."""
+"""Identity gates: the candidate is the registered model, gives its golden answers, and has not seen the evaluation set."""
 
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from handlers.bundle import Bundle
+from handlers.bundle import Bundle, GoldenCase
 from handlers.predictor import Predictor
 from handlers.preprocessing import fingerprint
 from handlers.receipt import image_identities, overlap, read_receipt
@@ -20,39 +20,43 @@ from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdi
 from mlflow_tracking.promotion.torchserve_client import TorchServeError
 from mlflow_tracking.version_card import signature_types
 
-SECONDS = 300.0  # for the eager model and the graph to answer a few pictures, on a machine that trains beside it
+LOCAL_TOLERANCE = 1e-3
+LOCAL_SECONDS = 300.0  # for a few pictures on a machine that may be training at the same time
+NO_TORCH = 3  # exit code
 
 
-class DigestAndSignature(Gate):
-    """The archive holds the bundle that was registered, and MLflow's signature promises what it gives.
-
-    Nobody may overrule this one: what is not the registered model is nobody's candidate.
-    """
+class RegistrationGate(Gate):
+    """The archive holds the registered bundle, and MLflow's signature fits it. --force cannot overrule this gate."""
 
     name: ClassVar[str] = "digest and signature"
     decisive: ClassVar[bool] = True
 
     def evaluate(self, candidate: Candidate) -> Verdict:
-        """Compare bundle, alias and registry."""
-        found, wanted = candidate.bundle.digest, candidate.release.digest
-        if found != wanted or candidate.registered_digest != wanted:
-            return self.holds(False, f"the archive holds {found}, the registry says {candidate.registered_digest}")
+        """Compare archive, alias and registry."""
+        digest, registered = candidate.bundle.digest, candidate.registered_digest
+        if digest != candidate.release.digest or registered != candidate.release.digest:
+            return self.verdict(False, f"The archive holds {digest}, but the registry says {registered}.")
         if candidate.signature is None:
-            return self.holds(False, "the registered version has no signature: register it with register_model.py")
+            return self.verdict(
+                False, "The registered version has no signature. Register its bundle with register_model.py."
+            )
         inputs, outputs = candidate.signature
-        takes, gives = signature_types(candidate.bundle)
-        if [kind for _, kind in inputs] != [kind for _, kind in takes] or outputs != gives:
-            told = " and ".join(["one image", *candidate.bundle.config.metadata.fields])
-            return self.holds(False, f"its signature is not {told} in, nine probabilities in taxonomy order out")
-        return self.holds(True, "archive, registry and signature agree", digest=found)
+        expected_inputs, expected_outputs = signature_types(candidate.bundle)
+        if [kind for _, kind in inputs] != [kind for _, kind in expected_inputs] or outputs != expected_outputs:
+            names = ", ".join(name for name, _ in expected_inputs)
+            return self.verdict(
+                False,
+                f"Its signature does not fit the model, which takes {names} and returns nine probabilities in taxonomy order.",
+            )
+        return self.verdict(True, "Archive, registry and signature agree.", digest=digest)
 
 
-class GoldenParity(Gate):
-    """Checkpoint, graph and TorchServe give the bundle's golden answers.
+class GoldenParityGate(Gate):
+    """TorchServe, checkpoint and graph give the bundle's golden answers.
 
-    Over REST this proves the whole way at once: archive, handler, preprocessing, graph, calibration. Probabilities may
-    differ by 1e-3 where TorchServe computes in f32, by 1e-2 in a lower precision (the answer says which). The
-    checkpoint's eager model and the graph, both in f32, run in a process of their own and may differ by 1e-3.
+    Over REST this checks archive, handler, preprocessing, graph and calibration at once. Probabilities may differ by
+    1e-3 if TorchServe computes in f32, by 1e-2 in a lower precision; the answer names its precision. The eager
+    checkpoint and the graph run in f32 in a process of their own and may differ by 1e-3.
     """
 
     name: ClassVar[str] = "golden parity"
@@ -61,53 +65,61 @@ class GoldenParity(Gate):
     checkpoint: bool = True
 
     def evaluate(self, candidate: Candidate) -> Verdict:
-        """Ask about the golden pictures."""
-        release, worst, precision = candidate.release, 0.0, ""
+        """Compare the answers to the golden pictures."""
         cases = candidate.bundle.golden()
         if not cases:
-            return self.holds(False, "the bundle has no golden images")
-
-        def go_on() -> None:
-            candidate.progress(f"version {release.version} is asked about its golden pictures")
-
+            return self.verdict(False, "The bundle has no golden pictures.")
+        figures: dict[str, Any] = {"max_difference": 0.0}
         for case in cases:
-            go_on()
-            try:
-                answer, _ = ask_one(candidate.torchserve, release, case.image, case.metadata, go_on)
-            except TorchServeError as error:
-                if error.transient:  # a worker died, which may be for want of memory: no reason to refuse it for good
-                    raise
-                return self.holds(False, f"{case.name} got no answer: {error}")
-            precision = answer["model"].get("precision", "f32")
-            tolerance = 1e-3 if precision == "f32" else 1e-2
-            difference = case.difference(answer["probabilities"])
-            worst = max(worst, difference)
-            if not difference <= tolerance:  # nor when it is no number
-                reason = (
-                    f"{case.name}: a probability is off by {difference:.2g}; {precision} may differ by {tolerance:g}"
-                )
-                return self.holds(False, reason, max_difference=difference, precision=precision)
-        figures = {"rest": worst, "precision": precision}
-        reason = f"probabilities differ by at most {worst:.1e} in {precision} over REST"
+            if refusal := self._over_rest(candidate, case, figures):
+                return refusal
+        reason = f"Probabilities differ by at most {figures['max_difference']:.1e} in {figures['precision']} over REST."
         if not self.checkpoint:
-            return self.holds(True, reason, **figures)
-        local = run_locally(
-            candidate.bundle, lambda: candidate.progress("checkpoint and graph answer the golden pictures")
-        )
+            return self.verdict(True, reason, **figures)
+        local = local_differences(candidate.bundle, lambda: candidate.progress("checkpoint and graph answer locally"))
         if local is None:
-            return self.skips(f"{reason}; torch is not installed here to run the checkpoint", **figures)
-        for runtime, found in local.items():
-            if not found <= 1e-3:
-                return self.holds(False, f"its {runtime} gives a golden probability off by {found:.2g}", **figures)
-        told = ", ".join(f"{found:.1e} in the {runtime}" for runtime, found in local.items())
-        return self.holds(True, f"{reason}, {told}", **figures, **local)
+            return self.skipped(f"{reason} The checkpoint did not run, because torch is not installed.", **figures)
+        figures |= local
+        for runtime, difference in local.items():
+            if not difference <= LOCAL_TOLERANCE:
+                return self.verdict(
+                    False, f"Its {runtime} differs from a golden answer by {difference:.2g}.", **figures
+                )
+        worst = max(local.values())
+        return self.verdict(True, f"{reason} Checkpoint and graph differ by at most {worst:.1e} locally.", **figures)
+
+    def _over_rest(self, candidate: Candidate, case: GoldenCase, figures: dict[str, Any]) -> Verdict | None:
+        """Ask about one case and update `figures`; return a verdict if it failed."""
+
+        def progress() -> None:
+            candidate.progress(f"version {candidate.release.version} answers its golden pictures")
+
+        progress()
+        try:
+            answer, _ = ask_one(candidate.torchserve, candidate.release, case.image, case.metadata, progress)
+        except TorchServeError as error:
+            if error.transient:  # a worker died, perhaps for lack of memory, which is no reason to refuse the version
+                raise
+            return self.verdict(False, f"{case.name} got no answer: {error}")
+        precision = answer["model"].get("precision", "f32")
+        tolerance = 1e-3 if precision == "f32" else 1e-2
+        difference = case.difference(answer["probabilities"])
+        figures["max_difference"], figures["precision"] = max(figures["max_difference"], difference), precision
+        if difference <= tolerance:
+            return None
+        figures["max_difference"] = difference  # also if it is NaN
+        return self.verdict(
+            False,
+            f"{case.name}: a probability differs by {difference:.2g}; the tolerance in {precision} is {tolerance:g}.",
+            **figures,
+        )
 
 
-class PreprocessingFingerprint(Gate):
+class PreprocessingGate(Gate):
     """Serving turns the golden pictures into the pixels that training saw.
 
-    The bundle keeps the mean colours of a 4×4 grid over each golden picture as the network gets it; here they are
-    computed anew. A decoder of another version moves them by less than one level of 255.
+    The bundle keeps the mean colours of a 4×4 grid over each golden picture as the network gets it. This gate computes
+    them again. Another version of a decoder changes them by less than one level of 255.
     """
 
     name: ClassVar[str] = "preprocessing"
@@ -116,75 +128,75 @@ class PreprocessingFingerprint(Gate):
 
     def evaluate(self, candidate: Candidate) -> Verdict:
         """Compare the grids."""
-        cases = candidate.bundle.golden()
         preprocess = candidate.bundle.config.preprocessing
         worst = max(
-            float(np.abs(fingerprint(preprocess(case.image)[0]) - np.array(case.colours)).max()) for case in cases
+            float(np.abs(fingerprint(preprocess(case.image)[0]) - np.array(case.colours)).max())
+            for case in candidate.bundle.golden()
         )
-        reason = f"the golden pictures' colours differ by {worst:.2g} of 255 from those in training"
-        return self.holds(worst <= self.tolerance, reason, max_difference=worst)
+        reason = f"The golden pictures' colours differ from training by {worst:.2g} of 255."
+        return self.verdict(worst <= self.tolerance, reason, max_difference=worst)
 
 
-class LeakageReceipt(SetGate):
-    """None of the evaluation set's pictures or lesions took part in the training."""
+class LeakageGate(SetGate):
+    """No picture or lesion of the evaluation set took part in the training."""
 
     name: ClassVar[str] = "leakage"
 
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
         """Compare the bundle's receipt with the set."""
         receipt = read_receipt(candidate.bundle.path)
-        found = overlap(receipt, image_identities(evaluation.frame))
+        seen = overlap(receipt, image_identities(evaluation.frame))
         figures = {
-            "same_image": len(found.same_image),
-            "same_lesion": len(found.same_lesion),
-            "near": len(found.near),
+            "same_image": len(seen.same_image),
+            "same_lesion": len(seen.same_lesion),
+            "near": len(seen.near),
             "dataset_fingerprint": receipt.dataset_fingerprint,
         }
-        return self.holds(not found.leaks, str(found).rstrip("."), **figures)
+        return self.verdict(not seen.leaks, str(seen), **figures)
 
 
-def run_locally(bundle: Bundle, progress: Callable[[], None] = lambda: None) -> dict[str, float] | None:
-    """How far checkpoint and graph, in f32, are from the golden answers; None where torch is not installed.
+def local_differences(bundle: Bundle, progress: Callable[[], None] = lambda: None) -> dict[str, float] | None:
+    """Return how far checkpoint and graph, in f32, are from the golden answers; None if torch is not installed.
 
-    In a process of its own: torch would stay in the promoter's memory, and takes seconds in which `progress`, called
-    a few times a second, may raise to stop. OSError when it fails.
+    They run in a process of their own, so that torch does not stay in the promoter's memory. `progress` is called
+    several times a second and may raise to stop. Raises OSError.
     """
     command = [sys.executable, "-m", __name__, str(bundle.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + LOCAL_SECONDS
         try:
             while True:
                 try:
-                    out, said = process.communicate(timeout=0.25)
+                    output, error_output = process.communicate(timeout=0.25)
                     break
                 except subprocess.TimeoutExpired:
                     progress()
                     if time.monotonic() > end:
-                        raise TimeoutError(f"the golden answers were not computed within {SECONDS:g} s") from None
+                        raise TimeoutError(
+                            f"Checkpoint and graph did not answer the golden pictures within {LOCAL_SECONDS:g} s."
+                        ) from None
         except BaseException:
             process.kill()
             raise
-    if process.returncode == 3:
+    if process.returncode == NO_TORCH:
         return None
     if process.returncode:
-        last = said.strip().splitlines()[-1:] or ["it said nothing"]
-        raise OSError(f"the golden answers could not be computed here: {last[0]}")
-    found: dict[str, float] = json.loads(out)
-    return found
+        last = error_output.strip().splitlines()[-1:]
+        raise OSError(f"Checkpoint and graph could not answer the golden pictures here: {''.join(last)}")
+    differences: dict[str, float] = json.loads(output)
+    return differences
 
 
 def _main(folder: str) -> int:
-    """Print the differences as JSON; exit code 3 without torch."""
+    """Print the differences as JSON and return the exit code."""
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError:
-        return 3
-    bundle = Bundle.read(folder)
-    differences = {}
-    for name, runtime in (("checkpoint", "torch"), ("graph", "openvino")):
-        if runtime == "openvino" and not bundle.has_graph:
-            continue
-        differences[name] = Predictor(bundle, runtime=runtime, precision="f32").golden_difference()
+        return NO_TORCH
+    bundle = Bundle.read(folder)  # the promoter verified it
+    differences = {"checkpoint": Predictor(bundle, runtime="torch", precision="f32").golden_difference()}
+    if bundle.has_graph:
+        differences["graph"] = Predictor(bundle, runtime="openvino", precision="f32").golden_difference()
     print(json.dumps(differences))
     return 0
 

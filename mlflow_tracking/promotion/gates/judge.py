@@ -1,7 +1,7 @@
-"""All gates over one candidate: the judgement, kept so that the same question is never asked twice.
+"""The judge: asks all gates about one candidate, and keeps the judgement.
 
-A judgement belongs to a bundle, an evaluation set, the gates' settings, and the champion it was compared with. What was
-refused costs nothing when it is asked for again, by whichever promoter; `forget` makes it be judged anew.
+A judgement answers one question: this bundle, this evaluation set, these gate settings, this champion. The same question
+is never asked twice, whichever promoter asks, unless `forget` deletes the judgement.
 """
 
 import hashlib
@@ -17,52 +17,52 @@ import yaml
 from pydantic import ValidationError
 
 from handlers.errors import UserError
-from handlers.files import atomic_file
+from handlers.files import write_json
 from mlflow_tracking.digests import short
 from mlflow_tracking.promotion.comparison import compare
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, Outcome, Verdict
-from mlflow_tracking.promotion.gates.behaviour import LatencyBudget, StressFlips
+from mlflow_tracking.promotion.gates.behaviour import LatencyGate, StressGate
 from mlflow_tracking.promotion.gates.identity import (
-    DigestAndSignature,
-    GoldenParity,
-    LeakageReceipt,
-    PreprocessingFingerprint,
+    GoldenParityGate,
+    LeakageGate,
+    PreprocessingGate,
+    RegistrationGate,
 )
 from mlflow_tracking.promotion.gates.quality import (
-    BalancedAccuracy,
-    CalibrationError,
-    MalignantCalls,
-    MelanomaSensitivity,
-    UnknownDetection,
+    BalancedAccuracyGate,
+    CalibrationGate,
+    MalignantCallsGate,
+    MelanomaSensitivityGate,
+    UnknownDetectionGate,
 )
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.registry import RegisteredVersion
 
 SCHEMA = 1
-# In the order in which they are asked: what costs least, and what all others rest upon, comes first.
+# In the order of evaluation: decisive and cheap gates first.
 GATES: tuple[type[Gate], ...] = (
-    DigestAndSignature,
-    GoldenParity,
-    PreprocessingFingerprint,
-    LeakageReceipt,
-    LatencyBudget,
-    BalancedAccuracy,
-    MelanomaSensitivity,
-    CalibrationError,
-    UnknownDetection,
-    MalignantCalls,
-    StressFlips,
+    RegistrationGate,
+    GoldenParityGate,
+    PreprocessingGate,
+    LeakageGate,
+    LatencyGate,
+    BalancedAccuracyGate,
+    MelanomaSensitivityGate,
+    CalibrationGate,
+    UnknownDetectionGate,
+    MalignantCallsGate,
+    StressGate,
 )
 
 
 class GateSettingsError(UserError):
-    """A gates.yaml that cannot be used; a sentence."""
+    """A gates.yaml that cannot be used."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a judgement answers: these four digests; None for no set, and for no champion."""
+    """The four digests that a judgement depends on; None for no evaluation set and for no champion."""
 
     bundle: str
     evaluation_set: str | None
@@ -72,8 +72,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Judgement:
-    """All verdicts on a bundle. `forced` is {by, reason} where a person overruled them; `comparison` holds the
-    candidate against the champion on the frozen set (promotion.replay)."""
+    """All verdicts on a bundle.
+
+    `forced` is {by, reason} if a person overruled them. `comparison` compares the candidate with the champion on the
+    frozen set (promotion.comparison).
+    """
 
     question: Question
     version: str
@@ -85,51 +88,53 @@ class Judgement:
 
     @property
     def blocking(self) -> tuple[Verdict, ...]:
-        """The verdicts against it."""
+        """The verdicts that keep the candidate from serving."""
         return tuple(verdict for verdict in self.verdicts if verdict.blocks)
 
     @property
     def passed(self) -> bool:
-        """Whether it may serve."""
+        """True if the candidate may serve."""
         return not self.blocking or self.forced is not None
 
     @property
-    def word(self) -> str:
-        """The outcome in one word."""
-        return "forced" if self.forced else "refused" if self.blocking else "passed"
+    def outcome(self) -> str:
+        """`passed`, `refused` or `forced`."""
+        if self.forced:
+            return "forced"
+        return "refused" if self.blocking else "passed"
 
     @property
     def reason(self) -> str:
-        """Why it was refused, or what was left open, in a sentence without its stop."""
-        told = self.blocking or tuple(one for one in self.verdicts if one.outcome is Outcome.NOT_EVALUATED)
-        # Several gates lack the same thing.
-        gates: dict[str, list[str]] = {}
-        for verdict in told:
-            open_ = verdict.outcome is Outcome.NOT_EVALUATED
-            gates.setdefault(f"{'not evaluated: ' if open_ else ''}{verdict.reason}", []).append(verdict.gate)
-        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in gates.items())
+        """The reasons of the blocking verdicts, or else of those that were not evaluated, each after its gates."""
+        gates: dict[str, list[str]] = {}  # several gates may give the same reason
+        for verdict in self.blocking or self.verdicts:
+            if verdict.outcome is Outcome.NOT_EVALUATED:
+                gates.setdefault(f"not evaluated. {verdict.reason}", []).append(verdict.gate)
+            elif verdict.outcome is Outcome.FAILED:
+                gates.setdefault(verdict.reason, []).append(verdict.gate)
+        return " ".join(f"{', '.join(names)}: {reason}" for reason, names in gates.items())
 
     @property
     def id(self) -> str:
-        """A short name for this very judgement."""
+        """A short hash of this judgement."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, as kept and as in the report."""
-        return {"schema": SCHEMA, "outcome": self.word, **asdict(self)}
+        """Return the JSON form, as kept and as in the report."""
+        return {"schema": SCHEMA, "outcome": self.outcome, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Judgement":
-        """The inverse of to_dict. Raises KeyError, TypeError or ValueError for something else."""
+        """Invert to_dict. Raises KeyError, TypeError or ValueError for anything else."""
         if values.pop("schema") != SCHEMA:
-            raise ValueError("another schema")
+            raise ValueError("The judgement has another schema.")
         del values["outcome"]
-        verdicts = tuple(Verdict(**{**one, "outcome": Outcome(one["outcome"])}) for one in values.pop("verdicts"))
+        verdicts = tuple(Verdict(**{**row, "outcome": Outcome(row["outcome"])}) for row in values.pop("verdicts"))
         return cls(question=Question(**values.pop("question")), verdicts=verdicts, **values)
 
 
 class Judge:
-    """Asks the gates and keeps judgements in a folder, one file for each question."""
+    """The gates, and a folder that keeps one file for each question."""
 
     def __init__(self, gates: Sequence[Gate], folder: Path) -> None:
         self.gates = gates
@@ -140,34 +145,31 @@ class Judge:
     def question(
         self, release: Release, evaluation: EvaluationSet | RegisteredVersion | None, champion: Release | None
     ) -> Question:
-        """What would be asked about a release now: of the set only the digest matters."""
+        """Return the question about a release; of the evaluation set only the digest is used."""
         evaluation_set = None if evaluation is None else evaluation.digest
         return Question(release.digest, evaluation_set, self.settings, None if champion is None else champion.digest)
 
     def judge(self, candidate: Candidate) -> Judgement:
-        """Ask all gates; after a decisive one has failed the others are not asked. Keeps nothing.
+        """Ask all gates, up to a decisive one that fails. Does not keep the judgement.
 
         Raises:
-            TorchServeError, TorchServeUnavailable, EvaluationSetError, OSError: what is not the candidate's fault.
+            TorchServeError, TorchServeUnavailable, EvaluationSetError, OSError: the candidate is not at fault.
         """
         began = time.monotonic()
         verdicts: list[Verdict] = []
-        decided: str | None = None
+        failed = ""  # the decisive gate that failed
         for gate in self.gates:
-            if decided:
-                verdict = gate.skips(f"not asked, since {decided} failed")
-                verdicts.append(verdict)
+            if failed:
+                verdicts.append(gate.skipped(f"Skipped because {failed} failed."))
                 continue
             candidate.progress(gate.name)
             verdict = gate.evaluate(candidate)
             verdicts.append(replace(verdict, blocks=gate.blocks(verdict, candidate)))
             if gate.decisive and verdict.outcome is Outcome.FAILED:
-                decided = gate.name
+                failed = gate.name
         comparison = None
-        if candidate.evaluation and candidate.champion and not decided:
-            ours, theirs = candidate.answers, candidate.champion_answers
-            assert theirs is not None, "there is a champion"
-            comparison = compare(candidate.evaluation, theirs, ours)
+        if not failed and candidate.evaluation and candidate.champion and candidate.champion_answers:
+            comparison = compare(candidate.evaluation, candidate.champion_answers, candidate.answers)
             comparison |= {"champion_version": candidate.champion.version, "version": candidate.release.version}
         return Judgement(
             self.question(candidate.release, candidate.evaluation, candidate.champion),
@@ -179,29 +181,28 @@ class Judge:
         )
 
     def may_force(self, judgement: Judgement) -> bool:
-        """Whether a person may overrule it: not where the candidate is not what was registered."""
-        return all(verdict.gate != DigestAndSignature.name for verdict in judgement.blocking)
+        """Return True if a person may overrule the judgement: the candidate is the registered model."""
+        return all(verdict.gate != RegistrationGate.name for verdict in judgement.blocking)
 
     def keep(self, judgement: Judgement) -> None:
-        """Keep a judgement in place of an older one on the same question, as the one that counts now."""
+        """Keep a judgement as the newest, in place of an older one on the same question."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self._path(judgement.question)) as file:
-            file.write(json.dumps(judgement.to_dict(), indent=1).encode() + b"\n")
+        write_json(self._path(judgement.question), judgement.to_dict())
 
     def kept(self, question: Question) -> Judgement | None:
-        """The judgement that answers a question, if it was asked before."""
-        found = _read(self._path(question))
-        return found if found and found.question == question else None
+        """Return the judgement that answers a question, or None."""
+        judgement = _read(self._path(question))
+        return judgement if judgement and judgement.question == question else None
 
     def newest(self, bundle: str) -> Judgement | None:
-        """The judgement on a bundle that counted last."""
+        """Return the newest judgement on a bundle, or None."""
         paths = self.folder.glob(f"{short(bundle)}-*.json")
-        newest = max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
-        found = _read(newest) if newest else None
-        return found if found and found.question.bundle == bundle else None
+        path = max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
+        judgement = _read(path) if path else None
+        return judgement if judgement and judgement.question.bundle == bundle else None
 
     def forget(self, bundle: str) -> None:
-        """Have a bundle judged anew. Its answers stay: AnswerBook.forget."""
+        """Delete the judgements on a bundle. AnswerBook.forget deletes its answers."""
         for path in self.folder.glob(f"{short(bundle)}-*.json"):
             path.unlink(missing_ok=True)
 
@@ -211,24 +212,25 @@ class Judge:
 
 
 def load_gates(path: Path) -> tuple[Gate, ...]:
-    """The gates that a YAML file names, with its limits, in the order of GATES. Raises GateSettingsError."""
+    """Return the gates that a YAML file names, with its limits, in the order of GATES. Raises GateSettingsError."""
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise GateSettingsError(f"The gates' settings {path} cannot be read: {error}") from error
-    known = {gate.name: gate for gate in GATES}
-    if not isinstance(values, dict) or (unknown := set(values) - set(known)):
-        what = ", ".join(map(str, sorted(unknown))) if isinstance(values, dict) else "something else than gates"
-        raise GateSettingsError(f"{path} names {what}; the gates are {', '.join(known)}.")
+        raise GateSettingsError(f"The gate settings {path} cannot be read: {error}") from error
+    names = [gate.name for gate in GATES]
+    if not isinstance(values, dict):
+        raise GateSettingsError(f"{path} is not a table of gates. The gates are {', '.join(names)}.")
+    if unknown := sorted(str(name) for name in set(values) - set(names)):
+        raise GateSettingsError(f"{path} names {', '.join(unknown)}, but the gates are {', '.join(names)}.")
     gates = []
-    for name, gate in known.items():
-        if name in values:
+    for gate in GATES:
+        if gate.name in values:
             try:
-                gates.append(gate.model_validate(values[name] or {}))
+                gates.append(gate.model_validate(values[gate.name] or {}))
             except ValidationError as error:
                 first = error.errors()[0]
-                limit = ".".join(map(str, first["loc"])) or "its limits"
-                raise GateSettingsError(f"{path}: {name}: {limit}: {first['msg']}.") from error
+                limit = ".".join(map(str, (gate.name, *first["loc"])))
+                raise GateSettingsError(f"{path} has a wrong value for {limit}: {first['msg']}.") from error
     return tuple(gates)
 
 
@@ -236,4 +238,4 @@ def _read(path: Path) -> Judgement | None:
     try:
         return Judgement.from_dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # none, or one that an older version wrote
+        return None  # missing, or written by another version

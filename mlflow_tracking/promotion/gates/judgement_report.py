@@ -1,14 +1,15 @@
-"""A judgement for readers: report.json for programs, report.html for people; MLflow keeps both with the version."""
+"""Reports of a judgement and of a replay: report.json for programs, report.html for people. MLflow stores both."""
 
-import json
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from handlers.files import write_json
 from mlflow_tracking.promotion.gates.judge import Judgement
 from mlflow_tracking.settings import MODEL_NAME
 
-REPORT = "gates"  # where they lie among a version's artifacts
+REPORT = "gates"  # the folder among a version's artifacts
+MAX_TAG = 1000  # characters; MLflow takes at most 5000
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #1d2433 }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
@@ -19,15 +20,14 @@ code { font-size: 85%; overflow-wrap: anywhere }
 
 
 def write_report(folder: Path, judgement: Judgement) -> None:
-    """Write report.json and report.html into a folder."""
-    (folder / "report.json").write_text(json.dumps(judgement.to_dict(), indent=1) + "\n", encoding="utf-8")
+    """Write report.json and report.html of a judgement into a folder."""
+    write_json(folder / "report.json", judgement.to_dict())
     (folder / "report.html").write_text(html(judgement), encoding="utf-8")
 
 
 def write_replay(folder: Path, champion: str, challenger: str, tables: dict[str, dict[str, Any]]) -> None:
-    """Write the report of a replay: `tables` of promotion.replay.compare by the pictures' name."""
-    values = {"champion_version": champion, "version": challenger, "tables": tables}
-    (folder / "report.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    """Write the report of a replay: tables of promotion.comparison.compare by the name of their pictures."""
+    write_json(folder / "report.json", {"champion_version": champion, "version": challenger, "tables": tables})
     title = f"{MODEL_NAME}: version {challenger} against version {champion}"
     parts = (f"<h2>{escape(name)}</h2>{_comparison(table)}" for name, table in tables.items())
     page = f"{_head(title)}<h1>{escape(title)}</h1>{''.join(parts)}</html>\n"
@@ -35,48 +35,49 @@ def write_replay(folder: Path, champion: str, challenger: str, tables: dict[str,
 
 
 def tags(judgement: Judgement) -> dict[str, str]:
-    """The same for the version's tags: the outcome, and each verdict in a sentence."""
-    told = {
+    """Return the version's tags: the outcome, and each verdict with its reason."""
+    forced = judgement.forced
+    values = {
         "gates.judgement": judgement.id,
-        "gates.outcome": judgement.word,
+        "gates.outcome": judgement.outcome,
         "gates.evaluation_set": judgement.question.evaluation_set or "none",
-        "gates.forced": "{by}: {reason}".format(**judgement.forced) if judgement.forced else "",
+        "gates.forced": f"{forced['by']}: {forced['reason']}" if forced else "",
     }
     for verdict in judgement.verdicts:
-        told[f"gates.{verdict.gate.replace(' ', '_')}"] = f"{verdict.outcome}: {verdict.reason}"[:1000]
-    return told
+        values[f"gates.{verdict.gate.replace(' ', '_')}"] = f"{verdict.outcome}: {verdict.reason}"[:MAX_TAG]
+    return values
 
 
 def html(judgement: Judgement) -> str:
-    """A page that needs nothing from elsewhere."""
-    question = judgement.question
-    rows = "".join(
-        f'<tr><td>{escape(one.gate)}</td><td class="{one.outcome.split()[0]}">{escape(one.outcome)}'
-        f"{' (blocks)' if one.blocks else ''}</td><td>{escape(one.reason)}</td><td>{_figures(one.figures)}</td></tr>"
-        for one in judgement.verdicts
+    """Return a page without external files."""
+    question, forced, comparison = judgement.question, judgement.forced, judgement.comparison
+    title = f"{MODEL_NAME} version {judgement.version}: {judgement.outcome}"
+    verdicts = "".join(
+        f'<tr><td>{escape(verdict.gate)}</td><td class="{verdict.outcome.split()[0]}">{escape(verdict.outcome)}'
+        f"{' (blocks)' if verdict.blocks else ''}</td><td>{escape(verdict.reason)}</td>"
+        f"<td>{_figures(verdict.figures)}</td></tr>"
+        for verdict in judgement.verdicts
     )
-    title = f"{MODEL_NAME} version {judgement.version}: {judgement.word}"
-    forced = judgement.forced
-    overruled = f"<p>Overruled by {escape(forced['by'])}: {escape(forced['reason'])}</p>" if forced else ""
-    asked = "".join(
-        f"<tr><th>{name}</th><td><code>{escape(value or 'none')}</code></td></tr>"
-        for name, value in (
-            ("bundle", question.bundle),
-            ("evaluation set", question.evaluation_set),
-            ("gates' settings", question.settings),
-            ("champion", question.champion),
-        )
+    inputs = {
+        "bundle": question.bundle,
+        "evaluation set": question.evaluation_set,
+        "gate settings": question.settings,
+        "champion": question.champion,
+    }
+    digests = "".join(
+        f"<tr><th>{name}</th><td><code>{escape(digest or 'none')}</code></td></tr>" for name, digest in inputs.items()
     )
-    against = judgement.comparison
-    compared = (
-        f"<h2>Against version {escape(against['champion_version'])}</h2>{_comparison(against)}" if against else ""
-    )
-    return (
-        f'{_head(title)}<h1>{MODEL_NAME} version {escape(judgement.version)}: <span class="{judgement.word}">'
-        f"{judgement.word}</span></h1>{overruled}<p>Judged {escape(judgement.at)}, in {judgement.seconds:g} s.</p>"
-        f"<table><tr><th>gate</th><th>verdict</th><th>reason</th><th>figures</th></tr>{rows}</table>"
-        f"{compared}<h2>What was asked</h2><table>{asked}</table></html>\n"
-    )
+    page = [_head(title), f'<h1 class="{judgement.outcome}">{escape(title)}</h1>']
+    if forced:
+        page.append(f"<p>Overruled by {escape(forced['by'])}: {escape(forced['reason'])}</p>")
+    page += [
+        f"<p>Judged at {escape(judgement.at)} in {judgement.seconds:g} s.</p>",
+        f"<table><tr><th>gate</th><th>verdict</th><th>reason</th><th>figures</th></tr>{verdicts}</table>",
+    ]
+    if comparison:
+        page.append(f"<h2>Against version {escape(comparison['champion_version'])}</h2>{_comparison(comparison)}")
+    page.append(f"<h2>Inputs</h2><table>{digests}</table></html>\n")
+    return "".join(page)
 
 
 def _head(title: str) -> str:
@@ -88,27 +89,29 @@ def _head(title: str) -> str:
 
 def _comparison(table: dict[str, Any]) -> str:
     champion, challenger = table["champion"], table["challenger"]
-    flips = "".join(
-        f"<tr><td><code>{escape(str(flip['image']))}</code></td><td>{flip['champion']}</td><td>{flip['challenger']}</td>"
-        f"<td>{flip.get('truth', '')}</td></tr>"
-        for flip in table["flips"]
+    page = (
+        f"<p>{table['agreement']:.1%} of the answers to {table['images']} pictures agree. {table['into_malignant']} "
+        f"turn malignant, {table['out_of_malignant']} turn benign. The 95th percentile of latency is "
+        f"{champion['p95_milliseconds']:.0f} ms for the champion and {challenger['p95_milliseconds']:.0f} ms for this "
+        "version, measured separately.</p>"
     )
-    refused = "".join(
-        f"<li><code>{escape(name)}</code> was left out: {escape(reason)}</li>"
-        for name, reason in table.get("refused", {}).items()
-    )
-    named = f"<table><tr><th>picture</th><th>champion</th><th>this version</th><th>truth</th></tr>{flips}</table>"
-    return (
-        f"<p>{table['agreement']:.1%} of the answers to {table['images']} pictures agree; {table['into_malignant']} "
-        f"turn malignant, {table['out_of_malignant']} turn benign. Of the champion's answers 95 % took "
-        f"{champion['p95_milliseconds']:.0f} ms or less, of this version's "
-        f"{challenger['p95_milliseconds']:.0f} ms, each asked by itself.</p>{named if flips else ''}"
-        f"{f'<ul>{refused}</ul>' if refused else ''}"
-    )
+    if table["flips"]:
+        rows = "".join(
+            f"<tr><td><code>{escape(str(flip['image']))}</code></td><td>{flip['champion']}</td>"
+            f"<td>{flip['challenger']}</td><td>{flip.get('truth', '')}</td></tr>"
+            for flip in table["flips"]
+        )
+        page += f"<table><tr><th>picture</th><th>champion</th><th>this version</th><th>truth</th></tr>{rows}</table>"
+    if refused := table.get("refused"):
+        rows = "".join(
+            f"<li><code>{escape(name)}</code> was left out: {escape(reason)}</li>" for name, reason in refused.items()
+        )
+        page += f"<ul>{rows}</ul>"
+    return page
 
 
 def _figures(figures: dict[str, Any]) -> str:
-    shown = (
+    texts = (
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
     )
-    return escape(", ".join(shown))
+    return escape(", ".join(texts))

@@ -1,7 +1,7 @@
-"""How good are the candidate's answers to the frozen evaluation set?
+"""Quality gates: figures of merit on the frozen evaluation set.
 
-They are judged as they are served: nine probabilities, the most probable class is the answer, and a known lesion that
-is called unknown is wrong. Intervals resample lesions, as pictures of one lesion are not independent.
+Answers are judged as served: the most probable of the nine classes counts, so a known lesion that is called unknown is
+wrong. Intervals resample lesions, because pictures of one lesion are not independent.
 """
 
 from typing import ClassVar
@@ -13,16 +13,16 @@ from pydantic import Field
 from handlers.taxonomy import CODES, UNKNOWN
 from mlflow_tracking import metrics
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
-from mlflow_tracking.promotion.gates.base import NO_CHAMPION, Candidate, SetGate, Verdict
+from mlflow_tracking.promotion.gates.base import Candidate, SetGate, Verdict
 
 MELANOMA, UNK = CODES.index("MEL"), CODES.index(UNKNOWN)
 
 
-class BalancedAccuracy(SetGate):
+class BalancedAccuracyGate(SetGate):
     """Balanced accuracy is not inferior to the champion's.
 
-    The lower end of the one-sided 95 % interval of the difference, from a paired bootstrap over lesions, must lie above
-    `-margin` (a test of non-inferiority; the resampling is the cluster bootstrap, Davison & Hinkley 1997, section 3.8).
+    A test of non-inferiority: the lower end of the one-sided 95 % interval of the difference must exceed `-margin`. The
+    interval is a paired cluster bootstrap over lesions (Davison & Hinkley 1997, section 3.8).
     """
 
     name: ClassVar[str] = "balanced accuracy"
@@ -31,22 +31,22 @@ class BalancedAccuracy(SetGate):
     resamples: int = Field(2000, ge=100)
 
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
-        """`not evaluated` without a champion to compare with."""
+        """Compare with the champion; `not evaluated` without one."""
         ours = metrics.balanced_accuracy(evaluation.labels, candidate.answers.probabilities)
         if candidate.champion is None or candidate.champion_answers is None:
-            return self.skips(f"it is {ours:.3f}, and {NO_CHAMPION}", candidate=ours)
+            return self.skipped(f"It is {ours:.3f}, and no other version serves yet to compare with.", candidate=ours)
         theirs = metrics.balanced_accuracy(evaluation.labels, candidate.champion_answers.probabilities)
         lower = lower_difference(evaluation, candidate.answers.top, candidate.champion_answers.top, self.resamples)
         reason = (
-            f"{ours:.3f}, version {candidate.champion.version} has {theirs:.3f}; the difference is at least "
-            f"{lower:+.3f} (95 %, {len(evaluation)} pictures), and may be {-self.margin:+.3f}"
+            f"It is {ours:.3f}, and version {candidate.champion.version} has {theirs:.3f}. The difference is at least "
+            f"{lower:+.3f} (95 %, {len(evaluation)} pictures) and must exceed {-self.margin:+.3f}."
         )
         figures = {"candidate": ours, "champion": theirs, "lower_difference_95": lower, "margin": self.margin}
-        return self.holds(lower > -self.margin, reason, **figures)
+        return self.verdict(lower > -self.margin, reason, **figures)
 
 
-class MelanomaSensitivity(SetGate):
-    """Of the melanomas at least the share `floor` is called melanoma first of all."""
+class MelanomaSensitivityGate(SetGate):
+    """At least the share `floor` of the melanomas is called melanoma."""
 
     name: ClassVar[str] = "melanoma sensitivity"
 
@@ -54,31 +54,31 @@ class MelanomaSensitivity(SetGate):
     images: int = Field(20, ge=1)
 
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
-        """`not evaluated` on fewer than `images` melanomas."""
+        """Compare recall with the floor; `not evaluated` on fewer than `images` melanomas."""
         melanomas = evaluation.labels == MELANOMA
         if (number := int(melanomas.sum())) < self.images:
-            return self.skips(f"the set holds {number} melanomas, and {self.images} are needed")
-        found = float((candidate.answers.top[melanomas] == MELANOMA).mean())
-        reason = f"{found:.3f} of {number} melanomas are called so; the floor is {self.floor:g}"
-        return self.holds(found >= self.floor, reason, sensitivity=found, melanomas=number, floor=self.floor)
+            return self.skipped(f"The set has {number} melanomas; at least {self.images} are needed.")
+        recall = float((candidate.answers.top[melanomas] == MELANOMA).mean())
+        reason = f"{recall:.3f} of {number} melanomas are called melanoma; the floor is {self.floor:g}."
+        return self.verdict(recall >= self.floor, reason, sensitivity=recall, melanomas=number, floor=self.floor)
 
 
-class CalibrationError(SetGate):
-    """The probabilities mean what they say: expected calibration error (15 bins) of the served nine is low enough."""
+class CalibrationGate(SetGate):
+    """The expected calibration error (15 bins) of the served probabilities is within the ceiling."""
 
     name: ClassVar[str] = "calibration"
 
     ceiling: float = Field(0.1, gt=0, le=1)
 
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
-        """See mlflow_tracking.metrics.expected_calibration_error."""
+        """Compare mlflow_tracking.metrics.expected_calibration_error with the ceiling."""
         error = metrics.expected_calibration_error(evaluation.labels, candidate.answers.probabilities)
-        reason = f"the expected calibration error is {error:.3f}; the ceiling is {self.ceiling:g}"
-        return self.holds(error <= self.ceiling, reason, error=error, ceiling=self.ceiling)
+        reason = f"The expected calibration error is {error:.3f}; the ceiling is {self.ceiling:g}."
+        return self.verdict(error <= self.ceiling, reason, error=error, ceiling=self.ceiling)
 
 
-class UnknownDetection(SetGate):
-    """Pictures of no known class get a higher probability of UNK than the others: its area under the ROC curve."""
+class UnknownDetectionGate(SetGate):
+    """The probability of UNK separates pictures of no known class from the others: area under the ROC curve."""
 
     name: ClassVar[str] = "unknown detection"
 
@@ -86,17 +86,19 @@ class UnknownDetection(SetGate):
     images: int = Field(20, ge=1)
 
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
-        """`not evaluated` on fewer than `images` pictures of UNK, or on nothing else."""
+        """Compare the area with the floor; `not evaluated` on fewer than `images` pictures of UNK, or on UNK only."""
         number = int((evaluation.labels == UNK).sum())
         if number < self.images or number == len(evaluation):
-            return self.skips(f"the set holds {number} pictures of UNK, and {self.images} beside others are needed")
+            return self.skipped(
+                f"The set has {number} pictures of UNK; at least {self.images} are needed, and pictures of other classes."
+            )
         area = float(metrics.aucs(evaluation.labels, candidate.answers.probabilities)[UNK])
-        reason = f"the AUC of UNK is {area:.3f} over {number} pictures; the floor is {self.floor:g}"
-        return self.holds(area >= self.floor, reason, auc=area, images=number, floor=self.floor)
+        reason = f"The AUC of UNK is {area:.3f} over {number} pictures; the floor is {self.floor:g}."
+        return self.verdict(area >= self.floor, reason, auc=area, images=number, floor=self.floor)
 
 
-class MalignantCalls(SetGate):
-    """Of the pictures of no known class at most the share `ceiling` is called malignant first of all."""
+class MalignantCallsGate(SetGate):
+    """At most the share `ceiling` of the pictures of no known class is called malignant."""
 
     name: ClassVar[str] = "malignant calls"
 
@@ -104,35 +106,35 @@ class MalignantCalls(SetGate):
     images: int = Field(20, ge=1)
 
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
-        """`not evaluated` on fewer than `images` pictures of UNK."""
+        """Compare the share with the ceiling; `not evaluated` on fewer than `images` pictures of UNK."""
         unknown = evaluation.labels == UNK
         if (number := int(unknown.sum())) < self.images:
-            return self.skips(f"the set holds {number} pictures of UNK, and {self.images} are needed")
+            return self.skipped(f"The set has {number} pictures of UNK; at least {self.images} are needed.")
         share = float(candidate.answers.malignant[unknown].mean())
-        reason = f"{share:.3f} of {number} pictures of UNK are called malignant; the ceiling is {self.ceiling:g}"
-        return self.holds(share <= self.ceiling, reason, share=share, images=number, ceiling=self.ceiling)
+        reason = f"{share:.3f} of {number} pictures of UNK are called malignant; the ceiling is {self.ceiling:g}."
+        return self.verdict(share <= self.ceiling, reason, share=share, images=number, ceiling=self.ceiling)
 
 
 def lower_difference(
     evaluation: EvaluationSet, ours: NDArray[np.int64], theirs: NDArray[np.int64], resamples: int
 ) -> float:
-    """The 5 % quantile of (our balanced accuracy - theirs) when lesions are drawn with replacement.
+    """Return the 5 % quantile of (our balanced accuracy - theirs) when lesions are drawn with replacement.
 
     Args:
         ours, theirs: predicted classes (N,), indices into CODES.
     """
     lesions = int(evaluation.lesions.max()) + 1
-    total = _count(evaluation, np.ones(len(evaluation)), lesions)
-    right = [_count(evaluation, answers == evaluation.labels, lesions) for answers in (ours, theirs)]
-    # How often each lesion is drawn, (resamples, lesions): counts add up, so no picture is touched again.
+
+    def counts(selected: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Count pictures by lesion and true class: (lesions, 9)."""
+        table = np.zeros((lesions, len(CODES)))
+        np.add.at(table, (evaluation.lesions, evaluation.labels), selected.astype(float))
+        return table
+
+    total = counts(np.ones(len(evaluation), bool))
+    right = [counts(answers == evaluation.labels) for answers in (ours, theirs)]
+    # Counts add up, so a resampling only needs how often each lesion is drawn: (resamples, lesions).
     drawn = np.random.default_rng(0).multinomial(lesions, np.full(lesions, 1 / lesions), size=resamples)
     with np.errstate(invalid="ignore"):
-        ours_drawn, theirs_drawn = (np.nanmean((drawn @ one) / (drawn @ total), axis=1) for one in right)
+        ours_drawn, theirs_drawn = (np.nanmean((drawn @ table) / (drawn @ total), axis=1) for table in right)
     return float(np.quantile(ours_drawn - theirs_drawn, 0.05))
-
-
-def _count(evaluation: EvaluationSet, values: NDArray[np.generic], lesions: int) -> NDArray[np.float64]:
-    """The sum of `values` (N,) by lesion and true class: (lesions, 9)."""
-    table = np.zeros((lesions, len(CODES)))
-    np.add.at(table, (evaluation.lesions, evaluation.labels), values.astype(float))
-    return table
