@@ -23,7 +23,7 @@ from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.gates.base import Candidate
-from mlflow_tracking.promotion.gates.identity import RegistrationGate, GoldenParityGate
+from mlflow_tracking.promotion.gates.identity import GoldenParityGate, RegistrationGate
 from mlflow_tracking.promotion.plan import Action, Step
 from mlflow_tracking.promotion.reconcile import Reconciler
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
