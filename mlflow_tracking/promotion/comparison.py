@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from handlers.errors import UserError
-from handlers.preprocessing import SHRINK_SIDE, ImageError, decode
+from handlers.decoding import SHRINK_SIDE, decode
+from handlers.errors import ImageError, UserError
 from handlers.taxonomy import CODES
 from mlflow_tracking import metrics
 from mlflow_tracking.promotion.answers import PARALLEL, AnswerBook, Answers, ask
