@@ -1,8 +1,7 @@
-"""The study of "none of the above".
+"""The study of unknown classes.
 
-Holding a class out leaves no image of it, nor of its lesions, to train on; every detector does what its paper says on
-features where the answer is known; far pictures are what they are called, and the same each time; the study runs from
-the manifest to its tables.
+No image or lesion of a held-out class is used in training. Every detector follows its formula. Far pictures are
+repeatable. The study runs from the manifest to its tables.
 """
 
 import json
@@ -12,12 +11,12 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-import typer
 from scipy.special import logsumexp, softmax
 
 from handlers.predictor import Predictor
 from mlflow_tracking import metrics
-from scripts.studies import unknowns
+from mlflow_tracking.command_line import run
+from scripts.studies import unknowns, unknowns_report
 from scripts.studies.far_images import SIDE, far_images
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
@@ -35,8 +34,8 @@ def fewer_draws(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def known():
-    """Four classes around corners in the first four of twelve dimensions, and a head that tells them apart."""
+def space():
+    """Four classes around corners in the first four of twelve dimensions, and a head that separates them."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(CLASSES), 150)
     weight = np.eye(CLASSES, DIMENSIONS) * 2
@@ -49,35 +48,35 @@ def spread(rng, n):
     return rng.normal(size=(n, DIMENSIONS)) * np.r_[np.full(6, 0.5), np.full(6, 0.05)]
 
 
-def outputs(features, known):
-    return Outputs(features, features @ known.weight.T + known.bias)
+def outputs(features, space):
+    return Outputs(features, features @ space.weight.T + space.bias)
 
 
-# react cuts off just what is large here
+# react removes exactly the features that are large here
 @pytest.mark.parametrize("name", [name for name in DETECTORS if name != "react"])
-def test_each_detector_tells_the_known_from_what_excites_no_class(name, known):
+def test_each_detector_separates_known_pictures_from_weak_features(name, space):
     rng = np.random.default_rng(1)
-    fresh = outputs(known.outputs.features + 0.1 * spread(rng, len(known.labels)), known)
-    strange = outputs(spread(rng, 200), known)
-    score = DETECTORS[name](known)
-    assert score(fresh).shape == (len(known.labels),)
+    fresh = outputs(space.outputs.features + 0.1 * spread(rng, len(space.labels)), space)
+    strange = outputs(spread(rng, 200), space)
+    score = DETECTORS[name](space)
+    assert score(fresh).shape == (len(space.labels),)
     assert metrics.detection(score(fresh), score(strange))["auroc"] > 0.9
 
 
 @pytest.mark.parametrize("name", ["mahalanobis", "vim"])
-def test_what_is_odd_in_a_quiet_direction_is_seen_by_features_alone(name, known):
-    """The logits are those of known images; only the dimensions that the head ignores differ."""
-    odd = known.outputs.features.copy()
+def test_feature_detectors_notice_a_direction_that_the_head_ignores(name, space):
+    """The logits equal those of known images; only dimensions that the head ignores differ."""
+    odd = space.outputs.features.copy()
     odd[:, -1] += 1
-    logits = outputs(odd, known).logits
-    assert logits == pytest.approx(known.outputs.logits)
-    score = DETECTORS[name](known)
-    assert metrics.detection(score(known.outputs), score(outputs(odd, known)))["auroc"] > 0.95
-    assert metrics.detection(-known.outputs.logits.max(1), -logits.max(1))["auroc"] == pytest.approx(0.5)
+    logits = outputs(odd, space).logits
+    assert logits == pytest.approx(space.outputs.logits)
+    score = DETECTORS[name](space)
+    assert metrics.detection(score(space.outputs), score(outputs(odd, space)))["auroc"] > 0.95
+    assert metrics.detection(-space.outputs.logits.max(1), -logits.max(1))["auroc"] == pytest.approx(0.5)
 
 
-def test_formulas_by_hand(known):
-    out = known.outputs
+def test_formulas_by_hand(space):
+    out = space.outputs
     expected = {
         "max_softmax": 1 - softmax(out.logits, axis=1).max(1),
         "max_logit": -out.logits.max(1),
@@ -85,32 +84,32 @@ def test_formulas_by_hand(known):
         "grad_norm": -np.abs(out.features).sum(1) * np.abs(0.25 - softmax(out.logits, axis=1)).sum(1),
     }
     for name, values in expected.items():
-        assert DETECTORS[name](known)(out) == pytest.approx(values), name
-    clipped = np.minimum(out.features, np.percentile(out.features, 90)) @ known.weight.T
-    assert DETECTORS["react"](known)(out) == pytest.approx(-logsumexp(clipped, axis=1))
-    means = np.stack([out.features[known.labels == k].mean(0) for k in range(CLASSES)])
-    centred = out.features - means[known.labels]
+        assert DETECTORS[name](space)(out) == pytest.approx(values), name
+    clipped = np.minimum(out.features, np.percentile(out.features, 90)) @ space.weight.T
+    assert DETECTORS["react"](space)(out) == pytest.approx(-logsumexp(clipped, axis=1))
+    means = np.stack([out.features[space.labels == k].mean(0) for k in range(CLASSES)])
+    centred = out.features - means[space.labels]
     covariance = centred.T @ centred / len(centred)
     covariance += 1e-3 * np.trace(covariance) / DIMENSIONS * np.eye(DIMENSIONS)
     difference = out.features[0] - means
     by_hand = min(d @ np.linalg.solve(covariance, d) for d in difference)
-    assert DETECTORS["mahalanobis"](known)(out)[0] == pytest.approx(by_hand)
+    assert DETECTORS["mahalanobis"](space)(out)[0] == pytest.approx(by_hand)
 
 
 # ---- holding out
 
 
 def own_lesions(folder):
-    """The tiny manifest with a lesion for each image, since its lesions are of two classes."""
+    """Return the tiny manifest with one lesion for each image, because its lesions have two classes."""
     manifest = tiny_manifest(folder)
     table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
     table.assign(lesion_id=table["image_id"]).to_csv(manifest, index=False)
     return manifest
 
 
-def test_a_class_held_out_is_nowhere_to_be_learnt_from(tmp_path):
+def test_a_held_out_class_is_in_no_training_split(tmp_path):
     frame = read_manifest(own_lesions(tmp_path))
-    # one lesion of the class also has an image of another
+    # One lesion of the class also has an image of another class.
     assert frame["label"][:2].tolist() == ["MEL", "NV"]
     frame.loc[1, "lesion_id"] = frame["lesion_id"][0]
     held = unknowns.hold_out(frame, "MEL")
@@ -142,7 +141,7 @@ def test_far_pictures_are_repeatable_and_differ_in_kind(tmp_path):
 def test_intervals_of_near_figures_are_over_lesions(tmp_path, monkeypatch):
     frame, drawn = read_manifest(own_lesions(tmp_path / "data")), []
     rows = unknowns.hold_out(frame, "MEL")
-    rows.loc[rows["label"] == "UNK", "lesion_id"] = "one"
+    rows.loc[rows["label"] == "UNK", "lesion_id"] = "lesion"
     resampled = metrics.resampled
     monkeypatch.setattr(
         metrics, "resampled", lambda groups, *rest: drawn.append(list(groups)) or resampled(groups, *rest)
@@ -150,7 +149,7 @@ def test_intervals_of_near_figures_are_over_lesions(tmp_path, monkeypatch):
     bundle = tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC"))
     lesions = unknowns.draw_lesions(frame)
     table, draws = unknowns.judge(bundle, rows, {}, tmp_path / "cache", lesions)
-    assert drawn == [["one"] * 48]
+    assert drawn == [["lesion"] * 48]
     assert any(np.ptp(values) for values in draws.values())
     once = lesions.map(lambda times: 1)
     table, draws = unknowns.judge(bundle, rows, {}, tmp_path / "cache", once)
@@ -158,7 +157,7 @@ def test_intervals_of_near_figures_are_over_lesions(tmp_path, monkeypatch):
         assert values == pytest.approx(table["detectors"][name]["near"]["auroc"]), "each lesion once is the test itself"
 
 
-def test_known_lesions_are_drawn_alike_for_every_class_held_out(tmp_path):
+def test_all_held_out_classes_share_the_draws_of_known_lesions(tmp_path):
     frame = read_manifest(tiny_manifest(tmp_path))
     drawn = unknowns.draw_lesions(frame)
     assert drawn.shape == (9, unknowns.RESAMPLES)
@@ -183,60 +182,60 @@ def test_a_model_is_judged_near_and_far(tmp_path):
         assert 0 <= low <= figures["near"]["auroc"] <= high <= 1
         assert figures["near"]["called_malignant"] <= table["called_malignant_by_all"]
         assert len(figures["far"]) == 6
-    means = unknowns.summarise({"MEL": table}, {"MEL": draws})
-    twice = unknowns.summarise({"MEL": table, "NV": table}, {"MEL": draws, "NV": draws})
+    means = unknowns_report.summarise({"MEL": table}, {"MEL": draws})
+    twice = unknowns_report.summarise({"MEL": table, "NV": table}, {"MEL": draws, "NV": draws})
     shuffled = {name: np.random.default_rng(0).permutation(values) for name, values in draws.items()}
-    apart = unknowns.summarise({"MEL": table, "NV": table}, {"MEL": draws, "NV": shuffled})
+    apart = unknowns_report.summarise({"MEL": table, "NV": table}, {"MEL": draws, "NV": shuffled})
     for name in means:
         (low, high), same, (least, most) = (m[name]["near_auroc_interval_95"] for m in (means, twice, apart))
-        assert same == (low, high), "the same lesions twice tell no more"
-        assert high - low >= 1.2 * (most - least), "others do"
+        assert same == (low, high), "the same lesions twice add no information"
+        assert high - low >= 1.2 * (most - least), "other lesions do"
     assert any(np.ptp(row["near_auroc_interval_95"]) for row in apart.values())
     ranking = [row["near_auroc"] for row in means.values()]
     assert ranking == sorted(ranking, reverse=True)
     as_served = unknowns.served(Predictor(bundle), frame[frame["split"] == "test"], far_images(2))
     assert all(figures["images"] == 2 for figures in as_served.values())
-    text = unknowns.markdown({"means": means, "held_out": {"MEL": table}, "served": as_served})
+    text = unknowns_report.markdown({"means": means, "held_out": {"MEL": table}, "served": as_served})
     assert "| noise |" in text
-    # read again from JSON, which sorts its keys, every figure still stands under its name
+    # Sorted keys in the JSON file change nothing.
     again = json.loads(json.dumps({"means": means, "held_out": {"MEL": table}, "served": as_served}, sort_keys=True))
-    assert unknowns.markdown(again) == text
+    assert unknowns_report.markdown(again) == text
     best = next(iter(means))
     assert f"| `{best}` | {means[best]['near_auroc']:.3f} | {means[best]['near_fpr_at_95']:.3f} |" in text
     assert text.count("\n| `") == len(DETECTORS)
     assert "| MEL | 48 |" in text
 
 
-def test_a_model_of_other_data_or_settings_is_not_taken_for_this_ones(tmp_path):
+def test_a_model_of_other_data_or_settings_is_refused(tmp_path):
     frame, folder = read_manifest(own_lesions(tmp_path / "data")), tmp_path / "without_MEL"
     sealed = tiny_bundle(folder / "bundle", classes=("NV", "BCC"))
     config = load_config("held_out", ["name=without_MEL", "output=elsewhere", "cache_dir=another"]).to_dict()
     state = {"config": config, "dataset_fingerprint": fingerprint(unknowns.hold_out(frame, "MEL", 9))}
     checkpoints.save(folder / "last.pt", state)
 
-    def found(frame, preset="held_out", most=9):
+    def trained(frame, preset="held_out", most=9):
         return unknowns.train_without(frame, "MEL", preset, folder, tmp_path / "cache", most)
 
-    assert found(frame).digest == sealed.digest
+    assert trained(frame).digest == sealed.digest
     for other in ({"most": 8}, {"preset": "demo_vit"}):
-        with pytest.raises(unknowns.StudyError, match="holds a model of other data or settings"):
-            found(frame, **other)
-    with pytest.raises(unknowns.StudyError, match="holds a model of other data or settings"):
-        found(frame.iloc[:-1])
-    (folder / "last.pt").unlink()  # then nobody can tell
+        with pytest.raises(unknowns.StudyError, match="has a model of other data or settings"):
+            trained(frame, **other)
+    with pytest.raises(unknowns.StudyError, match="has a model of other data or settings"):
+        trained(frame.iloc[:-1])
+    (folder / "last.pt").unlink()
     with pytest.raises(checkpoints.CheckpointError, match="There is no checkpoint"):
-        found(frame)
+        trained(frame)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_study_trains_what_it_lacks_and_nothing_twice(tmp_path, monkeypatch):
+def test_the_study_trains_each_model_once(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     manifest = own_lesions(tmp_path / "data")
     preset = tmp_path / "preset.yaml"
     preset.write_text("architecture: test_vit\nimage_size: 32\nbatch_size: 16\nepochs: 1\nbootstrap: 0\n")
-    command = [sys.executable, ROOT / "training" / "unknowns.py", "--data", manifest, "--out", tmp_path / "out",
-               "--config", preset, "--classes", "MEL"]  # fmt: skip
+    command = [sys.executable, ROOT / "scripts" / "studies" / "unknowns.py", "--data", manifest]
+    command += ["--out", tmp_path / "out", "--config", preset, "--classes", "MEL"]
     for trains in (True, False):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -246,17 +245,17 @@ def test_the_study_trains_what_it_lacks_and_nothing_twice(tmp_path, monkeypatch)
     assert study["bundle"] is None
     done = subprocess.run([*command, "--most", "3"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "holds a model of other data or settings" in done.stderr
+    assert "has a model of other data or settings" in done.stderr
     assert (tmp_path / "out" / "unknowns.md").is_file()
 
 
 @pytest.mark.parametrize(
     ("option", "says"),
-    [(("--classes", "FOO"), "There is no class FOO to hold out; there are MEL, "), (("--config", "foo"), "no preset")],
+    [(("--classes", "FOO"), "--classes is FOO: choose from MEL, "), (("--config", "foo"), "no preset")],
 )
-def test_options_are_looked_at_before_the_data(capsys, monkeypatch, tmp_path, option, says):
+def test_wrong_options_are_reported_before_the_data_is_read(capsys, monkeypatch, tmp_path, option, says):
     monkeypatch.setattr(sys, "argv", ["unknowns.py", "--data", "nowhere.csv", "--out", str(tmp_path / "out"), *option])
     with pytest.raises(SystemExit) as ended:
-        typer.run(unknowns.main)
+        run(unknowns.main)
     assert ended.value.code == 2
     assert says in capsys.readouterr().err

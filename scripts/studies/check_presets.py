@@ -1,12 +1,8 @@
-"""Run every preset for real, at a size that a small machine can bear, and print a table of what came of it.
+"""Run every preset at a small size, from training to a served answer, and print a table.
 
-Each preset of training/configs, but for held_out, which only a study
-trains, is trained from scratch for three epochs on a few hundred images at
-a small input, exported, and its Grad-CAM held against the grad-cam
-package. With --promote it is also registered in the running stack,
-promoted by the alias champion, and asked over REST; the golden answers
-must come back. What is shown is that each preset works, not how good it
-gets.
+Each preset of training/configs, except that of a study, is trained from scratch for three epochs on a few hundred
+images at a small input, and exported. Its Grad-CAM is compared with the grad-cam package. With --promote, the running
+stack also serves it, and its golden answers are compared. This shows that each preset works, not how good it gets.
 """
 
 import subprocess
@@ -14,7 +10,7 @@ import sys
 import time
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -26,45 +22,40 @@ from handlers.errors import UserError
 from handlers.files import write_json
 from handlers.receipt import SEEN_SPLITS
 from handlers.serving_graph import serving_module
-from mlflow_tracking.command_line import console, errors
+from mlflow_tracking.command_line import console, run
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.settings import Settings
-from training.checkpoints import LAST, CheckpointError, load
-from training.config import PRESETS, ROOT, ConfigError, load_config
+from training.checkpoints import LAST, load
+from training.config import PRESETS, ROOT, load_config
 from training.data.image_cache import build_cache
-from training.data.manifest import COLUMNS, ManifestError, read_manifest
+from training.data.manifest import COLUMNS, read_manifest
 
-EPILOG = """
-Examples:
-
-  python scripts/studies/check_presets.py --data data/manifest.csv --out runs/presets --preset resnet18 --preset vit_small
-
-  python scripts/studies/check_presets.py --data data/manifest.csv --out runs/presets --promote
-"""
-# No averaging, no long warm-up, no balancing: a hundred steps are all there is, and the loss should show what they do.
+EXAMPLES = [
+    "python scripts/studies/check_presets.py --data data/manifest.csv --out runs/presets --preset resnet18",
+    "python scripts/studies/check_presets.py --data data/manifest.csv --out runs/presets --promote",
+]
+# No averaging, long warm-up or balancing, so that the loss shows the effect of a hundred steps.
 SETTINGS = (
     "pretrained=false", "epochs=3", "batch_size=16", "lr=2e-4", "warmup_epochs=0.2", "ema_decay=0", "bootstrap=0",
     "sampler_power=0", "label_smoothing=0", "patience=0",
 )  # fmt: skip
-HELD_OUT = "held_out"  # of the study scripts/studies/unknowns.py
+HELD_OUT = "held_out"  # the preset of scripts/studies/unknowns.py
 IMAGES = {"train": 520, "val": 150, "calibration": 60, "test": 60}
 PROMOTION_SECONDS = 180
 TOLERANCE = 0.02  # of a golden probability over REST, where the graph may compute in bf16
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
 
 class CheckError(UserError):
-    """A preset that does not do what it should, with a sentence saying what."""
+    """A preset does not do what it should."""
 
 
 def served_presets() -> list[str]:
-    """The presets whose models are for serving: all but that of the study."""
+    """Return the presets whose models are for serving."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml") if path.stem != HELD_OUT)
 
 
 def small_manifest(data: Path, out: Path) -> Path:
-    """A manifest of IMAGES of each split of `data`: those with the smallest hashes."""
+    """Write a manifest with IMAGES of each split of `data`, those with the smallest hashes."""
     frame = read_manifest(data).sort_values("sha256")
     parts = [frame[frame["split"] == split].head(count) for split, count in IMAGES.items()]
     rows = pd.concat(parts)
@@ -74,17 +65,17 @@ def small_manifest(data: Path, out: Path) -> Path:
 
 
 def train(preset: str, manifest: Path, folder: Path, size: int) -> dict[str, Any]:
-    """Train a preset unless `folder` holds its bundle; loss on validation by epoch, seconds an epoch.
+    """Train a preset unless `folder` has its bundle; return validation loss by epoch and seconds an epoch.
 
     Raises:
         CheckError: the training failed.
-        CheckpointError: the folder's last checkpoint cannot be read.
+        CheckpointError: the last checkpoint of the folder cannot be read.
     """
     if not (folder / "bundle").is_dir():
         settings = [f"manifest={manifest}", f"image_size={size}", f"cache_size={size}", f"output={folder}", *SETTINGS]
         command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", preset, *settings]
         if subprocess.run(command, check=False).returncode:
-            raise CheckError(f"{preset} was not trained; the reason is above.")
+            raise CheckError(f"The training of {preset} failed. Its messages are above.")
     history = load(folder / LAST)["history"]
     return {
         "val_loss": [row["val_loss"] for row in history],
@@ -93,7 +84,7 @@ def train(preset: str, manifest: Path, folder: Path, size: int) -> dict[str, Any
 
 
 def gradcam_difference(bundle: Bundle, rows: pd.DataFrame, cache: Path) -> float:
-    """Largest difference to the grad-cam package's maps, both scaled to [0, 1]: the same weights and images."""
+    """Return the largest difference from the maps of the grad-cam package, both scaled to [0, 1]."""
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -119,15 +110,19 @@ def gradcam_difference(bundle: Bundle, rows: pd.DataFrame, cache: Path) -> float
 
 
 def promote(bundle: Bundle, settings: Settings) -> float:
-    """Register, promote and ask over REST; the largest difference of a golden probability. Raises CheckError."""
+    """Register, promote and query over REST; return the largest difference of a golden probability.
+
+    Raises:
+        CheckError: the stack does not serve the bundle, or its answers differ.
+    """
     command = [sys.executable, str(ROOT / "scripts" / "register_model.py"), "--bundle", str(bundle.path)]
     if subprocess.run([*command, "--alias", "champion"], check=False, stdout=subprocess.DEVNULL).returncode:
-        raise CheckError("The stack did not register it; is it running (`make up`)?")
+        raise CheckError(f"The stack did not register {bundle.path}. Start the stack with `make up`.")
     cases = [case for case in bundle.golden() if not case.metadata]
     end = time.monotonic() + PROMOTION_SECONDS
     with closing(TorchServe(settings.inference_url, settings.management)) as server:
         while time.monotonic() < end:
-            # TorchServe may start anew, a worker be loading: what counts is what answers in the end.
+            # TorchServe may restart, or a worker may still load.
             with suppress(TorchServeUnavailable, TorchServeError):
                 version = server.default()
                 answers = [server.predict(case.image, version) for case in cases] if version else []
@@ -135,14 +130,16 @@ def promote(bundle: Bundle, settings: Settings) -> float:
                     pairs = zip(cases, answers, strict=True)
                     difference = float(np.max([case.difference(answer["probabilities"]) for case, answer in pairs]))
                     if not difference <= TOLERANCE:  # so that NaN differs
-                        raise CheckError(f"The served answers differ from the golden ones by {difference:.3f}.")
+                        raise CheckError(f"The served answers differ from the golden answers by {difference:.3f}.")
                     return difference
             time.sleep(1)
-    raise CheckError(f"It was not served within {PROMOTION_SECONDS} s; `python scripts/promote.py status` shows why.")
+    raise CheckError(
+        f"{bundle.path} was not served within {PROMOTION_SECONDS} s. Read `python scripts/promote.py status`."
+    )
 
 
 def markdown(table: dict[str, dict[str, Any]]) -> str:
-    """The table for people."""
+    """Return the results as a Markdown table."""
     lines = ["| preset | parameters | input | s an epoch | validation loss | served by | Grad-CAM | REST |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, row in table.items():
@@ -155,48 +152,42 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@app.command(help=__doc__, epilog=EPILOG)
-def check(
-    data: Path = typer.Option(..., help="A manifest.csv with images of all classes."),
-    out: Path = typer.Option(..., help="Folder for the runs, presets.json and presets.md."),
-    preset: list[str] = typer.Option([], help=f"A preset; repeat for more. Default: all but {HELD_OUT}."),
-    size: int = typer.Option(64, help="Side of the input, pixels, of presets that are yet to be trained."),
-    to_stack: bool = typer.Option(False, "--promote", help="Also promote each in the running stack, and ask it."),
+def main(
+    data: Annotated[Path, typer.Option(help="A manifest.csv with images of all classes.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs, presets.json and presets.md.")],
+    preset: Annotated[
+        list[str] | None, typer.Option(help=f"A preset; repeat for more. Default: all except {HELD_OUT}.")
+    ] = None,
+    size: Annotated[int, typer.Option(help="Side of the input in pixels, for presets that are not trained yet.")] = 64,
+    to_stack: Annotated[
+        bool, typer.Option("--promote", help="Also promote each model in the running stack and query it.")
+    ] = False,
 ) -> None:
+    """Run every preset at a small size, from training to a served answer, and print a table."""
     names = preset or served_presets()
     table: dict[str, dict[str, Any]] = {}
-    try:
-        settings = Settings.load()  # a wrong one is told before the work, not after it; so is a preset
-        for name in names:
-            load_config(name)
-        manifest = small_manifest(data, out.resolve())
-        frame = read_manifest(manifest)
-        rows = frame[~frame["split"].isin(SEEN_SPLITS)].head(8).reset_index(drop=True)
-        for name in names:
-            figures = train(name, manifest, out.resolve() / name, size)
-            bundle = Bundle.load(out / name / "bundle")
-            module = serving_module(bundle)
-            table[name] = figures | {
-                "parameters": sum(p.numel() for p in module.parameters()),
-                "image_size": bundle.config.preprocessing.image_size,
-                "runtime": bundle.config.runtime,
-                "gradcam": gradcam_difference(bundle, rows, out / "cache"),
-                "rest": promote(bundle, settings) if to_stack else None,
-            }
-            write_json(out / "presets.json", table)
-            (out / "presets.md").write_text(markdown(table), encoding="utf-8")
-    except ConfigError as error:
-        errors.print(str(error))
-        raise SystemExit(2) from None
-    except (ManifestError, CheckError, CheckpointError, ValueError) as error:
-        errors.print(str(error))
-        raise SystemExit(1) from None
+    settings = Settings.load()  # wrong settings and presets are reported before the work
+    for name in names:
+        load_config(name)
+    manifest = small_manifest(data, out.resolve())
+    frame = read_manifest(manifest)
+    rows = frame[~frame["split"].isin(SEEN_SPLITS)].head(8).reset_index(drop=True)
+    for name in names:
+        figures = train(name, manifest, out.resolve() / name, size)
+        bundle = Bundle.load(out / name / "bundle")
+        table[name] = figures | {
+            "parameters": sum(p.numel() for p in serving_module(bundle).parameters()),
+            "image_size": bundle.config.preprocessing.image_size,
+            "runtime": bundle.config.runtime,
+            "gradcam": gradcam_difference(bundle, rows, out / "cache"),
+            "rest": promote(bundle, settings) if to_stack else None,
+        }
+        write_json(out / "presets.json", table)
+        (out / "presets.md").write_text(markdown(table), encoding="utf-8")
     console.print(markdown(table))
-    worse = [name for name, row in table.items() if row["val_loss"][-1] >= row["val_loss"][0]]
-    if worse:
-        errors.print(f"The validation loss did not fall: {', '.join(worse)}.")
-        raise SystemExit(1)
+    if worse := [name for name, row in table.items() if row["val_loss"][-1] >= row["val_loss"][0]]:
+        raise CheckError(f"The validation loss did not fall: {', '.join(worse)}.")
 
 
 if __name__ == "__main__":
-    app()
+    run(main, examples=EXAMPLES)

@@ -1,8 +1,7 @@
-"""Pictures that are no dermoscopy of a lesion at all, to see whether a model notices: far outliers, in seven kinds.
+"""Far unknowns: seven kinds of pictures that show no lesion at all.
 
-They are easy to tell from lesions, so a good figure on them says little; a bad one says much. Drawn, or cut out of the
-photographs that come with scikit-learn and matplotlib (two landscapes and a portrait) and out of the corners of
-dermoscopy images. Same arguments, same pictures.
+They are easy to separate from lesions, so a good figure on them proves little, and a bad one is alarming. They are
+drawn, or cut out of photographs in scikit-learn and matplotlib and out of the corners of dermoscopy images.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +20,10 @@ WORDS = ("Patient", "history", "of", "dermatitis", "since", "2019", "refer", "to
 
 
 def far_images(count: int, corners: Sequence[str | Path] = ()) -> dict[str, list[Pixels]]:
-    """`count` pictures of each kind, by its name; the same at each call.
+    """Return `count` pictures of each kind; the same arguments give the same pictures.
 
     Args:
-        corners: dermoscopy images, from whose corners the kind "skin" is cut; without them it is left out.
+        corners: dermoscopy images whose corners give the kind "skin"; without them, the kind is left out.
     """
     rng = np.random.default_rng(0)
     kinds: dict[str, Callable[[np.random.Generator], Pixels]] = {
@@ -35,11 +34,11 @@ def far_images(count: int, corners: Sequence[str | Path] = ()) -> dict[str, list
         "stained tissue": _tissue,
         "scans": _scan,
     }
-    found = {name: [draw(rng) for _ in range(count)] for name, draw in kinds.items()}
+    pictures = {name: [draw(rng) for _ in range(count)] for name, draw in kinds.items()}
     if len(corners):
         chosen = rng.choice(len(corners), count, replace=len(corners) < count)
-        found["skin"] = [_corner(Path(corners[i])) for i in chosen]
-    return found
+        pictures["skin"] = [_corner(Path(corners[i])) for i in chosen]
+    return pictures
 
 
 def _photograph(rng: np.random.Generator) -> Pixels:
@@ -52,7 +51,7 @@ def _photograph(rng: np.random.Generator) -> Pixels:
 
 
 def _texture(rng: np.random.Generator) -> Pixels:
-    """Stripes or checks, warped by noise, in two colours."""
+    """Draw stripes or checks in two colours, warped by noise."""
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE
     angle, waves = rng.uniform(0, np.pi), rng.uniform(3, 20)
     bend = 0.15 * _noise(rng, 4)
@@ -70,7 +69,7 @@ def _document(rng: np.random.Generator) -> Pixels:
 
 
 def _tissue(rng: np.random.Generator) -> Pixels:
-    """What a haematoxylin and eosin stain looks like from afar: pink with many small violet nuclei."""
+    """Draw tissue like a haematoxylin and eosin stain: pink with many small violet nuclei."""
     page = np.asarray((235, 180, 205) - 60 * _noise(rng, 10)[..., None], np.float32).clip(0, 255).astype(np.uint8)
     for x, y in rng.integers(0, SIDE, (int(rng.integers(150, 500)), 2)):
         axes = (int(rng.integers(2, 5)), int(rng.integers(2, 4)))
@@ -79,7 +78,7 @@ def _tissue(rng: np.random.Generator) -> Pixels:
 
 
 def _scan(rng: np.random.Generator) -> Pixels:
-    """A grey slice through something round, as of tomography."""
+    """Draw a grey round slice, like tomography."""
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE - 0.5
     radius = np.hypot(x * rng.uniform(0.9, 1.3), y)
     body = (radius < 0.42) * (0.35 + 0.5 * _noise(rng, 6)) + 0.6 * (np.abs(radius - 0.42) < 0.02)
@@ -87,7 +86,7 @@ def _scan(rng: np.random.Generator) -> Pixels:
 
 
 def _corner(path: Path) -> Pixels:
-    """The upper left quarter's quarter of a dermoscopy image: mostly bare skin."""
+    """Cut the upper left sixteenth out of a dermoscopy image: mostly bare skin."""
     with Image.open(path) as image:
         return _fit(np.asarray(image.convert("RGB").crop((0, 0, image.width // 4, image.height // 4))))
 
@@ -97,11 +96,11 @@ def _fit(picture: Pixels) -> Pixels:
 
 
 def _noise(rng: np.random.Generator, cells: int) -> NDArray[np.float64]:
-    """Smooth noise in [0, 1]."""
+    """Return smooth noise in [0, 1]."""
     field = cv2.resize(rng.random((cells, cells)), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
     return np.asarray(field.clip(0, 1), np.float64)
 
 
 def _blend(rng: np.random.Generator, share: NDArray[np.float64]) -> Pixels:
-    one, other = rng.integers(0, 256, (2, 3))
-    return np.asarray(one + (other - one) * share[..., None]).clip(0, 255).astype(np.uint8)
+    first, second = rng.integers(0, 256, (2, 3))
+    return np.asarray(first + (second - first) * share[..., None]).clip(0, 255).astype(np.uint8)

@@ -12,7 +12,7 @@ from handlers.files import atomic_file
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking.command_line import console, run
 from mlflow_tracking.settings import SHIPPED
-from scripts.studies import unknowns
+from scripts.studies import unknowns_report
 from training.config import ROOT
 from training.evaluation import stress
 from training.evaluation.assessment import headline, slice_order
@@ -93,7 +93,7 @@ def _fill(loaded: Bundle, tables: dict[str, Any]) -> str:
         level=config["calibration"]["conformal"]["confidence_level"],
         coverage=", ".join(f"{code} {coverage[code]:.0%}" for code in KNOWN_CODES if code in coverage),
         no_rejection=sum(table["called_malignant_by_all"] for table in held_out.values()) / len(held_out),
-        unknowns=unknowns.markdown(tables["unknowns"]).strip(),
+        unknowns=unknowns_report.markdown(tables["unknowns"]).strip(),
         stress=stress.markdown(tables["stress"]["faults"]).strip(),
         explanations=tables["explanations"],
     )

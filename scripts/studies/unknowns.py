@@ -1,9 +1,9 @@
-"""How well a model says "none of the above": `python scripts/studies/unknowns.py --data MANIFEST --out DIR`.
+"""How well does a model notice classes that it never saw?
 
-ISIC 2019 has no training images of UNK, so the question is asked of models that were never shown a class: each class
-is held out in turn, a small network trained on the rest (training/configs/held_out.yaml), and the images of the class
-are its unknowns. These near unknowns are the headline; far ones (scripts/studies/far_images.py) are easy and stand apart.
-Every detector of training/evaluation/detectors.py is judged on the same features and logits.
+ISIC 2019 has no training images of UNK. Therefore each class is held out in turn: a small network is trained on the
+rest (training/configs/held_out.yaml), and the images of the class are its near unknowns, the main result. Far unknowns
+(scripts/studies/far_images.py) are easy and reported separately. Every detector of training/evaluation/detectors.py is
+judged on the same features and logits.
 """
 
 import subprocess
@@ -18,9 +18,8 @@ import pandas as pd
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.table import Table
 
-from handlers.bundle import Bundle, BundleError
+from handlers.bundle import Bundle
 from handlers.errors import UserError
 from handlers.files import write_json
 from handlers.prediction import Prediction
@@ -30,16 +29,17 @@ from handlers.request import Request
 from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT, UNKNOWN
 from mlflow_tracking import metrics
-from mlflow_tracking.command_line import console, errors
+from mlflow_tracking.command_line import console, run
 from scripts.studies.far_images import far_images
-from training.checkpoints import LAST, CheckpointError, load
+from scripts.studies.unknowns_report import markdown, summarise
+from training.checkpoints import LAST, load
 from training.config import ROOT, ConfigError, TrainConfig, load_config
-from training.data.image_cache import DataError, build_cache
-from training.data.manifest import COLUMNS, ManifestError, fingerprint, read_manifest
+from training.data.image_cache import build_cache
+from training.data.manifest import COLUMNS, fingerprint, read_manifest
 from training.evaluate import ask, nine_of
 from training.evaluation.assessment import unknown_figures
 from training.evaluation.detectors import DETECTORS, Known, Outputs
-from training.evaluation.leakage import OverlapError, check_overlap
+from training.evaluation.leakage import check_overlap
 from training.evaluation.network_outputs import pooled
 
 BATCH = 128
@@ -47,37 +47,36 @@ FAR_IMAGES = 40  # of each kind
 FALSE_ALARM = 0.05  # the share of known lesions that a threshold calls unknown, as in FPR at 95 %
 MIN_IMAGES = 30  # of a class to be held out
 RESAMPLES = 500  # for the intervals of near AUROCs
-SERVED = "vim"  # the detector that training/finish.py gives to a bundle
-FIGURES = {
-    "near AUROC": "near_auroc",
-    "near FPR at 95 %": "near_fpr_at_95",
-    "called malignant": "near_called_malignant",
-    "far AUROC": "far_auroc",
-    "far FPR at 95 %": "far_fpr_at_95",
-}
+EXAMPLES = [
+    "python scripts/studies/unknowns.py --data data/manifest.csv --out runs/unknowns --bundle model_store/skin_vit",
+    "python scripts/studies/unknowns.py --data data/manifest.csv --out runs/unknowns --classes MEL --classes VASC",
+]
 
 
 class StudyError(UserError):
-    """A class that cannot be held out, or a model that was not trained, with a sentence saying why."""
+    """A class cannot be held out, or a model was not trained."""
 
 
 def hold_out(frame: pd.DataFrame, code: str, most: int = 0) -> pd.DataFrame:
-    """The manifest without a class: its images become UNK and test, whatever split they were in.
+    """Return the manifest with the images of a class as UNK in the test split.
 
-    Images that share a lesion with another class are dropped, since the model may see that lesion.
+    Images that share a lesion with another class are dropped, because the model may see that lesion.
 
     Args:
-        most: keep at most this many training images of a class (those with the smallest hashes); 0: all.
+        most: training images to keep of each class, those with the smallest hashes; 0: all.
 
     Raises:
-        StudyError: nothing of the class is left.
+        StudyError: no image of the class is left.
     """
     others = set(frame.loc[frame["label"] != code, "lesion_id"])
     frame = frame[(frame["label"] != code) | ~frame["lesion_id"].isin(others)].copy()
-    mine = frame["label"] == code
-    if not mine.any():
-        raise StudyError(f"No image of {code} can be held out: there is none, or each shares its lesion with another.")
-    frame.loc[mine, ["label", "split"]] = [UNKNOWN, "test"]
+    held_out = frame["label"] == code
+    if not held_out.any():
+        raise StudyError(
+            f"No image of {code} can be held out: none exists, or each shares its lesion with another class. "
+            "Choose another class with --classes."
+        )
+    frame.loc[held_out, ["label", "split"]] = [UNKNOWN, "test"]
     if most:
         training = frame[frame["split"] == "train"].sort_values("sha256")
         frame = frame.drop(training.index[training.groupby("label").cumcount() >= most])
@@ -85,21 +84,21 @@ def hold_out(frame: pd.DataFrame, code: str, most: int = 0) -> pd.DataFrame:
 
 
 def train_without(frame: pd.DataFrame, code: str, config: str, folder: Path, cache: Path, most: int) -> Bundle:
-    """The bundle of a model that never saw `code`, trained now unless `folder` holds it.
+    """Return the bundle of a model that never saw `code`; train it unless `folder` has it.
 
     Raises:
-        StudyError: it was not trained, or the folder holds one of other data or settings.
-        ConfigError, CheckpointError: an unknown preset, a damaged run.
+        StudyError: the training failed, or the folder has a model of other data or settings.
+        ConfigError, CheckpointError: the preset is unknown, or the run damaged.
     """
     rows = hold_out(frame, code, most)
     settings = [f"name=without_{code}", f"manifest={folder / 'manifest.csv'}", f"cache_dir={cache}"]
     begun = (folder / LAST).is_file() or (folder / "bundle").is_dir()
     if begun:
         state = load(folder / LAST)
-        wanted, had = load_config(config, settings), load_config(base=state["config"])
-        if state["dataset_fingerprint"] != fingerprint(rows) or _essence(wanted) != _essence(had):
+        new, old = load_config(config, settings), load_config(base=state["config"])
+        if state["dataset_fingerprint"] != fingerprint(rows) or _without_paths(new) != _without_paths(old):
             raise StudyError(
-                f"{folder} holds a model of other data or settings; delete it, or give another folder with --out."
+                f"{folder} has a model of other data or settings. Delete it, or name another folder with --out."
             )
     if not (folder / "bundle").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,26 +107,24 @@ def train_without(frame: pd.DataFrame, code: str, config: str, folder: Path, cac
         command += ["--resume", str(folder)] if begun else ["--config", config, "--output", str(folder), *settings]
         console.print(f"Training without {code}: {int((rows['split'] == 'train').sum()):,} images, {folder}.")
         if subprocess.run(command, check=False).returncode:
-            raise StudyError(
-                f"The model without {code} was not trained; its messages are above, its files in {folder}."
-            )
+            raise StudyError(f"The training without {code} failed. Its messages are above, its files in {folder}.")
     return Bundle.load(folder / "bundle")
 
 
-def _essence(config: TrainConfig) -> dict[str, Any]:
-    """The settings but for where things lie."""
+def _without_paths(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings without the folders."""
     return config.model_copy(update=dict.fromkeys(("manifest", "data_dir", "cache_dir", "output"), "")).to_dict()
 
 
 class Extractor:
-    """Features and logits of a bundle's network: pixels uint8 (N, S, S, 3) to Outputs."""
+    """Compute features and logits of a bundle's network from pixels, uint8 (N, S, S, 3)."""
 
     def __init__(self, bundle: Bundle) -> None:
         module = serving_module(bundle)
         self.backbone, self.module = module.cam.backbone, module
         head = self.backbone.get_classifier()
         if not isinstance(head, torch.nn.Linear):
-            raise StudyError("Detectors need a head of one linear layer; choose a preset without head_hidden.")
+            raise StudyError("Detectors need a head of one linear layer: choose a preset without head_hidden.")
         self.weight, self.bias = (t.detach().double().numpy() for t in (head.weight, head.bias))
 
     @torch.inference_mode()
@@ -136,15 +133,15 @@ class Extractor:
         for start in range(0, len(pixels), BATCH):
             images = self.module.images(torch.tensor(pixels[start : start + BATCH]))
             features.append(pooled(self.backbone, images).double().numpy())
-        together = np.concatenate(features)  # and the head in double, as detectors work on both
-        return Outputs(together, together @ self.weight.T + self.bias)
+        joined = np.concatenate(features)
+        return Outputs(joined, joined @ self.weight.T + self.bias)  # in double precision, as the detectors expect
 
 
 def draw_lesions(frame: pd.DataFrame) -> pd.DataFrame:
-    """How often each known lesion of the test split is drawn, in RESAMPLES draws with replacement: a row a lesion.
+    """Return how often each draw with replacement contains each known lesion of the test split: (lesions, RESAMPLES).
 
-    The held-out models are all judged on these lesions (but for the class that each lacks), so they share the draws:
-    the mean of their figures is no surer than the lesions are many.
+    All held-out models are judged on these lesions, except for the class that each lacks. They share the draws, because
+    independent draws would make the interval of their mean too narrow.
     """
     lesions = np.unique(frame.loc[(frame["split"] == "test") & (frame["label"] != UNKNOWN), "lesion_id"])
     even = np.full(len(lesions), 1 / len(lesions))
@@ -155,14 +152,18 @@ def draw_lesions(frame: pd.DataFrame) -> pd.DataFrame:
 def judge(
     bundle: Bundle, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]], cache: Path, drawn: pd.DataFrame
 ) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
-    """Every detector on one held-out model: near unknowns (the UNK rows of its manifest), and far ones by kind.
+    """Judge every detector on one held-out model.
 
-    The interval of the near AUROC is by bootstrap over lesions: known ones as `drawn` by draw_lesions, unknown ones
-    resampled. Beside the table stands the near AUROC of each draw (RESAMPLES,), by detector.
+    Near unknowns are the UNK rows of its manifest. Detectors are fitted on the validation split, as in
+    training/finish.py, because training features lie closer together than others. `called_malignant` is the share of
+    unknowns that pass the threshold and get a malignant class; the threshold calls FALSE_ALARM of the calibration
+    split unknown. The interval of the near AUROC is a bootstrap over lesions.
 
-    Detectors are fitted on the validation split, as in training/finish.py: on the training images a network's features
-    are closer together than on any others. The thresholds of `called_malignant` (the share of unknowns that pass
-    and get a malignant class) let FALSE_ALARM of the calibration split be called unknown, as serving does.
+    Args:
+        drawn: known lesions of each draw, by `draw_lesions`.
+
+    Returns:
+        The figures, and for each detector the near AUROC of each draw (RESAMPLES,).
     """
     classes, preprocessing = bundle.config.classes, bundle.config.preprocessing
     extract = Extractor(bundle)
@@ -173,7 +174,7 @@ def judge(
 
     fitted = (rows["split"] == "val") & ~unknown
     labels = rows.loc[fitted, "label"].map(classes.index).to_numpy(np.int64)
-    known = Known(outputs(fitted), labels, extract.weight, extract.bias)
+    space = Known(outputs(fitted), labels, extract.weight, extract.bias)
     parts = {"calibration": outputs((rows["split"] == "calibration") & ~unknown)}
     parts["test"], parts["near"] = outputs((rows["split"] == "test") & ~unknown), outputs(unknown)
     kinds = {kind: extract(_squash(pictures, preprocessing)) for kind, pictures in far.items()}
@@ -192,7 +193,7 @@ def judge(
         "detectors": {},
     }
     for name, fit in DETECTORS.items():
-        score = fit(known)
+        score = fit(space)
         limit, at_test, at_near = (
             np.quantile(score(parts["calibration"]), 1 - FALSE_ALARM),
             *map(score, (parts["test"], parts["near"])),
@@ -209,46 +210,20 @@ def judge(
 
 
 def served(predictor: Predictor, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]]) -> dict[str, Any]:
-    """A bundle's own ninth probability, as served: training.evaluation.assessment.unknown_figures of each kind of far picture.
+    """Judge the ninth probability of a bundle as it is served, on each kind of far picture.
 
-    Of age, sex and site, which far pictures lack, it is told nothing, for known lesions neither.
+    No request contains age, sex or site, because far pictures have none.
 
     Args:
-        rows: of known lesions that the bundle has not seen.
+        rows: known lesions that the bundle has not seen.
     """
-    known = nine_of(ask(predictor, rows, picture_alone=True))
+    lesions = nine_of(ask(predictor, rows, picture_alone=True))
     table = {}
     for kind, pictures in far.items():
         encoded = [cv2.imencode(".png", picture[..., ::-1])[1].tobytes() for picture in pictures]
         answers = predictor.predict([Request(data, gradcam="none") for data in encoded])
-        table[kind] = unknown_figures(known, nine_of([a for a in answers if isinstance(a, Prediction)]))
+        table[kind] = unknown_figures(lesions, nine_of([a for a in answers if isinstance(a, Prediction)]))
     return table
-
-
-def summarise(
-    held_out: dict[str, dict[str, Any]], draws: dict[str, dict[str, NDArray[np.float64]]]
-) -> dict[str, dict[str, Any]]:
-    """Means over the held-out classes (and, for far, over the kinds), best near AUROC first.
-
-    The interval of the mean near AUROC is that of the draws' means: it is about other pictures, not other trainings.
-    """
-    means = {}
-    for name in DETECTORS:
-        tables = [table["detectors"][name] for table in held_out.values()]
-        far = [figures for table in tables for figures in table["far"].values()]
-        means[name] = {
-            "near_auroc": float(np.mean([table["near"]["auroc"] for table in tables])),
-            "near_auroc_interval_95": metrics.interval(np.mean([draws[code][name] for code in held_out], axis=0)),
-            "near_fpr_at_95": float(np.mean([table["near"]["fpr_at_95"] for table in tables])),
-            "near_called_malignant": float(np.mean([table["near"]["called_malignant"] for table in tables])),
-            "far_auroc": float(np.mean([figures["auroc"] for figures in far])),
-            "far_fpr_at_95": float(np.mean([figures["fpr_at_95"] for figures in far])),
-        }
-    return dict(_ranked(means))
-
-
-def _ranked(means: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    return sorted(means.items(), key=lambda item: (-item[1]["near_auroc"], -item[1]["far_auroc"], item[0]))
 
 
 def _squash(pictures: Sequence[NDArray[np.uint8]], preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -261,107 +236,59 @@ def _malignant(out: Outputs, classes: Sequence[str]) -> NDArray[np.bool_]:
     return np.asarray(malignant[out.logits.argmax(1)])
 
 
-def markdown(study: dict[str, Any]) -> str:
-    """The study as tables for people; in an order of its own, as JSON keeps none."""
-    ranked = _ranked(study["means"])
-    means = [
-        [f"`{name}`", *(f"{row[key]:.3f}" for key in FIGURES.values()), _span(row["near_auroc_interval_95"])]
-        for name, row in ranked
-    ]
-    lines = _table(["detector", *FIGURES, "95 % interval of near AUROC"], means)
-    detectors = ("max_softmax", "energy", SERVED)
-    rows = []
-    for code in (code for code in KNOWN_CODES if code in study["held_out"]):
-        table = study["held_out"][code]
-        near = (table["detectors"][name]["near"]["auroc"] for name in detectors)
-        span = _span(table["detectors"][SERVED]["near"]["auroc_interval_95"])
-        rows.append((code, f"{table['images']:,}", table["balanced_accuracy"], *near, span))
-    head = ["held out", "images", "balanced accuracy of the rest", *(f"near AUROC, `{name}`" for name in detectors)]
-    head.append(f"95 % interval, `{SERVED}`")
-    lines += ["", *_table(head, rows)]
-    if study["served"]:
-        shown = [
-            (kind, row["auroc"], row["fpr_at_95"], row["recall"], row["called_malignant"])
-            for kind, row in sorted(study["served"].items())
-        ]
-        head = ["far pictures, this model as served", "AUROC", "FPR at 95 %", "called UNK", "called malignant"]
-        lines += ["", *_table(head, shown)]
-    return "\n".join(lines) + "\n"
-
-
-def _span(interval: Sequence[float]) -> str:
-    return f"{interval[0]:.3f} to {interval[1]:.3f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> list[str]:
-    cells = [[f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells)]
-
-
 def main(
-    data: Annotated[Path, typer.Option(help="A manifest.csv, as prepare_data writes it.")],
+    data: Annotated[Path, typer.Option(help="A manifest.csv of prepare_data.py.")],
     out: Annotated[Path, typer.Option(help="Folder for the held-out models, unknowns.json and unknowns.md.")],
     config: Annotated[str, typer.Option(help="Preset of the held-out models.")] = "held_out",
     classes: Annotated[
         list[str] | None, typer.Option(help="A class to hold out; repeat for more. Default: all.")
     ] = None,
-    most: Annotated[int, typer.Option(min=0, help="Training images of a class, at most; 0: all.")] = 1500,
-    bundle: Annotated[Path | None, typer.Option(help="Also show far pictures to this bundle, as it is served.")] = None,
+    most: Annotated[int, typer.Option(min=0, help="Largest number of training images of a class; 0: all.")] = 1500,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle to judge on far pictures, as it is served.")] = None,
     allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Even if the bundle was made from images of the test split.")
+        bool, typer.Option("--allow-overlap", help="Allow a bundle that was trained on test images.")
     ] = False,
 ) -> None:
-    """Hold out each class in turn, and see which detector best tells it from the known ones.
+    """Hold out each class in turn, and measure which detector best separates it from the known classes.
 
-    Models that are in the folder already are not trained again, so an interrupted study goes on where it stopped; those
-    of other data or settings are refused.
-
-    Example:
-
-    python scripts/studies/unknowns.py --data data/manifest.csv --out runs/unknowns --bundle model_store/skin_vit
-
-    python scripts/studies/unknowns.py --data data/manifest.csv --out runs/unknowns --classes MEL --classes VASC
+    The folder keeps the trained models, so an interrupted study continues where it stopped. Models of other data or
+    settings are refused.
     """
-    try:
-        # What the command line is wrong about is told before the work.
-        load_config(config)
-        if wrong := [code for code in classes or () if code not in KNOWN_CODES]:
-            raise ConfigError(f"There is no class {', '.join(wrong)} to hold out; there are {', '.join(KNOWN_CODES)}.")
-        frame = read_manifest(data)
-        counts = frame["label"].value_counts()
-        chosen = classes or [code for code in KNOWN_CODES if counts.get(code, 0) >= MIN_IMAGES]
-        if absent := [code for code in chosen if code not in counts]:
-            raise ManifestError(f"{data} has no class {', '.join(absent)} to hold out.")
-        cache = out / "cache"
-        test = frame.loc[frame["split"] == "test", "path"].tolist()
-        far = far_images(FAR_IMAGES, corners=test)
-        held_out, draws, drawn = {}, {}, draw_lesions(frame)
-        known = frame[(frame["split"] == "test") & frame["label"].isin(KNOWN_CODES)]
-        if bundle:
-            check_overlap(bundle, known, allow_overlap)
-        for code in chosen:
-            folder = out / f"without_{code}"
-            trained = train_without(frame, code, config, folder.resolve(), cache.resolve(), most)
-            held_out[code], draws[code] = judge(trained, read_manifest(folder / "manifest.csv"), far, cache, drawn)
-            console.print(f"{code} judged.")
-        predictor = Predictor.load(bundle) if bundle else None
-        as_served = served(predictor, known, far) if predictor else {}
-    except (
-        ManifestError, BundleError, CheckpointError, ConfigError, DataError, OverlapError, StudyError, OSError,
-    ) as error:  # fmt: skip
-        errors.print(str(error))
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
-    means = summarise(held_out, draws)
-    study = {"data": fingerprint(frame), "config": config, "most": most, "means": means, "held_out": held_out}
-    study |= {"bundle": predictor.bundle.digest if predictor else None, "served": as_served}
+    load_config(config)  # a wrong option is reported before the work
+    if wrong := [code for code in classes or () if code not in KNOWN_CODES]:
+        raise ConfigError(f"--classes is {', '.join(wrong)}: choose from {', '.join(KNOWN_CODES)}.")
+    frame = read_manifest(data)
+    counts = frame["label"].value_counts()
+    chosen = classes or [code for code in KNOWN_CODES if counts.get(code, 0) >= MIN_IMAGES]
+    if absent := [code for code in chosen if code not in counts]:
+        raise StudyError(f"{data} has no image of {', '.join(absent)}. Choose other classes with --classes.")
+    cache = out / "cache"
+    test = frame[frame["split"] == "test"]
+    far = far_images(FAR_IMAGES, corners=test["path"].tolist())
+    lesions = test[test["label"].isin(KNOWN_CODES)]
+    if bundle:
+        check_overlap(bundle, lesions, allow_overlap)
+    held_out, draws, drawn = {}, {}, draw_lesions(frame)
+    for code in chosen:
+        folder = out / f"without_{code}"
+        trained = train_without(frame, code, config, folder.resolve(), cache.resolve(), most)
+        held_out[code], draws[code] = judge(trained, read_manifest(folder / "manifest.csv"), far, cache, drawn)
+        console.print(f"{code}: judged.")
+    predictor = Predictor.load(bundle) if bundle else None
+    study = {
+        "data": fingerprint(frame),
+        "config": config,
+        "most": most,
+        "means": summarise(held_out, draws),
+        "held_out": held_out,
+        "bundle": predictor.bundle.digest if predictor else None,
+        "served": served(predictor, lesions, far) if predictor else {},
+    }
     write_json(out / "unknowns.json", study)
     (out / "unknowns.md").write_text(markdown(study), encoding="utf-8")
-    shown = Table("detector", *FIGURES)
-    for name, figures in means.items():
-        shown.add_row(name, *(f"{figures[key]:.3f}" for key in FIGURES.values()))
-    console.print(shown)
-    console.print(f"Written to {out}.")
+    console.print(markdown(study))
+    console.print(f"Written: {out / 'unknowns.json'} and {out / 'unknowns.md'}.")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main, examples=EXAMPLES)
