@@ -1,5 +1,5 @@
-# The images of the stack: `docker compose build`. Each target is one image; what is heavy lies in the shared stages,
-# and the code comes last, owned by its user so that a clone with a strict umask works too.
+# The images of the stack: `docker compose build`. Each target is one image. Heavy layers are shared, and the code comes
+# last. Its user owns the code, so that a clone with a strict umask works too.
 #
 #   base ─┬─ prediction (torch, OpenVINO) ─┬─ torchserve
 #         │                                └─ promoter ── training
@@ -7,13 +7,13 @@
 #         ├─ page
 #         └─ proxy
 #
-# TORCH_INDEX is the package index of PyTorch's CPU wheels. Empty, or out of reach: the default index, whose torch for
-# Linux brings CUDA and several gigabytes.
+# TORCH_INDEX is the package index of PyTorch's CPU wheels. If it is empty or unreachable, torch comes from the default
+# index, with CUDA and several gigabytes.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 LANG=C.UTF-8
-# A volume takes its owner from the folder it is first mounted on: these are everything that is written to.
+# A volume takes its owner from the folder on which it is first mounted: these are all writable folders.
 RUN python3 -m venv --without-pip /opt/venv \
     && useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin app \
     && install -d /secrets \
@@ -54,7 +54,7 @@ COPY --chown=app model_store/ model_store/
 COPY --chown=app torchserve/model-config.yaml torchserve/
 COPY --chown=app handlers/ handlers/
 COPY --chown=app mlflow_tracking/ mlflow_tracking/
-COPY --chown=app scripts/ scripts/
+COPY --chown=app scripts/__init__.py scripts/lineage.py scripts/promote.py scripts/register_model.py scripts/replay.py scripts/
 RUN python -m compileall -q .
 USER app
 CMD ["python", "-m", "mlflow_tracking.promotion.service"]
@@ -69,6 +69,7 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     sh /install.sh training
 COPY --chown=app containers/train.sh containers/
 COPY --chown=app training/ training/
+COPY --chown=app scripts/ scripts/
 USER app
 ENTRYPOINT ["/app/containers/train.sh"]
 

@@ -1,42 +1,46 @@
-# Everything a person does with this repository; `make` lists it. Settings: .env.example.
+# The commands of this repository; `make` lists them. Settings: .env.example.
 .DEFAULT_GOAL := help
 .PHONY: help up down status env browser test test-all test-hostile test-load test-compose lint format lock clean
 PY := .venv/bin/python
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11
 IMAGES := prediction torchserve promoter training mlflow page
+# Unit tests run in parallel, one file at a time in each process; the live ones share one stack and run one after the other.
+PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-up: env ## start everything and open the doors: page, MLflow, TorchServe, promoter (Ctrl-C stops)
+up: env ## start page, MLflow, TorchServe and promoter; Ctrl-C stops them
 	@$(PY) scripts/stack.py up
 
-down: ## stop everything that `make up` started, from another terminal or after an accident
+down: ## stop what `make up` started, from another terminal
 	@if [ -x $(PY) ]; then $(PY) scripts/stack.py down; else echo "Nothing to stop: there is no environment yet."; fi
 
-status: env ## show what is running, and where
+status: env ## show what is running, and its address
 	@$(PY) scripts/stack.py status
 
-env: ## make or repair .venv (part of every command that needs it)
+env: ## make or repair .venv; other commands do this themselves
 	@scripts/setup_env.sh
 
-browser: # Chromium, which needs root and is asked for before anything takes long, and the environment
+browser: # Chromium first, because only root can install it
 	@scripts/setup_env.sh --browser
 	@scripts/setup_env.sh
 
-test: browser ## run the tests: unit tests first, then the live stack and the page in Chromium
-	@$(PY) -m pytest -m "not slow and not containers and not hostile and not load"
+test: browser ## run the unit tests, then the tests of the live stack and the page
+	@$(PARALLEL) -m "not live and not slow and not containers and not hostile and not load"
+	@$(PY) -m pytest -m "live and not slow and not containers and not hostile and not load"
 
-test-all: browser ## run all tests but those in containers: also a fresh clone set up from nothing, hostile requests, load
-	@$(PY) -m pytest -m "not containers"
+test-all: browser ## run all tests without containers: also a fresh clone, hostile requests and load
+	@$(PARALLEL) -m "not live and not containers"
+	@$(PY) -m pytest -m "live and not containers"
 
-test-hostile: env ## send 5,000 malformed or odd requests to the live server, and print how it bore them
+test-hostile: env ## send 5,000 malformed requests to the live server, and print its answers
 	@$(PY) -m pytest tests/test_hostile.py tests/test_privacy.py -s
 
-test-load: env ## kill workers, swap versions, overload and soak the live server, and print how it bore it
+test-load: env ## kill workers, swap versions and overload the live server, and print the results
 	@$(PY) -m pytest tests/test_load.py -s
 
-test-compose: browser ## build the images and run the stack in containers, with the Docker Engine of $DOCKER_HOST
+test-compose: browser ## build the images and test the containers, with the Docker Engine of $DOCKER_HOST
 	@$(PY) -m pytest -m containers -x -s
 
 lint: env ## check style, formatting and types
@@ -44,15 +48,15 @@ lint: env ## check style, formatting and types
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-format: env ## put imports and layout in order
+format: env ## sort imports and format the code
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-lock: env ## pin what pyproject.toml asks for into requirements/ (make lock upgrade=--upgrade: newest versions)
+lock: env ## pin the dependencies of pyproject.toml in requirements/ (make lock upgrade=--upgrade: newest versions)
 	@$(COMPILE) $(upgrade) --group all -o requirements/all.txt
 	@for group in $(IMAGES); do \
 	  $(COMPILE) --group $$group -c requirements/all.txt -o requirements/$$group.txt || exit 1; done
 
-clean: down ## remove environment and caches; runs and models (.stack, model_store) stay
+clean: down ## remove the environment and caches; runs and models (.stack, model_store) stay
 	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Exit code 0 if a service can do its work: `healthcheck.py URL`, or `healthcheck.py --torchserve SOCKET`.
 
-For the images that hold no curl. A URL must answer with a 2xx; TorchServe must have a model with a ready worker, which
-its /ping does not tell.
+For images without curl. A URL must answer with 2xx. TorchServe must have a model with a ready worker, which its /ping
+does not check.
 """
 
 import http.client
@@ -19,21 +19,21 @@ class UnixConnection(http.client.HTTPConnection):
     """HTTP over a unix socket."""
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)  # closed with the connection, also when nobody listens
+        self.sock = socket.socket(socket.AF_UNIX)  # closed with the connection, even if it fails
         self.sock.settimeout(TIMEOUT)
         self.sock.connect(self.host)
 
 
 def torchserve_ready(path: str) -> bool:
-    """Whether each model that answers has a worker that is ready, and there is one."""
+    """Return True if there is a model, and each has a ready worker."""
 
-    def ask(what: str) -> Any:
+    def get(target: str) -> Any:
         with closing(UnixConnection(path)) as connection:
-            connection.request("GET", what, headers={"Host": "localhost"})
+            connection.request("GET", target, headers={"Host": "localhost"})
             return json.load(connection.getresponse())
 
-    models = ask("/models")["models"]
-    workers = [[worker["status"] for worker in ask(f"/models/{one['modelName']}")[0]["workers"]] for one in models]
+    models = get("/models")["models"]
+    workers = [[worker["status"] for worker in get(f"/models/{model['modelName']}")[0]["workers"]] for model in models]
     return bool(workers) and all("READY" in states for states in workers)
 
 

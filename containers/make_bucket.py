@@ -1,6 +1,6 @@
-"""Bring the object store to what MLflow needs: a bucket, and a user who may use this bucket and nothing else.
+"""Make MLflow's bucket in the object store, and a user with access to this bucket only.
 
-Runs at every start with the root keys, which nobody else holds. Can be repeated; a user of earlier keys is removed.
+Runs at every start, and alone has the root keys. Repeating it is safe: it removes the users of earlier keys.
 """
 
 import configparser
@@ -42,20 +42,20 @@ ALLOWED = {
 
 
 def root_keys() -> tuple[str, str]:
-    """User and password out of the store's own settings file."""
+    """Return user and password from the store's settings file."""
     values = dotenv_values("/secrets/minio/config.env")
     return str(values["MINIO_ROOT_USER"]), str(values["MINIO_ROOT_PASSWORD"])
 
 
 def mlflow_keys() -> tuple[str, str]:
-    """The keys that MLflow's S3 client reads."""
+    """Return the keys of MLflow's S3 client."""
     parser = configparser.RawConfigParser()
     parser.read("/secrets/mlflow/aws")
     return parser["default"]["aws_access_key_id"], parser["default"]["aws_secret_access_key"]
 
 
 def make_bucket() -> None:
-    """Bucket, policy, user. Raises MinioException or MinioAdminException."""
+    """Make bucket, policy and user. Raises MinioException or MinioAdminException."""
     root, (access_key, secret_key) = root_keys(), mlflow_keys()
     store = Minio(endpoint=ENDPOINT, access_key=root[0], secret_key=root[1], secure=False)
     if not store.bucket_exists(BUCKET):
@@ -64,9 +64,9 @@ def make_bucket() -> None:
     admin.policy_add(POLICY, policy=ALLOWED)
     admin.user_add(access_key, secret_key)
     admin.policy_set(POLICY, user=access_key)
-    for other in json.loads(admin.user_list()):
-        if other != access_key:
-            admin.user_remove(other)
+    for user in json.loads(admin.user_list()):
+        if user != access_key:
+            admin.user_remove(user)
 
 
 def main() -> int:
@@ -74,7 +74,7 @@ def main() -> int:
     while True:
         try:
             make_bucket()
-            print(f"The bucket {BUCKET} and its user are in place.")
+            print(f"The bucket {BUCKET} and its user are ready.")
             return 0
         except (MinioException, MinioAdminException, urllib3.exceptions.HTTPError, OSError) as error:
             if time.monotonic() > end:

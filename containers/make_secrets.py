@@ -1,7 +1,7 @@
-"""Write the stack's secrets into the volumes of those who use them, before anything else starts.
+"""Write the stack's secrets into the volumes of the services that use them, before those start.
 
-Each secret is random and made once. `.env` may name others (.env.example lists them); what it names stays in force when
-`.env` is lost, and every start hands the present ones to database and store again, so no change locks anybody out.
+Each secret is random and made once, unless `.env` sets it (.env.example lists the names). A value from `.env` stays in
+force without `.env`. Every start gives the current secrets to database and store, so a change locks no service out.
 `--rotate` makes new ones.
 
     docker compose run --rm secrets --rotate && docker compose down && docker compose up -d
@@ -32,34 +32,34 @@ NAMES = {
     "MINIO_SECRET_KEY": 20,
     "GRAFANA_ADMIN_PASSWORD": 16,
 }
-# No quotes, colons or blanks: the values stand in shell, INI and pgpass files.
+# No quotes, colons or blanks, because the values go into shell, INI and pgpass files.
 ALLOWED = re.compile(r"[A-Za-z0-9_.,~^*+=/@%!-]{8,40}")
 
 
 class SecretsError(Exception):
-    """A secret that cannot be used, or a file that cannot be read; a sentence."""
+    """A secret that cannot be used, or a file that cannot be read."""
 
 
-def read_named(wanted: list[str], file: Path) -> dict[str, str]:
-    """The values in `.env` of the secrets that compose found set. Raises SecretsError.
+def read_named(names: list[str], file: Path) -> dict[str, str]:
+    """Return the values in `.env` of the secrets that are set. Raises SecretsError.
 
-    Compose tells their names and not their values, as those would show in `docker inspect`.
+    Compose passes names and not values, because `docker inspect` would show the values.
     """
     try:
-        values = dotenv_values(file) if wanted else {}
+        values = dotenv_values(file) if names else {}
     except OSError:  # a strict umask: the container's user is not the owner
         values = {}
-    for name in wanted:
+    for name in names:
         if not values.get(name):
             raise SecretsError(
-                f"{name} is set, but not in an .env beside docker-compose.yml that the container can read: "
-                "write it there (chmod a+rx . && chmod a+r .env), or unset it."
+                f"{name} is set, but the container cannot read it from the .env next to docker-compose.yml. "
+                "Write it there and run `chmod a+rx . && chmod a+r .env`, or unset it."
             )
-    return {name: str(values[name]) for name in wanted}
+    return {name: str(values[name]) for name in names}
 
 
 def read_kept(file: Path, rotate: bool) -> dict[str, str]:
-    """The secrets in force; none before the first start. Raises SecretsError for a damaged file, unless `rotate`."""
+    """Return the current secrets; none before the first start. Raises SecretsError for a damaged file, unless `rotate`."""
     try:
         kept = json.loads(file.read_text())
         if isinstance(kept, dict) and all(isinstance(value, str) for value in kept.values()):
@@ -70,24 +70,26 @@ def read_kept(file: Path, rotate: bool) -> dict[str, str]:
         pass
     if rotate:
         return {}
-    raise SecretsError("The kept secrets are damaged; make new ones with --rotate.")
+    raise SecretsError("The stored secrets are damaged. Make new ones with --rotate.")
 
 
 def choose(named: dict[str, str], kept: dict[str, str]) -> dict[str, str]:
-    """The secrets from now on: what `.env` names, else what was in force, else random ones. Raises SecretsError."""
+    """Return each secret: from `.env`, else the current one, else a random one. Raises SecretsError."""
     chosen = {}
     for name, size in NAMES.items():
-        if given := named.get(name):
-            if not ALLOWED.fullmatch(given):
-                raise SecretsError(f"{name} in .env must have 8 to 40 letters, digits or signs of _.,~^*+=/@%!- ")
-            chosen[name] = given
+        if value := named.get(name):
+            if not ALLOWED.fullmatch(value):
+                raise SecretsError(
+                    f"{name} in .env is not valid. Use 8 to 40 letters, digits or characters of _.,~^*+=/@%!-"
+                )
+            chosen[name] = value
         else:
             chosen[name] = kept.get(name) or secrets.token_hex(size)
     return chosen
 
 
 def files(value: dict[str, str]) -> dict[str, tuple[str, int]]:
-    """Path below SECRETS: (content, mode). MLflow runs as the user who writes here, the others as users of theirs."""
+    """Return path below SECRETS: (content, mode). Only MLflow runs as the user that writes the files."""
     return {
         KEPT: (json.dumps(value), 0o600),
         "mlflow/pgpass": (f"*:*:*:mlflow:{value['MLFLOW_DATABASE_PASSWORD']}\n", 0o600),
@@ -110,7 +112,7 @@ def files(value: dict[str, str]) -> dict[str, tuple[str, int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rotate", action="store_true", help="make new secrets in place of those in force")
+    parser.add_argument("--rotate", action="store_true", help="replace the current secrets with new ones")
     rotate = parser.parse_args().rotate
     try:
         named = read_named(os.environ.get("NAMED_SECRETS", "").split(), ENV_FILE)
@@ -124,7 +126,7 @@ def main() -> int:
             os.fchmod(file.fileno(), mode)
             file.write(content.encode())
     changed = [name for name in NAMES if chosen[name] != kept.get(name)]
-    print(f"Secrets are in place; new or changed: {', '.join(changed) or 'none'}.")
+    print(f"Secrets are ready. New or changed: {', '.join(changed) or 'none'}.")
     return 0
 
 

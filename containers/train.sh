@@ -1,26 +1,25 @@
 #!/bin/sh
-# `docker compose run --rm training [OPTIONS] [KEY=VALUE ...]`: training/train.py, and the model it makes is registered.
-# Anything else is run as it is: `docker compose run --rm training python scripts/prepare_data.py --help`.
+# `docker compose run --rm training [OPTIONS] [KEY=VALUE ...]` trains with training/train.py and registers the model.
+# Any other command runs as it is: `docker compose run --rm training python scripts/prepare_data.py --help`.
 #
-# Images are read from ./data (mounted at /app/data, read-only); manifest, cache, checkpoints and bundles stay in the
-# volume at /app/runs.
+# Images come from ./data, mounted read-only at /app/data. Manifest, cache, checkpoints and bundles stay in the volume at
+# /app/runs.
 set -eu
 case "${1:-}" in
   "" | -* | *=*) ;;
   *) exec "$@" ;;
 esac
 
-# Both are named, so that the manifest is made where there is none. Who names another means one that is there, and a run
-# that is resumed has its own.
+# With both set, training makes the manifest if there is none. A manifest that the caller names must exist, and a resumed
+# run has its own.
 case " $* " in
   *" manifest="* | *" --resume"*) ;;
   *) set -- manifest=/app/runs/manifest.csv data_dir=/app/data "$@" ;;
 esac
 
-# A signal is the training's, which keeps what it has; without a trap this shell, and with it the container, would be
-# gone before.
+# The training handles a signal and saves its state. Without a trap this shell, and so the container, would end first.
 trap : TERM INT
-note=$(mktemp) # where the training writes which bundle it made: others may be made in the same volume
+note=$(mktemp) # the training writes the path of its bundle here; the volume may hold others
 BUNDLE_NOTE=$note python training/train.py "$@"
 if [ -s "$note" ]; then
   python scripts/register_model.py --bundle "$(cat "$note")"

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from scripts.free_ports import free_ports
+from scripts.local_processes import free_ports
 from tests.conftest import ROOT
 from tests.waiting import eventually
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts.free_ports import free_ports
+from scripts import local_processes
+from scripts.local_processes import free_ports
 
 ROOT = Path(__file__).parent.parent
 PORTS = ["MLFLOW_PORT", "TORCHSERVE_PORT", "TORCHSERVE_METRICS_PORT", "PROMOTER_PORT", "STREAMLIT_PORT"]
@@ -130,16 +131,9 @@ class Stack:
     def start(self) -> None:
         """`python scripts/stack.py up`; back when it says that a prediction was answered."""
         began = time.monotonic()
-        with (self.folder / "up.log").open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "scripts/stack.py", "up"],
-                cwd=ROOT,
-                env=self.env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        log = self.folder / "up.log"
+        log.unlink(missing_ok=True)
+        self.process = local_processes.start([sys.executable, "scripts/stack.py", "up"], self.env, log, cwd=ROOT)
         while "is ready" not in self.output:
             assert self.process.poll() is None, f"the stack did not start:\n{self.output}"
             assert time.monotonic() - began < START_SECONDS, f"no start in {START_SECONDS} s:\n{self.output}"

@@ -376,7 +376,7 @@ def test_a_wrong_env_file_is_told_and_a_lost_one_locks_nobody_out(stack, image):
     stack("down")
     refused = stack("up", "--detach", "--wait", check=False)
     assert refused.returncode != 0
-    assert "MINIO_ROOT_PASSWORD in .env must have 8 to 40 letters" in stack("logs", "secrets").stdout
+    assert "MINIO_ROOT_PASSWORD in .env is not valid. Use 8 to 40 letters" in stack("logs", "secrets").stdout
 
     env.chmod(0o600)
     env.write_text("MINIO_ROOT_PASSWORD=long-enough-for-all\n")

@@ -7,7 +7,6 @@ fails where a service is not able to work.
 """
 
 import ast
-import configparser
 import importlib.util
 import json
 import os
@@ -25,6 +24,8 @@ from types import ModuleType
 
 import pytest
 import yaml
+
+from scripts.stack import REGISTER
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {"handlers", "training", "mlflow_tracking", "streamlit_app", "scripts"}
@@ -69,10 +70,8 @@ def secrets(tmp_path, monkeypatch) -> ModuleType:
 
 def test_make_up_and_the_containers_register_the_shipped_model_by_one_rule():
     """The command's --if-empty; both once had a rule of their own, and differed on a lone challenger."""
-    conf = configparser.RawConfigParser()
-    conf.read(ROOT / "scripts" / "supervisord.conf")
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    assert conf["program:register"]["command"].split() == services["register"]["command"]
+    assert services["register"]["command"] == ["python", *REGISTER]
 
 
 def pins(name: str) -> dict[str, str]:
@@ -210,10 +209,10 @@ def test_what_env_names_wins_and_stays(secrets, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("MINIO_ROOT_PASSWORD=short\n", "must have 8 to 40 letters"),
-        ('MINIO_ROOT_PASSWORD="with a: blank"\n', "must have 8 to 40 letters"),
-        ("", "not in an .env beside docker-compose.yml"),
-        ("MINIO_ROOT_PASSWORD=\n", "not in an .env beside docker-compose.yml"),
+        ("MINIO_ROOT_PASSWORD=short\n", "is not valid. Use 8 to 40 letters"),
+        ('MINIO_ROOT_PASSWORD="with a: blank"\n', "is not valid. Use 8 to 40 letters"),
+        ("", "cannot read it from the .env next to docker-compose.yml"),
+        ("MINIO_ROOT_PASSWORD=\n", "cannot read it from the .env next to docker-compose.yml"),
     ],
 )
 def test_what_cannot_be_used_is_told_and_changes_nothing(secrets, monkeypatch, capsys, text, sentence):

@@ -23,7 +23,7 @@ from mlflow_tracking.promotion.step_errors import NotYet, StepFailed
 from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServe
 from mlflow_tracking.settings import Settings
 from scripts import promote, replay
-from scripts.free_ports import free_ports
+from scripts.local_processes import free_ports
 from tests.conftest import Stack
 from tests.processes import running
 from tests.reconcile_world import World
@@ -120,7 +120,7 @@ def owner(tmp_path):
 
 
 @pytest.mark.parametrize("command", [("-m", "mlflow_tracking.promotion.service"), ("scripts/stack.py", "up")])
-def test_a_store_that_is_in_use_is_said_before_anything_starts(tmp_path, owner, command):
+def test_a_used_store_is_named(tmp_path, owner, command):
     second = Stack.create(tmp_path)
     done = second.run(*command)
     store = tmp_path / "model_store"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_tracking.settings import SOCKET_PATH, Settings, SettingsError
-from scripts.stack import Settings as StackSettings
+from scripts.stack import StackSettings
 from tests.conftest import ROOT
 
 COMMANDS = [

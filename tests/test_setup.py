@@ -73,7 +73,7 @@ def test_no_venv_module(clone):
 
 
 def test_full_disk(clone):
-    assert_sentence(setup(clone, python3_11=PYTHON, df=DISK.format(3 << 20)), "3 GB are free", "about 8 GB")
+    assert_sentence(setup(clone, python3_11=PYTHON, df=DISK.format(3 << 20)), "has 3 GB free", "needs 8 GB")
     assert not (clone / ".venv").exists()
 
 
@@ -94,7 +94,7 @@ def test_a_finished_environment_is_left_alone(clone):
     assert setup(clone).returncode == 0
     (clone / "pyproject.toml").write_text("changed")
     shutil.rmtree(clone.parent / "bin")
-    assert_sentence(setup(clone), "Python 3.11 or 3.12 is needed")
+    assert_sentence(setup(clone), "Python 3.11 or 3.12 is required")
 
 
 @pytest.mark.slow

@@ -226,8 +226,8 @@ def test_moving_the_alias_in_mlflows_page_changes_what_is_served(stack, image, p
 def test_a_second_up_says_so(stack):
     done = stack.run("scripts/stack.py", "up")
     assert done.returncode == 1
-    assert "running already" in done.stdout
-    assert len(done.stdout.splitlines()) == 1
+    assert "running already" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_taken_port_is_named_with_who_has_it_and_what_changes_it(stack, tmp_path):
@@ -235,8 +235,8 @@ def test_a_taken_port_is_named_with_who_has_it_and_what_changes_it(stack, tmp_pa
     other.env["PROMOTER_PORT"] = stack.env["TORCHSERVE_PORT"]
     done = other.run("scripts/stack.py", "up")
     assert done.returncode == 1
-    assert len(done.stdout.splitlines()) == 1
-    assert all(word in done.stdout for word in (stack.env["TORCHSERVE_PORT"], "java", "PROMOTER_PORT=", "pid"))
+    assert len(done.stderr.splitlines()) == 1
+    assert all(word in done.stderr for word in (stack.env["TORCHSERVE_PORT"], "java", "PROMOTER_PORT=", "pid"))
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,9 @@ def test_a_wrong_setting_gets_one_sentence(stack, tmp_path, setting, value, word
     other.env[setting] = value
     done = other.run("scripts/stack.py", "up")
     assert done.returncode == 1
-    assert len(done.stdout.splitlines()) == 1
-    assert words in done.stdout
-    assert done.stderr == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
+    assert done.stdout == ""
 
 
 def test_a_part_that_cannot_start_shows_the_end_of_its_log(stack, tmp_path):
@@ -263,7 +263,7 @@ def test_a_part_that_cannot_start_shows_the_end_of_its_log(stack, tmp_path):
     other.env["TORCHSERVE_JAVA_OPTS"] = "-Xnonsense"
     done = other.run("scripts/stack.py", "up", timeout=400)
     assert done.returncode == 1
-    assert "TorchServe cannot start" in done.stdout
+    assert "TorchServe cannot start" in done.stderr
     assert "Unrecognized option: -Xnonsense" in done.stdout
     assert "torchserve.log" in done.stdout
     other.assert_gone()
@@ -346,7 +346,7 @@ def test_down_stops_everything_and_up_ends_too(stack):
     stack.assert_gone()
     done = stack.run("scripts/stack.py", "status")
     assert done.returncode == 1
-    assert "not running" in done.stdout
+    assert "not running" in done.stderr
 
 
 def test_a_deep_folder_gets_a_short_one_for_its_sockets(stack, tmp_path):
@@ -359,7 +359,7 @@ def test_a_deep_folder_gets_a_short_one_for_its_sockets(stack, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in Path("/tmp").glob("skin-lesion-*")}
     done = other.run("scripts/stack.py", "up")
     taken.close()
-    assert "is in use" in done.stdout
+    assert "is in use" in done.stderr
     [made] = set(Path("/tmp").glob("skin-lesion-*")) - set(before)
     assert made.stat().st_mode & 0o777 == 0o700
     made.rmdir()

@@ -1,20 +1,9 @@
-"""How fast is serving? This project beside what one would write first, in one run, same network, same bytes.
+"""Measure serving: this project in TorchServe, beside a stock handler and beside what the machine can do.
 
-Four servers are started one after the other and loaded by 1, 4 and 16
-clients: TorchServe with a stock handler (torch in fp32, the grad-cam
-package); the same with ONNX Runtime for the probabilities; FastAPI with
-the stock handler's code; and this project's archive in TorchServe, in
-each precision asked for. The first three are shown at the best of the
-settings tried: 1 and 2 workers, 1 thread and all, batches of 1, 4 and 8.
-Pictures are a drawn lesion of 600×450 and one of 12 megapixels, with the
-heatmap and without. Beside that, in this process: the handler's pieces,
-the joint graph against the plain forward, the processor's best matrix
-product, and our part of a worker's start.
-
-Leave the machine alone meanwhile: figures of a busy one are worth
-nothing, and each has beside it how fast the processor was just then.
-The default takes half an hour on two cores, --quick two minutes, --tune
-four. Slowness is reported, not an error.
+One network, the same bytes, one machine, in under ten minutes: requests per second and latency at 1, 4 and 16 clients
+with the heatmap as grid, as overlay and without it; a stock TorchServe handler with the grad-cam package; and, in this
+process, the graph alone against the plain forward and the processor's best matrix product, the handler's stages, and a
+worker's start. Each server row has the pace of the processor at that moment beside it.
 """
 
 import io
@@ -25,62 +14,46 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from PIL import Image
 
-from handlers.backbone import BackboneError, build_backbone
-from handlers.bundle import Bundle, BundleError
+from handlers.backbone import build_backbone
+from handlers.bundle import Bundle
 from handlers.calibration import Calibration
 from handlers.completion import complete
-from handlers.files import atomic_file, write_json
+from handlers.errors import UserError
+from handlers.files import atomic_file
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.preprocessing import Preprocessing
 from handlers.receipt import Receipt
 from handlers.taxonomy import KNOWN_CODES
-from mlflow_tracking.command_line import console, errors
-from scripts.studies.serving_bench import naive_model, pieces, report, servers
-from scripts.studies.serving_bench.load import LoadError, ask, form, measure
-from scripts.studies.serving_bench.pieces import PieceError
-from scripts.studies.serving_bench.servers import Server, ServerError, Settings
+from mlflow_tracking import command_line
+from mlflow_tracking.command_line import console
+from scripts.studies.serving_bench import in_process, servers
+from scripts.studies.serving_bench.load import Load, LoadError, form, measure, post
 from training.data.synthetic import draw_lesion
 from training.export import export_bundle
 
-EPILOG = """
-Examples:
+IDLE = 0.3  # load average per core; figures of a busier machine are worth little
+TOLERANCE = 0.05  # of a probability between servers, which must serve the same network
+HEATMAPS = {"ours": ("grid", "overlay", "none"), "stock handler": ("overlay", "none")}
 
-  python scripts/studies/bench_serving.py --out runs/serving
 
-  python scripts/studies/bench_serving.py --quick --system torchserve --system ours
-
-  python scripts/studies/bench_serving.py --architecture resnet18 --precision auto
-
-  python scripts/studies/bench_serving.py --tune
-"""
-SMALL, LARGE = "600×450", "12 MP"
-BASELINES = ("torchserve", "onnxruntime", "fastapi")
-SYSTEMS = (*BASELINES, "ours")
-BASELINE_ANSWERS = ("overlay", "none")
-IDLE = 0.3  # load average for each core; figures of a busier machine are worth little
-BATCH_DELAY = 10  # ms; what the others' batches wait: their clients are back sooner
-TOLERANCE = 0.05  # of a probability between servers: they must be serving the same network
-PACKAGES = ("torch", "timm", "openvino", "onnxruntime", "torchserve", "grad-cam", "fastapi", "uvicorn")
-Opens = Callable[[Settings], AbstractContextManager[Server]]
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+class BusyMachine(UserError):
+    """The machine has other work, so its figures cannot be compared."""
 
 
 def random_bundle(out: Path, architecture: str, size: int) -> Bundle:
-    """An untrained network with seeded weights, its answers spread by a larger head. Raises BackboneError."""
+    """Return an untrained network with seeded weights, its answers spread by a larger head. Raises BackboneError."""
     torch.manual_seed(0)
     backbone: Any = build_backbone(architecture, len(KNOWN_CODES), size)
     with torch.no_grad():
@@ -98,284 +71,217 @@ def random_bundle(out: Path, architecture: str, size: int) -> Bundle:
     )
 
 
-def pictures(quick: bool) -> dict[str, list[bytes]]:
-    """JPEG files by kind. The large ones are enlarged and given a sensor's noise: smooth ones decode faster."""
-    found = {SMALL: [_jpeg(draw_lesion(seed, code, size=(600, 450))) for seed, code in enumerate(KNOWN_CODES)]}
-    if quick:
-        return found
-    found[LARGE] = []
-    for seed, code in enumerate(KNOWN_CODES[:2]):
-        large = np.asarray(draw_lesion(seed, code, size=(1000, 750)).resize((4000, 3000), Image.Resampling.BICUBIC))
-        noise = np.random.default_rng(seed).normal(0, 3, large.shape).astype(np.float32)
-        found[LARGE].append(_jpeg(Image.fromarray((large + noise).clip(0, 255).astype(np.uint8))))
-    return found
+def pictures() -> list[bytes]:
+    """Return one JPEG of 600×450 pixels for each class."""
+    files = []
+    for seed, code in enumerate(KNOWN_CODES):
+        draw_lesion(seed, code, size=(600, 450)).save(buffer := io.BytesIO(), "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return files
 
 
-def _jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+@dataclass(frozen=True)
+class Row:
+    """One server, one kind of heatmap, one number of clients; `pace` in GFLOP/s."""
+
+    server: str
+    heatmap: str
+    load: Load
+    pace: float
 
 
 @dataclass
+class Table:
+    """A title, the columns' names, and rows of text."""
+
+    title: str
+    headers: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+
 class Bench:
-    """One run: what is measured, and the figures so far."""
+    """Measures one bundle in one precision.
 
-    bundle: Bundle
-    images: dict[str, list[bytes]]
-    clients: list[int]
-    seconds: float
-    results: dict[str, Any]
-    # The eager model's probabilities for the first picture: ours, and without temperature and rejection the others'.
-    expected: dict[str, float] = field(init=False)
-    expected_plain: dict[str, float] = field(init=False)
+    Args:
+        judge: False leaves out ratios and shares, as on a busy machine.
+    """
 
-    def __post_init__(self) -> None:
-        predictor, picture = Predictor(self.bundle, runtime="torch"), self.images[SMALL][0]
-        [answer] = predictor.predict([picture])
-        if not isinstance(answer, Prediction):
-            raise answer
-        self.expected = answer.probabilities
-        pixels, _ = self.bundle.config.preprocessing(picture)
+    def __init__(self, bundle: Bundle, precision: str, clients: list[int], seconds: float, judge: bool) -> None:
+        self.bundle, self.clients, self.seconds, self.judge = bundle, clients, seconds, judge
+        self.files = pictures()
+        self.predictor = Predictor(bundle, precision=precision)
+        self.precision = precision
+
+    def expected(self) -> dict[str, dict[str, float]]:
+        """Return each server's probabilities for the first picture, from the eager model."""
+        predictor = Predictor(self.bundle, runtime="torch")
+        [prediction] = predictor.predict(self.files[:1])
+        assert isinstance(prediction, Prediction), prediction
+        pixels, _ = self.bundle.config.preprocessing(self.files[0])
         logits, *_ = predictor.runtime(pixels[None], np.array([-1]))
-        softmax = Calibration().known_probabilities(logits)[0]
-        self.expected_plain = dict(zip(self.bundle.config.classes, softmax.tolist(), strict=True))
+        softmax = Calibration().known_probabilities(logits)[0].tolist()  # the stock handler calibrates nothing
+        plain = dict(zip(self.bundle.config.classes, softmax, strict=True))
+        return {"ours": prediction.probabilities, "stock handler": plain}
 
-    def cell(
-        self,
-        server: Server,
-        system: str,
-        settings: Settings,
-        image: str,
-        answer: str,
-        clients: int,
-        seconds: float | None = None,
-    ) -> dict[str, Any]:
-        """Load a running server in one way; the row for the results, and a line for who waits."""
-        bodies = [form(file, answer) for file in self.images[image]]
-        before = pieces.pace()
-        load = measure(server.port, servers.PATH, bodies, clients, seconds or self.seconds)
-        pace = (before + pieces.pace()) / 2
-        row: dict[str, Any] = {"system": system, "precision": "", "settings": str(settings), "image": image}
-        row |= {
-            "pace": pace,
-            "answer": answer,
-            "memory": server.memory(),
-            "ready_seconds": server.ready_seconds,
-            **asdict(load),
+    def serve(self) -> Iterator[Row]:
+        """Start each server in turn and load it. Raises LoadError, BenchServerError."""
+        expected = self.expected()
+        for server in HEATMAPS:
+            opened = servers.ours(self.bundle, self.precision) if server == "ours" else servers.stock(self.bundle)
+            with opened as port:
+                check_answer(port, self.files[0], expected[server], server)
+                for heatmap in HEATMAPS[server]:
+                    bodies = [form(file, heatmap) for file in self.files]
+                    for clients in self.clients:
+                        before = in_process.pace()
+                        load = measure(port, servers.PATH, bodies, clients, self.seconds)
+                        yield Row(server, heatmap, load, (before + in_process.pace()) / 2)
+
+    def tables(self, folder: Path) -> Iterator[Table]:
+        """Measure, and yield each table when it is complete."""
+        precision = self.predictor.runtime.precision
+        plain = Predictor(in_process.plain_bundle(self.bundle, folder / "plain"), precision=precision)
+        calls_ms = in_process.graphs(self.predictor, plain, self.files, 2 * self.seconds)
+        best, product = in_process.peak(precision, self.seconds / 8)
+        gflop = in_process.gflop(self.bundle)
+        headers = ["batch", "graph ms", "plain forward ms", "ratio", "images/s", "GFLOP/s", "% of best product"]
+        graph = Table(f"The graph alone, {precision}; best matrix product {best:.0f} GFLOP/s ({product})", headers)
+        for batch, row in calls_ms.items():
+            rate = 1e3 * batch / row["joint"]
+            shares = [f"{row['joint'] / row['plain']:.3f}", f"{rate:.1f}", f"{rate * gflop:.0f}"]
+            cells = [
+                str(batch),
+                f"{row['joint']:.2f}",
+                f"{row['plain']:.2f}",
+                *shares,
+                f"{100 * rate * gflop / best:.0f}",
+            ]
+            graph.rows.append(self.cells(cells, 3, 6))
+        yield graph
+        alone = 1e3 * max(calls_ms) / calls_ms[max(calls_ms)]["joint"]
+        yield self.stage_table()
+        fresh, later = in_process.worker_start(self.bundle, self.precision)
+        rows = [["first start of an archive", f"{fresh:.2f}"], ["later starts", f"{later:.2f}"]]
+        yield Table("Our part of a worker's start", ["", "seconds"], rows)
+        yield self.server_table(list(self.serve()), alone)
+
+    def stage_table(self) -> Table:
+        """Return the handler's stages; its total is less than their sum where two of them overlap."""
+        stages_ms = in_process.stages(self.bundle, self.precision, self.files, self.seconds / 2)
+        table = Table("Stages of the handler, ms an image (overlay only on request)", ["batch", *stages_ms[1]])
+        for batch, row in stages_ms.items():
+            table.rows.append([str(batch), *(f"{value:.2f}" for value in row.values())])
+        return table
+
+    def server_table(self, measured: list[Row], alone: float) -> Table:
+        """Return requests per second and latency.
+
+        `× stock` compares grid and overlay with the stock handler's overlay; `% graph` with `alone`, the graph's images
+        per second without a server; `pace` is in percent of the fastest row's.
+        """
+        headers = ["server", "heatmap", "clients", "req/s", "p50 ms", "p95 ms", "× stock", "% graph", "pace"]
+        table = Table("Through TorchServe, a JPEG of 600×450", headers)
+        heat = {
+            row.load.clients: row.load.rps
+            for row in measured
+            if (row.server, row.heatmap) == ("stock handler", "overlay")
         }
-        console.print(f"  {image}, {answer}, {clients} clients: {load.rps:.1f} requests/s, p95 {load.p95:.0f} ms")
-        return row
+        none = {
+            row.load.clients: row.load.rps for row in measured if (row.server, row.heatmap) == ("stock handler", "none")
+        }
+        fastest = max(row.pace for row in measured)
+        for row in measured:
+            load = row.load
+            times = load.rps / (none if row.heatmap == "none" else heat)[load.clients]
+            figures = [
+                f"{load.rps:.1f}",
+                f"{load.p50:.0f}",
+                f"{load.p95:.0f}",
+                f"{times:.1f}",
+                f"{100 * load.rps / alone:.0f}",
+            ]
+            cells = [row.server, row.heatmap, str(load.clients), *figures, f"{100 * row.pace / fastest:.0f}"]
+            table.rows.append(self.cells(cells, 6, 7))
+        return table
 
-    def agree(self, server: Server, system: str) -> dict[str, Any]:
-        """A server's first answer, which must be the eager model's. Raises LoadError if it is not."""
-        picture = self.images[SMALL][0]
-        answer: dict[str, Any] = json.loads(ask(server.port, servers.PATH, form(picture, "overlay")))
-        expected = self.expected if system.startswith("ours") else self.expected_plain
-        difference = max(abs(answer["probabilities"][code] - p) for code, p in expected.items())
-        self.results["agreement"][system] = difference
-        if difference > TOLERANCE:
-            raise LoadError(f"{system} does not answer what the model does: a probability is off by {difference:.2f}.")
-        return answer
-
-    def baseline(self, system: str, model: Path, quick: bool) -> None:
-        """Try settings, then measure everything at the best of each."""
-        cores = os.cpu_count() or 1
-        opens: Opens = {
-            "torchserve": lambda settings: servers.stock(model, "torch", settings),
-            "onnxruntime": lambda settings: servers.stock(model, "onnxruntime", settings),
-            "fastapi": lambda settings: servers.fastapi(model, settings),
-        }[system]
-        cases = [(answer, clients) for answer in BASELINE_ANSWERS for clients in self.clients]
-        best = dict.fromkeys(cases, Settings(1, cores)) if quick else self.search(system, opens, cores)
-        rows = []
-        for settings in dict.fromkeys(best.values()):
-            console.print(f"{report.TITLES[system]}: {settings}")
-            with opens(settings) as server:
-                self.agree(server, system)
-                for image in self.images:
-                    for answer, clients in cases:
-                        if best[answer, clients] == settings:
-                            rows.append(self.cell(server, system, settings, image, answer, clients))
-        self.results["cells"] += sorted(rows, key=lambda row: (row["answer"] == "none", row["clients"]))
-
-    def search(self, system: str, opens: Opens, cores: int) -> dict[tuple[str, int], Settings]:
-        """The best settings for each answer and number of clients, by requests/s."""
-        tried: list[tuple[Settings, dict[str, Any]]] = []
-
-        def attempt(settings: Settings) -> None:
-            console.print(f"{report.TITLES[system]}, trying {settings}")
-            with opens(settings) as server:
-                for answer in BASELINE_ANSWERS:
-                    for clients in self.clients:
-                        row = self.cell(server, system, settings, SMALL, answer, clients, self.seconds / 2)
-                        tried.append((settings, row))
-
-        def best(answer: str, clients: int) -> Settings:
-            rows = [each for each in tried if (each[1]["answer"], each[1]["clients"]) == (answer, clients)]
-            return max(rows, key=lambda each: float(each[1]["rps"]))[0]
-
-        for workers in (1, 2):
-            for threads in sorted({1, cores}):
-                attempt(Settings(workers, threads))
-        if system != "fastapi":  # which has no batches
-            chosen = best("overlay", max(self.clients))
-            for batch in (4, 8):
-                attempt(Settings(chosen.workers, chosen.threads, batch, BATCH_DELAY))
-        self.results["tried"] += [row for _, row in tried]
-        return {(answer, clients): best(answer, clients) for answer in BASELINE_ANSWERS for clients in self.clients}
-
-    def ours(self, precision: str, settings: Settings, answers: tuple[str, ...], into: str) -> None:
-        """Measure this project's server, its rows going `into` "cells" or "tried" (the small picture alone)."""
-        system = f"ours {precision}"
-        console.print(f"{system}: {settings}")
-        with servers.ours(self.bundle, precision, settings) as server:
-            computed = self.agree(server, system)["model"]["precision"]
-            for image in self.images if into == "cells" else [SMALL]:
-                for answer in answers:
-                    for clients in self.clients:
-                        row = self.cell(server, system, settings, image, answer, clients)
-                        self.results[into].append(row | {"precision": computed})
-
-    def pieces(self, precisions: list[str], folder: Path, quick: bool) -> None:
-        """What is timed without a server."""
-        console.print("The handler's pieces, the graph, the processor's peak, a worker's start")
-        seconds, found = (0.2 if quick else 1.0), self.results
-        for image in self.images:
-            found["handler"][image] = {
-                each: pieces.stages(self.bundle, each, self.images[image], seconds / 2) for each in precisions
-            }
-        found["flops"] = pieces.flops(self.bundle)
-        found["peaks"] = pieces.peaks(seconds / 4, pieces.SIZES[:1] if quick else pieces.SIZES)
-        if self.bundle.has_graph:
-            plain = pieces.plain_bundle(self.bundle, folder / "plain")
-            for precision in precisions:
-                row = pieces.graphs(self.bundle, plain, precision, self.images[SMALL], 2 * seconds)
-                peak = found["peaks"].get(row["precision"], found["peaks"]["f32"])
-                rate = row["images_per_second"][str(pieces.BATCHES[-1])]
-                row["share"] = rate * found["flops"]["joint"] / peak["gflops"]
-                row["bare"] = rate
-                found["graph"][precision] = row
-        found["start"] = pieces.worker_start(self.bundle, precisions[0], 1 if quick else 3)
+    def cells(self, cells: list[str], *shares: int) -> list[str]:
+        """Return the row without its ratios and shares unless they may be judged."""
+        return [cell if self.judge or index not in shares else "" for index, cell in enumerate(cells)]
 
 
-def tuning() -> list[Settings]:
-    """What --tune tries: batch size and delay for one worker, and two workers that share the cores."""
-    cores = os.cpu_count() or 1
-    # TorchServe takes a delay of 0 for its default, 100 ms.
-    found = [Settings(1, 0, batch, delay) for batch in (4, 8, 16) for delay in (1, 2, 5)]
-    found += [Settings(2, threads, 8, delay) for threads in sorted({max(1, cores // 2), cores}) for delay in (1, 5)]
-    return [*found, Settings(1, 0, 1, 0)]
+def check_answer(port: int, image: bytes, expected: dict[str, float], server: str) -> None:
+    """Raise LoadError unless a server's answer is the eager model's."""
+    with closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        probabilities = json.loads(post(connection, servers.PATH, form(image, "overlay")))["probabilities"]
+    difference = max(abs(probabilities[code] - p) for code, p in expected.items())
+    if not difference <= TOLERANCE:  # so that NaN differs
+        raise LoadError(f"A probability of the server '{server}' differs by {difference:.2f} from the model's.")
 
 
-def machine() -> dict[str, Any]:
-    """The processor, and how busy the machine was before, which is too busy over IDLE for each core."""
-    cpu = platform.processor() or platform.machine()
-    if (path := Path("/proc/cpuinfo")).exists():
+def markdown(tables: list[Table], heading: str) -> str:
+    """Return the page."""
+    text = f"# Serving speed\n\n{heading}\n"
+    for table in tables:
+        text += f"\n## {table.title}\n\n| {' | '.join(table.headers)} |\n|{' --- |' * len(table.headers)}\n"
+        text += "".join(f"| {' | '.join(row)} |\n" for row in table.rows)
+    return text
+
+
+def processor() -> str:
+    """Return the processor's name and its number of cores."""
+    path, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    if path.exists():
         names = [line.split(":")[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    cores = os.cpu_count() or 1
-    return {"cpu": cpu, "cores": cores, "load": load, "busy": load > IDLE * cores, "system": platform.platform()}
+        name = names[0] if names else name
+    return f"{name}, {os.cpu_count()} cores"
 
 
-def versions() -> dict[str, str]:
-    """The packages that were measured."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-@app.command(help=__doc__, epilog=EPILOG)
-def bench(
-    out: Path | None = typer.Option(None, help="Folder for results.json, README.md, figure.html; none is kept else."),
-    architecture: str = typer.Option("vit_small_patch16_224", help="A timm model, untrained, with seeded weights."),
-    size: int = typer.Option(224, min=32, help="Its input's side, pixels."),
-    bundle: Path | None = typer.Option(None, help="A bundle instead, such as model_store/skin_vit."),
-    system: list[str] = typer.Option([], help="torchserve, onnxruntime, fastapi, ours; repeat for more. Default: all."),
-    precision: list[str] = typer.Option(
-        ["auto", "f32"], help="Of this project's handler; repeat for more (--tune: the first)."
-    ),
-    clients: list[int] = typer.Option([1, 4, 16], min=1, help="Clients at once; repeat for more."),
-    seconds: float = typer.Option(2.0, min=0.1, help="For each figure; slow servers take three answers a client."),
-    quick: bool = typer.Option(False, help="Two minutes: small picture, 1 and 4 clients, half a second, one setting."),
-    tune: bool = typer.Option(False, help="Try batch sizes, delays and workers of this project's server, that alone."),
+def main(
+    out: Annotated[Path | None, typer.Option(help="Folder for the page serving.md.")] = None,
+    architecture: Annotated[
+        str, typer.Option(help="A timm model, untrained, with seeded weights.")
+    ] = "vit_small_patch16_224",
+    size: Annotated[int, typer.Option(min=32, help="Side of its input, pixels.")] = 224,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle instead, such as model_store/skin_vit.")] = None,
+    precision: Annotated[str, typer.Option(help="Of this project's handler: auto, f32 or bf16.")] = "auto",
+    clients: Annotated[list[int], typer.Option(min=1, help="Concurrent clients. Repeat for more.")] = [1, 4, 16],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=0.1, help="For each figure.")] = 2.0,
+    busy: Annotated[
+        bool, typer.Option("--busy", help="Measure on a busy machine too, without ratios and shares.")
+    ] = False,
 ) -> None:
-    # Servers are ended on the way out, whoever sends it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if unknown := [name for name in system if name not in SYSTEMS]:
-        raise typer.BadParameter(f"there is no {unknown[0]!r}; there are {', '.join(SYSTEMS)}.", param_hint="--system")
-    if quick:
-        clients, seconds = [n for n in clients if n <= 4] or clients[:1], min(seconds, 0.5)
-    before = machine()
-    if before["busy"]:
-        errors.print(f"The machine is busy (load {before['load']:.1f}): these figures will be worth little.")
-    try:
-        with tempfile.TemporaryDirectory(prefix="bench-serving-") as temporary:
-            folder = Path(temporary)
-            console.print("Making the model")
-            place = folder / "bundle"
-            made = complete(Bundle.load(bundle), place) if bundle else random_bundle(place, architecture, size)
-            images = pictures(quick or tune)
-            run = Bench(made, images, clients, seconds, _empty(made, images, before, bundle is not None))
-            if tune:
-                for settings in tuning():
-                    run.ours(precision[0], settings, ("grid",), "tried")
-            else:
-                wanted = system or list(SYSTEMS)
-                if "ours" in wanted:
-                    run.pieces(precision, folder, quick)
-                model = folder / "model"
-                model.mkdir()
-                if set(wanted) & set(BASELINES):
-                    naive_model.export(made, model, onnx="onnxruntime" in wanted)
-                for name in BASELINES:
-                    if name in wanted:
-                        run.baseline(name, model, quick)
-                if "ours" in wanted:
-                    for each in precision:
-                        run.ours(each, servers.shipped(), ("grid", "overlay", "none"), "cells")
-    except (BackboneError, BundleError, LoadError, PieceError, ServerError, OSError) as error:
-        errors.print(str(error))
-        raise SystemExit(1) from None
-    report.show(console, run.results)
+    """Measure serving beside a stock handler and beside what the machine can do. The machine must be idle."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the servers on the way out
+    load = os.getloadavg()[0]
+    judge = load <= IDLE * (os.cpu_count() or 1)
+    if not judge and not busy:
+        raise BusyMachine(f"The load average is {load:.1f}. Wait until the machine is idle, or use --busy.")
+    with tempfile.TemporaryDirectory(prefix="bench-serving-") as temporary:
+        folder = Path(temporary)
+        place = folder / "bundle"
+        network = complete(Bundle.load(bundle), place) if bundle else random_bundle(place, architecture, size)
+        tables = []
+        for table in Bench(network, precision, clients, seconds, judge).tables(folder):
+            grid = command_line.table(table.title, table.headers)
+            for row in table.rows:
+                grid.add_row(*row)
+            console.print(grid)
+            tables.append(table)
     if out:
-        keep(run.results, out)
-
-
-def _empty(bundle: Bundle, images: dict[str, list[bytes]], before: dict[str, Any], given: bool) -> dict[str, Any]:
-    """Results with nothing measured yet; `given` if the bundle is not an untrained one of ours."""
-    config = bundle.config
-    model: dict[str, Any] = {"architecture": config.architecture, "size": config.preprocessing.image_size}
-    model |= {"classes": len(config.classes), "weights": "its own weights" if given else "untrained, seeded weights"}
-    parts: dict[str, Any] = {name: {} for name in ("agreement", "handler", "graph", "flops", "peaks", "start")}
-    return parts | {
-        "command": shlex.join(["python", "scripts/studies/bench_serving.py", *sys.argv[1:]]),
-        "machine": before,
-        "versions": versions(),
-        "model": model,
-        "images": [{"name": name, "bytes": [len(file) for file in files]} for name, files in images.items()],
-        "cells": [],
-        "tried": [],
-    }
-
-
-def keep(results: dict[str, Any], out: Path) -> None:
-    """Write results.json, README.md and figure.html to a folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", results)
-    for name, text in (
-        ("README.md", report.markdown(results)),
-        ("figure.html", report.figure(results).to_html(include_plotlyjs=True)),
-    ):
-        with atomic_file(out / name) as file:
-            file.write(text.encode())
-    console.print(f"{out}: results.json, README.md, figure.html")
+        command = shlex.join(["python", "scripts/studies/bench_serving.py", *sys.argv[1:]])
+        model = f"{network.config.architecture}, {network.config.preprocessing.image_size} px"
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_file(out / "serving.md") as file:
+            file.write(markdown(tables, f"`{command}`\n\n{processor()}, load {load:.1f}; {model}").encode())
+        console.print(f"Written: {out / 'serving.md'}.")
 
 
 if __name__ == "__main__":
-    app()
+    command_line.run(
+        main,
+        examples=[
+            "python scripts/studies/bench_serving.py --out runs/serving",
+            "python scripts/studies/bench_serving.py --bundle model_store/skin_vit --precision f32",
+            "python scripts/studies/bench_serving.py --clients 1 --seconds 0.5 --busy",
+        ],
+    )

@@ -1,1 +1,1 @@
-"""The parts of scripts/studies/bench_serving.py: load, servers, what is compared with, what is timed alone, the report."""
+"""The pieces of scripts/studies/bench_serving.py: load, servers, the stock handler, and what is timed in this process."""

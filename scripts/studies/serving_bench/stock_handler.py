@@ -1,39 +1,77 @@
-"""The naive model as a TorchServe handler on top of BaseHandler, in the way of TorchServe's own examples.
+"""A first TorchServe handler for comparison: timm in fp32, torchvision's transforms, the grad-cam package.
 
-TorchServe takes the one class in this module; keep it one.
+It extends BaseHandler as TorchServe's own examples do. One forward pass serves probabilities and heatmap, and whole
+batches go through the package at once. TorchServe uses the one class of this module; keep it one.
 """
 
+import base64
+import io
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import torch
 from PIL import Image
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.image import show_cam_on_image
 from torch import Tensor
+from torchvision import transforms
 from ts.torch_handler.base_handler import BaseHandler
 
-from scripts.studies.serving_bench.naive_model import NaiveModel
+from handlers.bundle import Bundle
+from handlers.gradcam import target_layer
+from handlers.serving_graph import serving_module
 
 
 class StockHandler(BaseHandler):
     """Preprocess, inference, postprocess; `handle` is BaseHandler's."""
 
     def initialize(self, context: Any) -> None:
-        """Load the model that the `handler` section of the archive's configuration names."""
-        settings = context.model_yaml_config["handler"]
-        self.naive = NaiveModel(Path(settings["folder"]), settings["threads"], settings["runtime"])
+        """Load the network of the bundle that the `handler` section of the archive's configuration names."""
+        bundle = Bundle.load(Path(context.model_yaml_config["handler"]["bundle"]))
+        preprocessing = bundle.config.preprocessing
+        self.size, self.classes = preprocessing.image_size, bundle.config.classes
+        self.backbone: Any = serving_module(bundle).cam.backbone.float().eval()
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize((self.size, self.size), transforms.InterpolationMode.BICUBIC),
+                transforms.ToTensor(),
+                transforms.Normalize(preprocessing.mean, preprocessing.std),
+            ]
+        )
+        to_grid = self._to_grid if hasattr(self.backbone, "patch_embed") else None
+        self.grad_cam = GradCAM(self.backbone, [target_layer(self.backbone)], reshape_transform=to_grid)
         self.context, self.manifest, self.initialized = context, context.manifest, True
 
+    def _to_grid(self, tokens: Tensor) -> Tensor:
+        patches = tokens[:, self.backbone.num_prefix_tokens :]
+        return patches.unflatten(1, self.backbone.patch_embed.grid_size).permute(0, 3, 1, 2)
+
     def preprocess(self, data: list[dict[str, Any]]) -> Tensor:
-        """The forms of a batch to the network's input."""
+        """The forms of a batch to the network's input (N, 3, S, S)."""
         self.heat = any(row["gradcam"] != b"none" for row in data)
-        images, self.pictures = self.naive.decode([bytes(row["data"]) for row in data])
-        return images
+        self.pictures = [Image.open(io.BytesIO(bytes(row["data"]))).convert("RGB") for row in data]
+        return torch.stack([self.transform(picture) for picture in self.pictures])
 
     def inference(self, data: Tensor, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        """Probabilities and heatmaps. Not in inference mode, as BaseHandler's is: Grad-CAM needs gradients."""
-        return self.naive.infer(data, self.heat)
+        """Probabilities (N, K), and heatmaps (N, S, S) in [0, 1] of the top classes if a request wants them."""
+        if self.heat:
+            maps = self.grad_cam(data, None)  # no target: the top class
+            return self.grad_cam.outputs.detach().softmax(1).numpy(), maps
+        with torch.inference_mode():
+            return self.backbone(data).softmax(1).numpy(), None
 
     def postprocess(self, data: tuple[np.ndarray, np.ndarray | None]) -> list[dict[str, Any]]:
-        """One answer a request."""
-        pictures: list[Image.Image] = self.pictures
-        return self.naive.answers(pictures, *data)
+        """One answer a request: probabilities by class, and the overlay as a JPEG in base64 (or null)."""
+        probabilities, maps = data
+        answers = []
+        for row, picture in enumerate(self.pictures):
+            overlay = None
+            if maps is not None:
+                small = np.asarray(picture.resize((self.size, self.size)), np.float32) / 255
+                blended = show_cam_on_image(small, maps[row], use_rgb=True)
+                overlay = base64.b64encode(cv2.imencode(".jpg", blended[:, :, ::-1])[1].tobytes()).decode()
+            scores = dict(zip(self.classes, probabilities[row].tolist(), strict=True))
+            answers.append({"probabilities": scores, "overlay": overlay})
+        return answers

@@ -1,0 +1,238 @@
+"""What is timed without a server, on all cores, one after the other.
+
+The handler's stages, the joint graph against the plain forward, the processor's best matrix product, and our part of a
+worker's start.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import torch
+import yaml
+from openvino import opset13 as ops
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from ts.context import Context, RequestProcessor
+
+from handlers.backbone import split_attention
+from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, Bundle, seal
+from handlers.completion import export_graph
+from handlers.decoding import decode
+from handlers.errors import UserError
+from handlers.overlay import OVERLAY_MIN_SIDE, overlay
+from handlers.prediction import Prediction
+from handlers.predictor import Predictor
+from handlers.runtimes import OpenVinoRuntime, core
+from handlers.serving_graph import serving_module
+from handlers.skin_lesion_handler import SkinLesionHandler
+from mlflow_tracking.promotion import archive
+from mlflow_tracking.settings import MODEL_NAME
+
+BATCHES = (1, 8)
+ROUNDS = 6  # of joint graph and plain forward in turn
+SIZES = (1024, 2048, 4096)  # of the matrix products; the best counts
+PACE_SIZE = 2048
+# In a fresh interpreter: what TorchServe's worker does after it has imported torch and itself.
+START = """
+import importlib, json, sys, time
+import torch
+from ts.context import Context
+import ts.model_loader
+folder, config = sys.argv[1], json.loads(sys.argv[2])
+sys.path.insert(0, folder)
+began = time.perf_counter()
+handler = importlib.import_module("skin_lesion_handler").SkinLesionHandler()
+handler.initialize(Context("m", folder, json.load(open(folder + "/MAR-INF/MANIFEST.json")), 1, None, "0",
+                           model_yaml_config=config))
+print("SECONDS", time.perf_counter() - began)
+"""
+
+
+class HandlerFailed(UserError):
+    """The handler does not start, or rejects a picture."""
+
+
+def timed(call: Callable[[], object], seconds: float) -> list[float]:
+    """Return milliseconds of each call, for `seconds` and at least twice, after one that is not timed."""
+    call()
+    took: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(took) < 2 or time.perf_counter() < end:
+        began = time.perf_counter()
+        call()
+        took.append((time.perf_counter() - began) * 1e3)
+    return took
+
+
+def stages(bundle: Bundle, precision: str, images: list[bytes], seconds: float) -> dict[int, dict[str, float]]:
+    """Return median ms an image by batch size: decode, graph, encode, overlay, and the handler's whole answer."""
+    predictor = Predictor(bundle, precision=precision)
+    handler = _handler(bundle, precision)
+    stages_ms: dict[int, dict[str, float]] = {}
+    for batch in BATCHES:
+        files = [images[index % len(images)] for index in range(batch)]
+        pixels = np.stack([predictor.config.preprocessing(file)[0] for file in files])
+        predictions = [answer for answer in predictor.predict(files) if isinstance(answer, Prediction)]
+        pictures = [(file, np.asarray(prediction.grid)) for file, prediction in zip(files, predictions, strict=True)]
+        calls: dict[str, Callable[[], object]] = {
+            "decode": partial(_each, predictor.config.preprocessing, files),
+            "graph": partial(predictor.runtime, pixels, np.full(batch, -1)),
+            "encode": partial(_each, _encode, predictions),
+            "overlay": partial(_each, _draw, pictures),
+            "handler": partial(handler, [{"data": bytearray(file)} for file in files]),
+        }
+        stages_ms[batch] = {name: statistics.median(timed(call, seconds)) / batch for name, call in calls.items()}
+    return stages_ms
+
+
+def _each(call: Callable[[Any], object], values: list[Any]) -> None:
+    for value in values:
+        call(value)
+
+
+def _encode(prediction: Prediction) -> bytes:
+    return json.dumps(prediction.to_dict(), separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _draw(picture: tuple[bytes, np.ndarray]) -> bytes:
+    file, grid = picture
+    return overlay(decode(file, OVERLAY_MIN_SIDE).image, grid)
+
+
+def _handler(bundle: Bundle, precision: str) -> Callable[[list[dict[str, bytearray]]], list[bytes]]:
+    """Return the handler as TorchServe's worker calls it. The call raises HandlerFailed if a picture is rejected."""
+    config = yaml.safe_load(archive.MODEL_CONFIG.read_text())
+    config["handler"]["precision"] = precision
+    manifest = {"model": {"modelName": MODEL_NAME, "modelVersion": "1"}}
+    handler = SkinLesionHandler()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / archive.BUNDLE_FOLDER).symlink_to(bundle.path.resolve())
+        context = Context(MODEL_NAME, folder, manifest, max(BATCHES), None, "0", model_yaml_config=config)
+        handler.initialize(context)
+
+    def handle(rows: list[dict[str, bytearray]]) -> list[bytes]:
+        context.request_ids = {index: str(index) for index in range(len(rows))}
+        context.request_processor = [RequestProcessor({}) for _ in rows]
+        answers = handler.handle(rows, context)
+        if context.get_response_status(0)[0] != 200:
+            raise HandlerFailed(f"The handler answered {answers[0][:300]!r}.")
+        return answers
+
+    return handle
+
+
+class PlainForward(nn.Module):
+    """The backbone alone, with the serving graph's inputs and outputs; map and residual are placeholders."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__()
+        self.serving = serving_module(bundle)
+        split_attention(self.serving.cam.backbone)
+
+    def forward(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels uint8 (N, S, S, 3), target int64 (N,) to logits (N, K), the target (N, 1, 1), the first logit (N,)."""
+        logits = self.serving.cam.backbone(self.serving.images(pixels))
+        return logits, target.float()[:, None, None], logits[:, 0]
+
+
+def plain_bundle(bundle: Bundle, folder: Path) -> Bundle:
+    """Return a copy of a bundle with the plain forward in place of the serving graph, exported in the same way."""
+    shutil.copytree(bundle.path, folder)
+    for name in (CONFIG, GRAPH, GRAPH_WEIGHTS):
+        (folder / name).unlink()
+    export_graph(PlainForward(bundle).eval(), bundle.config, folder)
+    return seal(folder, bundle.config)
+
+
+def graphs(joint: Predictor, plain: Predictor, images: list[bytes], seconds: float) -> dict[int, dict[str, float]]:
+    """Return ms of one call by batch size, of the joint graph and the plain forward, in rounds that alternate."""
+    pixels = [joint.config.preprocessing(image)[0] for image in images]
+    calls_ms: dict[int, dict[str, float]] = {}
+    for batch in BATCHES:
+        inputs = np.stack([pixels[index % len(pixels)] for index in range(batch)]), np.full(batch, -1)
+        took: dict[str, list[float]] = {"joint": [], "plain": []}
+        for _ in range(ROUNDS):
+            took["joint"] += timed(partial(joint.runtime, *inputs), seconds / ROUNDS)
+            took["plain"] += timed(partial(plain.runtime, *inputs), seconds / ROUNDS)
+        calls_ms[batch] = {name: statistics.median(values) for name, values in took.items()}
+    return calls_ms
+
+
+def gflop(bundle: Bundle) -> float:
+    """Return the serving graph's GFLOP an image, two for each multiply-add, of products and convolutions."""
+    size = bundle.config.preprocessing.image_size
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        serving_module(bundle)(torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.tensor([-1]))
+    return counter.get_total_flops() / 1e9
+
+
+def peak(precision: str, seconds: float) -> tuple[float, str]:
+    """Return the GFLOP/s of the best square matrix product of torch and OpenVINO, and which one that was."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    rates: dict[str, float] = {}
+    for size in SIZES:
+        for name, make in (("torch", _torch_product), ("OpenVINO", _openvino_product)):
+            rates[f"{name}, side {size}"] = 2 * size**3 / (min(timed(make(size, precision), seconds)) * 1e6)
+    best = max(rates, key=rates.__getitem__)
+    return rates[best], best
+
+
+def pace() -> float:
+    """Return the GFLOP/s of one fixed matrix product now. On a shared machine it changes within minutes."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    call = _torch_product(PACE_SIZE, "bf16" if OpenVinoRuntime.has_bf16() else "f32")
+    return 2 * PACE_SIZE**3 / (statistics.median(timed(call, 0.1)) * 1e6)
+
+
+def _torch_product(size: int, precision: str) -> Callable[[], object]:
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = torch.randn(size, size).to(kind), torch.randn(size, size).to(kind)
+    out = torch.empty(size, size, dtype=kind)
+    return lambda: torch.mm(left, right, out=out)
+
+
+def _openvino_product(size: int, precision: str) -> Callable[[], object]:
+    """As in a network: activations are an input, weights are constant."""
+    rng = np.random.default_rng(0)
+    activations = ops.parameter([size, size], np.float32)
+    weights = ops.constant(rng.standard_normal((size, size), np.float32))
+    model = openvino.Model([ops.matmul(activations, weights, False, True)], [activations])
+    options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    request = core().compile_model(model, "CPU", options).create_infer_request()
+    values = rng.standard_normal((size, size), np.float32)
+    return lambda: request.infer([values], share_inputs=True, share_outputs=True)
+
+
+def worker_start(bundle: Bundle, precision: str) -> tuple[float, float]:
+    """Return seconds of a worker's start that are ours, from TorchServe's own imports to a warm model.
+
+    The first value is an archive's first start, which compiles its code; the second is any later start.
+    """
+    config = yaml.safe_load(archive.MODEL_CONFIG.read_text())
+    config["handler"]["precision"] = precision
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "PYTHONPATH"))}
+    seconds = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        with zipfile.ZipFile(archive.build(bundle.path, Path(temporary) / "a.mar", version="1").path) as file:
+            file.extractall(folder)
+        command = [sys.executable, "-c", START, str(folder), json.dumps(config)]
+        for _ in range(2):
+            process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            if process.returncode:
+                raise HandlerFailed(f"The handler did not start: {process.stderr.strip()}")
+            seconds.append(float(process.stdout.rsplit("SECONDS", 1)[1]))
+    return seconds[0], seconds[1]
