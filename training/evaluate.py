@@ -28,7 +28,8 @@ from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking.command_line import console, errors, progress_bar
 from mlflow_tracking.runs import log_evaluation
 from mlflow_tracking.settings import Settings, SettingsError
-from training.data.manifest import ManifestError, build_manifest, fingerprint, read_manifest
+from training.data.manifest import ManifestError, fingerprint, read_manifest
+from training.data.preparation import build_manifest
 from training.evaluation.assessment import assess, conditional, headline, slices
 from training.evaluation.figures import (
     class_bars_figure,

@@ -1,23 +1,13 @@
-"""Exact and near duplicates among images: candidates by perceptual hash, confirmed by pixels.
+"""Finds near-duplicates: the same photograph stored again under another name.
 
-A near duplicate is the same photograph stored again: at another size, squashed to another shape, compressed again,
-brighter or paler. Another photograph of the same lesion is not one (lesion ids join those), nor is a crop, a mirrored
-or a turned copy.
-
-Measured on the 8,507 HAM10000 images at 200x150 and 2,024 ISIC archive images squashed to 180x180 that this project
-was developed with, at the limits below:
-
-- 1,233 pairs of files with the same ISIC identifier, one from each set: all found. Hashes differ in 4 bits at most, the
-  coarse difference is 0.099 at most (99 % below 0.073), the detail correlation 0.86 at least (99 % above 0.91).
-- 500 images changed in one way each: JPEG quality 50, doubled size, 64x64 squares, brightness x0.8, contrast x1.2 and
-  saturation x0.5 all found; halved and compressed to quality 85: 99.4 %; quality 30: 98.6 %; trimmed by 3 % at each
-  side: 0.2 %; mirrored: none.
-- 47.4 million pairs of images of different lesions: 4,468 candidates, of which 1 confirmed, and that one is the same
-  photograph with other colours. Without the detail correlation 4 would be; with its limit at 0.80, 2; at 0.75, 3.
+A copy may be resized, squashed, compressed again, brighter, paler, mirrored or turned by quarters. Another photograph
+of the same lesion is no near-duplicate, and neither is a crop. Candidates come from a perceptual hash. Each is
+confirmed by the fine detail of the skin, without the dark frame around it. `scripts/studies/near_duplicates.py`
+measures precision and recall; docs/lab-notes.md has the figures.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,39 +15,44 @@ from pathlib import Path
 import cv2
 import imagehash
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+from scipy import fft, ndimage
 
-from handlers.decoding import MAX_BYTES, decode, ignore_oddities
+from handlers.decoding import decode, ignore_oddities
 from handlers.errors import ImageError
 
-# Limits on a pair: bits by which the hashes differ, and two measures that `confirm` explains.
+# A candidate's hashes differ in at most this many bits.
 HASH_RADIUS = 8
-MAX_COARSE_DIFFERENCE = 0.12
-MIN_DETAIL_CORRELATION = 0.83
-# Two hashes of unrelated pictures differ in about half of the 64 bits; beyond this no re-encoding explains it.
+# The correlation of fine detail that confirms a candidate.
+MIN_DETAIL_CORRELATION = 0.85
+# Hashes of unrelated pictures differ in about half of the 64 bits; no re-encoding explains more than this.
 UNRELATED_BITS = 20
+# Mirrored or not, times four quarter turns.
+ORIENTATIONS = 8
 
 _THUMBNAIL = 64
 _DETAIL_SIGMA = 2.0
+_MIN_SHARED_SKIN = 0.15  # share of the thumbnail in which both pictures show skin
+_DARK = 0.35  # darker than this share of the bright parts, and connected to the border: the frame
 
 
 @dataclass(frozen=True)
 class ImageDigest:
-    """What is kept of one image file: its digest, size, 64-bit perceptual hash and a 64x64 uint8 grey thumbnail."""
+    """The description of an image file: SHA-256, size, 64-bit perceptual hash, 64x64 uint8 grey thumbnail."""
 
     sha256: str
     width: int
     height: int
     phash: int
-    thumbnail: np.ndarray
+    thumbnail: NDArray[np.uint8]
 
 
 def read_image(path: Path) -> ImageDigest | str:
-    """Decode one file wholly and describe it; a sentence instead if it is no usable image."""
+    """Decode one file and describe it. Returns a sentence instead if the file is no usable image."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)  # one byte too many is refused without reading the rest
-        if not data:  # `decode` would speak of a request
+        data = path.read_bytes()
+        if not data:
             return "The file is empty."
         # Hash and thumbnail need no more than twice the thumbnail's side.
         decoded = decode(data, min_side=2 * _THUMBNAIL)
@@ -75,12 +70,10 @@ def read_images(
     workers: int | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[ImageDigest | str]:
-    """`read_image` of every path, in order, on `workers` threads (default: one a core).
+    """Describe every path, in order, on `workers` threads (default: one per core).
 
-    `progress` is called with (done, total) after each.
-
-    Threads, not processes: decoding, resizing and digests let go of Python's lock and are most of the work for
-    pictures of usual size; nothing has to start or be sent across, and Ctrl-C ends them at once.
+    Threads suffice: Pillow releases the interpreter lock while it decodes and resizes. `progress` is called with
+    (done, total) after each image.
     """
     images = []
     ignore_oddities()
@@ -91,56 +84,117 @@ def read_images(
     return images
 
 
-def candidate_pairs(hashes: np.ndarray, radius: int = HASH_RADIUS) -> np.ndarray:
-    """All pairs (i < j) of uint64 hashes that differ in at most `radius` bits: int64 (P, 2), sorted.
+def near_duplicates(thumbnails: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Find all pairs (i < j) of thumbnails (N, 64, 64) that show the same photograph.
 
-    Compares all with all in blocks by population count: exact for every radius, and 25,000 images (3e8 pairs) take
-    about three seconds, so no index structure is needed.
+    Returns:
+        pairs int64 (P, 2), sorted, and the correlation of their fine detail (P,).
     """
-    found = []
-    for start in range(0, len(hashes), 1024):
-        block = hashes[start : start + 1024, None] ^ hashes[None, start:]
-        i, j = np.nonzero(np.bitwise_count(block) <= radius)
+    hashes = _oriented_hashes(thumbnails)
+    candidates = [candidate_pairs(hashes[:, 0], hashes[:, orientation]) for orientation in range(ORIENTATIONS)]
+    details = _Details(thumbnails, np.unique(np.concatenate(candidates)))
+    best: dict[tuple[int, int], float] = {}
+    for orientation, pairs in enumerate(candidates):
+        correlations = details.correlations(pairs, orientation)
+        certain = correlations >= MIN_DETAIL_CORRELATION
+        for (i, j), correlation in zip(pairs[certain].tolist(), correlations[certain].tolist(), strict=True):
+            best[i, j] = max(best.get((i, j), 0.0), correlation)
+    order = sorted(best)
+    return np.array(order, dtype=np.int64).reshape(-1, 2), np.array([best[pair] for pair in order], dtype=np.float32)
+
+
+def candidate_pairs(
+    first: NDArray[np.uint64], second: NDArray[np.uint64], radius: int = HASH_RADIUS
+) -> NDArray[np.int64]:
+    """Return all pairs (i < j) where first[i] and second[j] differ in at most `radius` bits: int64 (P, 2), sorted.
+
+    Compares all with all in blocks by population count, which is exact for every radius.
+    """
+
+    def compare(start: int) -> NDArray[np.int64]:
+        i, j = np.nonzero(np.bitwise_count(first[start : start + 512, None] ^ second[None, start:]) <= radius)
         later = i < j
-        found.append(np.stack([i[later], j[later]], axis=1) + start)
-    return np.concatenate(found) if found else np.empty((0, 2), dtype=np.int64)
+        return np.stack([i[later], j[later]], axis=1) + start
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        blocks = list(pool.map(compare, range(0, len(first), 512)))
+    return np.concatenate(blocks) if blocks else np.empty((0, 2), dtype=np.int64)
 
 
-def confirm(thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Which candidate pairs (P, 2) show the same photograph, by their thumbnails uint8 (N, 64, 64): bool (P,).
+def orient(pictures: NDArray[np.generic], orientation: int) -> NDArray[np.generic]:
+    """Mirror and turn square pictures (..., S, S): orientations 4 to 7 mirror, then 0 to 3 quarter turns follow."""
+    mirrored = pictures[..., ::-1] if orientation >= 4 else pictures
+    return np.rot90(mirrored, orientation % 4, axes=(-2, -1))
 
-    Both must hold: the mean absolute difference of the 32x32 means, each picture brought to zero mean and unit
-    deviation, is at most MAX_COARSE_DIFFERENCE; and what is left after subtracting a Gaussian blur correlates by at
-    least MIN_DETAIL_CORRELATION. The second is needed since many dermoscopy pictures are one dark spot in the middle
-    of the same round vignette, and alike to any coarse measure.
+
+def _oriented_hashes(thumbnails: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Return the perceptual hashes of all orientations of each thumbnail: uint64 (N, 8).
+
+    The hash of Zauner (2010): which of the 8x8 lowest frequencies of the cosine transform lie above their median.
     """
-    same = np.zeros(len(pairs), dtype=bool)
-    for start in range(0, len(pairs), 2048):
-        first, second = (thumbnails[side].astype(np.float32) for side in pairs[start : start + 2048].T)
-        difference = np.abs(_coarse(first) - _coarse(second)).mean(axis=1)
-        correlation = (_detail(first) * _detail(second)).sum(axis=1)
-        identical = (first == second).all(axis=(1, 2))
-        same[start : start + 2048] = identical | (
-            (difference <= MAX_COARSE_DIFFERENCE) & (correlation >= MIN_DETAIL_CORRELATION)
-        )
-    return same
-
-
-def _coarse(grey: np.ndarray) -> np.ndarray:
     half = _THUMBNAIL // 2
-    means = grey.reshape(len(grey), half, 2, half, 2).mean(axis=(2, 4)).reshape(len(grey), -1)
-    centred = means - means.mean(axis=1, keepdims=True)
-    # One grey level: a flat picture's noise is not stretched to full contrast.
-    return centred / np.maximum(centred.std(axis=1, keepdims=True), 1.0)
+    hashes = np.empty((len(thumbnails), ORIENTATIONS), dtype=np.uint64)
+    for rows in _blocks(len(thumbnails)):
+        small = thumbnails[rows].reshape(-1, half, 2, half, 2).mean(axis=(2, 4), dtype=np.float32)
+        for orientation in range(ORIENTATIONS):
+            low = fft.dctn(orient(small, orientation), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
+            bits = np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1)
+            hashes[rows, orientation] = bits.view(">u8").astype(np.uint64)[:, 0]
+    return hashes
 
 
-def _detail(grey: np.ndarray) -> np.ndarray:
-    fine = np.stack([picture - cv2.GaussianBlur(picture, (0, 0), _DETAIL_SIGMA) for picture in grey])
-    fine = fine.reshape(len(grey), -1)
-    fine -= fine.mean(axis=1, keepdims=True)
-    return fine / np.maximum(np.linalg.norm(fine, axis=1, keepdims=True), 1e-6)
+class _Details:
+    """The fine detail of thumbnails: what a Gaussian blur of the skin leaves, NaN in the dark frame.
+
+    Without the frame, because dark round frames of one camera are alike to any measure of the whole picture.
+    """
+
+    def __init__(self, thumbnails: NDArray[np.uint8], indices: NDArray[np.int64]) -> None:
+        self.row = np.full(len(thumbnails), -1)
+        self.row[indices] = np.arange(len(indices))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            details = list(pool.map(lambda index: _detail(thumbnails[index]), indices))
+        self.values = np.stack(details) if details else np.empty((0, _THUMBNAIL, _THUMBNAIL), np.float16)
+
+    def correlations(self, pairs: NDArray[np.int64], orientation: int) -> NDArray[np.float32]:
+        """Return the correlation of each pair's details, the second picture oriented: (P,)."""
+        correlations = np.zeros(len(pairs), dtype=np.float32)
+        for rows in _blocks(len(pairs)):
+            first = self.values[self.row[pairs[rows, 0]]].astype(np.float32)
+            second = orient(self.values[self.row[pairs[rows, 1]]], orientation).astype(np.float32)
+            correlations[rows] = _correlation(first, second)
+        return correlations
+
+
+def _detail(grey: NDArray[np.uint8]) -> NDArray[np.float16]:
+    dark = np.pad(grey < _DARK * np.percentile(grey, 90), 1, constant_values=True)
+    regions, _ = ndimage.label(dark)
+    skin = (regions != regions[0, 0])[1:-1, 1:-1].astype(np.uint8)
+    skin = cv2.erode(skin, np.ones((5, 5), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=1)
+    weight = skin.astype(np.float32)
+    blurred = cv2.GaussianBlur(grey * weight, (0, 0), _DETAIL_SIGMA) / np.maximum(
+        cv2.GaussianBlur(weight, (0, 0), _DETAIL_SIGMA), 1e-3
+    )
+    return np.where(skin, grey - blurred, np.nan).astype(np.float16)
+
+
+def _correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return Pearson's correlation of two batches of detail (P, 64, 64) over the skin that both show: (P,)."""
+    shared = ~(np.isnan(first) | np.isnan(second))
+    count = shared.sum(axis=(1, 2))
+    x, y = (np.where(shared, values, 0).reshape(len(first), -1) for values in (first, second))
+    n = np.maximum(count, 1)
+    mean_x, mean_y = x.sum(axis=1) / n, y.sum(axis=1) / n
+    covariance = np.einsum("ij,ij->i", x, y) / n - mean_x * mean_y
+    variances = (np.einsum("ij,ij->i", x, x) / n - mean_x**2) * (np.einsum("ij,ij->i", y, y) / n - mean_y**2)
+    correlation = covariance / np.sqrt(np.maximum(variances, 1e-6))
+    return np.where(count >= _MIN_SHARED_SKIN * _THUMBNAIL**2, correlation, -1.0)
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    return (slice(start, start + 1024) for start in range(0, size, 1024))
 
 
 def hash_text(phash: int) -> str:
-    """The hash as it stands in the manifest: 16 hexadecimal digits."""
+    """Return the hash as the manifest writes it: 16 hexadecimal digits."""
     return f"{phash:016x}"

@@ -1,4 +1,4 @@
-"""What is told of a manifest: counts per class, source and split, duplicates, what was dropped and what looked odd."""
+"""The report on a manifest: counts per class, source and split, duplicates, what was dropped and what looked odd."""
 
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import Any
 import pandas as pd
 
 from handlers.taxonomy import CODES
+from training.data.data_sets import authorities, source_names
+from training.data.image_files import Faults
 from training.data.photos import SAME_BYTES, SAME_ID, Photo, components
-from training.data.sources import AUTHORITIES, Faults, Sources
+from training.data.sources import Sources
 from training.data.splits import SPLITS
 
 _EXAMPLES = 5
@@ -24,14 +26,14 @@ def make_report(
     dropped: Faults,
     fixed_test: int,
 ) -> dict[str, Any]:
-    """What manifest.report.json says of the data; adds to the notes what the finished manifest shows.
+    """Return the content of manifest.report.json, and add to the notes what the finished manifest shows.
 
     Args:
         frame: the manifest.
-        roots: the data directories.
-        sources: what was found in them.
-        photos: the rows of `frame`, in another form and the same order.
-        near: pairs of indices into `photos` that are near duplicates.
+        roots: the data folders.
+        sources: their images and tables.
+        photos: the rows of `frame`, in the same order.
+        near: pairs of indices into `photos` that were joined as near-duplicates.
         settled: how many labels each authority settled.
         dropped: files that are not in the manifest, by reason.
         fixed_test: number of groups that are test by their source.
@@ -60,16 +62,18 @@ def make_report(
         "image_files": len(sources.images),
         "images": len(frame),
         "groups": len(sizes),
+        "patients": frame.loc[frame["patient_id"] != "", "patient_id"].nunique(),
+        "images_with_a_patient": int((frame["patient_id"] != "").sum()),
         "groups_fixed_as_test": fixed_test,
         "counts": {
             "class_by_split": _crosstab(frame, "label", "split"),
             "source_by_split": _crosstab(frame, "source", "split"),
             "class_by_source": _crosstab(frame, "label", "source"),
         },
-        "labels_settled_by": {name: settled[name] for name in AUTHORITIES if settled[name]},
+        "labels_settled_by": {name: settled[name] for name in authorities() if settled[name]},
         "duplicates": {
-            "copies_of_one_file": len(dropped.found.get(SAME_BYTES, [])),
-            "copies_by_isic_identifier": len(dropped.found.get(SAME_ID, [])),
+            "copies_of_one_file": len(dropped.examples.get(SAME_BYTES, [])),
+            "copies_by_isic_identifier": len(dropped.examples.get(SAME_ID, [])),
             "near_pairs": len(near),
             "near_examples": [[photos[i].name, photos[j].name] for i, j in near[:_EXAMPLES]],
             "sets": sum(len(paths) > 1 for paths in sets),
@@ -84,17 +88,17 @@ def make_report(
 def _note_weak_spots(frame: pd.DataFrame, photos: list[Photo], notes: Faults) -> None:
     groups: dict[str, set[str]] = defaultdict(set)
     for photo in photos:
-        for _, name in photo.lesions:
-            groups[name].add(photo.group)
+        for lesion in photo.lesions:
+            groups[lesion.name].add(photo.lesion)
     for name, apart in groups.items():
         if len(apart) > 1:
             notes.add("lesion id in tables of several folders: taken for different lesions", name)
     for photo in photos:
         if not photo.lesions:
-            notes.add("image without a lesion id: its group is itself and its duplicates", photo.name)
-    for lesion, labels in frame.groupby("lesion_id")["label"]:
+            notes.add("image without a lesion id: its group is itself and its near-duplicates", photo.name)
+    for group, labels in frame.groupby("lesion_id")["label"]:
         if labels.nunique() > 1:
-            notes.add("group with more than one diagnosis", f"{lesion}: {', '.join(sorted(set(labels)))}")
+            notes.add("group with more than one diagnosis", f"{group}: {', '.join(sorted(set(labels)))}")
     for code in CODES:
         here = set(frame["split"][frame["label"] == code])
         for split in SPLITS:
@@ -103,7 +107,7 @@ def _note_weak_spots(frame: pd.DataFrame, photos: list[Photo], notes: Faults) ->
 
 
 def _crosstab(frame: pd.DataFrame, rows: str, columns: str) -> dict[str, dict[str, int]]:
-    order = {"label": CODES, "source": AUTHORITIES, "split": SPLITS}
+    order = {"label": CODES, "source": source_names(), "split": SPLITS}
     counts = Counter(zip(frame[rows], frame[columns], strict=True))
     return {
         row: {column: counts[row, column] for column in order[columns] if (frame[columns] == column).any()}
@@ -115,10 +119,10 @@ def _crosstab(frame: pd.DataFrame, rows: str, columns: str) -> dict[str, dict[st
 def _tally(faults: Faults) -> dict[str, dict[str, Any]]:
     return {
         kind: {"count": len(examples), "examples": sorted(examples)[:_EXAMPLES]}
-        for kind, examples in sorted(faults.found.items(), key=lambda item: (-len(item[1]), item[0]))
+        for kind, examples in sorted(faults.examples.items(), key=lambda item: (-len(item[1]), item[0]))
     }
 
 
 def summary(dropped: Faults) -> str:
-    """The reasons and their counts in one line."""
+    """Return the reasons and their counts in one line."""
     return "; ".join(f"{kind}: {entry['count']:,}" for kind, entry in _tally(dropped).items())

@@ -1,6 +1,7 @@
-"""The words that data sets use for the same things: diagnoses, body sites, sexes, ages, image names.
+"""The spellings of diagnoses, body sites, sexes and ages in public data sets.
 
-Everything here turns somebody's spelling into this project's, or into None / "" where it cannot be told.
+Each function returns this project's spelling, or None or "" for an unknown word. Words of one data set alone stand in
+data_sets.yaml.
 """
 
 import re
@@ -9,15 +10,17 @@ from functools import lru_cache
 from handlers.metadata import OLDEST
 from handlers.taxonomy import CODES, TAXONOMY
 
-# Codes and full names come from the taxonomy; these are the further spellings met in public data sets and folder
-# names. Plural and spelling of "keratosis" and "nevus" are folded in `_words`.
+# Codes and full names come from the taxonomy. These are further spellings in public data sets and folder names.
+# `_words` folds plurals and the spellings of "keratosis" and "nevus".
 _ALIASES = {
-    "MEL": ("malignant melanoma", "melanoma in situ", "melanoma metastasis"),
-    "NV": ("nevus", "mole", "melanocytic nevi", "common nevus", "atypical nevus"),
+    "MEL": ("malignant melanoma", "melanoma in situ", "melanoma invasive", "melanoma metastasis"),
+    "NV": ("nevus", "mole", "melanocytic nevi", "common nevus", "atypical nevus", "dysplastic nevus", "clark nevus",
+           "blue nevus", "combined nevus", "compound nevus", "congenital nevus", "dermal nevus", "intradermal nevus",
+           "junctional nevus", "halo nevus", "recurrent nevus", "spitz nevus", "reed nevus", "reed or spitz nevus"),
     "BCC": (),
-    # HAM10000 and ISIC 2018 put actinic keratosis and Bowen's disease (an SCC in situ) into one class, akiec. Without
-    # the ISIC 2019 truth of an image the two cannot be told apart; the class is named after the first.
-    "AK": ("akiec", "solar keratosis", "actinic keratosis intraepithelial carcinoma",
+    # HAM10000 and ISIC 2018 put actinic keratosis and Bowen's disease (an SCC in situ) into one class, akiec. Only
+    # ISIC 2019 separates them. The class is named after the first.
+    "AK": ("akiec", "solar keratosis", "solar or actinic keratosis", "actinic keratosis intraepithelial carcinoma",
            "actinic keratosis and intraepithelial carcinoma", "actinic keratosis bowens disease",
            "actinic keratosis and intraepithelial carcinoma bowens disease"),
     "BKL": ("seborrheic keratosis", "seborrhoeic keratosis", "pigmented benign keratosis", "solar lentigo",
@@ -25,25 +28,24 @@ _ALIASES = {
     "DF": ("fibrous histiocytoma",),
     "VASC": ("vascular", "angioma", "hemangioma", "haemangioma", "angiokeratoma", "pyogenic granuloma",
              "hemorrhage", "haemorrhage"),
-    "SCC": ("bowens disease", "bowen disease", "intraepithelial carcinoma", "squamous carcinoma"),
-    # Not "unknown" or "other": in the ISIC archive that is a mole nobody wrote a diagnosis for.
+    "SCC": ("bowens disease", "bowen disease", "intraepithelial carcinoma", "squamous carcinoma",
+            "squamous cell carcinoma in situ", "squamous cell carcinoma invasive"),
+    # Not "unknown" or "other": in the ISIC Archive these mean a mole without a written diagnosis.
     "UNK": ("none of the others", "out of distribution"),
 }  # fmt: skip
 
-# HAM10000's places in ISIC 2019's words: what ISIC 2019's metadata say of the same images, without exception. It left
-# "trunk" blank, which may be front or back, and "genital", which has a word of its own.
+# Places in ISIC 2019's words. For HAM10000 they are those of ISIC 2019's metadata on the same images. "trunk" is blank
+# there, because it may be front or back. PAD-UFES-20 and Derm7pt have further words.
 _SITES = {
     "abdomen": "anterior torso",
     "chest": "anterior torso",
     "back": "posterior torso",
-    "ear": "head/neck",
-    "face": "head/neck",
-    "neck": "head/neck",
-    "scalp": "head/neck",
-    "foot": "lower extremity",
-    "hand": "upper extremity",
+    **dict.fromkeys(("ear", "face", "neck", "scalp", "nose", "lip", "head neck"), "head/neck"),
+    **dict.fromkeys(("foot", "thigh", "leg", "lower limbs"), "lower extremity"),
+    **dict.fromkeys(("hand", "arm", "forearm", "upper limbs"), "upper extremity"),
     "acral": "palms/soles",
     "genital": "oral/genital",
+    "genital areas": "oral/genital",
     "trunk": "",
 }
 
@@ -67,29 +69,29 @@ assert set(_ALIASES) == set(CODES)
 
 @lru_cache(4096)
 def class_code(text: str) -> str | None:
-    """The taxonomy's code for a diagnosis, a column or a folder's name in any known spelling; None if unknown."""
+    """Return the class code of a diagnosis, a column's or a folder's name in any known spelling; None if unknown."""
     return _CLASS_BY_WORDS.get(_words(text))
 
 
 def text_or_blank(text: str) -> str:
-    """The text without surrounding space; "" for the words that mean "not known"."""
+    """Return the text without surrounding space; "" for words that mean "not known"."""
     text = text.strip()
     return "" if text.casefold() in _BLANK else text
 
 
 def sex(text: str) -> str:
-    """ "male", "female" or ""."""
+    """Return "male", "female" or ""."""
     return _SEXES.get(text.strip().casefold(), "")
 
 
 def site(text: str) -> str:
-    """A place on the body in ISIC 2019's words where there is one, else the text as it was, lower case."""
+    """Return a place on the body in ISIC 2019's words, or the text in lower case if there is no such word."""
     place = text_or_blank(text).casefold()
     return _SITES.get(place, place)
 
 
 def age(text: str) -> float | None:
-    """Years, or None where blank or not an age; "85+" is 85."""
+    """Return the age in years, None for anything else; "85+" is 85."""
     try:
         years = float(text.strip().removesuffix("+"))
     except ValueError:
