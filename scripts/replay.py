@@ -20,7 +20,6 @@ from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.torchserve_client import TorchServe
 from mlflow_tracking.registry import Registry, RegistryError
 from mlflow_tracking.settings import Settings
-from training.data.image_files import IMAGE_ENDINGS
 
 REPLAY = "replay"  # the report's folder among the challenger's artifacts
 

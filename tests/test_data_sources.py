@@ -1,9 +1,7 @@
-"""What `build_manifest` makes of each layout, and of files that are not quite what they should be.
+"""Each layout is recognised by its tables and folders, and odd rows, files and names cost nothing but themselves.
 
-Each public data set is recognised by looking: ISIC 2019, ISIC 2018 task 3, HAM10000, labels.csv, class folders. Tables
-speak of an ISIC image wherever it lies, and of other names only in their own data set. Odd rows, files and names are
-reported and cost nothing but themselves; only where nothing usable is there does the whole thing stop, with one
-sentence.
+Tables describe an ISIC image wherever it lies, and other names only inside their own data set. `build_manifest` stops
+only if nothing usable is there, with one sentence. tests/test_data_sets.py has the public data sets.
 """
 
 import json
@@ -11,14 +9,17 @@ import os
 
 import pytest
 
+from handlers.errors import UserError
+from handlers.identifiers import isic_id
 from tests.datasets import class_folders, ham10000, isic2019_truth, picture, save, write
 from training.data import vocabulary
-from training.data.manifest import ManifestError, build_manifest, read_manifest
+from training.data.manifest import ManifestError, read_manifest
+from training.data.preparation import build_manifest
 
 
 @pytest.fixture
 def build(tmp_path):
-    """build(dir, ...) -> the manifest by image id; .report is the last report."""
+    """Return a function: folders -> the manifest by image id. Its attribute `report` is the last report."""
 
     def run(*directories, **options):
         out = tmp_path / "out" / "manifest.csv"
@@ -30,7 +31,7 @@ def build(tmp_path):
 
 
 def count(part: dict, words: str) -> int:
-    """How often the report counts something whose name holds `words`; every entry shows an example."""
+    """Return how often the report counts a kind whose name holds `words`. Every kind has an example."""
     assert all(entry["examples"] for entry in part.values())
     return sum(entry["count"] for kind, entry in part.items() if words in kind)
 
@@ -61,7 +62,8 @@ def test_ham10000_as_dataverse_names_it_and_in_parts(tmp_path, build):
     save(data / "HAM10000_segmentations" / "ISIC_0000002_segmentation.png", 3)
     frame = build(data)
     assert frame["label"].to_dict() == {"ISIC_0000001": "MEL", "ISIC_0000002": "DF"}
-    assert count(build.report["dropped"], "without a diagnosis") == 1  # the mask is no photograph of the lesion
+    assert not build.report["dropped"]
+    assert count(build.report["notes"], "mask or superpixels") == 1
 
 
 def test_the_challenges_test_set_in_the_columns_of_ham10000(tmp_path, build):
@@ -98,7 +100,7 @@ def test_isic2019(tmp_path, build):
         "ISIC_0000001": "BCN_1", "ISIC_0000002": "ISIC_0000002", "ISIC_0000003": "BCN_1"
     }  # fmt: skip
     assert tuple(frame.loc["ISIC_0000001", ["source", "age", "sex", "site"]]) == (
-        "isic2019", 55.0, "female", "anterior torso"
+        "bcn20000", 55.0, "female", "anterior torso"
     )  # fmt: skip
     assert count(build.report["notes"], "without a lesion id") == 1
     assert count(build.report["notes"], "more than one diagnosis") == 1
@@ -175,7 +177,7 @@ def test_the_name_of_the_whole_collection_is_no_class(tmp_path, build):
     save(data / "images" / "unlisted.jpg", 2)
     assert list(build(data)["label"]) == ["NV"]
     class_folders(tmp_path / "nine", {"nevus/1.jpg": 1})
-    with pytest.raises(ManifestError, match="give the folder above them"):
+    with pytest.raises(ManifestError, match="give the folder above the class"):
         build(tmp_path / "nine" / "nevus")
 
 
@@ -230,7 +232,7 @@ def test_class_code(text, code):
 
 
 @pytest.mark.parametrize(
-    ("name", "isic_id"),
+    ("name", "identifier"),
     [
         ("ISIC_0012345", "ISIC_0012345"), ("isic_0012345", "ISIC_0012345"), ("ISIC_0012345(1)", "ISIC_0012345"),
         ("ISIC_0012345_downsampled", "ISIC_0012345"), ("ISIC_0012345_downsampled (2)", "ISIC_0012345"),
@@ -238,8 +240,8 @@ def test_class_code(text, code):
         ("ISIC_0012345_segmentation", None), ("ISIC_001234", None), ("ISIC_00123456", None), ("my ISIC_0012345", None),
     ],
 )  # fmt: skip
-def test_isic_id(name, isic_id):
-    assert isic_id(name) == isic_id
+def test_isic_id(name, identifier):
+    assert isic_id(name) == identifier
 
 
 # Faults that are reported
@@ -466,20 +468,20 @@ def test_folders_may_overlap_whichever_is_named_first(tmp_path, build):
         (lambda path: write(path / "file", ""), "is a file"),
         (lambda path: (path / "empty").mkdir() or path / "empty", "neither images nor a table"),
         (lambda path: isic2019_truth(path / "csv" / "t.csv", {"ISIC_0000001": "NV"}).parent, "but no image"),
-        (lambda path: save(path / "photos" / "1.jpg", 1).parent, "nothing that names their diagnosis"),
+        (lambda path: save(path / "photos" / "1.jpg", 1).parent, "but no diagnosis"),
         (
             lambda path: write(path / "x" / "nevus" / "1.jpg", b"?").parents[1],
-            "No image is left: image cannot be used: 1",
+            "No image is left. Left out: image cannot be used: 1",
         ),
     ],
     ids=["missing", "a file", "empty", "only tables", "only images", "only corrupt images"],
 )
 def test_nothing_usable(tmp_path, build, prepare, sentence):
-    with pytest.raises(ManifestError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         build(prepare(tmp_path))
     assert not (tmp_path / "out").exists()
 
 
 def test_no_directory_at_all(build):
-    with pytest.raises(ManifestError, match="No data directory"):
+    with pytest.raises(ManifestError, match="No data folder"):
         build()

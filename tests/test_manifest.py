@@ -1,14 +1,12 @@
-"""The manifest: one checked row a photograph, labelled by the best authority, no lesion in two splits.
+"""The manifest has one checked row per photograph, labelled by the best authority, and no lesion or patient in two splits.
 
-A diagnosis is that of ISIC 2019's truth by image id, else ISIC 2018, HAM10000, labels.csv, the folder; what the best
-authority contradicts itself in is left out. Copies of a photograph become one row; near duplicates and images of one
-lesion become one group. A Test/ folder and the challenges' test sets stay test, and take the rest of their groups with
-them. The same data give the same bytes and the same fingerprint, wherever they lie and however they are listed. Files
-are written whole or not at all, and a damaged manifest is refused with a sentence.
+The best authority on an image decides its diagnosis; an image on which it contradicts itself is left out. Copies become
+one row. Near-duplicates and images of one lesion become one group, but no chain of near-duplicates joins lesions or
+patients that are known to differ. A Test/ folder and official test sets stay test, with their whole groups. The same
+data give the same bytes and fingerprint, wherever they lie. Files are written whole or not at all.
 """
 
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -22,10 +20,13 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
+from scripts.prepare_data import prepare
+from tests.commands import invoke
 from tests.datasets import class_folders, ham10000, isic2019_truth, picture, save, write
-from training.data.manifest import COLUMNS, ManifestError, build_manifest, fingerprint, read_manifest
+from training.data.data_sets import data_sets
+from training.data.manifest import COLUMNS, ManifestError, fingerprint, read_manifest
+from training.data.preparation import SharesError, build_manifest
 from training.data.splits import SPLITS
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def build(tmp_path):
-    """build(dir, ...) -> the manifest by image id; .report is the last report."""
+    """Return a function: folders -> the manifest by image id. Its attribute `report` is the last report."""
 
     def run(*directories, **options):
         out = tmp_path / "out" / "manifest.csv"
@@ -67,7 +68,7 @@ def test_isic2019_truth_speaks_of_images_in_other_data_sets(tmp_path, build):
 
 
 def test_the_order_of_authorities(tmp_path, build):
-    """One image, five opinions: taking the best away each time leaves the next to decide."""
+    """Five sources describe one image. With the best removed, the next decides."""
     data = tmp_path / "data"
     save(data / "melanoma" / "ISIC_0000001.jpg", 1)
     isic2019_truth(data / "a.csv", {"ISIC_0000001": "VASC"})
@@ -90,11 +91,13 @@ def test_what_folders_alone_contradict_is_left_out(tmp_path, build):
          "Train/melanoma/z.jpg": 3, "Train/nevus/w.jpg": 4,
          "Train/nevus/ISIC_0000006.jpg": 6, "Train/actinic keratosis/ISIC_0000006.jpg": 6},
     )  # fmt: skip
-    save(nine / "Train" / "nevus" / "z again.jpg", 3, size=(180, 180), quality=80)  # near duplicate
+    save(nine / "Train" / "nevus" / "z again.jpg", 3, size=(180, 180), quality=80)  # near-duplicate
     csvs = isic2019_truth(tmp_path / "csv" / "truth.csv", {"ISIC_0000006": "AK"}).parent
     frame = build(nine, csvs)
-    assert frame["label"].to_dict() == {"w": "NV", "ISIC_0000006": "AK"}
-    assert build.report["dropped"]["contradictory diagnoses from folders alone"]["count"] == 4
+    assert frame["label"].to_dict() == {"w": "NV", "ISIC_0000006": "AK", "z": "MEL", "z again": "NV"}
+    assert build.report["dropped"]["contradictory diagnoses from folders alone"]["count"] == 2
+    assert build.report["notes"]["near-duplicates with different diagnoses"]["count"] == 1
+    assert frame.loc["z", "lesion_id"] == frame.loc["z again", "lesion_id"]
 
 
 def test_a_near_duplicate_of_a_known_image_takes_its_diagnosis(tmp_path, build):
@@ -112,8 +115,8 @@ def test_tables_that_contradict_each_other_about_one_photograph(tmp_path, build)
     data = class_folders(tmp_path / "x", {"i/ISIC_0000001.jpg": 1, "i/ISIC_0000003.jpg": 3})
     save(data / "i" / "ISIC_0000002.jpg", 1, quality=60)
     isic2019_truth(data / "t.csv", {"ISIC_0000001": "MEL", "ISIC_0000002": "BKL", "ISIC_0000003": "NV"})
-    assert list(build(data)["label"]) == ["NV"]
-    assert build.report["dropped"]["contradictory diagnoses from isic2019"]["count"] == 2
+    assert list(build(data)["label"]) == ["MEL", "BKL", "NV"]
+    assert build.report["notes"]["near-duplicates with different diagnoses"]["count"] == 1
 
 
 # Copies, groups, splits
@@ -140,20 +143,20 @@ def test_copies_become_one_row(tmp_path, build):
 
 
 def test_groups_join_lesions_and_duplicates(tmp_path, build):
-    """1 and 2 share a lesion, 2 and 3 are the same photograph, 3 and 4 share another lesion: one group of four."""
+    """1 and 2 share a lesion, 2 and 3 are the same photograph: one group of three."""
     data = tmp_path / "mine"
-    write(data / "labels.csv", "image,label,lesion_id\n1,NV,A\n2,NV,A\n3,NV,B\n4,NV,B\n5,NV,\n6,NV,C\n")
-    for seed in (1, 2, 4, 5, 6):
+    write(data / "labels.csv", "image,label,lesion_id\n1,NV,A\n2,NV,A\n3,NV,\n5,NV,\n6,NV,C\n")
+    for seed in (1, 2, 5, 6):
         save(data / f"{seed}.jpg", seed)
     save(data / "3.jpg", 2, size=(180, 180), quality=80)
     frame = build(data)
-    assert frame["lesion_id"].to_dict() == {"1": "A", "2": "A", "3": "A", "4": "A", "5": "5", "6": "C"}
-    assert build.report["largest_group"] == {"lesion_id": "A", "images": 4}
+    assert frame["lesion_id"].to_dict() == {"1": "A", "2": "A", "3": "A", "5": "5", "6": "C"}
+    assert build.report["largest_group"] == {"lesion_id": "A", "images": 3}
     assert frame.groupby("lesion_id")["split"].nunique().max() == 1
 
 
 def test_what_is_dropped_still_joins_what_it_belongs_to(tmp_path, build):
-    """1 is the same photograph as 2, and 2, which nobody has diagnosed, shows the lesion of 3: one group."""
+    """1 is the same photograph as 2. The undiagnosed 2 shows the lesion of 3: one group."""
     data = tmp_path / "mine"
     write(data / "labels.csv", "image,label,lesion_id\n2,,L\n3,MEL,L\n")
     save(data / "melanoma" / "1.jpg", 1)
@@ -199,23 +202,22 @@ def test_the_official_test_set_stays_test_and_may_hold_unk(tmp_path, build):
 )
 @given(
     st.lists(
-        # seed of the picture (few: many duplicates), its lesion, its class, under Test/ or not, squashed or not
-        st.tuples(st.integers(0, 9), st.integers(0, 6), st.sampled_from(["MEL", "NV"]), st.booleans(), st.booleans()),
+        # The picture's seed (few: many duplicates); has a lesion id; its class; under Test/; squashed.
+        st.tuples(st.integers(0, 9), st.booleans(), st.sampled_from(["MEL", "NV"]), st.booleans(), st.booleans()),
         min_size=1, max_size=16,
     )
 )  # fmt: skip
 def test_no_lesion_and_no_photograph_is_in_two_splits(tmp_path_factory, images):
     data = tmp_path_factory.mktemp("data")
     lines, shown = ["image,label,lesion_id"], {}
-    for number, (seed, lesion, code, test, squashed) in enumerate(images):
-        folder = "Test" if test else "Train"
-        # Some with an ISIC name, of another picture each.
+    for number, (seed, has_lesion, code, test, squashed) in enumerate(images):
+        folder, lesion = "Test" if test else "Train", has_lesion * (1 + seed // 2)
         name = f"ISIC_{number:07}" if number % 3 == 0 else str(number)
         save(data / folder / f"{name}.jpg", seed, size=(90, 90) if squashed else (96, 72))
         lines.append(f"{folder}/{name}.jpg,{code},{lesion or ''}")
         shown[name] = (seed, lesion, folder)
     write(data / "labels.csv", "\n".join([*lines, "always,NV,"]))
-    save(data / "Train" / "always.jpg", 1000)  # lest all others be left out for contradicting each other
+    save(data / "Train" / "always.jpg", 1000)  # the others may all contradict each other
     shown["always"] = (1000, 0, "Train")
     build_manifest([data], data / "m.csv")
     frame = read_manifest(data / "m.csv").set_index("image_id")
@@ -242,18 +244,18 @@ def test_a_lesion_of_two_parts_of_a_data_set_is_one(tmp_path):
             assert frame.loc[f"train{number}", "lesion_id"] == frame.loc[f"test{number}", "lesion_id"]
 
 
-def test_lesion_ids_that_are_taken_for_different_lesions_are_told(tmp_path):
+def test_equal_lesion_ids_of_two_folders_are_different_lesions_and_reported(tmp_path):
     for clinic in ("north", "south"):
         write(tmp_path / clinic / "labels.csv", f"image,label,lesion_id\n{clinic}.jpg,NV,L1\n")
         save(tmp_path / clinic / f"{clinic}.jpg", len(clinic) + ord(clinic[0]))
     report = build_manifest([tmp_path], tmp_path / "m.csv")
     assert report["groups"] == 2
-    [told] = [entry for kind, entry in report["notes"].items() if "taken for different lesions" in kind]
-    assert told == {"count": 1, "examples": ["L1"]}
+    [note] = [entry for kind, entry in report["notes"].items() if "taken for different lesions" in kind]
+    assert note == {"count": 1, "examples": ["L1"]}
 
 
 def test_a_near_duplicate_of_a_copy_that_is_not_kept_is_of_its_group(tmp_path):
-    """Two files have one ISIC identifier and show different pictures; a third is the second of them, smaller."""
+    """Two files have one ISIC identifier and show different pictures. A third is a smaller copy of the second."""
     rows = [f"HAM_{number},ISIC_{number:07},nv,,,," for number in range(10)]
     ham = ham10000(tmp_path / "ham", rows)
     nine = tmp_path / "nine"
@@ -354,7 +356,7 @@ def test_shares_and_seed_are_options(tmp_path, build):
 )  # fmt: skip
 def test_shares_that_make_no_sense(tmp_path, build, fractions):
     data = class_folders(tmp_path / "x", {"nevus/1.jpg": 1})
-    with pytest.raises(ManifestError, match="share"):
+    with pytest.raises(SharesError, match="share"):
         build(data, fractions=fractions)
 
 
@@ -426,7 +428,8 @@ def test_types_and_hashes(tmp_path, build):
         (lambda frame: frame.assign(phash="xyz"), "phash is 'xyz'"),
         (lambda frame: frame.assign(age="old"), "age is 'old'"),
         (lambda frame: frame.assign(image_id="same"), "line 3: image_id is 'same'"),
-        (lambda frame: frame.assign(lesion_id="same", split=["train", "test"]), "more than one split"),
+        (lambda frame: frame.assign(lesion_id="same", split=["train", "test"]), "the lesion same into several splits"),
+        (lambda frame: frame.assign(patient_id="p", split=["train", "test"]), "the patient p into several splits"),
         (lambda frame: frame.iloc[:0], "no rows"),
     ],
     ids=lambda value: "" if callable(value) else value,
@@ -461,55 +464,49 @@ def test_no_manifest(tmp_path):
 # The command
 
 
-@pytest.fixture(scope="module")
-def command():
-    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "scripts" / "prepare_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: CliRunner().invoke(module.app, [str(argument) for argument in arguments])
-
-
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "sentence"),
     [
-        (["--eval-images", 20], "add --freeze-eval"),
-        (["--eval-split", "val"], "add --freeze-eval"),
+        (["--eval-images", 20], "need --freeze-eval"),
+        (["--eval-split", "val"], "need --freeze-eval"),
         (["--freeze-eval", "--eval-split", "tset"], "not one of"),
+        (["--val", "0.95"], "sum to 1"),
     ],
 )
-def test_command_refuses_options_before_it_works(tmp_path, command, options, says):
+def test_command_refuses_options_before_it_works(tmp_path, options, sentence):
     data = class_folders(tmp_path / "x", {"nevus/1.jpg": 1})
-    result = command("--data", data, "--out", tmp_path / "m.csv", *options)
-    assert result.exit_code == 2
-    assert says in " ".join(result.output.replace("│", " ").split())
+    code, output = invoke(prepare, "--data", data, "--out", tmp_path / "m.csv", *options)
+    assert code == 2
+    assert sentence in " ".join(output.replace("│", " ").split())
     assert not (tmp_path / "m.csv").exists()
 
 
-def test_command_prints_the_report(tmp_path, mixed, command):
+def test_command_prints_the_report(tmp_path, mixed):
     write(mixed[0] / "submission.csv", "image,MEL,NV,BCC\nISIC_0000001,0.5,0.3,0.2\n")
     out = tmp_path / "m.csv"
-    result = command("--data", mixed[0], "--data", mixed[1], "--out", out, "--test", "0.2", "--seed", 3, "--workers", 1)
-    assert result.exit_code == 0, result.output
+    options = ("--out", out, "--test", "0.2", "--seed", 3, "--workers", 1)
+    code, output = invoke(prepare, "--data", mixed[0], "--data", mixed[1], *options)
+    assert code == 0, output
     report = json.loads((tmp_path / "m.report.json").read_text())
     assert report["fractions"]["train"] == pytest.approx(0.6)
     assert report["seed"] == 3
     for words in (report["fingerprint"], str(out), "ham10000, 30 rows", "calibration", "Left out", "submission.csv"):
-        assert words in result.stdout
-    assert re.search(rf"all .*{report['images']} ", result.stdout)
+        assert words in output
+    assert re.search(rf"all .*{report['images']} ", output)
 
 
-@pytest.mark.parametrize(
-    ("code", "arguments"),
-    [(1, ("--data", "{}/[missing]")), (1, ("--data", "{}")), (2, ("--data", "{}/x", "--val", "0.95"))],
-)
-def test_command_faults_are_one_sentence(tmp_path, command, code, arguments):
-    class_folders(tmp_path / "x", {"nevus/1.jpg": 1}) if "{}/x" in arguments else None
-    result = command(*(argument.format(tmp_path) for argument in arguments), "--out", tmp_path / "m.csv")
-    assert result.exit_code == code
-    assert result.stderr.startswith("Error: ")
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_command_lists_the_known_data_sets_and_those_of_a_folder(mixed):
+    code, output = invoke(prepare, "--sources", "--data", mixed[0])
+    assert code == 0, output
+    assert all(name in output for name in data_sets())
+    assert "30 images, 30 of them with a diagnosis" in output
+
+
+@pytest.mark.parametrize("folder", ["[missing]", "."])
+def test_command_faults_are_one_sentence(tmp_path, folder):
+    code, output = invoke(prepare, "--data", tmp_path / folder, "--out", tmp_path / "m.csv")
+    assert code == 1
+    assert output.endswith(".") and "Traceback" not in output
     assert not (tmp_path / "m.csv").exists()
 
 

@@ -1,4 +1,4 @@
-"""A manifest of very small pictures whose colour tells their class, for the tests of training."""
+"""A manifest of very small pictures whose colour gives their class, for the tests of training."""
 
 import hashlib
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
+
+from training.data.manifest import write_manifest
 
 COLOURS = {"MEL": (60, 40, 40), "NV": (190, 120, 90), "BCC": (230, 150, 170)}
 SPLITS = {"train": 48, "val": 18, "calibration": 60, "test": 18}
@@ -23,9 +25,9 @@ def tiny_manifest(folder: Path, splits: dict[str, int] | None = None, size: tupl
             name = f"{split}_{number}"
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{name}.png")
             sha256 = hashlib.sha256((folder / f"{name}.png").read_bytes()).hexdigest()
-            row = {"image": f"{name}.png", "image_id": name, "label": code, "lesion_id": f"{split}_{number // 2}"}
-            row |= {"source": "folder", "age": "", "sex": "", "site": "", "split": split}
-            rows.append(row | {"sha256": sha256, "phash": sha256[:16]})
+            row = {"path": str(folder.resolve() / f"{name}.png"), "image_id": name, "label": code, "split": split}
+            row |= {"lesion_id": f"{split}_{number // 2}", "patient_id": "", "source": "folder"}
+            rows.append(row | {"age": "", "sex": "", "site": "", "sha256": sha256, "phash": sha256[:16]})
     manifest = folder / "manifest.csv"
-    pd.DataFrame(rows).to_csv(manifest, index=False)
+    write_manifest(manifest, pd.DataFrame(rows))
     return manifest

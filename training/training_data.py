@@ -11,7 +11,8 @@ from mlflow_tracking.command_line import console, progress_bar
 from training.config import TrainConfig
 from training.data.batches import Images, classes_in, load_split
 from training.data.image_cache import DataError
-from training.data.manifest import build_manifest, read_manifest
+from training.data.manifest import read_manifest
+from training.data.preparation import build_manifest
 
 SPLITS = ("train", "val", "calibration", "test")
 

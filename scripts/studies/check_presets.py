@@ -28,7 +28,7 @@ from mlflow_tracking.settings import Settings
 from training.checkpoints import LAST, load
 from training.config import PRESETS, ROOT, load_config
 from training.data.image_cache import build_cache
-from training.data.manifest import COLUMNS, read_manifest
+from training.data.manifest import read_manifest, write_manifest
 
 EXAMPLES = [
     "python scripts/studies/check_presets.py --data data/manifest.csv --out runs/presets --preset resnet18",
@@ -59,8 +59,7 @@ def small_manifest(data: Path, out: Path) -> Path:
     frame = read_manifest(data).sort_values("sha256")
     parts = [frame[frame["split"] == split].head(count) for split, count in IMAGES.items()]
     rows = pd.concat(parts)
-    out.mkdir(parents=True, exist_ok=True)
-    rows.assign(image=rows["path"])[list(COLUMNS)].to_csv(out / "manifest.csv", index=False)
+    write_manifest(out / "manifest.csv", rows)
     return out / "manifest.csv"
 
 

@@ -35,7 +35,7 @@ from scripts.studies.unknowns_report import markdown, summarise
 from training.checkpoints import LAST, load
 from training.config import ROOT, ConfigError, TrainConfig, load_config
 from training.data.image_cache import build_cache
-from training.data.manifest import COLUMNS, fingerprint, read_manifest
+from training.data.manifest import fingerprint, read_manifest, write_manifest
 from training.evaluate import ask, nine_of
 from training.evaluation.assessment import unknown_figures
 from training.evaluation.detectors import DETECTORS, Known, Outputs
@@ -102,7 +102,7 @@ def train_without(frame: pd.DataFrame, code: str, config: str, folder: Path, cac
             )
     if not (folder / "bundle").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        rows.assign(image=rows["path"])[list(COLUMNS)].to_csv(folder / "manifest.csv", index=False)
+        write_manifest(folder / "manifest.csv", rows)
         command = [sys.executable, str(ROOT / "training" / "train.py")]
         command += ["--resume", str(folder)] if begun else ["--config", config, "--output", str(folder), *settings]
         console.print(f"Training without {code}: {int((rows['split'] == 'train').sum()):,} images, {folder}.")
