@@ -10,8 +10,9 @@ Exit codes: 0 done, 1 refused or failed, 2 wrong options, 3 a server is away.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -64,7 +65,8 @@ def to(
     at_once = not force and not again
     if at_once:  # so that a promoter that is deploying another version gives way
         move(reconciler, alias, version)
-    with spinner, lock(reconciler.store, LOCK_SECONDS):
+
+    def prepare() -> None:
         if again:
             reconciler.forget(version)
         if not at_once:
@@ -79,8 +81,8 @@ def to(
             forced=force or None,
             reason=reason or None,
         )
-        result = settle(reconciler)
-    finish(result)
+
+    finish(settle_locked(reconciler, spinner, prepare))
 
 
 @app.command()
@@ -89,27 +91,21 @@ def rollback(reason: Annotated[str, typer.Option(help="The reason, for the audit
     reconciler, spinner = open_reconciler()
     planned = plan_rollback(reconciler.registry, ledgers.read(reconciler.store))
     move(reconciler, "champion", planned.target.version)
-    with spinner, lock(reconciler.store, LOCK_SECONDS):
-        record_rollback(planned, reconciler.store, reconciler.audit, reconciler.by, reason)
-        result = settle(reconciler)
-    finish(result)
+    record = partial(record_rollback, planned, reconciler.store, reconciler.audit, reconciler.by, reason)
+    finish(settle_locked(reconciler, spinner, record))
 
 
 @app.command()
 def sync() -> None:
     """Deploy what the aliases in MLflow ask for, once."""
-    reconciler, spinner = open_reconciler()
-    with spinner, lock(reconciler.store, LOCK_SECONDS):
-        result = settle(reconciler)
-    finish(result)
+    finish(settle_locked(*open_reconciler()))
 
 
 @app.command()
 def watch() -> None:
     """Deploy what the aliases in MLflow ask for, until Ctrl-C."""
     reconciler, spinner = open_reconciler()
-    with spinner, lock(reconciler.store, LOCK_SECONDS):
-        result = settle(reconciler)
+    result = settle_locked(reconciler, spinner)
     report(result)
     while True:
         time.sleep(Settings.load().promoter_poll_seconds)
@@ -144,6 +140,16 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
         raise typer.Exit(3)
 
 
+def settle_locked(reconciler: Reconciler, spinner: Status, prepare: Callable[[], None] = lambda: None) -> Pass:
+    """Hold the store, prepare, and reconcile until nothing is left to do or an error stops it."""
+    with spinner, lock(reconciler.store, LOCK_SECONDS):
+        prepare()
+        while True:
+            result = reconciler.reconcile_locked()
+            if not result.waiting and (result.settled or result.errors):
+                return result
+
+
 def open_reconciler(overruled: Mapping[str, str] | None = None) -> tuple[Reconciler, Status]:
     """Return a reconciler for the services of the settings, and the spinner that shows its steps."""
     spinner = console.status("Waiting for the promoter to finish its step …")
@@ -155,14 +161,6 @@ def move(reconciler: Reconciler, alias: str, version: str) -> None:
     """Point the alias at the version. Raises RegistryError, RegistryUnavailable."""
     reconciler.registry.set_alias(alias, version)
     console.print(f"[green]✓[/] {alias} is version {escape(version)}", markup=True)
-
-
-def settle(reconciler: Reconciler) -> Pass:
-    """Reconcile until nothing is left to do or an error stops it."""
-    while True:
-        result = reconciler.reconcile_locked()
-        if not result.waiting and (result.settled or result.errors):
-            return result
 
 
 def show(event: Event, spinner: Status) -> None:

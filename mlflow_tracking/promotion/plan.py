@@ -86,24 +86,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Actual:
-    """The actual state of TorchServe, the model store and the ledger.
+    """The actual state of TorchServe, the model store and the ledger."""
 
-    Args:
-        loaded: what TorchServe holds, by version.
-        default: the version that TorchServe asks when a request names none.
-        stored: releases whose archive is intact.
-        approved: releases that passed their gates and belong in TorchServe.
-        serving, last_good: the release that serves, and the one before it.
-        withdrawn: releases that a person rolled back from.
-    """
-
-    loaded: Mapping[str, Loaded] = field(default_factory=dict)
-    default: str | None = None
-    stored: frozenset[Release] = frozenset()
-    approved: frozenset[Release] = frozenset()
+    loaded: Mapping[str, Loaded] = field(default_factory=dict)  # in TorchServe, by version
+    default: str | None = None  # the version that answers if a request names none
+    stored: frozenset[Release] = frozenset()  # their archives are intact
+    approved: frozenset[Release] = frozenset()  # they passed their gates and belong in TorchServe
     serving: Release | None = None
-    last_good: Release | None = None
-    withdrawn: frozenset[Release] = frozenset()
+    last_good: Release | None = None  # served before `serving`
+    withdrawn: frozenset[Release] = frozenset()  # a person rolled back from them
 
 
 def take_over(

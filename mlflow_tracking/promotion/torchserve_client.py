@@ -28,12 +28,9 @@ class TorchServeUnavailable(ServiceUnavailable):
 
 
 class TorchServeError(UserError):
-    """TorchServe answered with an error.
+    """TorchServe answered with HTTP `status`. `code` is the handler's code or the name of TorchServe's exception.
 
-    Args:
-        status: the HTTP status.
-        code: the handler's code, or the name of TorchServe's exception.
-        transient: the error is TorchServe's own and a retry may succeed. The handler's refusals are not transient.
+    A `transient` error is TorchServe's own, and a retry may succeed. The handler's refusals are not transient.
     """
 
     def __init__(self, status: int, message: str, code: str = "", transient: bool = False) -> None:
@@ -45,12 +42,9 @@ class TorchServeError(UserError):
 
 @dataclass(frozen=True)
 class ServedVersion:
-    """One version in TorchServe.
+    """One version in TorchServe: its archive, and how many of its workers are ready.
 
-    Args:
-        archive: the file name of its archive.
-        ready, workers: how many workers are ready, and how many there are.
-        starting: process ids of the workers that are not ready.
+    `starting` are the process ids of the workers that are not ready.
     """
 
     version: str
