@@ -1,9 +1,9 @@
-"""The ledger: what TorchServe comes back to when nobody else is there.
+"""The ledger, from which TorchServe starts without registry and promoter.
 
-- a reader finds the old ledger or the new one, whole, even when the writer is killed in the middle;
-- a ledger that cannot be read is an error with a sentence, a missing one is an empty one;
-- one promoter at a time has the store, and a killed one does not keep it;
-- an archive that was changed is noticed, also when its size and time were kept.
+- a reader finds the old ledger or the new one, whole, even if the writer is killed;
+- a damaged ledger is an error with a sentence, a missing one is an empty one;
+- one promoter at a time holds the store, and a killed one frees it;
+- a changed archive is noticed, even with the old size and time.
 """
 
 import os
@@ -28,7 +28,7 @@ def ledger() -> Ledger:
     return Ledger().stored("one.mar", ONE).stored("two.mar", TWO).serving("one.mar").serving("two.mar")
 
 
-def test_what_is_written_is_read(tmp_path, ledger):
+def test_a_written_ledger_is_read(tmp_path, ledger):
     assert ledgers.read(tmp_path) == Ledger()
     ledgers.write(tmp_path, ledger)
     assert ledgers.read(tmp_path) == ledger
@@ -36,13 +36,16 @@ def test_what_is_written_is_read(tmp_path, ledger):
     assert ledgers.read(tmp_path).release("three.mar") is None
 
 
-def test_who_serves_and_who_did(ledger):
-    assert (ledger.default, ledger.last_good) == ("two.mar", "one.mar")
-    assert ledger.loaded == ("one.mar", "two.mar")
-    assert ledger.serving("two.mar") == ledger, "serving again changes nothing: else the last good would be lost"
+def test_the_serving_and_the_last_good_archive(ledger):
+    assert (ledger.default, ledger.last_good, ledger.loaded) == ("two.mar", "one.mar", ("one.mar", "two.mar"))
+    assert ledger.serving("two.mar") == ledger, "no change: otherwise the last good one would be lost"
     assert ledger.serving("one.mar").last_good == "two.mar"
     assert ledger.retired("one.mar").loaded == ("two.mar",)
     assert "one.mar" in ledger.retired("one.mar").archives
+    back = ledger.rolled_back("two.mar").serving("one.mar")
+    assert (back.default, back.last_good, back.withdrawn) == ("one.mar", None, ("two.mar",))
+    assert back.serving("two.mar").withdrawn == ()
+    assert "two.mar" not in back.pruned("two.mar").archives
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,7 @@ def test_a_killed_writer_leaves_a_whole_ledger_and_a_free_store(tmp_path, writer
         pass
 
 
-def test_a_lock_is_given_back_after_an_error(tmp_path):
+def test_a_lock_ends_after_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), locks.lock(tmp_path):
         raise ZeroDivisionError
     with locks.lock(tmp_path):
