@@ -154,7 +154,7 @@ def test_a_bad_version_is_refused_and_the_old_one_serves(serving_first, tmp_path
     assert bad not in {held.release.version for held in result.actual.loaded.values()}, "it is not left in memory"
     reason = {
         "forged digest": "is not the one that was registered",
-        "wrong answers": "golden parity: golden/MEL.jpg: a probability is off by",
+        "wrong answers": "golden parity: golden/MEL.jpg: a probability differs by",
         "no digest": "has no valid digest tag",
     }[fault]
     assert serving_first.tag(bad, "status") == "refused"
