@@ -171,7 +171,10 @@ def test_a_release_that_is_refused_as_the_first_does_not_stay(world):
     world.torchserve.shift = {"1": 0.002}
     promoter = world.promoter()
     result = world.deploy("1", promoter)
-    assert "golden parity: golden/MEL.jpg: a probability differs by 0.002; the tolerance in f32 is 0.001" in result.errors[0]
+    assert (
+        "golden parity: golden/MEL.jpg: a probability differs by 0.002; the tolerance in f32 is 0.001"
+        in result.errors[0]
+    )
     assert world.torchserve.loaded == {}
     assert world.status("1") == "refused"
     world.events.clear()
