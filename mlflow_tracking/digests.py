@@ -1,4 +1,4 @@
-"""Digests of bundles and evaluation sets, as tags, ledger and audit log write them: `sha256:` and 64 hex digits."""
+"""Digests of bundles and evaluation sets in tags, ledger and audit log: `sha256:` and 64 hex digits."""
 
 import re
 
@@ -6,5 +6,5 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def short(digest: str) -> str:
-    """The first twelve digits of a digest: enough for a file's name, and to be told apart by people."""
+    """Return the first twelve hex digits, which suffice for file names and tables."""
     return digest.removeprefix("sha256:")[:12]

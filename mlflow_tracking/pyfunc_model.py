@@ -1,13 +1,13 @@
-"""The registered model as MLflow runs it: images in, nine probabilities out, for `mlflow models serve`, Spark, Python.
+"""The registered model for MLflow itself (`mlflow models serve`, Spark, Python): images in, nine probabilities out.
 
     model = mlflow.pyfunc.load_model("models:/skin_vit@champion")
     model.predict(pd.DataFrame({"image": [Path("lesion.jpg").read_bytes()]}))
 
-With columns `age`, `sex` and `site`, as far as they are known, for a model that takes them; one that takes none is
-content with a list of images, too.
+A model that takes metadata also reads the columns `age`, `sex` and `site`, which may be blank or missing. A model
+without metadata also takes a list of images.
 
-MLflow keeps this file itself with the model (models-from-code): nothing is pickled. TorchServe does not go this way; it
-gets the same bundle in an archive.
+MLflow stores this file with the model (models from code), so nothing is pickled. TorchServe does not use it; it gets the
+same bundle in an archive.
 """
 
 import base64
@@ -23,12 +23,11 @@ from handlers.predictor import Predictor
 from handlers.request import Request
 from handlers.taxonomy import CODES
 
-# What memory holds at once when a table of images comes in.
-BATCH = 16
+BATCH = 16  # images decoded at a time, which limits memory
 
 
 class SkinLesionModel(PythonModel):
-    """Image bytes to a DataFrame with a column of probabilities for each of the nine classes."""
+    """A model that turns image bytes into a table with a column of probabilities for each of the nine classes."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load and verify the bundle. Raises BundleError."""
@@ -37,26 +36,25 @@ class SkinLesionModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """One row of nine probabilities for each image.
+        """Return one row of nine probabilities for each image.
 
         Args:
-            model_input: a DataFrame with the column `image`, or one column of any name; MLflow makes one of a list.
-                Images are bytes, or base64. The columns `age`, `sex` and `site`, with blanks or not there at all,
-                count for a model that takes them.
+            model_input: a DataFrame with the column `image`, or with a single column of any name, which MLflow makes
+                from a list. Images are bytes or base64.
 
         Raises:
-            ValueError: an image cannot be used; the message names its row.
+            ValueError: an image is refused; the message names its row.
         """
-        images, told = _images(model_input), _metadata(model_input)
+        images, metadata = _images(model_input), _metadata(model_input)
         rows: list[dict[str, float]] = []
         for start in range(0, len(images), BATCH):
             requests = [
                 Request(image, gradcam="none", metadata=values)
-                for image, values in zip(images[start : start + BATCH], told[start : start + BATCH], strict=True)
+                for image, values in zip(images[start : start + BATCH], metadata[start : start + BATCH], strict=True)
             ]
             for offset, answer in enumerate(self.predictor.predict(requests)):
                 if isinstance(answer, ImageError):
-                    raise ValueError(f"image {start + offset}: {answer}") from answer
+                    raise ValueError(f"The image in row {start + offset} is refused. {answer}") from answer
                 rows.append(answer.probabilities)
         return pd.DataFrame(rows, columns=list(CODES))
 
@@ -68,12 +66,12 @@ def _images(model_input: Any) -> list[bytes]:
         elif len(model_input.columns) == 1:
             model_input = model_input.iloc[:, 0]
         else:
-            raise ValueError("The table has several columns, and none is called `image`.")
+            raise ValueError("The table has several columns, but none is called `image`.")
     return [_bytes(value) for value in model_input]
 
 
 def _metadata(model_input: Any) -> list[dict[str, Any]]:
-    """What each row tells beside the image."""
+    """Return the metadata of each row."""
     if not isinstance(model_input, pd.DataFrame) or "image" not in model_input.columns:
         return [{} for _ in range(len(model_input))]
     rows = model_input[[name for name in FIELDS if name in model_input.columns]].to_dict("records")
@@ -81,10 +79,10 @@ def _metadata(model_input: Any) -> list[dict[str, Any]]:
 
 
 def _bytes(value: bytes | str) -> bytes:
-    """An image as bytes. MLflow's scoring server hands base64 on as text, or as the bytes of the text."""
+    """Return an image as bytes. MLflow's scoring server passes base64 on as text, or as the text's bytes."""
     try:
         return base64.b64decode(value, validate=True)
-    except ValueError:  # then it is an image: no image file consists of base64's letters alone
+    except ValueError:  # an image file never consists of base64's letters only
         return value.encode() if isinstance(value, str) else bytes(value)
 
 

@@ -1,7 +1,7 @@
-"""What training tells MLflow, and nothing else of the project speaks to MLflow during training.
+"""Runs: what training and evaluation log to MLflow.
 
-A tracking server that goes away must not cost a training run: every call may fail, the first failure is said once,
-epochs that could not be told are told when the server is back.
+A tracking server that goes away must not end a training run. After the start every call may fail: the first failure is
+reported once, and epochs that were not logged are logged when the server is back.
 """
 
 import logging
@@ -22,11 +22,11 @@ from mlflow_tracking.settings import ROOT, Settings, quiet_client, reach_directl
 
 
 class TrackingError(UserError):
-    """The tracking store that was asked for cannot be used, with a sentence saying what to do."""
+    """The MLflow store does not accept a run."""
 
 
 class Tracker:
-    """One MLflow run. Make it with `start`; `run_id` and `uri` are kept in checkpoints to resume the same run.
+    """One MLflow run. `run_id` and `uri` are kept in checkpoints, so that a resumed training continues the run.
 
     Args:
         warn: shows a sentence to the user.
@@ -35,11 +35,11 @@ class Tracker:
     def __init__(self, uri: str, warn: Callable[[str], None]) -> None:
         self.uri = uri
         self.run_id = ""
-        self.url = ""  # of the run's page, if a server keeps it
+        self.url = ""  # of the run's page, if a server has one
+        self.failed = False
         self._warn = warn
         self._mlflow = _import_mlflow(uri)
-        self.failed = False
-        self._untold: list[tuple[int, dict[str, float]]] = []
+        self._pending: list[tuple[int, dict[str, float]]] = []  # epochs that are not logged yet
 
     def start(
         self,
@@ -49,59 +49,53 @@ class Tracker:
         run_id: str = "",
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Start a run, or continue run `run_id` if the store knows it; log the settings as its parameters.
+        """Start a run, or continue run `run_id` if the store has it, and log the settings as parameters.
 
         Raises:
-            TrackingError: the store does not answer. Before an hour of training is the time to say so.
+            TrackingError: the store does not answer. Only the start raises, so that no training time is lost.
         """
         mlflow = self._mlflow
         try:
             mlflow.set_tracking_uri(self.uri)
             if mlflow.get_experiment_by_name(experiment) is None:
-                mlflow.create_experiment(experiment, artifact_location=_artifacts_beside(self.uri))
+                mlflow.create_experiment(experiment, artifact_location=_artifacts_next_to(self.uri))
             mlflow.set_experiment(experiment)
-            if run_id and not self._knows(run_id):
-                self._warn(f"{self.uri} does not know run {run_id}; going on in a new run.")
+            if run_id and not self._has_run(run_id):
+                self._warn(f"{self.uri} has no run {run_id}. Training continues in a new run.")
                 run_id = ""
             run = mlflow.start_run(run_id=run_id or None, run_name=name, tags=dict(tags or {}), log_system_metrics=True)
-        except Exception as error:  # of MLflow, SQLAlchemy, requests: the user needs one sentence for all of them
+        except Exception as error:  # from MLflow, SQLAlchemy or requests
             raise TrackingError(
-                f"The MLflow store {self.uri} cannot be used ({_first_line(error)}); start the server, "
+                f"The MLflow store {self.uri} cannot be used ({_first_line(error)}). Start the server, "
                 "or set MLFLOW_TRACKING_URI=sqlite:///runs.db to log to a file."
             ) from error
         self.run_id = run.info.run_id
         if self.uri.startswith("http"):
             self.url = f"{self.uri}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
         with self._forgiving():
-            # a resumed run may change a few, such as epochs, which MLflow would refuse as a parameter
-            known = mlflow.get_run(self.run_id).data.params
+            # MLflow refuses a changed parameter, so the changed settings of a resumed run become tags.
+            logged = mlflow.get_run(self.run_id).data.params
             values = {key: str(value)[:6000] for key, value in settings.items()}
-            mlflow.log_params({key: value for key, value in values.items() if key not in known})
-            changed = {f"resumed.{key}": value for key, value in values.items() if known.get(key, value) != value}
+            mlflow.log_params({key: value for key, value in values.items() if key not in logged})
+            changed = {f"resumed.{key}": value for key, value in values.items() if logged.get(key, value) != value}
             mlflow.set_tags(changed)
 
     def dataset(self, frame: pd.DataFrame, manifest: Path, fingerprint: str) -> None:
-        """Log the manifest as the run's data set, known by its fingerprint."""
+        """Log the manifest as the run's data set under its fingerprint."""
         with self._forgiving():
             digest = fingerprint.removeprefix("sha256:")[:32]  # MLflow takes at most 36 characters
             columns = frame[["image_id", "label", "lesion_id", "split", "sha256"]].astype(str)
             with warnings.catch_warnings():
-                # a local path fits two of MLflow's source types, both with the same name and meaning
+                # A local path fits two of MLflow's source types, which mean the same.
                 warnings.filterwarnings("ignore", message="The specified dataset source can be interpreted")
                 data = self._mlflow.data.from_pandas(columns, source=str(manifest), name="manifest", digest=digest)
             self._mlflow.log_input(data, context="training")
             self._mlflow.set_tag("dataset_fingerprint", fingerprint)
 
     def epoch(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the metrics of one epoch, and of those before it that did not get through."""
-        self._untold.append((step, dict(values)))
-        self._catch_up()
-
-    def _catch_up(self) -> None:
-        with self._forgiving():
-            while self._untold:
-                self._mlflow.log_metrics(self._untold[0][1], step=self._untold[0][0])
-                self._untold.pop(0)
+        """Log the metrics of one epoch, after those of earlier epochs that failed to be logged."""
+        self._pending.append((step, dict(values)))
+        self._log_pending()
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""
@@ -109,9 +103,9 @@ class Tracker:
             self._mlflow.set_tags(dict(values))
 
     def metrics(self, values: Mapping[str, float | None]) -> None:
-        """Log final metrics; undefined ones are left out."""
+        """Log final metrics, without those that are None."""
         with self._forgiving():
-            self._mlflow.log_metrics({key: value for key, value in values.items() if value is not None})
+            self._mlflow.log_metrics(_defined(values))
 
     def figure(self, figure: Figure, name: str) -> None:
         """Log a figure as `figures/NAME`."""
@@ -119,18 +113,25 @@ class Tracker:
             self._mlflow.log_figure(figure, f"figures/{name}")
 
     def artifact(self, path: Path, folder: str) -> None:
-        """Log a file, or what a folder holds, under the artifact path `folder`."""
+        """Log a file, or the content of a folder, under the artifact path `folder`."""
         with self._forgiving():
             log = self._mlflow.log_artifacts if path.is_dir() else self._mlflow.log_artifact
             log(str(path), folder)
 
     def end(self, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED, with the epochs that did not get through before."""
-        self._catch_up()
+        """Log pending epochs and close the run as FINISHED, FAILED or KILLED."""
+        self._log_pending()
         with self._forgiving():
             self._mlflow.end_run(status)
 
-    def _knows(self, run_id: str) -> bool:
+    def _log_pending(self) -> None:
+        with self._forgiving():
+            while self._pending:
+                step, values = self._pending[0]
+                self._mlflow.log_metrics(values, step=step)
+                self._pending.pop(0)
+
+    def _has_run(self, run_id: str) -> bool:
         try:
             self._mlflow.get_run(run_id)
         except self._mlflow.exceptions.MlflowException as error:
@@ -141,24 +142,23 @@ class Tracker:
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
+        """Report the first failure, and go on after each."""
         try:
             yield
-        except Exception as error:  # whatever the client raises, it is not worth a training run
+        except Exception as error:  # no error of the client is worth a training run
             if not self.failed:
                 self.failed = True
-                self._warn(
-                    f"MLflow at {self.uri} does not take the run's data ({_first_line(error)}); training goes on."
-                )
+                self._warn(f"MLflow at {self.uri} refuses the run's data ({_first_line(error)}). Training continues.")
 
 
-def choose_store(output: Path, remembered: str = "") -> tuple[str, str]:
-    """Where to log: (uri, a sentence to show or "").
+def choose_store(output: Path, previous: str = "") -> tuple[str, str]:
+    """Return the URI of the store to log to, and a sentence to show or "".
 
-    MLFLOW_TRACKING_URI if it is set; the store of the run being resumed; the stack's server if it answers; otherwise a
+    The first of: MLFLOW_TRACKING_URI; `previous`, the store of a resumed run; the stack's server if it answers; a
     database in the output folder. Raises SettingsError.
     """
     settings = Settings.load()
-    if uri := settings.mlflow_tracking_uri or remembered:
+    if uri := settings.mlflow_tracking_uri or previous:
         return uri, ""
     server = settings.registry_uri
     reach_directly(server)
@@ -168,47 +168,44 @@ def choose_store(output: Path, remembered: str = "") -> tuple[str, str]:
                 return server, ""
     except OSError:
         pass
-    uri = f"sqlite:///{(output / 'mlflow.db').resolve()}"
-    return uri, f"No MLflow server at {server}: logging to {output / 'mlflow.db'}."
+    database = output / "mlflow.db"
+    return f"sqlite:///{database.resolve()}", f"No MLflow server at {server}: logging to {database}."
 
 
 def log_evaluation(run_id: str, folder: Path, name: str, values: Mapping[str, float | None]) -> str:
-    """Log an evaluation's files (under the artifact path `name`) and figures to the run that made the model.
+    """Log an evaluation's figures and files, under the artifact path `name`, to the run that made the model.
 
-    Returns a sentence on whether it was; a store that is away, or does not know the run, is no fault of the evaluation.
+    Returns a sentence about the result. A store that is away or lacks the run is no error of the evaluation.
     """
     uri, notice = choose_store(folder)
-    if notice:  # a database of its own would know no run
+    if notice:  # a new database has no runs
         server = Settings.load().registry_uri
-        return f"Not logged: no MLflow server at {server}; set MLFLOW_TRACKING_URI to name another store."
-    mlflow = _import_mlflow(uri)
-    client = mlflow.MlflowClient(uri)
+        return f"Not logged: no MLflow server at {server}. Set MLFLOW_TRACKING_URI to use another store."
+    client = _import_mlflow(uri).MlflowClient(uri)
     try:
         client.get_run(run_id)
-        for key, value in values.items():
-            if value is not None:
-                client.log_metric(run_id, f"{name}_{key}", value)
+        for key, value in _defined(values).items():
+            client.log_metric(run_id, f"{name}_{key}", value)
         client.log_artifacts(run_id, str(folder), name)
-    except Exception as error:  # of MLflow, SQLAlchemy, requests
-        return f"Not logged: {uri} did not take it for run {run_id} ({_first_line(error)})."
+    except Exception as error:  # from MLflow, SQLAlchemy or requests
+        return f"Not logged: {uri} refused the data of run {run_id} ({_first_line(error)})."
     return f"Logged to run {run_id} of {uri}."
 
 
 def code_revision() -> str:
-    """Commit of the code that runs, with "-dirty" if files differ from it; outside git $CODE_REVISION, or "unknown"."""
+    """Return the running code's commit, with "-dirty" if files differ; without git CODE_REVISION, or "unknown"."""
     try:
-        git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
+        commit, changes = (
+            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("CODE_REVISION") or "unknown"
-    return f"{commit}-dirty" if status.strip() else commit
+    return f"{commit}-dirty" if changes else commit
 
 
 def _import_mlflow(uri: str) -> ModuleType:
-    """MLflow, told to be quiet and brief before it is imported, as it reads some of that then."""
+    """Import mlflow after its settings, which it reads during the import."""
     quiet_client(uri)
     import mlflow
 
@@ -216,12 +213,17 @@ def _import_mlflow(uri: str) -> ModuleType:
     return mlflow
 
 
-def _artifacts_beside(uri: str) -> str | None:
-    """Artifacts of a database store go beside the database, not into the working directory."""
+def _artifacts_next_to(uri: str) -> str | None:
+    """Return the artifact folder next to a database; None for a server, which has its own."""
     if not uri.startswith("sqlite:///"):
         return None
     return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
 
 
+def _defined(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error).strip() else repr(error)
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else repr(error)

@@ -1,4 +1,4 @@
-"""What the registry tells about a version: tags for programs, a description for people, requirements for MLflow."""
+"""The card of a version in MLflow: tags for programs, a description for people, a signature, pinned requirements."""
 
 from collections.abc import Mapping
 from importlib.metadata import version as installed
@@ -10,76 +10,75 @@ from handlers.taxonomy import CODES
 
 # The (name, type) of a registered model's inputs, and of its outputs.
 Signature = tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]
-# What the registered model needs to run; torch only where there is no exported graph.
+# Packages that run a registered model; a model without a serving graph also needs torch.
 _SERVING = ("mlflow", "numpy", "opencv-python-headless", "openvino", "pandas", "pillow")
 _EAGER = ("safetensors", "timm", "torch", "torchvision")
 
 
 def tags(bundle: Bundle) -> dict[str, str]:
-    """The tags of a new version: what it is, where it comes from, and that it still gives its golden answers."""
+    """Return the tags of a new version: digest, architecture, evidence, and a check of its golden answers."""
     config, evidence = bundle.config, bundle.config.evidence
-    metrics: Mapping[str, Any] = evidence.get("metrics") or {}
-    always = {
+    values = {
         "digest": bundle.digest,
         "architecture": config.architecture,
-        "image_size": str(config.preprocessing.image_size),
+        "image_size": config.preprocessing.image_size,
         "classes": " ".join(config.classes),
         "runtime": config.runtime,
         "golden": golden_result(bundle),
-    }
-    optional = {
-        "balanced_accuracy": balanced_accuracy(metrics),
+        "balanced_accuracy": balanced_accuracy(evidence.get("metrics") or {}),
         "dataset_fingerprint": evidence.get("dataset_fingerprint"),
         "code_revision": evidence.get("code_revision"),
         "training_run": evidence.get("run_id"),
     }
-    return always | {name: str(value) for name, value in optional.items() if value is not None}
+    return {name: str(value) for name, value in values.items() if value is not None}
 
 
 def balanced_accuracy(metrics: Mapping[str, Any]) -> str | None:
-    """Balanced accuracy among a bundle's metrics: on the test split, else on the validation split, else on any."""
-    for place in (metrics.get("test"), metrics.get("val"), metrics):
-        value = place.get("balanced_accuracy") if isinstance(place, Mapping) else None
+    """Return balanced accuracy from a bundle's metrics: of the test split, else of validation, else at top level."""
+    for figures in (metrics.get("test"), metrics.get("val"), metrics):
+        value = figures.get("balanced_accuracy") if isinstance(figures, Mapping) else None
         if isinstance(value, int | float):
             return f"{value:.4f}"
     return None
 
 
 def signature_types(bundle: Bundle) -> Signature:
-    """The (name, type) of what the registered model takes and gives, in MLflow's words; all but the image may be left
-    out."""
+    """Return the (name, type) of the inputs and outputs in MLflow's terms; only the image is required."""
     metadata = ((name, "double" if name == "age" else "string") for name in bundle.config.metadata.fields)
     return (("image", "binary"), *metadata), tuple((code, "double") for code in CODES)
 
 
 def golden_result(bundle: Bundle) -> str:
-    """How the bundle does on its golden images on this machine, in the precision that it would serve in."""
+    """Check the golden answers on this machine, in the precision of serving, and return the result in words."""
     predictor = Predictor(bundle)
     worst, precision = predictor.golden_difference(), predictor.runtime.precision
     cases = bundle.golden()
     images = len({case.name for case in cases})
-    # A model that takes metadata is asked about each image with and without.
-    asked = f"{images} images" if images == len(cases) else f"{images} images in {len(cases)} cases"
-    return f"{asked}, probabilities within {worst:.1e} in {precision}"
+    if images == len(cases):
+        return f"{images} images, probabilities within {worst:.1e} in {precision}"
+    # A model that takes metadata answers each image with and without.
+    return f"{images} images in {len(cases)} cases, probabilities within {worst:.1e} in {precision}"
 
 
 def description(bundle: Bundle) -> str:
-    """What a person reads in MLflow's page about a version (Markdown)."""
+    """Return the description on MLflow's page of the version (Markdown)."""
     config, evidence = bundle.config, bundle.config.evidence
-    accuracy = balanced_accuracy(evidence.get("metrics") or {})
-    lines = [
+    paragraphs = [
         f"**{config.architecture}**, {config.preprocessing.image_size} px, {len(config.classes)} classes"
-        f" ({', '.join(config.classes)}); research use only, not a medical device.",
-        f"Beside the picture it takes {', '.join(config.metadata.fields)}." if config.metadata.fields else "",
-        f"Balanced accuracy: {accuracy}." if accuracy else "",
-        f"Trained on data set `{evidence['dataset_fingerprint']}`." if evidence.get("dataset_fingerprint") else "",
-        "The alias `champion` on this version makes TorchServe serve it.",
+        f" ({', '.join(config.classes)}). Research use only, not a medical device."
     ]
-    return "\n\n".join(line for line in lines if line)
+    if config.metadata.fields:
+        paragraphs.append(f"Optional inputs next to the picture: {', '.join(config.metadata.fields)}.")
+    if accuracy := balanced_accuracy(evidence.get("metrics") or {}):
+        paragraphs.append(f"Balanced accuracy: {accuracy}.")
+    if fingerprint := evidence.get("dataset_fingerprint"):
+        paragraphs.append(f"Trained on data set `{fingerprint}`.")
+    paragraphs.append("TorchServe serves the version that the alias `champion` points at.")
+    return "\n\n".join(paragraphs)
 
 
 def requirements(bundle: Bundle) -> list[str]:
-    """Pinned packages to run the registered model: the ones it was checked with just now."""
+    """Return pinned packages that run the registered model: the versions that have just checked it."""
     names = _SERVING if bundle.has_graph else (*_SERVING, *_EAGER)
-    # A local version such as +cpu names one index's build, which other machines may not have.
+    # A local version such as +cpu exists in one package index only.
     return [f"{name}=={installed(name).split('+')[0]}" for name in names]

@@ -105,7 +105,7 @@ def test_mlflow_gives_the_predictors_probabilities(pyfunc, full_bundle, sample_i
 
 
 def test_mlflow_names_the_image_that_cannot_be_used(pyfunc, sample_images):
-    with pytest.raises(ValueError, match=r"image 1: This is not a JPEG"):
+    with pytest.raises(ValueError, match=r"The image in row 1 is refused. The file is not a JPEG"):
         pyfunc.predict([sample_images[0], b"no picture"])
 
 
