@@ -1,4 +1,4 @@
-"""Building a timm backbone with a classification head, and late fusion; the one way for training and serving."""
+"""The network: a timm backbone with a classification head, and late fusion with metadata."""
 
 import difflib
 import logging
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from handlers.errors import UserError
 
-METADATA_HIDDEN = 32  # more than the 12 numbers that age, sex and site are; next to nothing beside any backbone
+METADATA_HIDDEN = 32  # more than the 12 numbers that encode age, sex and site, and tiny compared with any backbone
 
 
 class BackboneError(UserError):
-    """A backbone that cannot be built, with a sentence saying why and what to do."""
+    """A backbone that cannot be built."""
 
 
 def build_backbone(
@@ -35,48 +35,47 @@ def build_backbone(
     Args:
         architecture: a timm model name, such as "vit_small_patch16_224" or "efficientnet_b0".
         num_classes: number of logits.
-        image_size: input side, pixels; vision transformers are built (and their position embedding resampled) for it.
+        image_size: input side in pixels; vision transformers are built for it.
         pretrained: load timm's weights from the model hub.
-        options: further keyword arguments for timm; for vision transformers also `stem`, worth it when training from
-            scratch on little data: "conv" replaces the patch projection by stride-2 convolutions (Xiao et al. 2021,
-            "Early Convolutions Help Transformers See Better"), "resnet" by ResNet-18 up to the same stride (the
-            hybrid of Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words"). For any backbone `head_hidden`: widths
-            of hidden layers between its features and the logits, each linear, batch norm, ReLU and dropout.
-        metadata_width: D of the encoded metadata (handlers.metadata) that the model takes; its `metadata_head` is for
-            `fuse`. 0: none.
+        options: keyword arguments for timm, and two of this project. `stem` replaces a vision transformer's patch
+            projection, which helps when training from scratch on little data: "conv" by stride-2 convolutions (Xiao et
+            al. 2021, "Early Convolutions Help Transformers See Better"), "resnet" by ResNet-18 up to the same stride
+            (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words"). `head_hidden` are the widths of hidden layers
+            between features and logits, each linear, batch norm, ReLU and dropout.
+        metadata_width: width D of the encoded metadata (handlers.metadata) that `fuse` adds; 0 for none.
 
     Raises:
-        BackboneError: unknown architecture or options, or pretrained weights out of reach.
+        BackboneError: an unknown architecture or option, or pretrained weights that cannot be downloaded.
     """
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f" Perhaps one of {', '.join(near)}?" if near else ""
-        raise BackboneError(f"timm has no model named {architecture!r}.{hint}")
+        if similar := difflib.get_close_matches(architecture, timm.list_models(), n=3):
+            raise BackboneError(f"timm has no model named {architecture!r}. Similar names: {', '.join(similar)}.")
+        raise BackboneError(f"timm has no model named {architecture!r}. timm.list_models() lists them all.")
     arguments = dict(options or {})
     if timm.models.model_entrypoint(architecture).__module__.startswith("timm.models.vision_transformer"):
         arguments["img_size"] = image_size
     hidden = arguments.pop("head_hidden", [])
     stem = arguments.pop("stem", "patch")
     if stem not in STEMS:
-        raise BackboneError(f"stem must be one of {', '.join(STEMS)}, not {stem!r}.")
+        raise BackboneError(f"stem is {stem!r}: it must be one of {', '.join(STEMS)}.")
     if stem != "patch":
         if pretrained:
-            raise BackboneError(f"stem={stem!r} has no pretrained weights; use stem='patch' or pretrained=false.")
+            raise BackboneError(f"stem={stem!r} has no pretrained weights. Use stem='patch' or pretrained=false.")
         arguments["embed_layer"] = STEMS[stem]
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level
-    hub_log.setLevel(logging.CRITICAL)  # its retries are many lines; what matters is in the one sentence below
+    hub_log.setLevel(logging.CRITICAL)  # it logs every retry; the error below says it once
     backbone: Any
     try:
         backbone = timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **arguments)
     except (TypeError, AssertionError) as error:
-        raise BackboneError(f"{architecture} cannot be built with {arguments}: {error}") from error
+        raise BackboneError(f"{architecture} cannot be built with {arguments}: {error}.") from error
     except Exception as error:
         if not pretrained:
             raise
         raise BackboneError(
-            f"The pretrained weights of {architecture} cannot be fetched from the model hub "
-            f"({type(error).__name__}); check the network, or train from scratch with pretrained=false."
+            f"The pretrained weights of {architecture} cannot be downloaded from the model hub "
+            f"({type(error).__name__}). Check the network, or train from scratch with pretrained=false."
         ) from error
     finally:
         hub_log.setLevel(level)
@@ -90,10 +89,10 @@ def build_backbone(
 
 
 class MetadataHead(nn.Module):
-    """Encoded metadata (N, D) to what they add to the picture's logits (N, K).
+    """Map encoded metadata (N, D) to summands (N, K) of the picture's logits, which are 0 before training.
 
-    Without biases, so that zeros, which mean that nothing is known, add exactly nothing; the ones in the encoding do
-    what biases would. It begins by adding nothing to anything.
+    There are no biases, so that missing metadata, encoded as zeros, add exactly nothing. The ones in the encoding act
+    as biases.
     """
 
     def __init__(self, width: int, num_classes: int) -> None:
@@ -108,18 +107,18 @@ class MetadataHead(nn.Module):
 
 
 def fuse(backbone: Any, logits: Tensor, metadata: Tensor | None) -> Tensor:
-    """Late fusion: the picture's logits (N, K), with those of the encoded metadata (N, D) where the model takes them.
+    """Add the logits of encoded metadata (N, D), where the model takes them, to the picture's logits (N, K).
 
-    A sum, so the gradients that Grad-CAM needs are those of the picture's logits.
+    As this is a sum, Grad-CAM's gradients are those of the picture's logits.
     """
     head = getattr(backbone, "metadata_head", None)
     return logits if head is None or metadata is None else logits + head(metadata)
 
 
 class SplitAttention(nn.Module):
-    """timm's attention of a whole sequence (N, L, D), with three products for queries, keys and values in place of one.
+    """timm's attention with three products for queries, keys and values instead of one joint product.
 
-    The same numbers. A compiler need not take the joint product apart again: OpenVINO runs ViT-S/16 in 8 % less time.
+    It gives the same numbers, and OpenVINO runs it faster, as it need not split the joint product again.
     """
 
     def __init__(self, attention: Attention) -> None:
@@ -128,7 +127,7 @@ class SplitAttention(nn.Module):
 
     @staticmethod
     def supports(attention: nn.Module) -> bool:
-        """Plain attention: no norm of queries and keys or of the outcome, no gate."""
+        """Return whether this is plain attention, without norms of queries, keys or output, and without a gate."""
         return (
             type(attention) is Attention
             and all(isinstance(part, nn.Identity) for part in (attention.q_norm, attention.k_norm, attention.norm))
@@ -136,7 +135,7 @@ class SplitAttention(nn.Module):
         )
 
     def forward(self, tokens: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """As timm's blocks call it. Raises ValueError for a mask, which a classifier of images has none of."""
+        """Attend over tokens (N, L, D). Raises ValueError for a mask; image classifiers use none."""
         if attn_mask is not None or is_causal:
             raise ValueError("SplitAttention takes no mask.")
         weights = self.qkv.weight.chunk(3)
@@ -145,12 +144,12 @@ class SplitAttention(nn.Module):
             F.linear(tokens, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for weight, bias in zip(weights, biases, strict=True)
         )
-        outcome: Tensor = self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-        return outcome
+        output: Tensor = self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return output
 
 
 def split_attention(backbone: Any) -> None:
-    """Give every block but the last, of which Grad-CAM reads the parts, a SplitAttention where it can have one."""
+    """Use SplitAttention in every block that supports it, except the last, whose parts Grad-CAM reads."""
     for block in getattr(backbone, "blocks", [])[:-1] if is_vision_transformer(backbone) else []:
         if SplitAttention.supports(block.attn):
             block.attn = SplitAttention(block.attn)
@@ -158,17 +157,17 @@ def split_attention(backbone: Any) -> None:
 
 def _deep_head(linear: nn.Module, hidden: list[int], drop_rate: float) -> nn.Module:
     if not isinstance(linear, nn.Linear):
-        raise BackboneError(f"head_hidden needs a backbone with one linear layer for a head, not {linear}.")
+        raise BackboneError(f"head_hidden needs a backbone whose head is one linear layer, but this head is {linear}.")
     layers: list[nn.Module] = []
     width = linear.in_features
-    for wide in hidden:
-        layers += [nn.Linear(width, wide), nn.BatchNorm1d(wide), nn.ReLU(), nn.Dropout(drop_rate)]
-        width = wide
+    for hidden_width in hidden:
+        layers += [nn.Linear(width, hidden_width), nn.BatchNorm1d(hidden_width), nn.ReLU(), nn.Dropout(drop_rate)]
+        width = hidden_width
     return nn.Sequential(*layers, nn.Linear(width, linear.out_features))
 
 
 def _conv_stem(img_size: int, patch_size: int, in_chans: int, embed_dim: int, **kwargs: Any) -> nn.Module:
-    """Convolutions of stride 2 down to the patch grid, each twice as wide as the one before."""
+    """Build convolutions of stride 2 down to the patch grid, each twice as wide as the previous one."""
     depth = int(math.log2(patch_size))
     stem = partial(
         ConvStem,
@@ -182,10 +181,10 @@ def _conv_stem(img_size: int, patch_size: int, in_chans: int, embed_dim: int, **
 
 
 def _resnet_stem(img_size: int, patch_size: int, in_chans: int, embed_dim: int, **kwargs: Any) -> nn.Module:
-    """ResNet-18 cut off where its stride is that of the patches, then a projection to the transformer's width."""
+    """Build ResNet-18 up to the stride of the patches, and a projection to the transformer's width."""
     stage = int(math.log2(patch_size)) - 1
     if patch_size not in (4, 8, 16, 32):
-        raise BackboneError(f"stem='resnet' needs patches of 4, 8, 16 or 32 pixels, not {patch_size}.")
+        raise BackboneError(f"stem='resnet' needs patches of 4, 8, 16 or 32 pixels, but they have {patch_size}.")
     resnet = timm.create_model("resnet18", features_only=True, out_indices=(stage,), in_chans=in_chans)
     return HybridEmbed(backbone=resnet, img_size=img_size, patch_size=1, embed_dim=embed_dim, **kwargs)
 
@@ -194,5 +193,5 @@ STEMS = {"patch": None, "conv": _conv_stem, "resnet": _resnet_stem}
 
 
 def is_vision_transformer(backbone: nn.Module) -> bool:
-    """Whether the backbone is one of timm's plain vision transformers."""
+    """Return whether the backbone is one of timm's plain vision transformers."""
     return isinstance(backbone, VisionTransformer)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, Bundle, BundleConfig, BundleError, seal
 from handlers.files import new_folder
-from handlers.predictor import Prediction, Predictor, Request
+from handlers.prediction import Prediction
+from handlers.predictor import Predictor
+from handlers.request import Request
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,6 +1,6 @@
-"""Files: their hashes, and writing them so that a reader, or a crash at any moment, finds the old content or the new.
+"""Files: hash them, and write them so that readers and crashes see either the old content or the new.
 
-It is the one way to write; standard library only, as MLflow's image takes this module alone.
+Standard library only: MLflow's image copies this module and errors.py alone.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ TEMPORARY = ".tmp"
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends well, synced to disk, and vanishes otherwise.
+    """Open a binary file that replaces `path`, synced to disk, when the block succeeds, and is removed otherwise.
 
-    While it is written it lies beside `path`, hidden, under a name that ends in TEMPORARY.
+    Until then it is a hidden file next to `path`, whose name ends in TEMPORARY.
     """
-    # Not the process's number: containers that share a folder have the same ones.
+    # A random name, as containers that share a folder also share process ids.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with temporary.open("wb") as file:
@@ -40,7 +40,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a rename in a folder, survive a loss of power."""
+    """Sync a file's content, or a folder's renames, to disk, so that they survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,28 +49,28 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON with sorted keys, so that the same values give the same bytes; durable and all or nothing."""
+    """Write JSON atomically, with sorted keys, so that the same values give the same bytes."""
     with atomic_file(path) as file:
         file.write((json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
+    """Return the hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def new_folder(out: Path, marker: str) -> Iterator[Path]:
-    """A temporary folder that replaces `out`, synced to disk, when the block succeeds, and is removed otherwise.
+    """Make a temporary folder that replaces `out`, synced to disk, when the block succeeds, and is removed otherwise.
 
-    The old content of `out` is moved aside and then removed. After a crash in between it lies whole in a hidden folder
-    next to `out`.
+    The old content of `out` is moved aside and then removed. After a crash in between, it is in a hidden folder next
+    to `out`.
 
     Raises UserError if `out` exists and is neither empty nor a folder with a file `marker`.
     """
     if out.exists() and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and holds no {marker}; choose another folder.")
+        raise UserError(f"{out} exists and holds no {marker}. Choose another folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:

@@ -1,8 +1,8 @@
 """Logits and Grad-CAM in one pass: the backward of Grad-CAM written out as forward operations.
 
-Grad-CAM (Selvaraju et al. 2017) weighs the channels of an activation map by the mean gradient of the wanted logit and
+Grad-CAM (Selvaraju et al. 2017) weighs the channels of an activation map by the mean gradient of the target logit and
 keeps the positive part. For the supported backbones that gradient is short enough to write down, so the map costs
-next to nothing over the forward pass, needs no autograd, and exports as one graph:
+little more than the forward pass, needs no autograd, and exports in one graph:
 
 * global average pooling and a linear head (ResNet, EfficientNet, EfficientNetV2): the gradient is the head's row,
   divided by the number of cells (the equality with CAM of Zhou et al. 2016 is in Selvaraju et al., appendix A);
@@ -12,8 +12,8 @@ next to nothing over the forward pass, needs no autograd, and exports as one gra
   influence the class token. Only the class token's query runs through the last block, and as only the patch mean of
   the gradient is needed, the backward through keys and values collapses to two products of a vector with a matrix.
 
-Whatever has another shape (query-key norm, attention pooling, hidden layers in the head, ...) takes the general way,
-`AutogradGradCam`, which gives the same numbers through autograd, cannot be exported, and is slower.
+Other backbones (query-key norm, attention pooling, hidden layers in the head, ...) use `AutogradGradCam`, which gives
+the same numbers through autograd, is slower, and cannot be exported.
 """
 
 from typing import Any
@@ -28,11 +28,11 @@ from handlers.backbone import fuse, is_vision_transformer
 
 
 class GradCam(nn.Module):
-    """Base: `forward(images (N,3,S,S), target int64 (N,), metadata) -> logits (N,K), map (N,h,w), features (N,D)`.
+    """The base: `forward(images (N,3,S,S), target int64 (N,), metadata) -> logits (N,K), map (N,h,w), features (N,D)`.
 
-    A negative target means the top class. Metadata are encoded (handlers.metadata) or None; the logits hold what they
-    add, which does not depend on the picture, so the map is that of the picture's own logit. The map is not negative
-    and not normalised. The features are the input of the backbone's classifier.
+    A negative target means the top class. Metadata are encoded (handlers.metadata) or None. They add to the logits, but
+    do not change the map, as what they add does not depend on the picture. The map is not negative and not normalised.
+    The features are the input of the backbone's classifier.
     """
 
     exportable = True
@@ -50,7 +50,7 @@ class PooledConvGradCam(GradCam):
 
     @staticmethod
     def supports(backbone: Any) -> bool:
-        """Average pooling straight into one linear layer, with nothing between (as in MobileNetV3)."""
+        """Return whether average pooling feeds one linear layer directly (unlike in MobileNetV3)."""
         pool, head = getattr(backbone, "global_pool", None), backbone.get_classifier()
         return (
             isinstance(pool, SelectAdaptivePool2d)
@@ -73,7 +73,7 @@ class AveragedVitGradCam(GradCam):
 
     @staticmethod
     def supports(backbone: Any) -> bool:
-        """Plain blocks, average pooling, norm after it (timm's fc_norm) or none, linear head."""
+        """Return whether it has average pooling, at most a norm after it (timm's fc_norm), and a linear head."""
         return (
             is_vision_transformer(backbone)
             and backbone.global_pool == "avg"
@@ -102,7 +102,7 @@ class ClassTokenVitGradCam(GradCam):
 
     @staticmethod
     def supports(backbone: Any) -> bool:
-        """timm's plain pre-norm blocks with ordinary attention, class token pooling, linear head."""
+        """Return whether it has timm's plain pre-norm blocks, plain attention, class token pooling and a linear head."""
         if not (is_vision_transformer(backbone) and backbone.global_pool == "token"):
             return False
         block = backbone.blocks[-1]
@@ -149,7 +149,7 @@ class ClassTokenVitGradCam(GradCam):
         features = vit.norm(after_mlp)
         logits = fuse(vit, vit.head(features), metadata)
 
-        # Backward, from the wanted logit to the mean over patches of the gradient at `normed`.
+        # Backward, from the target logit to the mean over patches of the gradient at `normed`.
         gradient = F.embedding(self._resolve(logits, target), vit.head.weight)
         gradient = _layer_norm_backward(gradient, after_mlp, vit.norm)
         through_mlp = _gelu_backward((gradient * scale2) @ mlp.fc2.weight, hidden, mlp.act) @ mlp.fc1.weight
@@ -165,9 +165,9 @@ class ClassTokenVitGradCam(GradCam):
 
 
 class AutogradGradCam(GradCam):
-    """Any backbone whose last feature map or tokens can be found, through autograd; the check on the others.
+    """Any backbone whose last feature map or tokens are known, through autograd; the reference for the other classes.
 
-    Raises ValueError at construction when it does not know where to look.
+    Raises ValueError at construction for an unknown backbone.
     """
 
     exportable = False
@@ -179,7 +179,7 @@ class AutogradGradCam(GradCam):
     def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         kept: list[Tensor] = []
         with torch.inference_mode(False), torch.enable_grad():
-            # what inference mode made, autograd will not touch
+            # autograd refuses tensors made in inference mode
             images, target = images.clone(), target.clone()
             metadata = None if metadata is None else metadata.clone()
 
@@ -194,8 +194,8 @@ class AutogradGradCam(GradCam):
                 logits = fuse(self.backbone, self.backbone.get_classifier()(features), metadata)
             finally:
                 hook.remove()
-            wanted = self._resolve(logits, target)
-            (gradient,) = torch.autograd.grad(logits.gather(1, wanted[:, None]).sum(), kept[0])
+            classes = self._resolve(logits, target)
+            (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept[0])
         activation, logits, features = kept[0].detach(), logits.detach(), features.detach()
         if activation.ndim == 3:
             first = getattr(self.backbone, "num_prefix_tokens", 0)
@@ -204,7 +204,7 @@ class AutogradGradCam(GradCam):
 
 
 def grad_cam(backbone: nn.Module) -> GradCam:
-    """The fastest Grad-CAM module that is exact for this backbone, which should be in eval mode."""
+    """Return the fastest exact Grad-CAM module for a backbone in eval mode."""
     for kind in (ClassTokenVitGradCam, AveragedVitGradCam, PooledConvGradCam):
         if kind.supports(backbone):
             return kind(backbone)
@@ -212,7 +212,7 @@ def grad_cam(backbone: nn.Module) -> GradCam:
 
 
 def target_layer(backbone: Any) -> nn.Module:
-    """The layer whose activation Grad-CAM looks at, as one would hand it to the grad-cam package.
+    """Return the layer whose activation Grad-CAM uses, as the grad-cam package expects it.
 
     Raises ValueError for a backbone of unknown shape.
     """
@@ -222,7 +222,7 @@ def target_layer(backbone: Any) -> nn.Module:
         return backbone.layer4
     if hasattr(backbone, "conv_head") and hasattr(backbone, "bn2"):  # EfficientNet: convolution, norm with activation
         return backbone.bn2
-    raise ValueError(f"Grad-CAM does not know the last feature layer of a {type(backbone).__name__}.")
+    raise ValueError(f"Grad-CAM does not support {type(backbone).__name__}: its last feature layer is not known.")
 
 
 def _token_map(patches: Tensor, weight: Tensor, vit: Any) -> Tensor:
@@ -235,7 +235,7 @@ def _layer_scale(module: Any) -> Tensor | float:
 
 
 def _layer_norm_backward(gradient: Tensor, inputs: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Gradient at the inputs (N, D) of a layer norm, given the one at its output (N, D)."""
+    """Compute the gradient at the inputs (N, D) of a layer norm from the gradient at its output (N, D)."""
     centred = inputs - inputs.mean(-1, keepdim=True)
     inverse = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + norm.eps)
     normed = centred * inverse
@@ -244,7 +244,7 @@ def _layer_norm_backward(gradient: Tensor, inputs: Tensor, norm: nn.LayerNorm) -
 
 
 def _gelu_backward(gradient: Tensor, inputs: Tensor, gelu: nn.GELU) -> Tensor:
-    """Gradient at the inputs of GELU; d/dx x·Φ(x) = Φ(x) + x·φ(x), or its tanh approximation."""
+    """Compute the gradient at the inputs of GELU: d/dx x·Φ(x) = Φ(x) + x·φ(x), or its tanh approximation."""
     if gelu.approximate == "tanh":
         c, a = 0.7978845608028654, 0.044715  # sqrt(2/π); Hendrycks & Gimpel 2016
         t = torch.tanh(c * (inputs + a * inputs**3))

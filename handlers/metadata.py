@@ -1,8 +1,7 @@
-"""What a model may be told beside the picture: the patient's age and sex, and where on the body the lesion is.
+"""Metadata: the patient's age and sex, and the site of the lesion, as inputs besides the picture.
 
-The one way from values to the network's input, for training and serving alike. Any value may be missing: then its part
-of the input is zeros, to which the network adds nothing (handlers.backbone.MetadataHead), so a picture of which nothing
-is known gets the answer of the picture alone. Imports no torch.
+Training and serving encode them here. Any value may be missing. Its part of the input is then zeros, which add nothing
+to the logits (handlers.backbone.MetadataHead), so without metadata the answer is that of the picture alone.
 """
 
 import math
@@ -17,8 +16,8 @@ from handlers.errors import UserError
 
 FIELDS = ("age", "sex", "site")
 OLDEST = 120  # years
-MISSING = ("", "unknown")  # what a form may say instead of nothing
-# Centre and scale of ISIC 2019's ages, and its words; a bundle keeps those that it was trained with.
+MISSING = ("", "unknown")
+# Centre and scale of ISIC 2019's ages, and its words. A bundle keeps those of its training.
 AGE = (50.0, 20.0)
 SEXES = ("female", "male")
 SITES = (
@@ -30,15 +29,15 @@ Values = Mapping[str, float | str | None]
 
 
 class MetadataError(UserError):
-    """A value that a model cannot be told, with a sentence saying what it may be."""
+    """A metadata field or value that a model does not take."""
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """Which values a model takes; the default takes none.
+    """The fields and values that a model takes; by default none.
 
-    Each entry belongs to the field of its name and is empty if the model does not take it: `age` is the (centre, scale)
-    in years by which ages are standardised, `sex` and `site` are the words that are known.
+    `age` is the (centre, scale) in years by which ages are standardised; `sex` and `site` are the known words. The
+    entry of a field that the model does not take is empty.
     """
 
     age: tuple[float, ...] = ()
@@ -47,55 +46,54 @@ class Metadata:
 
     @classmethod
     def of(cls, fields: Iterable[str]) -> "Metadata":
-        """A model that takes these fields, with ISIC 2019's words."""
-        known: dict[str, Any] = {"age": AGE, "sex": SEXES, "site": SITES}
-        return cls(**{name: known[name] for name in fields})
+        """Return the metadata with these fields and ISIC 2019's words."""
+        values: dict[str, Any] = {"age": AGE, "sex": SEXES, "site": SITES}
+        return cls(**{name: values[name] for name in fields})
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of what it takes, in the order of FIELDS."""
+        """The names of the fields, in the order of FIELDS."""
         return tuple(name for name in FIELDS if getattr(self, name))
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """For each of the D inputs the index of its field in `fields`."""
+        """The index in `fields` for each of the D inputs."""
         widths = [2 if name == "age" else len(getattr(self, name)) for name in self.fields]
         return tuple(index for index, width in enumerate(widths) for _ in range(width))
 
     @property
     def choices(self) -> dict[str, list[Any]]:
-        """What each field may be, for people and forms: the youngest and oldest age in years, or all the words."""
+        """The choices of each field, for forms: the youngest and oldest age in years, or the known words."""
         return {name: [0, OLDEST] if name == "age" else list(getattr(self, name)) for name in self.fields}
 
-    def parse(self, given: Mapping[str, Any]) -> dict[str, float | str | None]:
-        """Values from anybody, checked: one for each field, years or a known word, None where it is missing.
+    def parse(self, values: Mapping[str, Any]) -> dict[str, float | str | None]:
+        """Check untrusted values and return one for each field: years, a known word, or None if it is missing.
 
         None, NaN, "" and "unknown" are missing.
 
         Raises:
-            MetadataError: a field that the model does not take, or a value that it cannot be.
+            MetadataError: a field that the model does not take, or a wrong value.
         """
-        for name in given:
+        for name in values:
             if name not in self.fields:
-                raise MetadataError(f"This model takes no {str(name)[:40]}; leave it out.")
-        return {name: self._value(name, given.get(name)) for name in self.fields}
+                raise MetadataError(f"This model takes no {str(name)[:40]}. Leave it out.")
+        return {name: self._value(name, values.get(name)) for name in self.fields}
 
-    def understood(self, given: Mapping[Any, Any]) -> dict[str, float | str | None]:
-        """Those of a table's values that the model takes and knows, the others None: other people's tables have other
-        words."""
+    def understood(self, row: Mapping[Any, Any]) -> dict[str, float | str | None]:
+        """Return a table row's values, with None for words that the model does not know."""
         values: dict[str, float | str | None] = {}
         for name in self.fields:
             try:
-                values[name] = self._value(name, given.get(name))
+                values[name] = self._value(name, row.get(name))
             except MetadataError:
                 values[name] = None
         return values
 
     def encode(self, values: Values) -> np.ndarray:
-        """Checked values to the network's input, float32 (D,).
+        """Encode checked values as the network's input, float32 (D,).
 
-        Age gives two numbers, 1 and the standardised years; sex and site a 1 in the place of the word. Missing values
-        give zeros.
+        Age gives two numbers, 1 and the standardised years; sex and site give a 1 in the place of the word. Missing
+        values give zeros.
         """
         parts: list[list[float]] = []
         for name in self.fields:
@@ -108,12 +106,12 @@ class Metadata:
         return np.array([number for part in parts for number in part], np.float32)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, as kept in bundle.json."""
+        """Return the JSON form, as kept in bundle.json."""
         return {name: list(values) for name, values in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Metadata":
-        """The inverse of to_dict."""
+        """Invert to_dict."""
         return cls(**{name: tuple(entries) for name, entries in values.items()})
 
     def _value(self, name: str, value: Any) -> float | str | None:
@@ -126,8 +124,8 @@ class Metadata:
             # Stricter than float(), which also reads 1_0, 1e1 and infinity.
             if re.fullmatch(r"[0-9]{1,3}(\.[0-9]*)?", text) and float(text) <= OLDEST:
                 return float(text)
-            raise MetadataError(f"age must be years from 0 to {OLDEST}, or unknown, not {str(value)[:40]!r}.")
+            raise MetadataError(f"age is {str(value)[:40]!r}: it must be years from 0 to {OLDEST}, or unknown.")
         if text in getattr(self, name):
             return text
         words = ", ".join(getattr(self, name))
-        raise MetadataError(f"{name} must be one of {words}, or unknown, not {str(value)[:40]!r}.")
+        raise MetadataError(f"{name} is {str(value)[:40]!r}: it must be one of {words}, or unknown.")

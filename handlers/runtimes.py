@@ -1,8 +1,8 @@
 """Runtimes: run a bundle's serving graph with torch or with OpenVINO.
 
-The graph takes uint8 pixels, target classes and, where the model uses them, encoded metadata. It returns logits,
-Grad-CAM maps and residuals. A residual is the length of the features outside the space that known lesions span
-(handlers.calibration.Rejection); it is 0 in a bundle without such a space.
+The graph (handlers/serving_graph.py) takes uint8 pixels, target classes and, where the model uses them, encoded
+metadata. It returns logits, Grad-CAM maps and residuals. A residual is the length of the features outside the space that
+known lesions span (handlers/unknown_class.py); it is 0 in a bundle without such a space.
 """
 
 import functools
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @functools.cache
 def core() -> "openvino.Core":
-    """OpenVINO's core, one for the process.
+    """Return OpenVINO's core, one for the process.
 
-    On processors with AMX each new one gives its thread a signal stack and, in the end, frees it while it is in use:
-    the next signal with a handler in Python, such as Ctrl-C, is then a segmentation fault.
+    On processors with AMX each core gives its thread a signal stack and frees it while it is in use. The next signal
+    with a handler in Python, such as Ctrl-C, then ends in a segmentation fault.
     """
     import openvino
 
@@ -29,20 +29,25 @@ def core() -> "openvino.Core":
 
 
 class Runtime(Protocol):
-    """Something that runs a bundle's graph."""
+    """A way to run a bundle's graph."""
 
     precision: str
 
     @staticmethod
     def has_bf16() -> bool:
-        """Whether it would gain from bf16 where it runs."""
+        """Return whether the device computes in bf16."""
         ...
 
     def __call__(
         self, pixels: np.ndarray, target: np.ndarray, metadata: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels uint8 (N, S, S, 3), wanted classes int64 (N,) or -1, to float32 logits (N, K), maps (N, h, w) and
-        residuals (N,). Encoded metadata (N, D) count where the model takes them; None: nothing is known."""
+        """Run a batch. Returns float32 logits (N, K), maps (N, h, w) and residuals (N,).
+
+        Args:
+            pixels: uint8 (N, S, S, 3).
+            target: int64 (N,), the class of each map; -1 for the top class.
+            metadata: encoded metadata (N, D) for a model that takes them; None if nothing is known.
+        """
         ...
 
 
@@ -51,11 +56,11 @@ class OpenVinoRuntime:
 
     @staticmethod
     def has_bf16() -> bool:
-        """Whether this processor multiplies in bf16."""
+        """Return whether this processor multiplies in bf16."""
         return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
     def __init__(self, bundle: Bundle, precision: str = "f32", threads: int | None = None) -> None:
-        # Unless told, OpenVINO chooses the precision by itself and says nothing.
+        # Without a hint, OpenVINO silently chooses the precision itself.
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         if threads:
             options["INFERENCE_NUM_THREADS"] = str(threads)
@@ -74,14 +79,14 @@ class OpenVinoRuntime:
 
 
 class TorchRuntime:
-    """The eager model: on a GPU, where there is one, and for bundles without a graph; the reference for all others.
+    """The eager model, for GPUs and for bundles without a graph; in f32 it is the reference for all others.
 
-    It computes in `precision` "bf16", by autocast, or "f32".
+    `precision` is "bf16" (by autocast) or "f32".
     """
 
     @staticmethod
     def has_bf16() -> bool:
-        """Whether there is a GPU that multiplies in bf16; on CPUs this is the reference."""
+        """Return whether there is a GPU that multiplies in bf16."""
         import torch
 
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,4 +1,4 @@
-"""The nine diagnoses of the ISIC 2019 challenge, in its column order; written nowhere else."""
+"""The nine diagnoses of the ISIC 2019 challenge, in its column order."""
 
 from dataclasses import dataclass
 

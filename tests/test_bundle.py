@@ -88,7 +88,7 @@ def test_something_else_is_no_bundle_and_is_not_overwritten(slim, tmp_path):
     with pytest.raises(BundleError, match="not a bundle"):
         Bundle.load(tmp_path)
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match="choose another folder"):
+    with pytest.raises(UserError, match="Choose another folder"):
         complete(slim, tmp_path)
     assert (tmp_path / "thesis.tex").exists()
 

