@@ -28,7 +28,7 @@ START_SECONDS = 120  # two busy cores
 NOWHERE = "http://127.0.0.1:9"
 # No proxy, and no certificates, which take longer to read than the server takes to answer.
 PLAIN: dict[str, Any] = {"trust_env": False, "verify": False}
-PAUSE = 0.02  # seconds between a client's requests: both cores are wanted by what is tested beside it
+PAUSE = 0.02  # seconds between a client's requests, so that the tested programs get the cores
 
 
 @dataclass

@@ -62,8 +62,8 @@ def tiny_bundle(
     receipt: Receipt | None = None,
     **export: Any,
 ) -> Bundle:
-    """The bundle of a tiny network, a vision transformer unless told, with every kind of calibration."""
-    # Exported once for all tests, which takes seconds; what else is wanted of an export cannot be a cache's key.
+    """Return the bundle of a tiny network, by default a vision transformer, with every kind of calibration."""
+    # The export takes seconds and is cached; further options of an export cannot be keys of a cache.
     exported = _exported.__wrapped__ if export else _exported
     made = exported(
         seed, classes, residual_weight, metadata, json.dumps(OPTIONS if options is None else options), architecture,

@@ -1,13 +1,12 @@
-"""`docker compose up` for real, with whatever Docker Engine is running; `make test-compose` runs this file.
+"""`docker compose up` with a real Docker Engine; `make test-compose` runs this file.
 
-A copy of the repository comes up without any other step and answers on the shipped model; the page shows it in
-Chromium. Every service runs without root and without capabilities on a read-only file system; only loopback ports are
-published; nobody reaches store, database or management who has no business there; no secret is to be read in `docker
-inspect` or in a log. A training run in its container logs to MLflow, its files lie in MinIO, and it is served when its
-alias is moved. Whatever is killed comes back, data survives `down`, and TorchServe serves on its own. A broken, blank
-or lost `.env` locks nobody out.
+A copy of the repository starts without any other step, serves the shipped model, and shows it in Chromium. Every
+service runs without root and capabilities on a read-only file system. Only loopback ports are published; only the
+intended services reach store, database and management. No secret appears in `docker inspect` or in a log. A training
+container logs to MLflow and MinIO, and its model is served once its alias moves. Killed services come back, data
+survives `down`, and TorchServe serves alone. A broken, empty or lost `.env` never locks users out.
 
-The tests run in this order and share one stack. A missing engine is a failure.
+The tests run in this order and share one stack. Without an engine they fail.
 """
 
 import json
@@ -139,7 +138,7 @@ def test_slow_and_idle_clients_do_not_stop_others(stack, image):
         began = time.monotonic()
         for _ in range(5):
             assert stack.predict(image).status_code == 200
-        print(f"\n5 predictions beside 200 idle clients: {time.monotonic() - began:.2f} s")
+        print(f"\n5 predictions with 200 idle clients: {time.monotonic() - began:.2f} s")
         assert time.monotonic() - began < 20
 
 

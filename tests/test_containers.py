@@ -1,9 +1,8 @@
-"""What the container images are made of, as far as it can be told without an engine; tests/test_compose.py runs them.
+"""Container images, checked without an engine; tests/test_compose.py runs them.
 
-Each image's pinned requirements hold what its code imports, and pin nothing that the environment does not. Every
-service is confined, those of a profile too, and nothing is published but on loopback. Secrets are random, valid and
-kept; what `.env` names wins and stays; a value that cannot be used, or read, is told in a sentence. The health check
-fails where a service is not able to work.
+The pinned requirements of each image contain what its code imports, with the versions of the environment. Every
+service is confined, also those of a profile, and publishes ports on loopback only. Secrets are random, valid and kept.
+Values in `.env` win; an unusable value gives one sentence. The health check fails for a service that cannot work.
 """
 
 import ast

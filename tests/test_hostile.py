@@ -1,14 +1,14 @@
-"""Whatever a stranger sends: it is answered or refused, and hurts nobody.
+"""Hostile requests get an answer or a refusal and cause no damage.
 
-- every answer is 200 or a 4xx, in the contract's shape or in TorchServe's own; never a 5xx, but for forms that
-  TorchServe's front itself cannot read, which no worker sees;
-- the worker stays the same process, its memory flat, and the next good request is answered as before;
-- claimed sizes and data that grow when unpacked cost neither time nor memory;
-- in a batch of good and bad requests each gets its own answer;
-- one photograph has one answer, however the camera was held.
+- Every answer is 200 or a 4xx, in the contract's form or in TorchServe's own. A 5xx answers only forms that
+  TorchServe's front end cannot read; no worker sees them.
+- The worker stays the same process, its memory stays flat, and the next valid request is answered as before.
+- Claimed sizes and data that grow when unpacked cost neither time nor memory.
+- In a batch of valid and invalid requests, each gets its own answer.
+- One photograph has one answer, in every orientation.
 
-The corpus is made from a seed (tests/hostile). A few hundred of it run in `make test`; all of it, and the bombs, in
-`make test-hostile`, which prints the figures of docs/reliability.md. `TEST_IMAGES=FOLDER` makes it from real pictures.
+tests/hostile generates the requests from a seed. `make test` runs a few hundred of them; `make test-hostile` runs all,
+with decompression bombs, and prints the figures of docs/lab-notes.md. `TEST_IMAGES=FOLDER` uses real pictures.
 """
 
 import random

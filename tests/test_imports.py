@@ -95,7 +95,7 @@ def importable_modules() -> list[str]:
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    """One fresh interpreter imports every module: no output, no file, no thread. The promoter's start needs no torch."""
+    """A fresh interpreter imports every module: no output, file or thread. The promoter starts without torch."""
     code = f"""
 import importlib, os, sys, threading
 os.chdir({str(tmp_path)!r})

@@ -1,13 +1,13 @@
-"""What TorchServe bears: deaths, swaps, floods and long runs, with clients that ask all the time.
+"""TorchServe under load: killed workers, version swaps, floods and long runs.
 
-- a worker that is killed comes back, and a client that tries again on 500, 503 and 507 loses nothing;
-- versions are swapped under load without a failed request, and no client sees the older one again;
-- more requests than the queue holds are refused with 503 at once, and those accepted wait no longer than it is deep;
-- idle and slow connections stop nobody;
-- thousands of requests leave the memory as it was.
+- A killed worker comes back, and a client that retries on 500, 503 and 507 loses nothing.
+- Versions are swapped under load without a failed request, and no client gets the older version afterwards.
+- Requests beyond the queue get 503 at once; the accepted ones wait no longer than the queue is deep.
+- Idle and slow connections block no other client.
+- Thousands of requests leave the memory unchanged.
 
-One short case of each runs in `make test`; the full ones are `make test-load`, which prints the figures of
-docs/reliability.md. Everything is on loopback.
+`make test` runs a short case of each; `make test-load` runs the full ones and prints the figures of docs/lab-notes.md.
+All traffic is on loopback.
 """
 
 import http.client

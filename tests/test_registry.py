@@ -133,7 +133,7 @@ def test_a_runs_bundle_is_registered_and_linked(registry, run_with_bundle, mlflo
     version = registry.find(bundle.digest)
     assert f"version {version.version} is registered" in done.stdout
     assert version.run_id == run_id
-    assert version.aliases == (), "nobody asked for it"
+    assert version.aliases == (), "no alias was requested"
     info = registry.client.get_run(run_id).info
     assert (info.status, info.end_time) == ("FINISHED", 123456789)
 

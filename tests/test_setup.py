@@ -1,7 +1,7 @@
-"""Making the environment: each thing that can be missing is told in one sentence, before anything is fetched.
+"""scripts/setup_env.sh names each missing requirement in one sentence, before it downloads anything.
 
-The quick tests give scripts/setup_env.sh a PATH of their own, with stand-ins for what is to fail. The slow one makes a
-whole environment in a fresh copy of the repository, cuts the installation off in the middle, and runs it again.
+The quick tests give the script a PATH with stand-ins that fail. The slow test creates an environment in a fresh copy of
+the repository, interrupts the installation, and runs it again.
 """
 
 import os

@@ -63,7 +63,7 @@ def test_default_shares_seed_and_stability():
     for split, share in DEFAULT_FRACTIONS.items():
         assert abs(images[split] / sum(images.values()) - share) < 0.002
     assert assign_splits(groups, seed=1) != splits
-    # Ten more lesions move only those beside a cut.
+    # Ten more lesions move only those next to a cut.
     more = assign_splits(groups | {f"new {number}": ["NV"] for number in range(10)})
     assert sum(more[name] != split for name, split in splits.items()) < 15
 

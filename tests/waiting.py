@@ -1,4 +1,4 @@
-"""Waiting for what another process will do."""
+"""Wait for another process."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def eventually(what: Callable[[], T], seconds: float = 60, state: Callable[[], object] = lambda: "") -> T:
-    """The first true value of `what()`; HTTP that fails counts as not yet. `state()` is told when time is up."""
+    """Return the first true value of `what()`; an HTTP error counts as false. A timeout fails with `state()`."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -18,5 +18,5 @@ def eventually(what: Callable[[], T], seconds: float = 60, state: Callable[[], o
                 return value
         except httpx.HTTPError:
             pass
-        assert time.monotonic() < end, f"still not so after {seconds} s\n{state()}"
+        assert time.monotonic() < end, f"no result after {seconds} s\n{state()}"
         time.sleep(0.1)

@@ -21,7 +21,7 @@ from PIL import Image
 OK, BROKEN, LARGE, FOREIGN = (frozenset({status}) for status in (200, 400, 413, 415))
 PERHAPS = OK | BROKEN | LARGE | FOREIGN  # what is left after a random wound may still be a picture
 MEGAPIXELS_900 = (30_000, 30_000)
-SIDE = 240  # pixels of the longer side of what is encoded anew
+SIDE = 240  # longer side of re-encoded pictures, in pixels
 TIFF_COMPRESSIONS = ("raw", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "jpeg", "packbits", "lzma", "zstd")
 TIFF_BILEVEL = ("group3", "group4", "tiff_ccitt")
 # Somewhere on a glacier, and a name: what must never show in a log.

@@ -273,7 +273,7 @@ def heads(data: bytes) -> Items:
 
 
 def addresses(data: bytes) -> Items:
-    """Methods and paths beside the one that is meant."""
+    """Yield other methods and paths than those of the contract."""
     model = PREDICTIONS.rsplit("/", 1)[0]
     for path in (
         f"{PREDICTIONS}/1",
