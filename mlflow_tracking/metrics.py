@@ -1,11 +1,10 @@
-"""Figures of merit from labels and probabilities; numpy alone, so that promotion can use them.
+"""Figures of merit from labels and probabilities, in numpy only, because gates and training share them.
 
-scikit-learn has most of them, and the tests hold these against it; but checking its arguments takes it fifty times as
-long as the arithmetic, and a bootstrap asks for forty figures a thousand times.
+The tests compare them with scikit-learn, which is too slow for a bootstrap because it checks its arguments every time.
 
-Throughout, `labels` are int (N,) indices into `classes`, `probabilities` float (N, K) with rows summing to 1, and the
-predicted class is the most probable one. A class without images in `labels` has no recall, F1 or AUC: it is left out
-of the averages over classes, and its own entry is None.
+`labels` are int (N,) indices into `classes`. `probabilities` are float (N, K) with rows summing to 1. The predicted
+class is the most probable one. A class without images has no recall, F1 or AUC: averages over classes leave it out, and
+its own entry is None.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,18 +17,18 @@ Labels = NDArray[np.int64]
 Probabilities = NDArray[np.float64]
 
 ECE_BINS = 15  # equal widths, as in Guo et al. 2017
-TINY = 1e-12  # the floor under a probability before its logarithm
+TINY = 1e-12  # the smallest probability in a logarithm
 HIGH_SENSITIVITY = 0.8  # the ISIC challenges' "AUC, sensitivity > 80 %"
-SCREENING_SENSITIVITY = 0.95  # where specificity is asked for, as for melanoma
+SCREENING_SENSITIVITY = 0.95  # the sensitivity at which specificity is reported
 
 
 def accuracy(labels: Labels, probabilities: Probabilities) -> float:
-    """Share of images whose most probable class is the right one."""
+    """Return the share of images whose most probable class is right."""
     return float(np.mean(probabilities.argmax(1) == labels))
 
 
 def recalls(labels: Labels, probabilities: Probabilities) -> NDArray[np.float64]:
-    """Recall of each class (K,); nan for a class without images."""
+    """Return the recall of each class (K,); NaN for a class without images."""
     classes = probabilities.shape[1]
     total = np.bincount(labels, minlength=classes)
     right = np.bincount(labels[probabilities.argmax(1) == labels], minlength=classes)
@@ -37,40 +36,43 @@ def recalls(labels: Labels, probabilities: Probabilities) -> NDArray[np.float64]
 
 
 def balanced_accuracy(labels: Labels, probabilities: Probabilities) -> float:
-    """Mean recall of the classes that have images: the ISIC 2019 challenge's ranking metric."""
+    """Return the mean recall of the classes that have images, the ranking metric of the ISIC 2019 challenge."""
     return float(np.nanmean(recalls(labels, probabilities)))
 
 
 def macro_f1(labels: Labels, probabilities: Probabilities) -> float:
-    """Unweighted mean F1 of the classes that have images."""
+    """Return the unweighted mean F1 of the classes that have images."""
     return float(np.nanmean(f1_scores(confusion(labels, probabilities))))
 
 
 def weighted_f1(labels: Labels, probabilities: Probabilities) -> float:
-    """Mean F1 weighted by the number of images of each class."""
+    """Return the mean F1 weighted by the number of images of each class."""
     table = confusion(labels, probabilities)
     support = table.sum(1)
     return float(f1_scores(table)[support > 0] @ support[support > 0] / support.sum())
 
 
 def f1_scores(table: NDArray[np.int64]) -> NDArray[np.float64]:
-    """F1 of each class from a confusion matrix (K, K); nan for a class without images, 0 for one never found."""
+    """Return F1 of each class (K,) from a confusion matrix (K, K); NaN for a class without images."""
     support, called = table.sum(1), table.sum(0)
     return _share(2 * np.diag(table), np.where(support > 0, support + called, 0))
 
 
 def roc(is_class: NDArray[np.bool_], scores: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """False positive rate and sensitivity (P,) for each threshold, from (0, 0) to (1, 1); both kinds must be there."""
+    """Return false positive rate and sensitivity (P,) by threshold, from (0, 0) to (1, 1).
+
+    Both kinds of images must occur.
+    """
     order = np.argsort(-scores, kind="stable")
-    ranked, found = scores[order], np.cumsum(is_class[order])
+    ranked, true_positives = scores[order], np.cumsum(is_class[order])
     last_of_tie = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
-    sensitivity = found[last_of_tie] / found[-1]
-    false_positive = (last_of_tie + 1 - found[last_of_tie]) / (len(ranked) - found[-1])
+    sensitivity = true_positives[last_of_tie] / true_positives[-1]
+    false_positive = (last_of_tie + 1 - true_positives[last_of_tie]) / (len(ranked) - true_positives[-1])
     return np.append(0.0, false_positive), np.append(0.0, sensitivity)
 
 
 def area_under_roc(is_class: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
-    """Area under the ROC curve; nan without both kinds."""
+    """Return the area under the ROC curve; NaN without both kinds."""
     if is_class.all() or not is_class.any():
         return float("nan")
     false_positive, sensitivity = roc(is_class, scores)
@@ -78,21 +80,20 @@ def area_under_roc(is_class: NDArray[np.bool_], scores: NDArray[np.float64]) -> 
 
 
 def aucs(labels: Labels, probabilities: Probabilities) -> NDArray[np.float64]:
-    """Area under the ROC curve of each class against the rest (K,); nan for a class with no images or nothing else."""
+    """Return the AUC of each class against the rest (K,); NaN for a class that no image or every image has."""
     return np.array([area_under_roc(labels == k, probabilities[:, k]) for k in range(probabilities.shape[1])])
 
 
 def macro_auc(labels: Labels, probabilities: Probabilities) -> float:
-    """Unweighted mean of the one-against-rest AUCs that exist; nan if none does."""
+    """Return the unweighted mean of the one-against-rest AUCs that exist; NaN if none does."""
     values = aucs(labels, probabilities)
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def auc_above_sensitivity(is_class: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
-    """Area under the ROC curve where sensitivity is over HIGH_SENSITIVITY, in [0, 1]; nan without both kinds.
+    """Return the area under the part of the ROC curve above HIGH_SENSITIVITY, down to the axis; NaN without both kinds.
 
-    As in the ISIC 2019 challenge's scorer (isic-challenge-scoring, `auc_above_sensitivity`): the area under the curve's
-    part above that sensitivity, down to the axis.
+    As in the ISIC 2019 challenge's scorer (isic-challenge-scoring, `auc_above_sensitivity`).
     """
     if is_class.all() or not is_class.any():
         return float("nan")
@@ -108,30 +109,30 @@ def auc_above_sensitivity(is_class: NDArray[np.bool_], scores: NDArray[np.float6
 def specificity_at_sensitivity(
     is_class: NDArray[np.bool_], scores: NDArray[np.float64], sensitivity: float = SCREENING_SENSITIVITY
 ) -> float:
-    """The best specificity of a threshold on `scores` that finds at least this share of the class; nan without both."""
+    """Return the best specificity of a threshold with at least this sensitivity; NaN without both kinds."""
     if is_class.all() or not is_class.any():
         return float("nan")
-    false_positive, found = roc(is_class, scores)
-    return float(1 - false_positive[np.searchsorted(found, sensitivity)])
+    false_positive, sensitivities = roc(is_class, scores)
+    return float(1 - false_positive[np.searchsorted(sensitivities, sensitivity)])
 
 
 def risk_coverage(labels: Labels, probabilities: Probabilities) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Coverage (N,) and risk (N,): the error rate among the most confident 1, 2, ..., N images."""
+    """Return coverage (N,) and risk (N,): the error rate among the most confident 1, 2, ..., N images."""
     wrong = (probabilities.argmax(1) != labels)[np.argsort(-probabilities.max(1), kind="stable")]
     count = np.arange(1, len(wrong) + 1)
     return count / len(wrong), np.cumsum(wrong) / count
 
 
 def area_under_risk_coverage(labels: Labels, probabilities: Probabilities) -> float:
-    """Mean risk over all coverages, lower is better (AURC; Geifman, Uziel & El-Yaniv 2019)."""
+    """Return the mean risk over all coverages, lower is better (AURC; Geifman, Uziel & El-Yaniv 2019)."""
     return float(risk_coverage(labels, probabilities)[1].mean())
 
 
 def detection(known: NDArray[np.float64], unknown: NDArray[np.float64]) -> dict[str, float]:
-    """How well scores, high for what is unknown, tell unknown images from known ones.
+    """Return how well out-of-distribution scores, high for unknown images, separate known (N,) from unknown (M,).
 
-    `auroc`; `fpr_at_95`: the share of unknown images that pass where 95 % of the known ones do (Hendrycks & Gimpel
-    2017). nan if either is empty.
+    `auroc`, and `fpr_at_95`: the share of unknown images accepted at the threshold that accepts 95 % of the known ones
+    (Hendrycks & Gimpel 2017). NaN if either is empty.
     """
     if not len(known) or not len(unknown):
         return {"auroc": float("nan"), "fpr_at_95": float("nan")}
@@ -143,19 +144,19 @@ def detection(known: NDArray[np.float64], unknown: NDArray[np.float64]) -> dict[
 
 
 def nll(labels: Labels, probabilities: Probabilities) -> float:
-    """Mean negative log-likelihood of the right class, in nats."""
+    """Return the mean negative log-likelihood of the true class, in nats."""
     right = probabilities[np.arange(len(labels)), labels]
     return float(-np.log(np.maximum(right, TINY)).mean())
 
 
 def brier(labels: Labels, probabilities: Probabilities) -> float:
-    """Brier score in its multi-class form, from 0 (perfect) to 2: mean squared distance to the one-hot truth."""
+    """Return the multi-class Brier score, from 0 (perfect) to 2: mean squared distance to the one-hot truth."""
     truth = np.eye(probabilities.shape[1])[labels]
     return float(((probabilities - truth) ** 2).sum(1).mean())
 
 
 def reliability(labels: Labels, probabilities: Probabilities, bins: int = ECE_BINS) -> NDArray[np.float64]:
-    """Per confidence bin of equal width: (images, mean confidence, accuracy), (bins, 3); nan where a bin is empty."""
+    """Return (images, mean confidence, accuracy) of bins of equal width (bins, 3); NaN where a bin is empty."""
     confidence = probabilities.max(1)
     right = probabilities.argmax(1) == labels
     place = np.clip((confidence * bins).astype(int), 0, bins - 1)
@@ -166,7 +167,7 @@ def reliability(labels: Labels, probabilities: Probabilities, bins: int = ECE_BI
 
 
 def expected_calibration_error(labels: Labels, probabilities: Probabilities, bins: int = ECE_BINS) -> float:
-    """Mean gap between confidence and accuracy, bins weighted by their images (Naeini et al. 2015; Guo et al. 2017)."""
+    """Return the mean gap of confidence and accuracy, weighted by images (Naeini et al. 2015; Guo et al. 2017)."""
     count, confidence, right = reliability(labels, probabilities, bins).T
     return float(np.nansum(count * np.abs(confidence - right)) / len(labels))
 
@@ -185,14 +186,16 @@ SUMMARY: dict[str, Callable[[Labels, Probabilities], float]] = {
 
 
 def summary(labels: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
-    """All the single figures, by name."""
+    """Return the figures of SUMMARY by name."""
     y, p = np.asarray(labels, np.int64), np.asarray(probabilities, np.float64)
     return {name: metric(y, p) for name, metric in SUMMARY.items()}
 
 
 def per_class(labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Figures of each class, by code: support, precision, recall, F1, specificity, AUC, AUC above 80 % sensitivity,
-    specificity at 95 % sensitivity; None where undefined."""
+    """Return figures of each class by code; None where undefined.
+
+    Support, precision, recall, F1, specificity, AUC, AUC above 80 % sensitivity, specificity at 95 % sensitivity.
+    """
     y, p = np.asarray(labels, np.int64), np.asarray(probabilities, np.float64)
     table = confusion(y, p)
     right, support, called = np.diag(table), table.sum(1), table.sum(0)
@@ -213,7 +216,7 @@ def per_class(labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str
 
 
 def confusion(labels: ArrayLike, probabilities: ArrayLike) -> NDArray[np.int64]:
-    """Confusion matrix (K, K): rows are the truth, columns the predicted class."""
+    """Return the confusion matrix (K, K): rows are true classes, columns predicted classes."""
     y, p = np.asarray(labels, np.int64), np.asarray(probabilities)
     classes = p.shape[1]
     return np.bincount(y * classes + p.argmax(1), minlength=classes * classes).reshape(classes, classes)
@@ -227,12 +230,15 @@ def bootstrap(
     seed: int = 0,
     metrics: Sequence[str] = tuple(SUMMARY),
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of the summary figures, resampling lesions (all their images together), not images.
+    """Return 95 % percentile intervals of summary figures from a cluster bootstrap over lesions.
 
-    Images of one lesion are not independent; resampling images would make the intervals too narrow (cluster bootstrap,
-    Davison & Hinkley 1997, section 3.8). The calibration error grows with the noise of its bins, of which a resampling
-    has more: its draws are moved down by that bias, their mean less the estimate (section 2.1), to 0 at least. A figure
-    that no draw has, such as the AUC of images of one class, is left out.
+    Images of one lesion are not independent, so resampling images would give too narrow intervals (Davison & Hinkley
+    1997, section 3.8). A resampling has noisier bins and thus a larger calibration error. Its draws are shifted down by
+    that bias, their mean minus the estimate (section 2.1), but not below 0. A figure that no draw has is left out.
+
+    Args:
+        groups: the lesion of each image (N,).
+        metrics: names out of SUMMARY.
     """
     y, p = np.asarray(labels, np.int64), np.asarray(probabilities, np.float64)
     draws: dict[str, list[float]] = {name: [] for name in metrics}
@@ -252,7 +258,7 @@ def bootstrap_per_class(
     groups: ArrayLike,
     resamples: int = 1000,
 ) -> dict[str, dict[str, tuple[float, float] | None]]:
-    """95 % intervals of the figures of `per_class`, by the same resampling; None for a class without images."""
+    """Return 95 % intervals of the figures of `per_class` from the same bootstrap; None where undefined."""
     y, p = np.asarray(labels, np.int64), np.asarray(probabilities, np.float64)
     draws = [per_class(y[chosen], p[chosen], classes) for chosen in resampled(groups, resamples)]
     figures = [name for name in draws[0][classes[0]] if name != "support"]
@@ -264,7 +270,7 @@ def bootstrap_per_class(
 
 
 def resampled(groups: ArrayLike, resamples: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
-    """Indices of each resampling: as many groups as there are, drawn with replacement, each with all its members."""
+    """Yield indices of each resampling: whole groups, drawn with replacement, as many as there are."""
     _, member = np.unique(np.asarray(groups), return_inverse=True)
     by_group = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
     rng = np.random.default_rng(seed)
@@ -273,14 +279,14 @@ def resampled(groups: ArrayLike, resamples: int, seed: int = 0) -> Iterator[NDAr
 
 
 def interval(draws: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
-    """The middle 95 % of bootstrap draws."""
+    """Return the middle 95 % of bootstrap draws."""
     return float(np.nanquantile(draws, 0.025)), float(np.nanquantile(draws, 0.975))
 
 
 def report(
     labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str], groups: ArrayLike, resamples: int = 0
 ) -> dict[str, Any]:
-    """Everything above as one JSON-able table: counts, summary, per class, confusion matrix, and intervals of them."""
+    """Return counts, summary, figures of each class, confusion matrix and intervals as a JSON-able table."""
     return {
         "images": len(np.asarray(labels)),
         "lesions": len(np.unique(np.asarray(groups))),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start the MLflow server: runs, artifacts and the model registry. Runs from any folder; Ctrl-C stops it.
 #
-#   mlflow_tracking/mlflow_server.sh                    http://127.0.0.1:5001, sqlite and files in .stack/
+#   mlflow_tracking/mlflow_server.sh                    http://127.0.0.1:5001, SQLite and files in .stack/
 #   MLFLOW_PORT=5002 mlflow_tracking/mlflow_server.sh   another port
 #
 # Options are passed to `mlflow server`.

@@ -72,7 +72,7 @@ FORGERIES = {
     "a missing first line": (lambda own: own[1:], "Line 1 has the number 2"),
     "two exchanged": (lambda own: [own[0], own[2], own[1], *own[3:]], "Line 2 has the number 3"),
     "one twice": (lambda own: [*own[:3], own[2], *own[3:]], "Line 4 has the number 3"),
-    "no line at all": (lambda own: [*own[:2], b"hello\n", *own[3:]], "Line 3 is no line of this log"),
+    "no line at all": (lambda own: [*own[:2], b"hello\n", *own[3:]], "Line 3 is not a line of an audit log"),
     "a missing end": (lambda own: own[:3], "Lines 4 to 5 are missing at the end"),
     "a missing whole": (lambda own: [], "Lines 1 to 5 are missing at the end"),
 }
@@ -93,7 +93,7 @@ def test_a_log_written_anew_is_found(log):
     for _ in range(7):
         anew.append("serve", "eve@lab", version="1")
     assert anew.verify() == [], "the chain itself is whole"
-    assert anew.verify(head) == ["Line 5 is not the one the registry knows: the log was written anew."]
+    assert anew.verify(head) == ["Line 5 is not the one that the registry knows: the log was rewritten."]
 
 
 @pytest.mark.parametrize("kept", [1, 60, -1])
@@ -115,7 +115,7 @@ def test_a_damaged_last_line_stops_nobody_and_is_found(log, line):
     assert damaged.head() == head
     damaged.append("serve", "ann@lab", version="6")
     assert damaged.rows()[-1]["before"] == head.hash
-    assert damaged.verify()[0].startswith("Line 6 is no line of this log")
+    assert damaged.verify()[0].startswith("Line 6 is not a line of an audit log")
 
 
 def test_a_killed_writer_leaves_a_whole_chain(tmp_path):

@@ -1,10 +1,10 @@
-"""The audit log: one JSON line for every act of promotion, each carrying the hash of the line before it.
+"""The audit log: one JSON line for every act of promotion, each with the hash of the line before it.
 
     {"seq": 7, "at": "2026-…Z", "event": "serve", "by": "promoter", "version": "3", …, "before": "…", "hash": "…"}
 
-`hash` is the SHA-256 of the line without it, and `before` the hash of the line above, so a changed, inserted or missing
-line breaks the chain. Lines missing at the end break nothing; therefore the registry keeps the newest hash (`Head`), in
-another place than this file. Written only by the holder of the store's lock; never rewritten.
+`hash` is the SHA-256 of the line without this field, `before` the hash of the line above. A changed, inserted or missing
+line breaks this chain. Missing lines at the end do not, so the registry keeps the newest hash (`Head`) as well. Only the
+holder of the store's lock writes the log, and it is never rewritten.
 """
 
 import getpass
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 AUDIT = "audit.jsonl"
-START = "0" * 64  # what the first line names as the one before it
-ALWAYS = {"seq": int, "at": str, "event": str, "by": str, "before": str, "hash": str}  # what every line has
+START = "0" * 64  # `before` of the first line
+ALWAYS = {"seq": int, "at": str, "event": str, "by": str, "before": str, "hash": str}  # fields of every line
 
 
 @dataclass(frozen=True)
 class Head:
-    """The newest line: its number (from 1) and its hash; 0 and START for an empty log."""
+    """The number (from 1) and hash of the newest line; 0 and START for an empty log."""
 
     seq: int = 0
     hash: str = START
@@ -36,23 +36,23 @@ class Head:
 
     @classmethod
     def parse(cls, text: str) -> "Head | None":
-        """The inverse of str; None for something else."""
+        """Invert str(); None for anything else."""
         seq, _, digest = text.partition(":")
         return cls(int(seq), digest) if seq.isdigit() and len(digest) == 64 else None
 
 
 class AuditLog:
-    """The log of one model store. What is read is kept until the file changes."""
+    """The log of one model store. Lines are cached until the file changes."""
 
     def __init__(self, store: Path) -> None:
         self.path = store / AUDIT
         self._mark: tuple[int, int] | None = None
         self._rows: list[dict[str, Any]] = []
-        # Bytes of whole lines, and whether half a line follows them.
+        # Bytes of whole lines, and whether an incomplete line follows.
         self._whole, self._torn = 0, False
 
     def append(self, event: str, by: str, **fields: Any) -> None:
-        """Write one line, synced to disk. Fields that are None are left out."""
+        """Append one line and sync it to disk. Fields that are None are left out."""
         head = self.head()
         row = {"seq": head.seq + 1, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
         row |= {"by": by, **{name: value for name, value in fields.items() if value is not None}, "before": head.hash}
@@ -60,19 +60,19 @@ class AuditLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             if self._torn:
-                # A writer died within its line. It promised nothing yet, so the line counts as never written.
+                # A writer died in the middle of a line, which therefore does not count.
                 file.truncate(self._whole)
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
     def head(self) -> Head:
-        """The newest line that is one of this log."""
+        """Return the head: the newest undamaged line."""
         whole = (row for row in reversed(self.rows()) if "damaged" not in row)
         return next((Head(row["seq"], row["hash"]) for row in whole), Head())
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines, oldest first; one that is no line of this log is given as {"damaged": its text}."""
+        """Return all lines, oldest first; a damaged line is {"damaged": its text}."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
@@ -87,54 +87,54 @@ class AuditLog:
         return self._rows
 
     def newest(self, event: str, **fields: Any) -> dict[str, Any] | None:
-        """The newest line of an event whose fields have these values."""
+        """Return the newest line of an event with these field values, or None."""
         for row in reversed(self.rows()):
             if row.get("event") == event and all(row.get(name) == value for name, value in fields.items()):
                 return row
         return None
 
     def verify(self, anchor: Head | None = None) -> list[str]:
-        """Sentences on what is wrong with the chain, none when it is whole.
+        """Return a sentence for each fault in the chain.
 
         Args:
-            anchor: the newest line that the registry knows of; the log must still hold it.
+            anchor: the head that the registry knows; the log must still contain it.
         """
         rows = self.rows()
-        faults = list(broken(rows))
+        faults = list(chain_faults(rows))
         if anchor and anchor.seq and not faults:
             if len(rows) < anchor.seq:
                 faults.append(f"Lines {len(rows) + 1} to {anchor.seq} are missing at the end: the registry knows them.")
             elif rows[anchor.seq - 1]["hash"] != anchor.hash:
-                faults.append(f"Line {anchor.seq} is not the one the registry knows: the log was written anew.")
+                faults.append(f"Line {anchor.seq} is not the one that the registry knows: the log was rewritten.")
         return faults
 
 
 def line_hash(row: dict[str, Any]) -> str:
-    """The SHA-256 of a line without its own hash, keys sorted, so that the layout does not matter."""
+    """Return the SHA-256 of a line without its hash; keys are sorted, so that the layout does not matter."""
     bare = {name: value for name, value in row.items() if name != "hash"}
     return hashlib.sha256(json.dumps(bare, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def broken(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
-    """Where the chain breaks; after a break it is followed on from the line that is there."""
+def chain_faults(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
+    """Yield a sentence for each break in the chain; each line is compared with the line above as it is."""
     before, expected = START, 1
     for number, row in enumerate(rows, 1):
         if "damaged" in row:
-            yield f"Line {number} is no line of this log: {row['damaged'][:60]!r}."
+            yield f"Line {number} is not a line of an audit log: {row['damaged'][:60]!r}."
             return
         if row["hash"] != line_hash(row):
-            yield f"Line {number} was changed: its content does not give its hash."
+            yield f"Line {number} was changed: its hash does not fit its content."
         elif row["seq"] != expected:
-            yield f"Line {number} has the number {row['seq']} and not {expected}: lines are missing or were moved."
+            yield f"Line {number} has the number {row['seq']} instead of {expected}: lines are missing or were moved."
         elif row["before"] != before:
-            yield f"Line {number} does not follow the line above it: one of them was exchanged."
+            yield f"Line {number} does not follow the line above: one of them was replaced."
         before, expected = row["hash"], row["seq"] + 1
 
 
 def person() -> str:
-    """Who runs this process, as the system knows it: user@host."""
+    """Return the user of this process as user@host."""
     name = str(os.getuid())
-    with suppress(OSError, KeyError):  # a user number without a name, as in containers
+    with suppress(OSError, KeyError):  # a user id without a name, as in containers
         name = getpass.getuser()
     return f"{name}@{socket.gethostname()}"
 
