@@ -1,7 +1,8 @@
-"""A bundle is whole or refused; its digest vouches for every byte; completing it derives a graph that agrees."""
+"""A damaged or incomplete bundle is refused, its digest covers every byte, and its serving graph agrees with the model."""
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,9 +17,9 @@ from handlers.completion import complete
 from handlers.errors import UserError
 from handlers.files import new_folder
 from handlers.predictor import Predictor
-from handlers.taxonomy import CODES, KNOWN_CODES
+from handlers.taxonomy import CODES
 from handlers.unknown_class import Rejection
-from tests.models import NOTHING_SEEN, tiny_bundle
+from tests.models import OPTIONS, tiny_bundle
 from training import export
 
 
@@ -54,12 +55,27 @@ def test_a_changed_byte_in_any_file_is_refused(full, tmp_path, name):
         Bundle.load(copy)
 
 
-def test_a_changed_description_changes_the_digest(full, tmp_path):
-    copy = shutil.copytree(full.path, tmp_path / "copy")
+def rewritten(bundle: Bundle, folder: Path, change: Callable[[dict], object]) -> Path:
+    """A copy of the bundle with a changed bundle.json."""
+    copy = shutil.copytree(bundle.path, folder / "copy")
     values = json.loads((copy / CONFIG).read_text())
-    values["calibration"]["temperature"] = 2.0
+    change(values)
     (copy / CONFIG).write_text(json.dumps(values))
+    return copy
+
+
+def test_a_changed_description_changes_the_digest(full, tmp_path):
+    copy = rewritten(full, tmp_path, lambda values: values["calibration"].update(temperature=2.0))
     assert Bundle.load(copy).digest != full.digest
+
+
+def test_reading_checks_the_files_but_no_hashes(full, tmp_path):
+    copy = shutil.copytree(full.path, tmp_path / "copy")
+    (copy / WEIGHTS).write_bytes(b"changed")
+    assert Bundle.read(copy).digest == full.digest
+    (copy / WEIGHTS).unlink()
+    with pytest.raises(BundleError, match=f"lacks {WEIGHTS}"):
+        Bundle.read(copy)
 
 
 @pytest.mark.parametrize(
@@ -76,15 +92,11 @@ def test_a_changed_description_changes_the_digest(full, tmp_path):
     ],
 )
 def test_a_wrong_description_is_refused_with_a_sentence(slim, tmp_path, change, message):
-    copy = shutil.copytree(slim.path, tmp_path / "copy")
-    values = json.loads((copy / CONFIG).read_text())
-    change(values)
-    (copy / CONFIG).write_text(json.dumps(values))
     with pytest.raises(BundleError, match=message):
-        Bundle.load(copy)
+        Bundle.load(rewritten(slim, tmp_path, change))
 
 
-def test_something_else_is_no_bundle_and_is_not_overwritten(slim, tmp_path):
+def test_another_folder_is_no_bundle_and_is_not_overwritten(slim, tmp_path):
     with pytest.raises(BundleError, match="not a bundle"):
         Bundle.load(tmp_path)
     (tmp_path / "thesis.tex").touch()
@@ -107,7 +119,7 @@ def test_an_unknown_architecture_is_refused_in_a_sentence(slim, tmp_path):
         Predictor(bundle)
 
 
-def test_a_file_that_cannot_be_read_is_told(slim, monkeypatch):
+def test_an_unreadable_file_is_reported(slim, monkeypatch):
     monkeypatch.setattr("handlers.bundle.file_sha256", Mock(side_effect=OSError(5, "Input/output error")))
     with pytest.raises(BundleError, match=r"cannot be read: Input/output error"):
         Bundle.load(slim.path)
@@ -121,7 +133,7 @@ def test_a_file_that_cannot_be_read_is_told(slim, monkeypatch):
         ({"runtime": "openvino"}, "has no serving graph for OpenVINO"),
     ],
 )
-def test_a_way_to_run_that_there_is_not_is_refused(slim, options, message):
+def test_an_unknown_runtime_or_precision_is_refused(slim, options, message):
     with pytest.raises(BundleError, match=message):
         Predictor(slim, **options)
 
@@ -147,7 +159,7 @@ def test_a_failure_while_writing_leaves_the_old_folder(full, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(full, tmp_path, monkeypatch):
+def test_a_failed_rename_leaves_the_old_folder(full, tmp_path, monkeypatch):
     copy = shutil.copytree(full.path, tmp_path / "copy")
     rename = Path.rename
 
@@ -163,7 +175,7 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(full, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-def test_what_is_no_number_disagrees(full):
+def test_nan_disagrees(full):
     case = full.golden()[0]
     for code in CODES:
         probability, _ = case.disagreement({**case.probabilities, code: float("nan")}, case.grid)
@@ -182,21 +194,7 @@ def test_json_of_another_shape_is_refused_in_a_sentence(full, tmp_path, text):
 
 
 def test_a_backbone_that_cannot_be_exported_is_served_by_torch(tmp_path):
-    from tests.models import ARCHITECTURE, OPTIONS, tiny_backbone
-    from training.export import export_bundle
-
-    options = {**OPTIONS, "qk_norm": True}
-    bundle = export_bundle(
-        tmp_path / "bundle",
-        backbone=tiny_backbone(options=options),
-        architecture=ARCHITECTURE,
-        options=options,
-        classes=KNOWN_CODES,
-        preprocessing=full_preprocessing(),
-        calibration=Calibration(),
-        evidence={},
-        receipt=NOTHING_SEEN,
-    )
+    bundle = tiny_bundle(tmp_path / "bundle", options={**OPTIONS, "qk_norm": True})
     assert (bundle.config.runtime, bundle.has_graph) == ("torch", False)
     case = bundle.golden()[0]
     [answer] = Predictor(bundle).predict([case.image])
@@ -204,7 +202,7 @@ def test_a_backbone_that_cannot_be_exported_is_served_by_torch(tmp_path):
     assert answer.to_dict()["model"]["runtime"] == "torch"
 
 
-def test_a_failing_export_is_told_and_served_by_torch(slim, tmp_path, monkeypatch, caplog):
+def test_a_failing_export_is_logged_and_served_by_torch(slim, tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("no such operation")
 
@@ -214,31 +212,17 @@ def test_a_failing_export_is_told_and_served_by_torch(slim, tmp_path, monkeypatc
     assert "torch will serve it, more slowly: no such operation" in caplog.text
 
 
-def full_preprocessing():
-    from handlers.preprocessing import Preprocessing
-    from tests.models import IMAGE_SIZE
-
-    return Preprocessing(IMAGE_SIZE)
-
-
-@pytest.mark.parametrize("architecture", ["resnet18", "efficientnet_b0", "tf_efficientnetv2_s"])
-def test_convolutional_backbones_export(tmp_path, architecture):
-    options = {"channel_multiplier": 0.5, "depth_multiplier": 0.3} if "v2" in architecture else {}
-    from tests.models import tiny_backbone
-    from training.export import export_bundle
-
-    bundle = export_bundle(
-        tmp_path / "bundle",
-        backbone=tiny_backbone(architecture=architecture, options=options),
-        architecture=architecture,
-        options=options,
-        classes=KNOWN_CODES,
-        preprocessing=full_preprocessing(),
-        calibration=Calibration(),
-        evidence={},
-        receipt=NOTHING_SEEN,
-    )
-    assert bundle.config.runtime == "openvino"  # and complete() held it against the eager model
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("resnet18", {}),
+        ("efficientnet_b0", {}),
+        ("tf_efficientnetv2_s", {"channel_multiplier": 0.5, "depth_multiplier": 0.3}),
+    ],
+)
+def test_convolutional_backbones_export(tmp_path, architecture, options):
+    bundle = tiny_bundle(tmp_path / "bundle", architecture=architecture, options=options)
+    assert bundle.config.runtime == "openvino"  # and the export compared it with the eager model
 
 
 def test_disagreement_is_zero_for_itself_and_large_for_another(full):

@@ -94,7 +94,7 @@ class GateCheck:
             return replace(kept, version=release.version)
         registered = self.registry.version(release.version)
         with tempfile.TemporaryDirectory() as temporary:
-            bundle = Bundle.load(archives.extract_bundle(self.store / release.archive, Path(temporary)))
+            bundle = Bundle.read(archives.extract_bundle(self.store / release.archive, Path(temporary)))
             candidate = Candidate(
                 release,
                 bundle,
