@@ -68,7 +68,7 @@ def prepare(
     first, folders last. No split divides a lesion, its near-duplicates or a patient. A Test/ folder and official test
     sets stay test.
 
-    --freeze-eval stores a split in the MLflow registry as the evaluation set of the gates (docs/promotion.md). With
+    --freeze-eval stores a split in the MLflow registry as the evaluation set of the gates (docs/operations.md). With
     --data the manifest is made first, otherwise that of --out is used.
     """
     if sources:

@@ -1,7 +1,7 @@
 """Gates: the questions that a candidate must answer well before it serves.
 
 A new gate is a subclass of Gate, or of SetGate for a question about the frozen evaluation set. It has a `name`, its
-limits as fields, and an answer. Add it to GATES in judge.py and to gates.yaml; docs/promotion.md lists the steps.
+limits as fields, and an answer. Add it to GATES in judge.py and to gates.yaml; docs/operations.md lists the steps.
 """
 
 import math
