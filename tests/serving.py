@@ -1,4 +1,4 @@
-"""A TorchServe under test, spoken to byte by byte: a client library would mend what is meant to be broken."""
+"""A TorchServe under test, with requests sent byte by byte, as a client library would repair broken ones."""
 
 import http.client
 import json
@@ -15,7 +15,7 @@ from handlers.taxonomy import CODES
 from tests.live import Server
 
 PREDICTIONS = "/predictions/skin_vit"
-PATIENCE = 90.0  # seconds; longer than a worker may think
+PATIENCE = 90.0  # seconds; longer than TorchServe's responseTimeout
 
 
 @dataclass(frozen=True)

@@ -83,21 +83,21 @@ def test_agrees_with_the_grad_cam_package(case):
     assert float(((maps - low) / (high - low + 1e-7) - expected).abs().max()) < 1e-3
 
 
-def test_the_map_follows_the_wanted_class(case):
+def test_the_map_follows_the_target_class(case):
     backbone, _, images, _ = case
     module = grad_cam(backbone)
     maps = [module(images, torch.full((3,), index))[1] for index in range(8)]
     assert len({tuple(some.flatten().tolist()) for some in maps}) > 2
 
 
-def test_the_autograd_way_leaves_no_hook_and_no_gradient(case):
+def test_autograd_leaves_no_hook_and_no_gradient(case):
     backbone, _, images, target = case
     AutogradGradCam(backbone)(images, target)
     assert not target_layer(backbone)._forward_hooks
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
-def test_an_unknown_shape_is_refused_with_its_name():
+def test_an_unknown_backbone_is_refused_with_its_name():
     with pytest.raises(ValueError, match="MlpMixer"):
         grad_cam(tiny_backbone(architecture="mixer_s32_224", options={"img_size": 64}))
 

@@ -1,4 +1,4 @@
-"""TorchServe's handler, with a fake context and no server: raw, form and JSON requests, each with its own answer."""
+"""The TorchServe handler with a fake context: raw, form and JSON requests, each with its own answer."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ from tests.test_privacy import traces
 
 
 class FakeContext:
-    """What the handler uses of ts.context.Context."""
+    """The part of ts.context.Context that the handler uses."""
 
     def __init__(self, folder, explain=False):
         self.system_properties = {"model_dir": str(folder)}
@@ -139,7 +139,7 @@ def test_explanations_come_with_the_overlay(ask, sample_images):
         ),
     ],
 )
-def test_refusals_are_the_requests_own(ask, sample_images, row, status, code, words):
+def test_a_refused_request_does_not_affect_the_others(ask, sample_images, row, status, code, words):
     good = {"body": bytearray(sample_images[0])}
     before, refused, after = ask(good, row, good)
     assert (before[0], after[0]) == (200, 200)
@@ -174,7 +174,7 @@ def test_a_prediction_is_one_line_for_the_log(folder, sample_images, monkeypatch
     assert "prediction {" not in caplog.text
 
 
-def test_a_gpu_is_used_by_torch_where_torchserve_gives_one(folder, monkeypatch):
+def test_torch_uses_the_gpu_that_torchserve_assigns(folder, monkeypatch):
     seen = []
     monkeypatch.setattr(skin_lesion_handler.Predictor, "load", lambda path, **options: seen.append(options))
     context = FakeContext(folder)
@@ -204,7 +204,7 @@ def test_an_exception_inside_is_answered_and_logged_without_content(
     assert traces(caplog.text.encode(), sample_images[0]) == []
 
 
-def test_one_that_makes_the_model_fail_fails_alone(handler, folder, sample_images, monkeypatch):
+def test_a_request_that_makes_the_model_fail_fails_alone(handler, folder, sample_images, monkeypatch):
     predictor = handler.predictor
 
     def predict(requests):

@@ -51,7 +51,7 @@ def status_of(data: bytes) -> int:
 
 
 @pytest.mark.parametrize("family", [images.odd, images.refused, images.foreign, images.bombs])
-def test_pictures_are_read_or_refused_as_they_should(family: Callable[[bytes], Iterator[Case]], sample_images):
+def test_each_file_gets_its_expected_status(family: Callable[[bytes], Iterator[Case]], sample_images):
     for case in family(sample_images[0]):
         began = time.process_time()
         assert status_of(case.data) in case.expected, case.name
@@ -100,7 +100,7 @@ rows = st.dictionaries(names, values, max_size=5) | values.map(lambda value: {"b
 
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(rows, min_size=1, max_size=4))
-def test_any_row_of_torchserve_gets_an_answer_of_its_own(handler, rows, tmp_path):
+def test_any_row_from_torchserve_gets_its_own_answer(handler, rows, tmp_path):
     good = {"body": bytearray(photograph(1))}
     context = FakeContext(tmp_path)
     answers = handler.handle([good, *rows, good], context)
@@ -156,7 +156,7 @@ def unharmed(serving: Serving) -> Iterator[psutil.Process]:
 @pytest.mark.parametrize(
     ("size", "warm_up"), [(150, 0), pytest.param(3000, 500, marks=[pytest.mark.hostile])], ids=["some", "all"]
 )
-def test_strangers_are_answered_and_hurt_nobody(serving, sample_images, size, warm_up):
+def test_hostile_requests_harm_no_other_request(serving, sample_images, size, warm_up):
     items, wrong, counts = corpus(SEED, size, sample_images), [], Counter()
     began, resident = time.monotonic(), []
     with unharmed(serving):
@@ -198,7 +198,7 @@ def test_30_000_by_30_000_pixels_are_refused_at_once(serving):
 @pytest.mark.live
 @pytest.mark.hostile
 @pytest.mark.timeout(900)
-def test_bombs_go_off_nowhere(serving, sample_images):
+def test_bombs_are_refused_quickly(serving, sample_images):
     slowest, wrong = (0.0, ""), []
     with unharmed(serving), watched(serving) as peak:
         before = peak[0]

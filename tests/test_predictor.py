@@ -1,4 +1,4 @@
-"""The predictor answers batches by the contract, however the requests are mixed, and with the golden answers."""
+"""The predictor answers mixed batches by the REST contract, and gives the golden answers in every runtime."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def predictor(bundle):
 
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])
 def test_threads_get_their_own_answers(bundle, runtime):
-    """As MLflow's scoring server asks."""
+    """MLflow's scoring server calls from several threads."""
     predictor, cases = Predictor(bundle, runtime=runtime, precision="f32"), bundle.golden()
 
     def own(case):
@@ -62,7 +62,7 @@ def test_golden_answers_in_every_runtime(bundle, options, tolerance):
         assert cam <= 0.01
 
 
-def test_the_answer_is_the_contract(predictor, sample_images):
+def test_the_answer_follows_the_contract(predictor, sample_images):
     [answer] = predictor.predict([sample_images[0]])
     body = json.loads(json.dumps(answer.to_dict(), allow_nan=False))
     assert list(body) == [
@@ -157,7 +157,7 @@ def test_a_class_the_model_never_saw_has_no_map_and_no_probability(tmp_path, sam
 
 
 @pytest.mark.parametrize(("runtime", "kind"), [("openvino", OpenVinoRuntime), ("torch", TorchRuntime)])
-def test_low_precision_must_earn_its_place(bundle, monkeypatch, runtime, kind):
+def test_bf16_is_kept_only_if_it_gives_the_golden_answers(bundle, monkeypatch, runtime, kind):
     monkeypatch.setattr(kind, "has_bf16", lambda: True)
     for error, precision in ((0.004, "bf16"), (0.006, "f32")):
         monkeypatch.setattr(Predictor, "golden_difference", lambda own, runtime, error=error: error)
@@ -171,7 +171,7 @@ def test_low_precision_must_earn_its_place(bundle, monkeypatch, runtime, kind):
     [("vit_tiny_patch16_224", None), ("vit_tiny_patch16_224", {"depth": 2, "global_pool": "avg"}),
      ("resnet18", {}), ("vit_tiny_patch16_224", {"depth": 2, "qk_norm": True})],
 )  # fmt: skip
-def test_autocast_gives_the_same_answers_but_for_rounding(tmp_path, sample_images, architecture, options):
+def test_autocast_gives_the_same_answers_up_to_rounding(tmp_path, sample_images, architecture, options):
     """What a GPU computes in, on the CPU: every kind of Grad-CAM comes through it."""
     given = tiny_bundle(tmp_path / "bundle", options=options, architecture=architecture)
     pixels = np.stack([given.config.preprocessing(image)[0] for image in sample_images[:3]])
@@ -184,7 +184,7 @@ def test_autocast_gives_the_same_answers_but_for_rounding(tmp_path, sample_image
     assert np.corrcoef(low[1].ravel(), full[1].ravel())[0, 1] > 0.99
 
 
-def test_an_overlay_is_drawn_on_more_than_the_network_sees(predictor, sample_images):
+def test_the_overlay_is_larger_than_the_networks_input(predictor, sample_images):
     photo = io.BytesIO()
     Image.open(io.BytesIO(sample_images[0])).resize((2400, 1800)).save(photo, "JPEG")
     [drawn, plain] = predictor.predict([Request(photo.getvalue(), gradcam="overlay"), photo.getvalue()])

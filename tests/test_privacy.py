@@ -1,8 +1,7 @@
-"""What is sent leaves no trace but a hash: no pixels, names of files, places, headers or words of a patient in any log.
+"""Requests leave no pixels, file names, places, headers or patient's words in any log.
 
-Pictures with EXIF GPS and a name in every field that takes one are sent in every way, whole, damaged and misdeclared;
-then every file that TorchServe has written is searched. Answers that stand in the log on purpose are the exception:
-hashes, classes, probabilities.
+Pictures with GPS and a name in every EXIF field are sent in every way: whole, damaged and mislabelled. Then every file
+that TorchServe has written is searched. Only hashes, classes and probabilities may be logged.
 """
 
 import base64
@@ -18,11 +17,11 @@ from tests.serving import PREDICTIONS, Call, Serving
 
 pytest_plugins = ["tests.fixtures_serving"]
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
-WINDOW = 24  # bytes of a picture, or letters of its base64, which stand in no text by chance
+WINDOW = 24  # bytes of a picture, or letters of its base64, that appear in no text by chance
 
 
 def calls(data: bytes) -> list[Call]:
-    """Every way to send the file, and every way to get it wrong."""
+    """Every right and wrong way to send the file."""
     encoded = base64.b64encode(data).decode()
     secret = (
         OCTETS,
@@ -56,7 +55,7 @@ def calls(data: bytes) -> list[Call]:
 
 
 def written(folder: Path) -> dict[Path, bytes]:
-    """All that TorchServe has written, but for the unpacked archives, which hold the model's golden pictures."""
+    """All files that TorchServe has written, except the unpacked archives, which hold the golden pictures."""
     files = [path for path in folder.rglob("*") if path.is_file() and "models" not in path.relative_to(folder).parts]
     return {path: path.read_bytes() for path in files if path.suffix != ".mar"}
 
@@ -73,7 +72,7 @@ def traces(text: bytes, data: bytes) -> list[str]:
     return found + (["bytes that are no text"] if re.search(rb"(\xef\xbf\xbd){4}", text) else [])
 
 
-def test_the_search_finds_what_it_looks_for():
+def test_the_search_finds_traces():
     data = photograph(0)
     for text in (data, base64.b64encode(data), data.decode("latin-1").encode(), repr(data).encode(), SECRET.encode()):
         assert traces(b"... " + text[3000:9000] if len(text) > 9000 else text, data)
@@ -97,7 +96,7 @@ def test_logs_hold_no_pixels_names_places_or_headers(serving: Serving, sample_im
             assert not traces(content, data), path
 
 
-def test_answers_hold_nothing_of_the_picture_but_its_hash_and_size(serving: Serving):
+def test_answers_hold_only_the_pictures_hash_and_size(serving: Serving):
     data = encode(small(photograph(0)), "JPEG", exif=exif(1), comment=SECRET.encode())
     answer = serving.ask(Call(data, (OCTETS, ("X-Patient", SECRET))))
     assert answer.json["image"].keys() == {"width", "height", "sha256"}

@@ -1,8 +1,8 @@
-"""The leakage receipt.
+"""The leakage receipt of a bundle.
 
-A bundle says in hashes and ids what it was made from; the same file, the same ISIC image under another name and
-encoding, another photograph of a known lesion, and many near duplicates are each noticed; a model's own test split,
-a stranger's images with the same file names, and a few alike hashes are not.
+It detects the same file, the same ISIC image under another name and encoding, another photograph of a seen lesion, and
+many near-duplicates. It accepts the model's own test split, foreign images with the same file names, and a few similar
+hashes.
 """
 
 import json
@@ -55,7 +55,7 @@ def flipped(phash, bits):
     return f"{int(phash, 16) ^ sum(1 << (7 * i) for i in range(bits)):016x}"
 
 
-def test_its_own_test_split_is_not_refused(known, receipt):
+def test_the_models_own_test_split_is_accepted(known, receipt):
     seen = compare(receipt, known[known["split"] == "test"])
     assert not seen.leaks
     assert "None of the 20 images" in str(seen)
@@ -99,7 +99,7 @@ def test_ham10000_posing_as_another_data_set_is_caught(known, receipt):
     assert compare(receipt, nameless).leaks
 
 
-def test_a_few_alike_hashes_prove_nothing(known, receipt):
+def test_a_few_similar_hashes_are_no_overlap(known, receipt):
     strangers = table(100, start=5000)
     strangers.loc[:3, "phash"] = known["phash"][:4].to_numpy()
     seen = compare(receipt, strangers)
@@ -107,7 +107,7 @@ def test_a_few_alike_hashes_prove_nothing(known, receipt):
     assert not seen.leaks
 
 
-def test_a_strangers_files_may_have_the_same_names():
+def test_foreign_files_may_have_the_same_names():
     ours, theirs = table(10, "train", isic=False), table(10, isic=False)
     ours["lesion_id"], theirs["lesion_id"] = ours["image_id"], theirs["image_id"]
     assert not compare(manifest_receipt(ours, "sha256:x"), theirs).leaks
@@ -115,7 +115,7 @@ def test_a_strangers_files_may_have_the_same_names():
     assert len(compare(manifest_receipt(ours, "sha256:x"), theirs).same_lesion) == 10
 
 
-def test_it_travels_in_the_bundle_under_its_digest(tmp_path, receipt):
+def test_it_is_part_of_the_bundle_and_its_digest(tmp_path, receipt):
     bundle = tiny_bundle(tmp_path / "bundle", receipt=receipt)
     assert RECEIPT in bundle.files
     assert read_receipt(bundle.path) == receipt

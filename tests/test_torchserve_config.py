@@ -1,11 +1,10 @@
-"""How TorchServe is started.
+"""The start of TorchServe.
 
-- it starts with the version that the ledger names, from an archive that is what the promoter wrote, or with the last
-  good one, or with none, and says so;
-- every port and folder follows the environment, so that two stacks live side by side;
-- predictions and management are apart: management is a socket in a folder of the owner alone;
-- asked for help, what starts something says what it does and which variables it reads, and starts nothing;
-- Java becomes the process itself, with a minimal environment: no PYTHONPATH that wins over the archive's code.
+- It starts with the ledger's version if its archive is intact, else with the last good one or none, and logs which.
+- Every port and folder follows the environment, so that two stacks can run side by side.
+- Management is a socket in a folder that only the owner can open.
+- `--help` explains a script and its variables, and starts nothing.
+- Java replaces the script's process, with a minimal environment: no PYTHONPATH overrides the archive's code.
 """
 
 import ast
@@ -80,7 +79,7 @@ def test_an_empty_store_gives_no_models(render_config, env):
     assert remarks == []
 
 
-def test_it_starts_with_what_served(render_config, env, tmp_path):
+def test_it_starts_with_the_version_that_served_last(render_config, env, tmp_path):
     store_with(tmp_path / "store", "1", "2")
     path, remarks = render_config.render(env)
     assert snapshot(path) == {"2": {"marName": "skin_vit-2.mar", "defaultVersion": True, **SETTINGS}}
@@ -88,7 +87,7 @@ def test_it_starts_with_what_served(render_config, env, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["changed", "missing"])
-def test_a_damaged_archive_gives_way_to_the_last_good_one(render_config, env, tmp_path, fault):
+def test_a_damaged_archive_is_replaced_by_the_last_good_one(render_config, env, tmp_path, fault):
     store_with(tmp_path / "store", "1", "2")
     archive = tmp_path / "store" / "skin_vit-2.mar"
     archive.write_text("forged") if fault == "changed" else archive.unlink()
@@ -103,7 +102,7 @@ def test_a_damaged_archive_gives_way_to_the_last_good_one(render_config, env, tm
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "model": "skin_vit", "archives": {}}']
 )
-def test_a_damaged_ledger_is_said_and_does_not_stop_the_start(render_config, env, tmp_path, text):
+def test_a_damaged_ledger_is_reported_and_does_not_stop_the_start(render_config, env, tmp_path, text):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / ledgers.LEDGER).write_text(text)
     path, [remark] = render_config.render(env)
@@ -122,7 +121,7 @@ def test_ports_and_folders_follow_the_environment(render_config, env, tmp_path):
     assert "$" not in "".join(values.values())
 
 
-def test_letters_beyond_ascii_are_as_java_reads_them(render_config, env):
+def test_non_ascii_letters_are_escaped_for_java(render_config, env):
     """A properties file is Latin-1 to Java, with other letters by their numbers."""
     place = Path(env["STACK_STATE"]) / "prüf läsion 皮"
     text = render_config.render(env | {"STACK_STATE": str(place), "MODEL_STORE": str(place / "store")})[0].read_text()
@@ -141,7 +140,7 @@ def test_the_promoter_looks_for_management_where_the_start_puts_it(render_config
     assert Settings().management == properties(render_config.render(env)[0])["management_address"]
 
 
-def test_management_is_for_the_owner_alone(render_config, env, tmp_path):
+def test_only_the_owner_reaches_management(render_config, env, tmp_path):
     path, _ = render_config.render(env)
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
@@ -162,7 +161,7 @@ def test_a_second_torchserve_in_the_same_folder_is_refused(render_config, env, t
     render_config.render(env)  # the socket is still there, but nobody listens: a killed server left it
 
 
-def test_the_helper_needs_nothing_but_python():
+def test_render_config_needs_only_the_standard_library():
     tree = ast.parse((FOLDER / "render_config.py").read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -209,7 +208,7 @@ def start(env: dict[str, str], **more: str) -> tuple[int, list[str], str]:
     return process.pid, out.splitlines(), err
 
 
-def test_java_takes_the_place_of_the_script_with_a_minimal_environment(env, fake_java, tmp_path):
+def test_java_replaces_the_script_with_a_minimal_environment(env, fake_java, tmp_path):
     java = fake_java("17.0.1")
     run = f"{env['STACK_STATE']}/run"
     Path(run, "models", "old").mkdir(parents=True)
@@ -236,13 +235,13 @@ def test_the_prediction_log_is_put_elsewhere_or_turned_off(env, fake_java):
     assert not any(line.startswith("LOG_PREDICTIONS") for line in lines)
 
 
-def test_no_gpu_may_be_used_where_the_environment_says_so(env, fake_java):
+def test_an_empty_cuda_visible_devices_is_passed_on(env, fake_java):
     java = {"JAVA_HOME": str(fake_java("17.0.1").parents[1])}
     _, lines, _ = start(env, **java, CUDA_VISIBLE_DEVICES="")
     assert "CUDA_VISIBLE_DEVICES=" in lines, "dropped, it would mean all of them"
 
 
-def test_an_old_java_is_passed_over(env, fake_java):
+def test_an_old_java_is_skipped(env, fake_java):
     old, new = fake_java("11.0.2", "old"), fake_java("21.0.8", "new")
     _, lines, _ = start(env, JAVA_HOME=str(old.parents[1]), PATH=f"{new.parent}:{os.environ['PATH']}")
     assert "argument org.pytorch.serve.ModelServer" in lines

@@ -1,7 +1,6 @@
-"""A seeded corpus of what strangers send: `corpus(seed, size)`.
+"""A seeded corpus of hostile requests, `corpus(seed, size)`, which tests/test_hostile.py sends.
 
-Each item is one request, byte by byte, and the statuses that may answer it. Nothing here is asked of a server; see
-tests/test_hostile.py.
+Each item is the bytes of one request and the statuses that may answer it.
 """
 
 import io
@@ -24,13 +23,13 @@ def photograph(seed: int) -> bytes:
 
 
 def corpus(seed: int, size: int, pictures: Sequence[bytes] = ()) -> list[Item]:
-    """`size` items in random order, the same for the same arguments.
+    """Return `size` items in random order, the same for the same arguments.
 
-    Everything that is written out comes once, as far as there is room (drawn by lot if not); the rest is damaged.
-    The bombs are apart (`images.bombs`), as each is large.
+    Each handwritten item comes once, or a random sample if there are more than `size`; damaged files fill the rest.
+    The bombs (`images.bombs`) are not included, as each is large.
 
     Args:
-        pictures: the files to begin with; drawn lesions if there are none.
+        pictures: the original files; drawn lesions by default.
     """
     rng = random.Random(seed)
     originals = list(pictures) or [photograph(number) for number in range(8)]
@@ -43,7 +42,7 @@ def corpus(seed: int, size: int, pictures: Sequence[bytes] = ()) -> list[Item]:
     if len(items) > size:
         return rng.sample(items, size)
     sources = [images.sources(original) for original in originals]
-    wounds = (images.damaged(rng, source) for source in itertools.cycle(sources))
-    items += itertools.islice(requests.files(rng, "damaged", wounds), size - len(items))
+    damaged = (images.damaged(rng, source) for source in itertools.cycle(sources))
+    items += itertools.islice(requests.files(rng, "damaged", damaged), size - len(items))
     rng.shuffle(items)
     return items

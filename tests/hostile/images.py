@@ -1,7 +1,7 @@
-"""Pictures that are odd, damaged, lying or no pictures at all, each with the statuses that may answer it.
+"""Hostile files: odd, damaged, mislabelled and foreign ones, each with the statuses that may answer it.
 
-Everything is made from whole pictures (`Cases` of `odd`, `bombs`, `foreign`) or by damaging them (`damaged`), with a
-generator of its own, so that a seed gives the same bytes again.
+They are made from whole pictures (`odd`, `bombs`, `foreign`) or by damaging them (`damaged`). The same seed gives the
+same bytes.
 """
 
 import gzip
@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 
 OK, BROKEN, LARGE, FOREIGN = (frozenset({status}) for status in (200, 400, 413, 415))
-PERHAPS = OK | BROKEN | LARGE | FOREIGN  # what is left after a random wound may still be a picture
+PERHAPS = OK | BROKEN | LARGE | FOREIGN  # a randomly damaged file may still be a picture
 MEGAPIXELS_900 = (30_000, 30_000)
 SIDE = 240  # longer side of re-encoded pictures, in pixels
 TIFF_COMPRESSIONS = ("raw", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "jpeg", "packbits", "lzma", "zstd")
 TIFF_BILEVEL = ("group3", "group4", "tiff_ccitt")
-# Somewhere on a glacier, and a name: what must never show in a log.
+# A place and a name that must never appear in a log.
 GPS = {1: "N", 2: (46.0, 32.0, 14.5), 3: "E", 4: (8.0, 2.0, 31.5)}
 SECRET = "Hildegard-Mustermann-1947"
 

@@ -1,6 +1,6 @@
-"""Requests that are odd, wrong or no requests at all, around one good picture, each with what may answer it.
+"""Hostile requests around one good picture: odd, wrong and malformed ones, each with the statuses that may answer it.
 
-What TorchServe's own front refuses (methods, paths, forms that are none) is answered in its shape, the rest in ours.
+TorchServe's frontend answers wrong methods, paths and malformed forms in its own format, the handler the rest in ours.
 """
 
 import base64
@@ -15,12 +15,12 @@ from tests.serving import PREDICTIONS, Call
 
 BOUNDARY = "----hostile"
 OCTETS, JSON = ("Content-Type", "application/octet-stream"), ("Content-Type", "application/json")
-# TorchServe's: not found, wrong method, and 403 for an address that is none.
+# From TorchServe's frontend: not found, wrong method, and 403 for a malformed address.
 LOST = frozenset({403, 404, 405})
-# A form that is none: TorchServe's front answers some with 500, in its shape, and no worker sees them. No setting
-# changes that; docs/reliability.md names it as the one exception.
+# A malformed form: TorchServe's frontend answers some with 500 before any worker sees them. No setting changes that;
+# docs/reliability.md names it as the one exception.
 UNREADABLE = BROKEN | FOREIGN | {500}
-# 431 and 414 stand in the standard for what is too long.
+# The standard has 431 and 414 for headers and addresses that are too long.
 OVERLONG = frozenset({400, 413, 414, 431})
 
 
