@@ -120,8 +120,9 @@ def owner(tmp_path):
 
 
 @pytest.mark.parametrize("command", [("-m", "mlflow_tracking.promotion.service"), ("scripts/stack.py", "up")])
-def test_a_used_store_is_named(tmp_path, owner, command):
+def test_a_used_store_is_named(tmp_path, tmp_path_factory, owner, command):
     second = Stack.create(tmp_path)
+    second.env["TORCHSERVE_RUN_DIR"] = str(tmp_path_factory.mktemp("run"))  # a short path
     done = second.run(*command)
     store = tmp_path / "model_store"
     assert done.returncode == 1
