@@ -1,11 +1,8 @@
-"""Does the loader ever limit training? Images per second of the training step, fed in three ways, in one run.
+"""Compare the speed of the training step by the source of its batches.
 
-The same loop (augmentation, forward, backward, optimiser) takes its
-batches from random tensors that are there already, from the cache as
-training/train.py does, and from a plain torchvision ImageFolder that
-decodes with PIL in worker processes. The rounds alternate, so that
-whatever else the machine does falls on all three; the ratio of the
-medians is what counts.
+The same step (augmentation, forward, backward, optimiser) reads random tensors from memory, the image cache as
+training/train.py does, and a plain torchvision ImageFolder that decodes with PIL in worker processes. The rounds
+alternate, so that other load on the machine affects all three; compare the ratios of the medians.
 """
 
 import os
@@ -15,41 +12,36 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from handlers.backbone import build_backbone
-from mlflow_tracking.command_line import console, errors
-from training.config import ConfigError, TrainConfig, load_config
+from mlflow_tracking.command_line import console, run, table
+from training.config import TrainConfig, load_config
 from training.data.augmentation import Augment
 from training.data.batches import Images, batches, classes_in, epoch_order, load_split
 from training.data.image_cache import DataError
-from training.data.manifest import ManifestError, read_manifest
+from training.data.manifest import read_manifest
 from training.losses import ClassificationLoss
 from training.recipe import attention_kernel, choose_device, make_optimizer
 from training.training_data import training_preprocessing
 
-EPILOG = """
-Examples:
-
-  python scripts/studies/bench_training.py --data data/manifest.csv --config demo_vit
-
-  python scripts/studies/bench_training.py --data data/manifest.csv --config resnet18 pretrained=false image_size=128
-"""
 Batches = Generator[tuple[Tensor, Tensor], None, None]
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Step:
-    """One training step of a configuration: augmentation, forward, backward and optimiser as in training/train.py,
-    without mixing, focal loss, class weights, metadata, the moving average of the weights and fp16's loss scaling."""
+    """One training step of a configuration.
+
+    Augmentation, forward, backward and optimiser as in training/train.py, without mixing, focal loss, class weights,
+    metadata, the moving average of the weights and fp16's loss scaling.
+    """
 
     def __init__(self, config: TrainConfig, classes: int) -> None:
         self.device, self.precision = choose_device(config.device, config.precision)
@@ -72,7 +64,7 @@ class Step:
 
 
 def time_steps(step: Step, source: Batches, steps: int, batch_size: int) -> float:
-    """Images per second over `steps` batches, after one that is not timed."""
+    """Return images per second over `steps` batches, after one that is not timed."""
     step(*next(source))
     began = time.perf_counter()
     for _ in range(steps):
@@ -83,7 +75,7 @@ def time_steps(step: Step, source: Batches, steps: int, batch_size: int) -> floa
 
 
 def from_memory(batch: int, side: int, classes: int) -> Batches:
-    """The same random batch again and again."""
+    """Yield one random batch repeatedly."""
     pixels = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8)
     labels = torch.randint(0, classes, (batch,))
     while True:
@@ -91,14 +83,14 @@ def from_memory(batch: int, side: int, classes: int) -> Batches:
 
 
 def from_cache(images: Images, batch: int, device: torch.device, seed: int) -> Batches:
-    """As training reads: whole batches of a shuffled epoch."""
+    """Yield whole batches of a shuffled epoch, as training reads them."""
     order = epoch_order(images.labels, seed, 0)
     for pixels, labels, _ in batches(images, np.resize(order, max(len(order), 10_000 * batch)), batch, device):
         yield pixels, labels
 
 
 def from_files(root: Path, side: int, batch: int, workers: int) -> Batches:
-    """A plain ImageFolder: PIL decodes and resizes in worker processes."""
+    """Yield batches of a plain ImageFolder; PIL decodes and resizes in worker processes."""
     transform = v2.Compose([v2.Resize((side, side)), v2.PILToTensor()])
     loader = DataLoader(ImageFolder(str(root), transform), batch, shuffle=True, num_workers=workers, drop_last=True)
     while True:
@@ -106,31 +98,28 @@ def from_files(root: Path, side: int, batch: int, workers: int) -> Batches:
             yield images.permute(0, 2, 3, 1), labels
 
 
-@app.command(help=__doc__, epilog=EPILOG)
-def bench(
-    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Settings, as for train.py."),
-    data: Path = typer.Option(..., help="A manifest.csv, as prepare_data writes it."),
-    config: str = typer.Option("demo_vit", help="A preset of training/configs by name, or a YAML file."),
-    steps: int = typer.Option(20, min=1, help="Batches a round."),
-    rounds: int = typer.Option(5, min=1, help="Rounds of each of the three."),
-    workers: int = typer.Option(os.cpu_count() or 1, min=0, help="Processes of the ImageFolder's loader."),
+def main(
+    data: Annotated[Path, typer.Option(help="A manifest.csv, as prepare_data.py writes it.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as for train.py.")
+    ] = None,
+    config: Annotated[str, typer.Option(help="A preset of training/configs by name, or a YAML file.")] = "demo_vit",
+    steps: Annotated[int, typer.Option(min=1, help="Batches per round.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each source.")] = 5,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes of the ImageFolder.")] = os.cpu_count() or 1,
 ) -> None:
-    try:
-        settings = load_config(config, overrides or (), {"manifest": str(data)})
-        frame = read_manifest(data)
-        classes = classes_in(frame)
-        preprocessing = training_preprocessing(settings)
-        folder = Path(settings.cache_dir) if settings.cache_dir else data.parent / "cache"
-        images = load_split(frame, "train", classes, preprocessing, folder)
-        if len(images) < settings.batch_size:
-            raise DataError(
-                f"{data} has {len(images)} training images, fewer than a batch of {settings.batch_size}; "
-                "give a smaller batch_size=."
-            )
-        step = Step(settings, len(classes))
-    except (ConfigError, DataError, ManifestError) as error:
-        errors.print(str(error))
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    """Compare the speed of the training step by the source of its batches: memory, image cache, ImageFolder."""
+    settings = load_config(config, overrides or (), {"manifest": str(data)})
+    frame = read_manifest(data)
+    classes = classes_in(frame)
+    preprocessing = training_preprocessing(settings)
+    folder = Path(settings.cache_dir) if settings.cache_dir else data.parent / "cache"
+    images = load_split(frame, "train", classes, preprocessing, folder)
+    if len(images) < settings.batch_size:
+        raise DataError(
+            f"{data} has {len(images)} training images, but a batch has {settings.batch_size}. Set a smaller batch_size=."
+        )
+    step = Step(settings, len(classes))
     if settings.threads:
         torch.set_num_threads(settings.threads)
     side, batch = preprocessing.image_size, settings.batch_size
@@ -151,14 +140,20 @@ def bench(
                 with closing(open_source()) as source:
                     rates[name].append(time_steps(step, source, steps, batch))
     best = statistics.median(rates["random tensors"])
-    table = Table("batches from", "images/s (median)", "least to most", "of random tensors")
+    grid = table("", ("batches from", "images/s, median", "range", "of random tensors"))
     for name, values in rates.items():
         median = statistics.median(values)
-        table.add_row(name, f"{median:.1f}", f"{min(values):.1f} to {max(values):.1f}", f"{median / best:.3f}")
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    console.print(f"{settings.architecture}, {settings.image_size} px, batch {batch}, {step.device}{load}")
-    console.print(table)
+        grid.add_row(name, f"{median:.1f}", f"{min(values):.1f} to {max(values):.1f}", f"{median / best:.3f}")
+    load = os.getloadavg()[0]
+    console.print(f"{settings.architecture}, {settings.image_size} px, batch {batch}, {step.device}, load {load:.1f}")
+    console.print(grid)
 
 
 if __name__ == "__main__":
-    app()
+    run(
+        main,
+        examples=[
+            "python scripts/studies/bench_training.py --data data/manifest.csv --config demo_vit",
+            "python scripts/studies/bench_training.py --data data/manifest.csv --config resnet18 image_size=128",
+        ],
+    )
