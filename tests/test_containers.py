@@ -35,11 +35,9 @@ IMAGES = {
     "promoter": [
         "handlers/*.py",
         "mlflow_tracking/**/*.py",
-        "scripts/promote.py",
-        "scripts/register_model.py",
-        "mlflow_tracking/metrics.py",
+        *(f"scripts/{name}.py" for name in ("lineage", "promote", "register_model", "replay")),
     ],
-    "training": ["handlers/*.py", "training/*.py", "scripts/prepare_data.py", "scripts/register_model.py"],
+    "training": ["handlers/*.py", "training/**/*.py", "scripts/prepare_data.py", "scripts/register_model.py"],
     "mlflow": ["containers/*.py"],
     "page": ["streamlit_app/**/*.py"],
 }
@@ -67,8 +65,8 @@ def secrets(tmp_path, monkeypatch) -> ModuleType:
     return module
 
 
-def test_make_up_and_the_containers_register_the_shipped_model_by_one_rule():
-    """The command's --if-empty; both once had a rule of their own, and differed on a lone challenger."""
+def test_make_up_and_the_containers_register_the_shipped_model_alike():
+    """`--if-empty` decides in both cases."""
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     assert services["register"]["command"] == ["python", *REGISTER]
 
@@ -79,14 +77,14 @@ def pins(name: str) -> dict[str, str]:
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of all modules that a file imports, now or later."""
-    found = set()
+    """Return the top-level names of all modules that a file imports, also inside functions."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
-    return found
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 @pytest.mark.parametrize("image", IMAGES)
@@ -94,10 +92,23 @@ def test_an_image_has_what_its_code_imports(image):
     distributions, pinned = packages_distributions(), {name.lower().replace("_", "-") for name in pins(image)}
     paths = [path for pattern in IMAGES[image] for path in ROOT.glob(pattern)]
     assert paths
+    rooms = {path.relative_to(ROOT).parts[0] for path in paths}
+    rooms |= {"mlflow_tracking"} if image == "training" else set()  # made from the promoter's image
+    rooms |= {"handlers"} if image == "mlflow" else set()
     for path in paths:
-        for module in imported(path) - ROOMS - set(sys.stdlib_module_names):
-            given = {name.lower().replace("_", "-") for name in distributions[module]}
-            assert given & pinned, f"{path.relative_to(ROOT)} imports {module}, not in requirements/{image}.txt"
+        modules = imported(path)
+        assert not modules & ROOMS - rooms, f"{path.relative_to(ROOT)} imports a room that the image lacks"
+        for module in modules - ROOMS - set(sys.stdlib_module_names):
+            providers = {name.lower().replace("_", "-") for name in distributions[module]}
+            assert providers & pinned, f"{path.relative_to(ROOT)} imports {module}, not in requirements/{image}.txt"
+
+
+def test_the_promoter_has_the_scripts_that_run_there():
+    [line] = re.findall(
+        r"^COPY --chown=app (scripts/__init__.py .*) scripts/$", (ROOT / "Dockerfile").read_text(), re.M
+    )
+    scripts = [path for path in IMAGES["promoter"] if path.startswith("scripts/")]
+    assert line.split()[1:] == scripts
 
 
 @pytest.mark.parametrize("image", IMAGES)
@@ -150,14 +161,14 @@ def test_a_service_is_confined(name):
 
 
 @pytest.mark.parametrize("name", ["minio", "bucket", "mlflow", "register", "promoter", "training", "grafana"])
-def test_no_proxy_of_dockers_client_stands_between_neighbours(name):
-    told = COMPOSE["services"][name]["environment"]
+def test_services_reach_each_other_without_a_proxy(name):
+    environment = COMPOSE["services"][name]["environment"]
     named = {"localhost", "127.0.0.1", "mlflow", "minio", "postgres", "torchserve", "prometheus"}
-    assert named <= set(told["NO_PROXY"].split(","))
-    assert told["no_proxy"] == told["NO_PROXY"]
+    assert named <= set(environment["NO_PROXY"].split(","))
+    assert environment["no_proxy"] == environment["NO_PROXY"]
 
 
-def test_only_what_people_or_scrapers_open_is_published():
+def test_only_ports_of_people_and_scrapers_are_published():
     published = {name for name, one in COMPOSE["services"].items() if one.get("ports")}
     assert published == {"streamlit", "mlflow", "proxy", "prometheus", "grafana"}
     reached = {network for name in published for network in COMPOSE["services"][name]["networks"]}
@@ -186,7 +197,7 @@ def test_secrets_are_random_kept_and_private(secrets, capsys):
     assert not any(value in shown.out + shown.err for value in first.values())
 
 
-def test_rotation_makes_all_anew(secrets, monkeypatch):
+def test_rotation_replaces_all_secrets(secrets, monkeypatch):
     secrets.main()
     first = json.loads((secrets.SECRETS / secrets.KEPT).read_text())
     monkeypatch.setattr(sys, "argv", ["make_secrets.py", "--rotate"])
@@ -195,7 +206,7 @@ def test_rotation_makes_all_anew(secrets, monkeypatch):
     assert not set(first.values()) & set(second.values())
 
 
-def test_what_env_names_wins_and_stays(secrets, monkeypatch):
+def test_a_value_of_env_wins_and_stays(secrets, monkeypatch):
     secrets.ENV_FILE.write_text("MINIO_ROOT_PASSWORD='chosen-by-me'\nSTREAMLIT_PORT=9\n")
     monkeypatch.setenv("NAMED_SECRETS", " MINIO_ROOT_PASSWORD ")
     assert secrets.main() == 0
@@ -214,7 +225,7 @@ def test_what_env_names_wins_and_stays(secrets, monkeypatch):
         ("MINIO_ROOT_PASSWORD=\n", "cannot read it from the .env next to docker-compose.yml"),
     ],
 )
-def test_what_cannot_be_used_is_told_and_changes_nothing(secrets, monkeypatch, capsys, text, sentence):
+def test_a_bad_value_is_reported_and_changes_nothing(secrets, monkeypatch, capsys, text, sentence):
     secrets.main()
     before = (secrets.SECRETS / secrets.KEPT).read_text()
     secrets.ENV_FILE.write_text(text)
@@ -225,7 +236,7 @@ def test_what_cannot_be_used_is_told_and_changes_nothing(secrets, monkeypatch, c
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"MINIO_ROOT_USER": 1}', "\udcff"])
-def test_damaged_secrets_are_told_and_made_anew(secrets, monkeypatch, capsys, damage):
+def test_damaged_secrets_are_reported_and_replaced(secrets, monkeypatch, capsys, damage):
     (secrets.SECRETS / secrets.KEPT).write_bytes(damage.encode(errors="surrogateescape"))
     assert secrets.main() == 1
     assert "--rotate" in capsys.readouterr().err
@@ -278,7 +289,7 @@ def server(request, answers, tmp_path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("server", ["tcp"], indirect=True)
-def test_a_url_must_answer_well(server, answers):
+def test_a_url_must_answer_2xx(server, answers):
     check = script("healthcheck")
     answers |= {"/good": (200, {}), "/bad": (503, {})}
     assert check.main([f"{server}/good"]) == 0
@@ -311,7 +322,7 @@ def test_torchserve_must_have_a_ready_worker(server, answers, models, workers, c
         (["--resume", "runs/mine/last.pt", "epochs=9"], ["--resume", "runs/mine/last.pt", "epochs=9"]),
     ],
 )
-def test_the_training_container_has_a_manifest_made_unless_one_is_named(tmp_path, given, asked):
+def test_the_training_container_makes_a_manifest_unless_one_is_set(tmp_path, given, asked):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/asked\n')
     python.chmod(0o755)
