@@ -5,16 +5,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from handlers.errors import ServiceUnavailable, UsageError
+from handlers.errors import UsageError
 from mlflow_tracking.command_line import console, run, table
+from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, with_retries
 from mlflow_tracking.settings import MODEL_NAME, Settings
 
-TIMEOUT_S = 75.0  # longer than TorchServe waits for its worker (torchserve/model-config.yaml)
 Answer = dict[str, Any]
 Ask = Callable[[bytes], Answer]
 
@@ -83,39 +82,18 @@ def ask_bundle(folder: Path, tta: bool, metadata: Mapping[str, str]) -> Ask:
 
 
 def ask_server(url: str, version: str | None, tta: bool, metadata: Mapping[str, str]) -> Ask:
-    """Return a function that predicts with TorchServe, and raises ServiceUnavailable if it does not answer."""
-    client = httpx.Client(timeout=TIMEOUT_S, trust_env=False)  # no proxy between the command and its server
-    path = f"/predictions/{MODEL_NAME}"
-    # Also accepts the whole address of the curl command in the README.
-    address = url.rstrip("/").removesuffix(path) + path + (f"/{version}" if version else "")
-    options = {"tta": str(tta).lower(), **metadata}
+    """Return a function that predicts with TorchServe, and raises TorchServeUnavailable."""
+    # The whole address of README's curl command is accepted, too.
+    torchserve = TorchServe(url.rstrip("/").removesuffix(f"/predictions/{MODEL_NAME}"))
+    fields = {"tta": str(tta).lower(), **metadata}
 
     def ask(data: bytes) -> Answer:
         try:
-            response = client.post(address, files={"data": ("image", data)}, data=options)
-        except httpx.HTTPError as error:
-            raise ServiceUnavailable(
-                f"TorchServe does not answer at {url} ({type(error).__name__}). "
-                "Start it with `make up`, or use --bundle model_store/skin_vit."
-            ) from None
-        return read_answer(response, url)
+            return with_retries(lambda: torchserve.predict(data, version or "", metadata=fields))
+        except TorchServeError as error:
+            return {"error": {"code": error.code, "message": str(error)}}
 
     return ask
-
-
-def read_answer(response: httpx.Response, url: str) -> Answer:
-    """Return an answer in the handler's shape. TorchServe's own errors have another, or are empty."""
-    try:
-        answer = response.json()
-    except ValueError:
-        if response.status_code == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
-            message = "The server answered 413: the file is too large."
-        else:
-            message = f"The server answered {response.status_code} without JSON. Check that TorchServe runs at {url}."
-        return {"error": {"code": response.reason_phrase, "message": message}}
-    if "error" in answer or (response.is_success and "prediction" in answer):
-        return answer
-    return {"error": {"code": answer.get("type", response.status_code), "message": answer.get("message", "")}}
 
 
 def answer_table(answers: list[tuple[Path, Answer]]) -> Table:

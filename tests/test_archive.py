@@ -1,9 +1,9 @@
-"""The archive that TorchServe gets.
+"""TorchServe archives.
 
-- the same bundle, code and settings give the same bytes, wherever and whenever;
-- it holds the whole `handlers` package and runs that, with nothing of the repository;
-- it holds what torch-model-archiver would put into it;
-- an archiving that fails or is cut off leaves the former archive and nothing else.
+- the same bundle, code and settings give the same bytes at any place and time;
+- an archive contains the whole `handlers` package and runs it, without the repository;
+- it contains what torch-model-archiver would put into it;
+- a failed or interrupted build leaves the former archive and nothing else.
 """
 
 import json
@@ -25,7 +25,7 @@ from mlflow_tracking.promotion import archive as archives
 
 @pytest.fixture
 def bundle(tmp_path) -> Bundle:
-    """A bundle that verifies; it holds no model that could run."""
+    """A valid bundle without a working model."""
     folder = tmp_path / "source" / "bundle"
     (folder / "golden").mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(bytes(range(256)) * 5000)  # more than one chunk of copying
@@ -67,7 +67,7 @@ import inspect, sys
 sys.path.insert(0, sys.argv[1])
 import handlers, handlers.predictor, skin_lesion_handler
 classes = inspect.getmembers(skin_lesion_handler, inspect.isclass)
-own = [one for _, one in classes if one.__module__ == "skin_lesion_handler"]
+own = [member for _, member in classes if member.__module__ == "skin_lesion_handler"]
 print(handlers.__file__, handlers.predictor.__file__, len(own), sep="\\n")
 """
     command = [sys.executable, "-I", "-c", code, str(tmp_path / "model")]
@@ -113,7 +113,7 @@ def test_settings_for_torchserve_are_read_from_the_config(built):
     assert built.settings.keys() == set(archives.START_SETTINGS)
 
 
-def test_a_failure_leaves_the_former_archive_alone(tmp_path, bundle, built, monkeypatch):
+def test_a_failed_build_leaves_the_former_archive(tmp_path, bundle, built, monkeypatch):
     before = built.path.read_bytes()
 
     def full_disk(*_: object) -> None:
@@ -129,7 +129,7 @@ def test_a_failure_leaves_the_former_archive_alone(tmp_path, bundle, built, monk
     assert archives.clean(tmp_path) == [], "nothing was left"
 
 
-def test_what_a_killed_archiving_left_is_removed(tmp_path, bundle, built):
+def test_the_leftovers_of_a_killed_build_are_removed(tmp_path, bundle, built):
     code = f"""
 import os, shutil
 from pathlib import Path

@@ -1,12 +1,12 @@
 """The registry as control plane, with a real MLflow server and a real TorchServe.
 
 - a test split is frozen in the registry, and every version is judged on it before it serves;
-- a version that is worse than the champion is refused: the old one serves on, and the reason stands in MLflow with that
-  version, as tags and as a report, and in the promoter's status; asked for again it costs nothing;
-- a person may overrule the gates, with a reason that stays;
-- a challenger stands beside the champion, and a replay tells what would change;
-- a roll-back serves within five seconds, costs no client its answer, and is written down;
-- from a prediction's digest one command walks back to where the model came from; the audit log is whole.
+- a version that is worse than the champion is refused and the champion keeps serving; the reason is in MLflow, as tags
+  and as a report, and in the promoter's status; another try costs nothing;
+- a person may overrule the gates with a reason, which is kept;
+- a challenger is loaded next to the champion, and a replay compares both;
+- a roll-back serves within five seconds, loses no request, and is recorded;
+- one command traces the digest of a prediction to the origin of its model; the audit log is complete.
 """
 
 import csv
@@ -53,7 +53,7 @@ CLIENTS = 4
 
 @contextmanager
 def clients(promotion: Promotion) -> Iterator[list[tuple[int, str]]]:
-    """CLIENTS that ask, each for its own, while the block lasts: (status, version) of each answer."""
+    """CLIENTS that send requests while the block lasts: (status, version) of each answer."""
     answers: list[tuple[int, str]] = []
     stop = threading.Event()
 
@@ -75,7 +75,7 @@ def clients(promotion: Promotion) -> Iterator[list[tuple[int, str]]]:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory, full_bundle):
-    """48 drawn pictures whose labels are what the first version says: it is never wrong about them."""
+    """48 drawn pictures with the labels that the first version predicts, so it is always right."""
     folder = tmp_path_factory.mktemp("pictures")
     predictor = Predictor(full_bundle)
     with (folder / "labels.csv").open("w", newline="") as file:
@@ -91,7 +91,7 @@ def pictures(tmp_path_factory, full_bundle):
 
 @pytest.fixture(scope="module")
 def plane(registry, first_registration, full_bundle, short_folder, pictures, tmp_path_factory):
-    """Version 1 serves, and a set is frozen on which it is always right."""
+    """Version 1 serves, and the frozen set is one on which it is always right."""
     folder = short_folder / "g"
     folder.mkdir()
     (folder / "gates.yaml").write_text(GATES)
@@ -107,7 +107,7 @@ def plane(registry, first_registration, full_bundle, short_folder, pictures, tmp
             "--val", "0.02", "--calibration", "0.02", "--test", "0.94", **plane.env,
         )  # fmt: skip
         assert freeze.returncode == 0, freeze.stderr
-        assert f"stored as {EVALUATION_SET} version" in freeze.stdout
+        assert f"Stored as {EVALUATION_SET} version" in freeze.stdout
         yield plane
         for promoter in plane.promoters:
             promoter.close()
@@ -126,13 +126,13 @@ def first(plane) -> Promotion:
 
 @pytest.fixture(scope="module")
 def good(plane, tmp_path_factory) -> str:
-    """A version that answers as the first one does."""
+    """A version with the answers of the first one."""
     return plane.register(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture(scope="module")
 def worse(plane, tmp_path_factory) -> str:
-    """A sound model that answers something else."""
+    """A working model with other answers."""
     other = tiny_bundle(tmp_path_factory.mktemp("worse") / "bundle", seed=5)
     return register(plane.registry, variant(other, tmp_path_factory.mktemp("worse")).path).version.version
 
@@ -146,7 +146,7 @@ def test_the_frozen_set_lies_in_the_registry_once(plane, pictures, tmp_path):
     [image] = fetched.images([0])
     assert image.startswith(b"\x89PNG")
     again = run_script("prepare_data.py", "--out", str(plane.folder / "manifest.csv"), "--freeze-eval", **plane.env)
-    assert f"there already as {EVALUATION_SET} version {known.version}" in again.stdout
+    assert f"Already stored as {EVALUATION_SET} version {known.version}" in again.stdout
     away = run_script(
         "prepare_data.py", "--out", str(plane.folder / "manifest.csv"), "--freeze-eval", MLFLOW_TRACKING_URI=NOWHERE
     )
@@ -156,7 +156,7 @@ def test_the_frozen_set_lies_in_the_registry_once(plane, pictures, tmp_path):
     assert nothing.returncode == 2
 
 
-def test_a_worse_version_is_refused_and_everybody_can_see_why(first, worse, tmp_path):
+def test_a_worse_version_is_refused_with_its_reason_everywhere(first, worse, tmp_path):
     reconciler = first.reconciler()
     first.registry.set_alias("champion", worse)
     began = time.monotonic()
@@ -188,7 +188,7 @@ def test_a_worse_version_is_refused_and_everybody_can_see_why(first, worse, tmp_
     assert again.errors == result.errors
 
 
-def test_a_person_may_overrule_the_gates_with_a_reason(first, worse):
+def test_a_person_overrules_the_gates_with_a_reason(first, worse):
     bare = run_script("promote.py", "to", worse, "--force", **first.env)
     assert bare.returncode == 2
     assert "--reason" in bare.stderr
@@ -324,7 +324,7 @@ def test_the_audit_log_is_whole_and_shows_when_it_is_not(first):
 
 
 def test_another_frozen_set_is_another_question(first, good, tmp_path):
-    """And a forged one is nobody's fault: nothing is refused for it."""
+    """A forged set is no reason to refuse a version."""
     before = first.registry.evaluation_set()
     first.champion(good)
     args = ("--out", str(first.folder / "manifest.csv"), "--freeze-eval", "--eval-images", "20")
@@ -343,7 +343,7 @@ def test_another_frozen_set_is_another_question(first, good, tmp_path):
         first.settle(reconciler)
         first.registry.set_alias("champion", good)
         _, result = first.settle(reconciler)
-        assert "is not what was frozen" in result.errors[0]
+        assert "was changed after it was frozen" in result.errors[0]
         assert first.tag(good, "status") == "failed", "and it is tried again"
         assert first.served() == "1"
     finally:

@@ -3,9 +3,9 @@
 Promotion goes from version 2 to version 3 while version 1 is the last good one, so that every kind of step is in the
 plan. At one boundary the promoter, TorchServe or MLflow is killed with SIGKILL. Then:
 
-- while TorchServe lives, some good version answers every request; back from its death it answers from the store alone;
-- no partial file is left, ledger and audit log can be read, and the chain of the log is whole;
-- another promoter, started afterwards, finishes: version 3 serves.
+- while TorchServe lives, a good version answers every request; after its death it answers from the store alone;
+- no partial file is left, ledger and audit log can be read, and the log's chain is complete;
+- another promoter finishes: version 3 serves.
 
 `make test` runs a death of the promoter and one of MLflow; `make test-all` runs them all.
 """
@@ -66,7 +66,7 @@ CASES = [
 
 @dataclass
 class Clients:
-    """Somebody who asks all the time; `bad` are the answers that were none."""
+    """A client that sends requests all the time; `bad` are its failed requests."""
 
     promotion: Promotion
     bad: list[str] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Clients:
 
 @pytest.fixture(scope="module")
 def doomed(quiet_mlflow: None, full_bundle: Bundle, short_folder: Path, tmp_path_factory):
-    """An MLflow server and a TorchServe of their own, as both are killed; three good versions are registered."""
+    """An MLflow server and a TorchServe that may be killed; three good versions are registered."""
     folder = short_folder / "k"
     (folder / "mlflow").mkdir(parents=True)
     mlflow = mlflow_server(folder / "mlflow").start()
@@ -113,7 +113,7 @@ def doomed(quiet_mlflow: None, full_bundle: Bundle, short_folder: Path, tmp_path
 
 
 def second_serves_and_third_is_new(promotion: Promotion) -> None:
-    """Version 2 serves, 1 is the last good one, and of 3 nothing is there."""
+    """Version 2 serves, 1 is the last good one, and the store has nothing of 3."""
     for version in "12":
         promotion.champion(version)
     reconciler = promotion.reconciler()

@@ -1,11 +1,12 @@
-"""The promoter's loop, the commands beside it, and what they ask of TorchServe, with stand-ins for both servers.
+"""The promoter's loop, the commands, and their requests to TorchServe, with stand-ins for both servers.
 
-- nothing that goes wrong in a pass ends the loop; a loop that is silent for long is told as one that hangs;
-- a worker that died gets its time, is started anew once, and is a failure after that;
-- a store has one promoter, and a second one, or a second `make up`, says so before it starts anything; a killed one
-  leaves the store free, and commands go on beside a living one;
-- a version is drained before it is taken out: any answer says that all before it went into a worker;
-- `promote.py --watch` goes on, and tells what is new; `replay.py` waits for the store.
+- no error in a pass ends the loop; /healthz reports a loop that hangs;
+- a worker that died gets its startup time, then one restart, then it is a failure;
+- a store has one promoter: a second one, or a second `make up`, says so before it starts anything. A killed promoter
+  frees the store, and commands work next to a living one;
+- a version is drained before it is unloaded: any answer means that all earlier requests went into a worker;
+- predictions are retried after TorchServe's own transient errors, and never after a refusal of the handler;
+- `promote.py watch` goes on and prints what is new; `replay.py` waits for the store.
 """
 
 import threading
@@ -14,13 +15,20 @@ from dataclasses import replace
 import httpx
 import pytest
 
+from handlers.errors import UsageError
 from mlflow_tracking.promotion import ledger, locks, service, torchserve_client, workers
 from mlflow_tracking.promotion.locks import StoreBusy
 from mlflow_tracking.promotion.plan import Action, Actual, Desired, Release, Step
 from mlflow_tracking.promotion.reconcile import Pass
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
 from mlflow_tracking.promotion.step_errors import NotYet, StepFailed
-from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServe
+from mlflow_tracking.promotion.torchserve_client import (
+    RETRY_WAITS,
+    ServedVersion,
+    TorchServe,
+    TorchServeError,
+    with_retries,
+)
 from mlflow_tracking.settings import Settings
 from scripts import promote, replay
 from scripts.local_processes import free_ports
@@ -43,7 +51,7 @@ def promoter(tmp_path) -> service.Promoter:
 
 
 def passes(outcomes, stop: threading.Event):
-    """A reconcile that gives or raises these in turn, and stops the loop at the last."""
+    """Return a `reconcile` that returns or raises these in turn, and stops the loop at the last."""
     waiting = list(outcomes)
 
     def reconcile(wait=0.0):
@@ -147,7 +155,7 @@ def test_a_killed_promoter_leaves_the_store_free(tmp_path, owner):
 
 @pytest.fixture
 def dead_worker(world, monkeypatch):
-    """Version 1 serves and its worker is gone: (executor, seconds that can be moved, calls of scale)."""
+    """Version 1 serves without a worker: (executor, a clock, the calls of scale)."""
     world.serve("1")
     now, calls = [1000.0], []
     monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
@@ -157,7 +165,7 @@ def dead_worker(world, monkeypatch):
     return world.promoter().executor, now, calls
 
 
-def test_a_dead_worker_is_started_anew_once(world, dead_worker):
+def test_a_dead_worker_is_restarted_once(world, dead_worker):
     executor, now, calls = dead_worker
     release = Release("1", world.registry.tags["1"]["digest"])
     startup = world.ledger.archives[release.archive].settings["startupTimeout"]
@@ -166,11 +174,11 @@ def test_a_dead_worker_is_started_anew_once(world, dead_worker):
         now[0] = 1000.0 + seconds
         with pytest.raises(NotYet, match="no ready worker yet"):
             executor.run(revive)
-    assert calls == [], "it may be starting"
+    assert calls == [], "it may still be starting"
     now[0] = 1000.0 + startup
     with pytest.raises(NotYet, match="was restarted"):
         executor.run(revive)
-    assert calls == [("1", 0, True), ("1", 1, False)], "none first: a dead one counts as one"
+    assert calls == [("1", 0, True), ("1", 1, False)], "to 0 first, because a dead worker counts"
     now[0] += startup - 1
     with pytest.raises(NotYet, match="no ready worker yet"):
         executor.run(revive)
@@ -179,10 +187,10 @@ def test_a_dead_worker_is_started_anew_once(world, dead_worker):
         executor.run(revive)
     assert len(calls) == 2
     with pytest.raises(NotYet, match="no ready worker yet"):
-        executor.run(revive)  # tried again, it gets its time again
+        executor.run(revive)  # a retry gets the startup time again
 
 
-def test_a_version_without_any_worker_is_started_anew_at_once(world, dead_worker):
+def test_a_version_without_any_worker_is_restarted_at_once(world, dead_worker):
     executor, _, calls = dead_worker
     world.torchserve.versions = lambda: {"1": ServedVersion("1", world.torchserve.loaded["1"], 0, workers=0)}
     with pytest.raises(NotYet, match="was restarted"):
@@ -197,7 +205,7 @@ def test_a_worker_that_came_back_is_revived(world, dead_worker):
     assert calls == []
 
 
-def test_what_is_taken_out_is_drained_first_and_serves_no_more(world, monkeypatch):
+def test_a_version_is_drained_before_it_is_unloaded(world, monkeypatch):
     for version in "12":
         world.serve(version)
     seen = []
@@ -218,7 +226,7 @@ def test_what_is_taken_out_is_drained_first_and_serves_no_more(world, monkeypatc
 
 @pytest.fixture
 def torchserve(monkeypatch):
-    """The client, over a stand-in for the network: (client, its log of predictions and sleeps, what an answer is)."""
+    """The client over a stand-in for the network: (client, log of predictions and sleeps, readiness, response)."""
     log, ready, answer = [], [True], [httpx.Response(400, json={"message": "no image"})]
 
     def network(request: httpx.Request) -> httpx.Response:
@@ -245,13 +253,32 @@ def test_draining_waits_for_an_answer_and_then_a_little(torchserve):
     client.drain("7")
     ready[0] = False
     client.drain("2")
-    assert log == [], "nobody waits for what is not there, or has no worker"
+    assert log == [], "no wait for a version without a worker"
     ready[0], answer[0] = True, httpx.ReadTimeout("nothing came")
     client.drain("2")
-    assert log == ["/predictions/skin_vit/2"], "and not on top of a minute without an answer"
+    assert log == ["/predictions/skin_vit/2"], "no more waiting after a minute without an answer"
 
 
-def test_watching_goes_on_and_tells_what_is_new(world, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("response", "tries"),
+    [
+        (httpx.Response(503, json={"code": 503, "type": "ServiceUnavailableException", "message": "busy"}), 3),
+        (httpx.Response(500, json={"error": {"code": "internal_error", "message": "The model failed."}}), 1),
+        (httpx.Response(413, content=b""), 1),
+        (httpx.Response(200, json={"other": "service"}), 1),
+    ],
+    ids=["TorchServe is busy", "the handler failed", "too large", "no prediction"],
+)
+def test_only_transient_errors_are_retried(torchserve, response, tries):
+    client, log, _, answer = torchserve
+    answer[0] = response
+    with pytest.raises(TorchServeError):
+        with_retries(lambda: client.predict(b"image", "2"))
+    assert log.count("/predictions/skin_vit/2") == tries
+    assert [entry for entry in log if not isinstance(entry, str)] == list(RETRY_WAITS)[: tries - 1]
+
+
+def test_watch_goes_on_and_prints_what_is_new(world, monkeypatch, capsys):
     world.registry.aliases["champion"] = "1"
     reconciler = world.promoter()
     monkeypatch.setattr(promote, "create_reconciler", lambda *_: reconciler)
@@ -279,9 +306,9 @@ def test_a_replay_waits_for_the_store(world, monkeypatch):
     release = Release("1", "sha256:" + "1" * 64)
     monkeypatch.setenv("MODEL_STORE", str(world.torchserve.store))
     monkeypatch.setattr(replay, "Registry", lambda uri: world.registry)
-    monkeypatch.setattr(replay, "both", lambda registry, observer: (release, release))
+    monkeypatch.setattr(replay, "loaded_pair", lambda registry, observer: (release, release))
     monkeypatch.setattr(replay, "LOCK_SECONDS", 0.0)
     with locks.lock(world.torchserve.store), pytest.raises(StoreBusy):
         replay.replay(samples=[], out=None, as_json=True)
-    with pytest.raises(replay.RegistryError, match="nothing to replay"):
+    with pytest.raises(UsageError, match="There are no pictures"):
         replay.replay(samples=[], out=None, as_json=True)

@@ -1,13 +1,13 @@
 """Promotion with a real MLflow server and a real TorchServe: moving the alias is the only act of deployment.
 
-- the alias decides what is served; the version before stays at hand, the one before that is drained and retired, and no
-  request is lost on the way;
-- a version whose files are not what was registered, or that does not give its golden answers, is refused: the old one
-  keeps serving, the reason stands in MLflow, and it is not tried again until the alias is set again;
-- TorchServe comes back to the version that served, from the model store alone;
-- a model that takes age, sex and site is promoted on its golden answers with them, and told them in forms and JSON;
-- an archive runs the code in it, whatever the repository's copy says;
-- the command shows every step, and says in its exit code how it ended.
+- the alias decides which version serves; its predecessor stays loaded, the one before that is drained and retired, and
+  no request is lost;
+- a version with changed files or wrong golden answers is refused: the old one keeps serving, the reason is in MLflow, and
+  there is no retry until the alias moves;
+- TorchServe returns to the version that served, from the model store alone;
+- a model that takes age, sex and site is promoted on golden answers with them, and reads them from forms and JSON;
+- an archive runs its own code, not the repository's;
+- the command shows every step, and its exit code says how it ended.
 """
 
 import base64
@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def promotion(registry, first_registration, full_bundle, short_folder):
-    """Nothing is loaded yet; version 1 is champion."""
+    """Version 1 is champion, and nothing is loaded yet."""
     folder = short_folder / "p"
     folder.mkdir()
     registry.set_alias("champion", "1")
@@ -63,7 +63,7 @@ def second(promotion, tmp_path_factory) -> str:
 
 @pytest.fixture
 def serving_first(promotion) -> Promotion:
-    """Version 1 serves, whatever the test before has done."""
+    """Version 1 serves, whatever the previous test did."""
     promotion.champion("1")
     assert promotion.served() == "1"
     return promotion
@@ -174,7 +174,7 @@ def test_a_bad_version_is_refused_and_the_old_one_serves(serving_first, tmp_path
 def test_files_tampered_with_in_the_store_are_refused_and_the_old_version_serves(
     serving_first, tmp_path, tmp_path_factory, tampered
 ):
-    """As somebody can who writes to the artifact store, but not to the registry's database."""
+    """By someone who can write to the artifact store, but not to the registry's database."""
     version = serving_first.register(tmp_path)
     source = serving_first.registry.version(version).source.removeprefix("models:/")
     [bundle] = (path.parent for path in tmp_path_factory.getbasetemp().rglob(f"{source}/**/{CONFIG}"))
@@ -273,7 +273,7 @@ def test_a_changed_archive_is_left_out_and_fetched_again(serving_second, second)
     assert serving_second.served() == second
 
 
-def test_a_damaged_ledger_is_set_aside_and_made_anew(serving_first):
+def test_a_damaged_ledger_is_replaced(serving_first):
     (serving_first.store / ledgers.LEDGER).write_text("{")
     steps, result = serving_first.settle()
     assert "cannot be read" in result.errors[0]
@@ -286,7 +286,7 @@ def test_a_damaged_ledger_is_set_aside_and_made_anew(serving_first):
 
 
 def test_an_archive_runs_its_own_code(serving_first, short_folder):
-    """From a copy of the repository whose handlers say something else, on the same store."""
+    """TorchServe from a copy of the repository with changed handlers, on the same store."""
     copy = short_folder / "copy"
     for name in ("handlers", "torchserve"):
         shutil.copytree(ROOT / name, copy / name)
@@ -332,7 +332,7 @@ def test_the_commands_errors_are_sentences_and_codes(serving_first):
     assert serving_first.served() == "1"
 
 
-def test_the_service_follows_the_alias_and_tells_of_it(serving_first, second, tmp_path):
+def test_the_service_follows_the_alias_and_reports_it(serving_first, second, tmp_path):
     [port] = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     with (tmp_path / "log").open("w") as log:
@@ -368,7 +368,7 @@ def test_the_service_follows_the_alias_and_tells_of_it(serving_first, second, tm
     assert (lines[0]["message"], lines[-1]["message"]) == ("started", "stopped")
 
 
-def test_a_model_that_takes_metadata_is_promoted_and_told_over_rest(serving_first, tmp_path, sample_images):
+def test_a_model_that_takes_metadata_is_promoted_and_reads_it_over_rest(serving_first, tmp_path, sample_images):
     refused = serving_first.tell("/1", sample_images[0], age="71")
     assert (refused.status_code, "takes no age" in refused.text) == (400, True)
 

@@ -63,6 +63,7 @@ class TorchServe:
     """
 
     def __init__(self, url: str, management: str = "") -> None:
+        self._url, self._management_address = url, management
         # trust_env is off: no proxy stands between the parts of one stack.
         socket = management.removeprefix("unix:") if management.startswith("unix:") else None
         transport = httpx.HTTPTransport(uds=socket) if socket else None
@@ -169,12 +170,16 @@ class TorchServe:
         path = f"/predictions/{MODEL_NAME}/{version}".rstrip("/")
         if metadata:
             data = {name: str(value) for name, value in metadata.items()}
-            return _answer(self._inference, "POST", path, data=data, files={"data": image}, timeout=timeout)
-        headers = {"Content-Type": "application/octet-stream"}
-        return _answer(self._inference, "POST", path, content=image, headers=headers, timeout=timeout)
+            body: dict[str, Any] = {"data": data, "files": {"data": image}}
+        else:
+            body = {"content": image, "headers": {"Content-Type": "application/octet-stream"}}
+        answer = _answer(self._inference, self._url, "POST", path, timeout=timeout, **body)
+        if not isinstance(answer, dict) or "prediction" not in answer:
+            raise TorchServeError(500, f"{self._url}{path} answered without a prediction. Check the address.")
+        return answer
 
     def _manage(self, method: str, path: str, **options: Any) -> Any:
-        return _answer(self._management, method, path, **options)
+        return _answer(self._management, self._management_address, method, path, **options)
 
 
 def with_retries(call: Callable[[], Result], before_retry: Callable[[], None] = lambda: None) -> Result:
@@ -193,22 +198,28 @@ def with_retries(call: Callable[[], Result], before_retry: Callable[[], None] = 
     return call()
 
 
-def _answer(client: httpx.Client, method: str, path: str, **options: Any) -> Any:
+def _answer(client: httpx.Client, address: str, method: str, path: str, **options: Any) -> Any:
+    """Return the JSON of a successful response."""
     try:
         response = client.request(method, path, **options)
     except httpx.TimeoutException as error:
-        raise TorchServeUnavailable(f"TorchServe gave no answer to {method} {path} in time.") from error
+        raise TorchServeUnavailable(f"TorchServe at {address} gave no answer to {method} {path} in time.") from error
     except httpx.HTTPError as error:
         raise TorchServeUnavailable(
-            f"TorchServe is away ({method} {path}: {error or type(error).__name__})."
+            f"TorchServe does not answer at {address} ({type(error).__name__}). Start it with `make up`."
         ) from error
+    status, phrase = response.status_code, response.reason_phrase
     try:
         values = response.json()
     except ValueError:
-        values = None
-    if response.is_success and values is not None:
+        if status == 413:
+            raise TorchServeError(status, f"TorchServe answered {status}: the request is too large.", phrase) from None
+        raise TorchServeError(
+            status, f"{address} answered {status} without JSON. Check that TorchServe runs at {address}.", phrase
+        ) from None
+    if response.is_success:
         return values
-    raise _error(response.status_code, response.reason_phrase, values)
+    raise _error(status, phrase, values)
 
 
 def _error(status: int, phrase: str, values: Any) -> TorchServeError:
@@ -218,8 +229,8 @@ def _error(status: int, phrase: str, values: Any) -> TorchServeError:
     if isinstance(handler, dict):
         return TorchServeError(status, str(handler.get("message", phrase)), str(handler.get("code", status)))
     message = str(values.get("message") or phrase).rstrip(".")
-    code, transient = str(values.get("type") or phrase), status in TRANSIENT
-    return TorchServeError(status, f"TorchServe answered {status}: {message}.", code, transient)
+    code = str(values.get("type") or phrase)
+    return TorchServeError(status, f"TorchServe answered {status}: {message}.", code, status in TRANSIENT)
 
 
 def _served(model: dict[str, Any]) -> ServedVersion:
