@@ -290,10 +290,10 @@ def test_an_archive_runs_its_own_code(serving_first, short_folder):
     copy = short_folder / "copy"
     for name in ("handlers", "torchserve"):
         shutil.copytree(ROOT / name, copy / name)
-    predictor = copy / "handlers" / "predictor.py"
-    before = predictor.read_text()
-    predictor.write_text(before.replace("Research use only.", "Changed."))
-    assert predictor.read_text() != before
+    prediction = copy / "handlers" / "prediction.py"
+    before = prediction.read_text()
+    prediction.write_text(before.replace("Research use only.", "Changed."))
+    assert prediction.read_text() != before
     folder = short_folder / "c"
     folder.mkdir()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
