@@ -80,7 +80,7 @@ def choose(named: dict[str, str], kept: dict[str, str]) -> dict[str, str]:
         if value := named.get(name):
             if not ALLOWED.fullmatch(value):
                 raise SecretsError(
-                    f"{name} in .env is not valid. Use 8 to 40 letters, digits or characters of _.,~^*+=/@%!-"
+                    f"{name} in .env is not valid. Use 8 to 40 letters, digits or characters of `_.,~^*+=/@%!-`."
                 )
             chosen[name] = value
         else:

@@ -98,7 +98,7 @@ def _check_golden(bundle: Bundle) -> None:
     answers = predictor.predict([Request(case.image, metadata=case.metadata) for case in cases])
     for case, answer in zip(cases, answers, strict=True):
         if not isinstance(answer, Prediction):
-            raise BundleError(f"The golden image {case.name} is refused: {answer}") from answer
+            raise BundleError(f"The golden image {case.name} is refused. {answer}") from answer
         probability, cam = case.disagreement(answer.probabilities, answer.grid or [])
         if not (probability <= PROBABILITY_TOLERANCE and cam <= MAP_TOLERANCE):  # so that NaN disagrees
             raise BundleError(

@@ -54,7 +54,7 @@ def serving_module(bundle: Bundle) -> ServingModule:
             metadata_width=len(config.metadata.columns),
         )
     except BackboneError as error:
-        raise BundleError(f"The bundle's network cannot be built: {error}") from error
+        raise BundleError(f"The bundle's network cannot be built. {error}") from error
     weights = read_weights(bundle)
     if config.calibration.rejection and config.calibration.rejection.residual_weight and weights.basis is None:
         raise BundleError(f"The bundle's rejection needs {BASIS} in {WEIGHTS}, which lacks it.")

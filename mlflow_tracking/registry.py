@@ -214,7 +214,7 @@ class Registry:
             if error.error_code in _MISSING:
                 if missing_is_none:
                     return
-                raise RegistryError(f"MLflow at {self.uri} refuses the request: {sentence}") from error
+                raise RegistryError(f"MLflow at {self.uri} refuses the request ({sentence}).") from error
             if "error responses" in sentence:
                 raise RegistryUnavailable(
                     f"MLflow at {self.uri} answers with errors. Read its log; its database or disk may be full or away."
@@ -223,7 +223,7 @@ class Registry:
                 raise RegistryUnavailable(
                     f"MLflow at {self.uri} does not answer. Start it with `make up` or mlflow_tracking/mlflow_server.sh."
                 ) from error
-            raise RegistryUnavailable(f"MLflow at {self.uri} answers with an error: {sentence}") from error
+            raise RegistryUnavailable(f"MLflow at {self.uri} answers with an error ({sentence}).") from error
 
 
 def registered(version: "ModelVersion", aliases: tuple[str, ...] | None = None) -> RegisteredVersion:

@@ -19,8 +19,8 @@ from handlers.serving_graph import serving_module
 
 def main(bundle: Path, inputs: Path, out: Path) -> None:
     """Write the model to `out`; `inputs` is an .npz file with pixels, targets and, if the model has them, metadata."""
-    given = np.load(inputs)
-    columns = [given["pixels"], given["target"], *([given["metadata"]] if "metadata" in given else [])]
+    arrays = np.load(inputs)
+    columns = [arrays["pixels"], arrays["target"], *([arrays["metadata"]] if "metadata" in arrays else [])]
     example = tuple(torch.from_numpy(column[:1]) for column in columns)
     litert_torch.convert(serving_module(Bundle.load(bundle)), example).export(str(out))
     interpreter = Interpreter(str(out))

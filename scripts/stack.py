@@ -133,9 +133,9 @@ def check_port(name: str, port: int) -> None:
             other = port + 1000 if port < 60000 else port - 1000
             if program := listening_program(port):
                 raise StackError(
-                    f"Port {port} is in use by {program}. Stop it, or choose another port: {name}={other} make up"
+                    f"Port {port} is in use by {program}. Stop it, or choose another port: `{name}={other} make up`."
                 ) from None
-            raise StackError(f"Port {port} is in use. Choose another port: {name}={other} make up") from None
+            raise StackError(f"Port {port} is in use. Choose another port: `{name}={other} make up`.") from None
 
 
 def listening_program(port: int) -> str | None:

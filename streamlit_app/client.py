@@ -135,7 +135,7 @@ def _parse(status: int, body: dict[str, Any]) -> Answer:
     if status == FAILED and ours:
         raise ServingError("failed", message or "The model failed on this picture.")
     if message:
-        raise ServingError("unexpected", f"The model server answered with status {status}: {message}")
+        raise ServingError("unexpected", f"The model server answered with status {status} ({message}).")
     raise ServingError("unexpected", f"The model server answered with status {status}.")
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from scripts.studies import bench_serving
-from scripts.studies.bench_serving import Bench, Row
+from scripts.studies.bench_serving import Bench, ServerRow
 from scripts.studies.serving_bench.load import Load, LoadError, form, measure, post
 from tests.models import tiny_bundle
 from tests.waiting import eventually
@@ -85,8 +85,8 @@ def test_an_error_ends_the_load(slow):
 
 def test_ratios_and_shares_follow_from_the_figures():
     rows = [
-        Row("ours", "grid", Load(16, 9, 100.0, 150.0, 160.0), 1000.0),
-        Row("stock handler", "overlay", Load(16, 9, 5.0, 3000.0, 3200.0), 2000.0),
+        ServerRow("ours", "grid", Load(16, 9, 100.0, 150.0, 160.0), 1000.0),
+        ServerRow("stock handler", "overlay", Load(16, 9, 5.0, 3000.0, 3200.0), 2000.0),
     ]
     ours = ["ours", "grid", "16", "100.0", "150", "160", "20.0", "80", "50"]
     assert Bench.server_table(SimpleNamespace(cells=lambda cells, *_: cells), rows, 125.0).rows[0] == ours

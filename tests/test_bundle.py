@@ -115,7 +115,7 @@ def test_weights_of_another_architecture_are_refused(slim, tmp_path):
 def test_an_unknown_architecture_is_refused_in_a_sentence(slim, tmp_path):
     copy = shutil.copytree(slim.path, tmp_path / "copy")
     bundle = seal(copy, replace(slim.config, architecture="vit_of_tomorrow"))
-    with pytest.raises(BundleError, match=r"network cannot be built: timm has no model named 'vit_of_tomorrow'"):
+    with pytest.raises(BundleError, match=r"network cannot be built. timm has no model named 'vit_of_tomorrow'"):
         Predictor(bundle)
 
 

@@ -21,7 +21,7 @@ import yaml
 
 from handlers.errors import ServiceUnavailable, UsageError
 from training.data import download as downloads
-from training.data.download import DataSet, DownloadError, Publisher, RemoteFile, choose, download, fetch, list_files
+from training.data.download import Download, DownloadError, Publisher, RemoteFile, choose, download, fetch, list_files
 
 ROOT = Path(__file__).parent.parent
 CONTENT = bytes(range(256)) * 4000
@@ -205,12 +205,12 @@ def test_the_lists_of_publishers_are_read(site, session):
     entry = {"name": "b.csv", "size": 3, "computed_md5": "cd", "download_url": f"{site.url}/b"}
     site.files["/v2/articles/7"] = json.dumps({"files": [entry]}).encode()
     about = {"title": "t", "licence": "l", "cite": "c"}
-    dataverse = DataSet(**about, dataverse=Publisher(server=site.url, id="doi:1"))
+    dataverse = Download(**about, dataverse=Publisher(server=site.url, id="doi:1"))
     assert [(file.name, file.size, file.md5) for file in list_files(dataverse, session)] == [
         ("part_1.zip", 5, "ab"),
         ("meta.csv", 7, ""),
     ]
-    figshare = DataSet(**about, figshare=Publisher(server=site.url, id="7"))
+    figshare = Download(**about, figshare=Publisher(server=site.url, id="7"))
     assert list_files(figshare, session) == [RemoteFile(url=f"{site.url}/b", name="b.csv", size=3, md5="cd")]
     with pytest.raises(DownloadError, match=r"lists no file named \*\.png"):
         list_files(figshare.model_copy(update={"only": ["*.png"]}), session)
@@ -219,7 +219,7 @@ def test_the_lists_of_publishers_are_read(site, session):
     with pytest.raises(DownloadError, match="not a plain file name"):
         list_files(figshare, session)
     with pytest.raises(ServiceUnavailable, match="does not answer as expected"):
-        list_files(DataSet(**about, figshare=Publisher(server=site.url, id="8")), session)
+        list_files(Download(**about, figshare=Publisher(server=site.url, id="8")), session)
 
 
 def test_every_entry_of_the_catalogue_names_where_its_files_are():

@@ -98,7 +98,7 @@ def replay_folder(torchserve: TorchServe, folder: Path, champion: Release, chall
         raise UserError(f"{folder} is empty. Name a folder of pictures.")
     if not pairs:
         name, reason = next(iter(refused.items()))
-        raise UserError(f"None of the {len(refused)} files in {folder} is a picture. {name}: {reason}")
+        raise UserError(f"None of the {len(refused)} files in {folder} is a picture. The first is {name}. {reason}")
     before, after = (_concatenated([pair[side] for pair in pairs.values()]) for side in (0, 1))
     return compare(None, before, after, list(pairs)) | {"refused": refused}
 

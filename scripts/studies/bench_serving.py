@@ -1,9 +1,9 @@
-"""Measure serving: this project in TorchServe, beside a stock handler and beside what the machine can do.
+"""Measure serving: this project in TorchServe, a stock handler, and the limits of the machine.
 
-One network, the same bytes, one machine, in under ten minutes: requests per second and latency at 1, 4 and 16 clients
-with the heatmap as grid, as overlay and without it; a stock TorchServe handler with the grad-cam package; and, in this
-process, the graph alone against the plain forward and the processor's best matrix product, the handler's stages, and a
-worker's start. Each server row has the pace of the processor at that moment beside it.
+All use one network, the same bytes and one machine, in under ten minutes. Through TorchServe: requests per second and
+latency at 1, 4 and 16 clients, with the heatmap as grid, as overlay and without it, and a stock handler with the
+grad-cam package. In this process: the graph alone, the plain forward pass, the processor's best matrix product, the
+stages of the handler, and a worker's start. Each server row shows the pace of the processor at that moment.
 """
 
 import io
@@ -81,7 +81,7 @@ def pictures() -> list[bytes]:
 
 
 @dataclass(frozen=True)
-class Row:
+class ServerRow:
     """One server, one kind of heatmap, one number of clients; `pace` in GFLOP/s."""
 
     server: str
@@ -91,7 +91,7 @@ class Row:
 
 
 @dataclass
-class Table:
+class BenchTable:
     """A title, the columns' names, and rows of text."""
 
     title: str
@@ -123,7 +123,7 @@ class Bench:
         plain = dict(zip(self.bundle.config.classes, softmax, strict=True))
         return {"ours": prediction.probabilities, "stock handler": plain}
 
-    def serve(self) -> Iterator[Row]:
+    def serve(self) -> Iterator[ServerRow]:
         """Start each server in turn and load it. Raises LoadError, BenchServerError."""
         expected = self.expected()
         for server in HEATMAPS:
@@ -135,9 +135,9 @@ class Bench:
                     for clients in self.clients:
                         before = in_process.pace()
                         load = measure(port, servers.PATH, bodies, clients, self.seconds)
-                        yield Row(server, heatmap, load, (before + in_process.pace()) / 2)
+                        yield ServerRow(server, heatmap, load, (before + in_process.pace()) / 2)
 
-    def tables(self, folder: Path) -> Iterator[Table]:
+    def tables(self, folder: Path) -> Iterator[BenchTable]:
         """Measure, and yield each table when it is complete."""
         precision = self.predictor.runtime.precision
         plain = Predictor(in_process.plain_bundle(self.bundle, folder / "plain"), precision=precision)
@@ -145,7 +145,7 @@ class Bench:
         best, product = in_process.peak(precision, self.seconds / 8)
         gflop = in_process.gflop(self.bundle)
         headers = ["batch", "graph ms", "plain forward ms", "ratio", "images/s", "GFLOP/s", "% of best product"]
-        graph = Table(f"The graph alone, {precision}; best matrix product {best:.0f} GFLOP/s ({product})", headers)
+        graph = BenchTable(f"The graph alone, {precision}; best matrix product {best:.0f} GFLOP/s ({product})", headers)
         for batch, row in calls_ms.items():
             rate = 1e3 * batch / row["joint"]
             shares = [f"{row['joint'] / row['plain']:.3f}", f"{rate:.1f}", f"{rate * gflop:.0f}"]
@@ -162,25 +162,25 @@ class Bench:
         yield self.stage_table()
         fresh, later = in_process.worker_start(self.bundle, self.precision)
         rows = [["first start of an archive", f"{fresh:.2f}"], ["later starts", f"{later:.2f}"]]
-        yield Table("Our part of a worker's start", ["", "seconds"], rows)
+        yield BenchTable("Our part of a worker's start", ["", "seconds"], rows)
         yield self.server_table(list(self.serve()), alone)
 
-    def stage_table(self) -> Table:
+    def stage_table(self) -> BenchTable:
         """Return the handler's stages; its total is less than their sum where two of them overlap."""
         stages_ms = in_process.stages(self.bundle, self.precision, self.files, self.seconds / 2)
-        table = Table("Stages of the handler, ms an image (overlay only on request)", ["batch", *stages_ms[1]])
+        table = BenchTable("Stages of the handler, ms an image (overlay only on request)", ["batch", *stages_ms[1]])
         for batch, row in stages_ms.items():
             table.rows.append([str(batch), *(f"{value:.2f}" for value in row.values())])
         return table
 
-    def server_table(self, measured: list[Row], alone: float) -> Table:
+    def server_table(self, measured: list[ServerRow], alone: float) -> BenchTable:
         """Return requests per second and latency.
 
         `× stock` compares grid and overlay with the stock handler's overlay; `% graph` with `alone`, the graph's images
         per second without a server; `pace` is in percent of the fastest row's.
         """
         headers = ["server", "heatmap", "clients", "req/s", "p50 ms", "p95 ms", "× stock", "% graph", "pace"]
-        table = Table("Through TorchServe, a JPEG of 600×450", headers)
+        table = BenchTable("Through TorchServe, a JPEG of 600×450", headers)
         heat = {
             row.load.clients: row.load.rps
             for row in measured
@@ -218,7 +218,7 @@ def check_answer(port: int, image: bytes, expected: dict[str, float], server: st
         raise LoadError(f"A probability of the server '{server}' differs by {difference:.2f} from the model's.")
 
 
-def markdown(tables: list[Table], heading: str) -> str:
+def markdown(tables: list[BenchTable], heading: str) -> str:
     """Return the page."""
     text = f"# Serving speed\n\n{heading}\n"
     for table in tables:
@@ -250,7 +250,7 @@ def main(
         bool, typer.Option("--busy", help="Measure on a busy machine too, without ratios and shares.")
     ] = False,
 ) -> None:
-    """Measure serving beside a stock handler and beside what the machine can do. The machine must be idle."""
+    """Measure serving, a stock handler and the limits of the machine. The machine must be idle."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the servers on the way out
     load = os.getloadavg()[0]
     judge = load <= IDLE * (os.cpu_count() or 1)

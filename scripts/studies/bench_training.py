@@ -36,7 +36,7 @@ from training.training_data import training_preprocessing
 Batches = Generator[tuple[Tensor, Tensor], None, None]
 
 
-class Step:
+class TrainingStep:
     """One training step of a configuration.
 
     Augmentation, forward, backward and optimiser as in training/train.py, without mixing, focal loss, class weights,
@@ -63,7 +63,7 @@ class Step:
         self.optimizer.step()
 
 
-def time_steps(step: Step, source: Batches, steps: int, batch_size: int) -> float:
+def time_steps(step: TrainingStep, source: Batches, steps: int, batch_size: int) -> float:
     """Return images per second over `steps` batches, after one that is not timed."""
     step(*next(source))
     began = time.perf_counter()
@@ -119,7 +119,7 @@ def main(
         raise DataError(
             f"{data} has {len(images)} training images, but a batch has {settings.batch_size}. Set a smaller batch_size=."
         )
-    step = Step(settings, len(classes))
+    step = TrainingStep(settings, len(classes))
     if settings.threads:
         torch.set_num_threads(settings.threads)
     side, batch = preprocessing.image_size, settings.batch_size

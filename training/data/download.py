@@ -54,7 +54,7 @@ class Publisher(BaseModel):
     id: str
 
 
-class DataSet(BaseModel):
+class Download(BaseModel):
     """One entry of downloads.yaml."""
 
     model_config = ConfigDict(extra="forbid")
@@ -68,12 +68,12 @@ class DataSet(BaseModel):
     only: Annotated[list[str], Field(min_length=1)] = ["*"]
 
 
-def read_catalogue(path: Path = CATALOGUE) -> dict[str, DataSet]:
+def read_catalogue(path: Path = CATALOGUE) -> dict[str, Download]:
     """Return the data sets by name."""
-    return {name: DataSet(**entry) for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+    return {name: Download(**entry) for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
 
 
-def choose(catalogue: Mapping[str, DataSet], names: Sequence[str]) -> dict[str, DataSet]:
+def choose(catalogue: Mapping[str, Download], names: Sequence[str]) -> dict[str, Download]:
     """Return the data sets of these names. Raises UsageError for a name that is not in the catalogue."""
     for name in names:
         if name not in catalogue:
@@ -81,7 +81,7 @@ def choose(catalogue: Mapping[str, DataSet], names: Sequence[str]) -> dict[str, 
     return {name: catalogue[name] for name in names}
 
 
-def list_files(data_set: DataSet, session: requests.Session) -> list[RemoteFile]:
+def list_files(data_set: Download, session: requests.Session) -> list[RemoteFile]:
     """Return the files of a data set, as its publisher lists them.
 
     Raises ServiceUnavailable if the publisher does not answer, DownloadError if its list holds none of the files.

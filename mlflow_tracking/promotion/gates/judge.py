@@ -216,7 +216,7 @@ def load_gates(path: Path) -> tuple[Gate, ...]:
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise GateSettingsError(f"The gate settings {path} cannot be read: {error}") from error
+        raise GateSettingsError(f"The gate settings {path} cannot be read ({error}).") from error
     names = [gate.name for gate in GATES]
     if not isinstance(values, dict):
         raise GateSettingsError(f"{path} is not a table of gates. The gates are {', '.join(names)}.")

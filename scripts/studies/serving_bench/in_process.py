@@ -233,6 +233,6 @@ def worker_start(bundle: Bundle, precision: str) -> tuple[float, float]:
         for _ in range(2):
             process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             if process.returncode:
-                raise HandlerFailed(f"The handler did not start: {process.stderr.strip()}")
+                raise HandlerFailed(f"The handler did not start:\n{process.stderr.strip()}")
             seconds.append(float(process.stdout.rsplit("SECONDS", 1)[1]))
     return seconds[0], seconds[1]
