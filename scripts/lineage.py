@@ -59,7 +59,7 @@ def verify(registry: Registry, audit: AuditLog) -> None:
     except RegistryUnavailable as error:
         errors.print(f"{error} Lines missing at the end would not be noticed.", style="yellow")
     if faults := audit.verify(anchor):
-        raise UserError(f"The audit log {audit.path} is not whole:\n{'\n'.join(faults)}")
+        raise UserError(f"The audit log {audit.path} is not whole. {' '.join(faults)}")
     console.print(f"✓ {audit.path}: {len(audit.rows()):,} lines, none changed, none missing.")
     if anchor:
         console.print("✓ Its end is the one that the registry knows.")
