@@ -110,7 +110,9 @@ def test_a_replay_lists_files_that_are_no_pictures(case, tmp_path, monkeypatch):
     case.server.fail = []
     for name in ("2026/MEL", "NV.png"):
         (folder / name).unlink()
-    with pytest.raises(UserError, match=r"None of the 1 files in .* is a picture. The first is notes.png. The file is not a JPEG"):
+    with pytest.raises(
+        UserError, match=r"None of the 1 files in .* is a picture. The first is notes.png. The file is not a JPEG"
+    ):
         replay_folder(case.server, folder, CHAMPION, case.candidate.release)
 
 
