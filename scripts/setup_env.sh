@@ -34,7 +34,7 @@ find_python() {
     for python in python3.11 python3.12 python3 python; do
         if suitable "$python"; then return; fi
     done
-    die "Python 3.11 or 3.12 is required. Install it (Debian: sudo apt install python3.11 python3.11-venv), or set PYTHON=/path/to/python3.11."
+    die "Python 3.11 or 3.12 is required; python3 is: $(python3 --version 2>/dev/null || echo missing). Install it (Debian: sudo apt install python3.11 python3.11-venv), or set PYTHON=/path/to/python3.11."
 }
 
 free_gb() { df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}'; }
