@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
-from scripts.local_processes import free_ports
 
+from scripts.local_processes import free_ports
 from tests.chromium import chromium
 from tests.fake_torchserve import CLASSES, NOWHERE, TAKES, answer_for
 from tests.waiting import eventually
