@@ -52,14 +52,17 @@ def read_image(path: Path) -> ImageDigest | str:
     """Decode one file and describe it. Returns a sentence instead if the file is no usable image."""
     try:
         data = path.read_bytes()
-        if not data:
-            return "The file is empty."
-        # Hash and thumbnail need no more than twice the thumbnail's side.
-        decoded = decode(data, min_side=2 * _THUMBNAIL)
+        return describe(data) if data else "The file is empty."
     except ImageError as error:
         return str(error)
     except OSError as error:
         return f"The file cannot be read: {error.strerror or error}."
+
+
+def describe(data: bytes) -> ImageDigest:
+    """Decode a file's bytes and describe them. Raises ImageError."""
+    # Hash and thumbnail need no more than twice the thumbnail's side.
+    decoded = decode(data, min_side=2 * _THUMBNAIL)
     grey = decoded.image.convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
     phash = int.from_bytes(np.packbits(imagehash.phash(grey).hash).tobytes())
     return ImageDigest(decoded.sha256, decoded.width, decoded.height, phash, np.asarray(grey))
