@@ -2,7 +2,7 @@
 
 `receipt.json` is part of every bundle, so that the model is never tested on images that it has seen. It holds no
 picture. For each split that training looks at (train, val, calibration) it lists the first 16 hex digits of the images'
-SHA-256, their perceptual hashes, their ISIC identifiers and their lesion ids, each sorted by itself.
+SHA-256, their perceptual hashes, their ISIC identifiers, their lesion ids and their patient ids, each sorted by itself.
 
 Needs neither torch nor pandas: a table is anything with the columns of `ImageIdentity`, such as a DataFrame.
 """
@@ -30,12 +30,16 @@ CHANCE_SHARE = 0.05
 
 
 class ImageIdentity(NamedTuple):
-    """What identifies an image: its name without ending, hex SHA-256, lesion id, and perceptual hash in hex."""
+    """The identity of an image: its name without ending, hex SHA-256, lesion id, perceptual hash in hex, patient id.
+
+    `patient_id` is "" if unknown.
+    """
 
     image_id: str
     sha256: str
     lesion_id: str
     phash: str
+    patient_id: str
 
 
 def image_identities(table: Any) -> list[ImageIdentity]:
@@ -45,12 +49,13 @@ def image_identities(table: Any) -> list[ImageIdentity]:
 
 @dataclass(frozen=True)
 class SeenImages:
-    """The images of one split: four sorted tuples without repetitions."""
+    """The images of one split: sorted tuples without repetitions. Receipts may lack `patients`: then none is known."""
 
     sha256: tuple[str, ...]
     phash: tuple[str, ...]
     isic_ids: tuple[str, ...]
     lesions: tuple[str, ...]
+    patients: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, images: Sequence[ImageIdentity]) -> "SeenImages":
@@ -60,6 +65,7 @@ class SeenImages:
             phash=_sorted(image.phash for image in images),
             isic_ids=_sorted(name for image in images if (name := isic_id(image.image_id))),
             lesions=_sorted({image.lesion_id for image in images} - _named_after_files(images)),
+            patients=_sorted(image.patient_id for image in images if image.patient_id),
         )
 
     @classmethod
@@ -100,28 +106,32 @@ class Receipt:
 class Overlap:
     """The images of a set (by `image_id`) that a model has seen, each in the first list that applies.
 
-    `same_image`: same bytes or ISIC identifier; `same_lesion`: another photograph of the same lesion; `near`: a
-    perceptual hash within COPY_RADIUS bits. `images` is the number of images compared.
+    `same_image`: same bytes or ISIC identifier; `same_lesion`: another photograph of the same lesion; `same_patient`:
+    another lesion of the same patient; `near`: a perceptual hash within COPY_RADIUS bits. `images` is the number of
+    images compared.
     """
 
     images: int
     same_image: list[str]
     same_lesion: list[str]
+    same_patient: list[str]
     near: list[str]
 
     @property
     def leaks(self) -> bool:
-        """True if an image or lesion was seen, or if more images are near than chance explains."""
-        return bool(self.same_image or self.same_lesion or len(self.near) > CHANCE_SHARE * self.images)
+        """True if an image, lesion or patient was seen, or if more images are near than chance explains."""
+        seen = self.same_image or self.same_lesion or self.same_patient
+        return bool(seen or len(self.near) > CHANCE_SHARE * self.images)
 
     def __str__(self) -> str:
         """Return one sentence with the counts and an example."""
-        seen = [*self.same_image, *self.same_lesion, *self.near]
+        seen = [*self.same_image, *self.same_lesion, *self.same_patient, *self.near]
         if not seen:
             return f"None of the {self.images:,} images was seen in training."
         return (
             f"Of {self.images:,} images, {len(self.same_image):,} were seen in training, {len(self.same_lesion):,} show "
-            f"a lesion seen in training and {len(self.near):,} are near-duplicates of training images, such as {seen[0]}."
+            f"a lesion seen in training, {len(self.same_patient):,} a patient seen in training, and {len(self.near):,} "
+            f"are near-duplicates of training images, such as {seen[0]}."
         )
 
 
@@ -151,19 +161,21 @@ def overlap(receipt: Receipt, images: Sequence[ImageIdentity]) -> Overlap:
     ISIC 2019. Lesion ids are compared as they stand, since archives and clinics number their lesions once. An id that
     only repeats the name of an image file does not identify a lesion, unless it is an ISIC identifier.
     """
-    seen = SeenImages.joined(receipt.splits.values()) if receipt.splits else SeenImages((), (), (), ())
-    digests, isic_ids, lesions = set(seen.sha256), set(seen.isic_ids), set(seen.lesions)
+    seen = SeenImages.joined(receipt.splits.values()) if receipt.splits else SeenImages((), (), (), (), ())
+    digests, isic_ids, lesions, patients = map(set, (seen.sha256, seen.isic_ids, seen.lesions, seen.patients))
     hashes = np.array([int(phash, 16) for phash in seen.phash], np.uint64)
     nameless = _named_after_files(images)
-    same_image, same_lesion, near = [], [], []
-    for name, digest, lesion, phash in images:
+    same_image, same_lesion, same_patient, near = [], [], [], []
+    for name, digest, lesion, phash, patient in images:
         if digest[:DIGITS] in digests or isic_id(name) in isic_ids:
             same_image.append(name)
         elif lesion in lesions and lesion not in nameless:
             same_lesion.append(name)
+        elif patient in patients:
+            same_patient.append(name)
         elif (np.bitwise_count(hashes ^ np.uint64(int(phash, 16))) <= COPY_RADIUS).any():
             near.append(name)
-    return Overlap(len(images), same_image, same_lesion, near)
+    return Overlap(len(images), same_image, same_lesion, same_patient, near)
 
 
 def _named_after_files(images: Sequence[ImageIdentity]) -> set[str]:

@@ -25,7 +25,9 @@ def evaluation(tmp_path_factory) -> EvaluationSet:
             path.write_bytes(image := patch(code, number))
             digest = hashlib.sha256(image).hexdigest()
             metadata = (float(number + 20) if number % 2 else None, "female", "palms/soles" if number % 3 else "knee")
-            rows.append((str(path), path.stem, code, f"{code}-{number // 2}", "drawn", digest, digest[:16], *metadata))
+            rows.append(
+                (str(path), path.stem, code, f"{code}-{number // 2}", "drawn", digest, digest[:16], *metadata, "")
+            )
     return freeze(pd.DataFrame(rows, columns=["path", *COLUMNS[1:]]), folder)
 
 

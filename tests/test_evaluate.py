@@ -56,7 +56,7 @@ def test_it_writes_figures_and_pictures(bundle, manifest, tmp_path):
     assert code == 0, output
     table = json.loads((out / "metrics.json").read_text())
     assert table["images"] == 18
-    assert table["overlap"] == {"overlaps": False, "same_image": 0, "same_lesion": 0, "near": 0}
+    assert table["overlap"] == {"overlaps": False, "same_image": 0, "same_lesion": 0, "same_patient": 0, "near": 0}
     assert table["tta"] is True
     assert table["runtime"] == "openvino"
     assert table["precision"] in ("f32", "bf16")  # which is the processor's affair

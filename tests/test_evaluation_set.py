@@ -45,7 +45,7 @@ def rows(tmp_path) -> pd.DataFrame:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         age = None if number % 5 == 0 else float(number % 90)
         told = (age, ("", "male", "female")[number % 3], "head/neck" if number % 2 else "")
-        made.append((str(path), f"image{number}", label, lesion, "ham10000", digest, f"{number:016x}", *told))
+        made.append((str(path), f"image{number}", label, lesion, "ham10000", digest, f"{number:016x}", *told, ""))
     return pd.DataFrame(made, columns=["path", *COLUMNS[1:]])
 
 

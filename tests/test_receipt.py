@@ -27,15 +27,16 @@ def table(count, split="test", start=0, isic=True):
     for i in range(start, start + count):
         sha256, phash = ("".join(RNG.choice(list("0123456789abcdef"), n)) for n in (64, 16))
         name = f"ISIC_{i:07d}" if isic else f"img_{i}"
-        rows.append((name, f"HAM_{i // 2:07d}", split, sha256, phash, "NV", float("nan"), "", ""))
+        rows.append((name, f"HAM_{i // 2:07d}", "", split, sha256, phash, "NV", float("nan"), "", ""))
     return pd.DataFrame(
-        rows, columns=["image_id", "lesion_id", "split", "sha256", "phash", "label", "age", "sex", "site"]
+        rows, columns=["image_id", "lesion_id", "patient_id", "split", "sha256", "phash", "label", "age", "sex", "site"]
     )
 
 
 @pytest.fixture(scope="module")
 def known():
-    return pd.concat([table(40, "train"), table(10, "calibration", 40), table(20, "test", 50)], ignore_index=True)
+    parts = [table(40, "train").assign(patient_id="IP_1"), table(10, "calibration", 40), table(20, "test", 50)]
+    return pd.concat(parts, ignore_index=True)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,7 @@ def test_each_kind_of_overlap_is_named_once(known, receipt):
             changed(new, image_id=f"{row['image_id'].lower()}_downsampled"),
         ],
         "same_lesion": [changed(new, lesion_id=row["lesion_id"])],
+        "same_patient": [changed(new, patient_id=row["patient_id"])],
         "near": [changed(new, phash=flipped(row["phash"], COPY_RADIUS))],
     }
     for kind, frames in cases.items():
@@ -94,7 +96,9 @@ def test_ham10000_posing_as_another_data_set_is_caught(known, receipt):
         image_id=[f"img_{i}" for i in range(40)], sha256=table(40)["sha256"].to_numpy()
     )
     assert len(compare(receipt, posing).same_lesion) == 40
-    nameless = posing.assign(lesion_id=posing["image_id"], phash=[flipped(phash, 2) for phash in posing["phash"]])
+    nameless = posing.assign(
+        patient_id="", lesion_id=posing["image_id"], phash=[flipped(phash, 2) for phash in posing["phash"]]
+    )
     assert len(compare(receipt, nameless).near) == 40
     assert compare(receipt, nameless).leaks
 
@@ -131,6 +135,14 @@ def test_a_missing_or_damaged_receipt_is_refused(tmp_path):
         (tmp_path / RECEIPT).write_text(text)
         with pytest.raises(BundleError, match=RECEIPT):
             read_receipt(tmp_path)
+
+
+def test_a_receipt_without_patients_is_read(tmp_path, receipt):
+    values = receipt.to_dict()
+    for split in values["splits"].values():
+        del split["patients"]
+    write_json(tmp_path / RECEIPT, values)
+    assert all(seen.patients == () for seen in read_receipt(tmp_path).splits.values())
 
 
 def test_it_holds_no_picture_and_no_path(tmp_path, receipt):

@@ -2,8 +2,8 @@
 
 Two files, stored as one artifact in the registry:
 
-    rows.csv     file, image_id, label (class code), lesion_id, source, sha256, phash of each picture, and age, sex and
-                 site, blank where unknown; sorted by sha256
+    rows.csv     file, image_id, label (class code), lesion_id, source, sha256, phash of each picture, and age, sex,
+                 site and patient_id, blank where unknown; sorted by sha256
     images.zip   the pictures, byte for byte, each named after its hash
 
 The digest of a set is the hash of rows.csv. It vouches for the pictures too, because rows.csv holds their hashes.
@@ -36,7 +36,7 @@ from mlflow_tracking.registry import CURRENT, EVALUATION_SET, Registration, Regi
 
 ROWS = "rows.csv"
 IMAGES = "images.zip"
-COLUMNS = ("file", "image_id", "label", "lesion_id", "source", "sha256", "phash", *FIELDS)
+COLUMNS = ("file", "image_id", "label", "lesion_id", "source", "sha256", "phash", *FIELDS, "patient_id")
 # A smaller set keeps at least this many pictures of a class if there are as many: recall over fewer is too coarse.
 MIN_CLASS_IMAGES = 20
 

@@ -32,5 +32,5 @@ def check_overlap(bundle: Path, rows: pd.DataFrame, allowed: bool) -> dict[str, 
             f"{seen} Figures on seen images do not hold for new ones (all of HAM10000 is part of ISIC 2019). Leave "
             "these images out, or add --allow-overlap."
         )
-    counts = {kind: len(getattr(seen, kind)) for kind in ("same_image", "same_lesion", "near")}
+    counts = {kind: len(getattr(seen, kind)) for kind in ("same_image", "same_lesion", "same_patient", "near")}
     return {"overlaps": seen.leaks, **counts}

@@ -138,7 +138,7 @@ class PreprocessingGate(Gate):
 
 
 class LeakageGate(SetGate):
-    """No picture or lesion of the evaluation set took part in the training."""
+    """No picture, lesion or patient of the evaluation set took part in the training."""
 
     name: ClassVar[str] = "leakage"
 
@@ -149,6 +149,7 @@ class LeakageGate(SetGate):
         figures = {
             "same_image": len(seen.same_image),
             "same_lesion": len(seen.same_lesion),
+            "same_patient": len(seen.same_patient),
             "near": len(seen.near),
             "dataset_fingerprint": receipt.dataset_fingerprint,
         }
