@@ -10,15 +10,11 @@ import math
 import numpy as np
 import pytest
 from scipy.special import softmax
+from torch import nn
 
 from handlers.calibration import Calibration
-from training.evaluation.calibration_fit import (
-    MIN_IMAGES,
-    fit_calibration,
-    fit_conformal,
-    fit_rejection,
-    fit_temperature,
-)
+from training.evaluation.calibration_fit import MIN_IMAGES, fit_calibration, fit_conformal, fit_temperature
+from training.evaluation.unknown_class_fit import KnownSpaceError, fit_rejection, known_space_of
 
 CLASSES = ("MEL", "NV", "BCC")
 
@@ -144,3 +140,15 @@ def test_the_whole_fit():
 @pytest.mark.parametrize("n", [0, MIN_IMAGES - 1])
 def test_too_few_images_give_the_identity(n):
     assert fit_calibration(np.zeros((n, 3)), np.zeros(n, int), CLASSES) == Calibration()
+
+
+@pytest.mark.parametrize(
+    ("head", "images", "reason"),
+    [(nn.Linear(8, 3), 7, r"fewer validation images \(7\) than features \(8\)"),
+     (nn.Sequential(nn.Linear(8, 3)), 99, "the head has hidden layers")],
+)  # fmt: skip
+def test_a_known_space_needs_a_linear_head_and_enough_images(head, images, reason):
+    features = np.random.default_rng(0).normal(size=(99, 8))
+    labels = np.where(np.arange(99) < images, 0, -1)
+    with pytest.raises(KnownSpaceError, match=reason):
+        known_space_of(head, features, np.zeros((99, 3)), labels)

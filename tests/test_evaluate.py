@@ -1,8 +1,8 @@
 """Evaluation of a bundle on the command line.
 
-It writes figures with intervals, slices and pictures that can be opened; takes a manifest or a folder; refuses images
-that the model was made from, and a bundle that cannot tell, unless told otherwise; logs to the run that made the model;
-and its submission is scored by the challenge's own package as it scores itself.
+It writes figures with intervals, slices and pictures; takes a manifest or a folder; refuses images that the model was
+made from unless they are allowed; logs to the run that made the model. Its submission gets the same score from the
+challenge's own package as from ours.
 """
 
 import json
@@ -11,12 +11,11 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 from handlers.taxonomy import CODES
 from mlflow_tracking import metrics
+from tests.commands import invoke
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import evaluate
@@ -42,17 +41,10 @@ def bundle(tmp_path_factory, manifest):
     return tiny_bundle(tmp_path_factory.mktemp("bundle") / "bundle", receipt=receipt).path
 
 
-def run(main, *args):
-    app = typer.Typer()
-    app.command()(main)
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    return result.exit_code, " ".join((result.output + result.stderr).split())
-
-
 def test_it_writes_figures_and_pictures(bundle, manifest, tmp_path):
     out = tmp_path / "out"
     args = ["--bundle", bundle, "--data", manifest, "--out", out, "--bootstrap", 10, "--tta"]
-    code, output = run(evaluate.main, *args, "--submission", tmp_path / "submission.csv")
+    code, output = invoke(evaluate.main, *args, "--submission", tmp_path / "submission.csv")
     assert code == 0, output
     table = json.loads((out / "metrics.json").read_text())
     assert table["images"] == 18
@@ -76,49 +68,57 @@ def test_it_writes_figures_and_pictures(bundle, manifest, tmp_path):
     assert "Not logged" not in output  # this bundle names no run
 
 
-@pytest.mark.parametrize("split", ["train", "val", "calibration", "all"])
-def test_what_the_model_was_made_from_is_refused(bundle, manifest, tmp_path, split):
+@pytest.mark.parametrize("split", ["train", "val", "calibration"])
+def test_images_that_the_model_was_made_from_are_refused(bundle, manifest, tmp_path, split):
     args = ["--bundle", bundle, "--data", manifest, "--split", split, "--out", tmp_path / "out", "--bootstrap", 0]
-    code, output = run(evaluate.main, *args)
+    code, output = invoke(evaluate.main, *args)
     assert code == 1
     assert "were seen in training" in output
     assert not (tmp_path / "out").exists()
-    code, output = run(evaluate.main, *args, "--allow-overlap")
+
+
+def test_images_that_the_model_was_made_from_may_be_allowed(bundle, manifest, tmp_path):
+    args = ["--bundle", bundle, "--data", manifest, "--split", "all", "--out", tmp_path, "--bootstrap", 0]
+    assert invoke(evaluate.main, *args)[0] == 1
+    code, output = invoke(evaluate.main, *args, "--allow-overlap")
     assert code == 0, output
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["overlap"]["overlaps"] is True
+    assert json.loads((tmp_path / "metrics.json").read_text())["overlap"]["overlaps"] is True
 
 
-def test_a_folder_is_evaluated_whole(bundle, tmp_path):
+def test_a_folder_is_evaluated_whole_and_its_manifest_is_kept_only_with_figures(bundle, tmp_path):
     draw_dataset(tmp_path / "data", 2, seed=3)
-    args = ["--bundle", bundle, "--data", tmp_path / "data", "--out", tmp_path / "out", "--bootstrap", 0]
-    code, output = run(evaluate.main, *args)
+    args = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--bootstrap", 0]
+    assert invoke(evaluate.main, *args, "--bundle", tmp_path / "nowhere")[0] == 1
+    assert not (tmp_path / "out").exists()
+    code, output = invoke(evaluate.main, *args, "--bundle", bundle)
     assert code == 0, output
     table = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (table["images"], table["split"]) == (16, "all")
+    assert len(read_manifest(tmp_path / "out" / "manifest.csv")) == 16
 
 
-def test_what_makes_other_figures_makes_another_name(tmp_path):
+def test_evaluations_with_other_figures_have_other_names(tmp_path):
     (tmp_path / "our clinic").mkdir()
     own, other, folder = tmp_path / "m.csv", tmp_path / "our clinic" / "m.csv", tmp_path / "our clinic"
-    told = {
+    names = {
         evaluate.run_prefix(data, data == own, split, tta, alone)
         for data, split in ((own, "test"), (own, "all"), (other, "test"), (folder, "all"))
         for tta in (False, True)
         for alone in (False, True)
     }
-    assert len(told) == 16
-    assert {"evaluation_test", "evaluation_test_picture_alone", "evaluation_our_clinic_all_tta"} <= told
-    assert "evaluation_our_clinic_m_test" in told
+    assert len(names) == 16
+    assert {"evaluation_test", "evaluation_test_picture_alone", "evaluation_our_clinic_all_tta"} <= names
+    assert "evaluation_our_clinic_m_test" in names
 
 
-def test_an_evaluation_stands_in_the_run_under_its_own_name(manifest, tmp_path, monkeypatch):
+def test_an_evaluation_is_logged_under_its_own_name(manifest, tmp_path, monkeypatch):
     frame = read_manifest(manifest)
     named = tiny_bundle(tmp_path / "bundle", receipt=manifest_receipt(frame, fingerprint(frame)), run_id="r").path
-    told = []
-    monkeypatch.setattr(evaluate, "log_evaluation", lambda *args: told.append(args) or "")
+    logged = []
+    monkeypatch.setattr(evaluate, "log_evaluation", lambda *args: logged.append(args) or "")
     args = ["--bundle", named, "--data", manifest, "--out", tmp_path / "out", "--bootstrap", 0, "--tta"]
-    assert run(evaluate.main, *args)[0] == 0
-    assert [(run_id, prefix) for run_id, _, prefix, _ in told] == [("r", "evaluation_test_tta")]
+    assert invoke(evaluate.main, *args)[0] == 0
+    assert [(run_id, prefix) for run_id, _, prefix, _ in logged] == [("r", "evaluation_test_tta")]
 
 
 def test_it_logs_to_the_run_that_made_the_model(bundle, manifest, tmp_path, monkeypatch):
@@ -131,8 +131,8 @@ def test_it_logs_to_the_run_that_made_the_model(bundle, manifest, tmp_path, monk
     run_id = client.create_run(experiment).info.run_id
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.json").write_text("{}")
-    said = evaluate.log_evaluation(run_id, tmp_path / "out", "evaluation_test", {"ece": 0.5, "macro_auc": None})
-    assert said == f"Logged to run {run_id} of {uri}."
+    message = evaluate.log_evaluation(run_id, tmp_path / "out", "evaluation_test", {"ece": 0.5, "macro_auc": None})
+    assert message == f"Logged to run {run_id} of {uri}."
     assert client.get_run(run_id).data.metrics == {"evaluation_test_ece": 0.5}
     assert [file.path for file in client.list_artifacts(run_id, "evaluation_test")] == ["evaluation_test/metrics.json"]
     assert "Not logged" in evaluate.log_evaluation("0" * 32, tmp_path / "out", "x", {})
@@ -153,10 +153,10 @@ def submissions(folder, images=300):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
-    [("image,MEL\nISIC_1,1\n", "lacks the column NV"), (None, "cannot be read"), ("other", "no image in common")],
+    ("text", "message"),
+    [("image,MEL\nISIC_1,1\n", "has no column NV"), (None, "cannot be read"), ("other", "no image in common")],
 )
-def test_files_that_do_not_fit_are_refused(tmp_path, text, says):
+def test_files_that_do_not_match_are_refused(tmp_path, text, message):
     submissions(tmp_path)
     if text == "other":
         isic_scoring.write_submission(tmp_path / "submission.csv", ["x"], np.eye(9)[:1])
@@ -164,9 +164,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path, text, says):
         (tmp_path / "submission.csv").unlink()
     else:
         (tmp_path / "submission.csv").write_text(text)
-    code, output = run(isic_scoring.main, tmp_path / "truth.csv", tmp_path / "submission.csv")
+    code, output = invoke(isic_scoring.main, tmp_path / "truth.csv", tmp_path / "submission.csv")
     assert code == 1
-    assert says in output
+    assert message in output
 
 
 def test_names_that_are_numbers_stay_as_they_are(tmp_path, monkeypatch):
@@ -178,14 +178,14 @@ def test_names_that_are_numbers_stay_as_they_are(tmp_path, monkeypatch):
     assert (scored["images"], scored["left_out"]) == (2, {"truth": 1, "submission": 0})
 
 
-@pytest.mark.parametrize("said", ["", "no figures today", "{half a figure"])
-def test_a_scorer_that_gives_no_figures_is_told_in_a_sentence(tmp_path, monkeypatch, said):
+@pytest.mark.parametrize("printed", ["", "no figures today", "{half a figure"])
+def test_a_scorer_without_figures_is_one_sentence(tmp_path, monkeypatch, printed):
     submissions(tmp_path)
-    done = subprocess.CompletedProcess([], 0, said, "")
+    done = subprocess.CompletedProcess([], 0, printed, "")
     monkeypatch.setattr(isic_scoring.subprocess, "run", lambda *args, **options: done)
-    code, output = run(isic_scoring.main, tmp_path / "truth.csv", tmp_path / "submission.csv")
+    code, output = invoke(isic_scoring.main, tmp_path / "truth.csv", tmp_path / "submission.csv")
     assert code == 1
-    assert f"gives no figures, but '{said or 'nothing'}'" in output
+    assert f"printed '{printed}' instead of figures" in output
 
 
 def test_the_challenges_figures_are_whole_in_80_columns(capsys, tmp_path, monkeypatch):
@@ -193,14 +193,14 @@ def test_the_challenges_figures_are_whole_in_80_columns(capsys, tmp_path, monkey
     table = {
         name: {code: (row + column / 10) / 10 for row, code in enumerate(CODES)} for column, name in enumerate(names)
     }
-    said = {"per_category": table, "macro_average": {"dice": 0.987}, "aggregate": {"balanced_accuracy": 0.5}}
+    figures = {"per_category": table, "macro_average": {"dice": 0.987}, "aggregate": {"balanced_accuracy": 0.5}}
     table["ap"]["UNK"] = None
-    done = subprocess.CompletedProcess([], 0, json.dumps(said), "")
+    done = subprocess.CompletedProcess([], 0, json.dumps(figures), "")
     monkeypatch.setattr(isic_scoring.subprocess, "run", lambda *args, **options: done)
     monkeypatch.setenv("COLUMNS", "80")
     submissions(tmp_path)
     isic_scoring.main(tmp_path / "truth.csv", tmp_path / "submission.csv")
-    lines = capsys.readouterr().out.splitlines()[1:]  # the first is about what is left out
+    lines = capsys.readouterr().out.splitlines()[2:]  # after the numbers of images
     assert all(len(line) <= 80 and "…" not in line for line in lines)
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     assert rows["NV"] == [f"{0.1 + column / 100:.3f}" for column in range(9)]
@@ -209,12 +209,12 @@ def test_the_challenges_figures_are_whole_in_80_columns(capsys, tmp_path, monkey
 
 
 def test_the_scorer_gets_the_truths_weights_and_names_that_meet(tmp_path, monkeypatch):
-    given = []
+    tables = []
 
     def scorer(command, **options):
-        given.extend(pd.read_csv(path) for path in command[-2:])
-        said = {"per_category": {}, "macro_average": {}, "aggregate": {"balanced_accuracy": 0.5}}
-        return subprocess.CompletedProcess(command, 0, json.dumps(said), "")
+        tables.extend(pd.read_csv(path) for path in command[-2:])
+        figures = {"per_category": {}, "macro_average": {}, "aggregate": {"balanced_accuracy": 0.5}}
+        return subprocess.CompletedProcess(command, 0, json.dumps(figures), "")
 
     monkeypatch.setattr(isic_scoring.subprocess, "run", scorer)
     one_hot = np.eye(len(CODES))[:3]
@@ -222,24 +222,24 @@ def test_the_scorer_gets_the_truths_weights_and_names_that_meet(tmp_path, monkey
     isic_scoring.write_submission(truth, ["ISIC_0000001_downsampled", "ISIC_0000002", "mole"], one_hot)
     pd.read_csv(truth).assign(score_weight=[1.0, 0.0, 2.0], validation_weight=0.5).to_csv(truth, index=False)
     isic_scoring.write_submission(submission, ["mole", "ISIC_0000001"], one_hot[:2])
-    code, output = run(isic_scoring.main, truth, submission)
+    code, output = invoke(isic_scoring.main, truth, submission)
     assert code == 0, output
-    assert "2 images; left out, as the other file lacks them: 1 of the truth, 0 of the submission" in output
-    assert list(given[0]["image"]) == ["ISIC_0000001", "mole"]
-    assert list(given[0]["score_weight"]) == [1, 2]
-    assert "validation_weight" in given[0]
-    assert sorted(given[1]["image"]) == ["ISIC_0000001", "mole"]
-    assert list(given[1].columns) == ["image", *CODES]
+    assert "2 images are in both files. Left out: 1 of the truth, 0 of the submission." in output
+    assert list(tables[0]["image"]) == ["ISIC_0000001", "mole"]
+    assert list(tables[0]["score_weight"]) == [1, 2]
+    assert "validation_weight" in tables[0]
+    assert sorted(tables[1]["image"]) == ["ISIC_0000001", "mole"]
+    assert list(tables[1].columns) == ["image", *CODES]
 
     isic_scoring.write_submission(submission, ["ISIC_0000001", "ISIC_0000001_downsampled"], one_hot[:2])
-    code, output = run(isic_scoring.main, truth, submission)
+    code, output = invoke(isic_scoring.main, truth, submission)
     assert code == 1
     assert "several rows of ISIC_0000001" in output
 
 
 @pytest.mark.slow  # fetches the scorer from the package index the first time
 @pytest.mark.timeout(isic_scoring.TIMEOUT)
-def test_our_figures_are_the_challenges(tmp_path):
+def test_our_figures_equal_the_challenges(tmp_path):
     truth, probabilities = submissions(tmp_path)
     scored = isic_scoring.score(tmp_path / "truth.csv", tmp_path / "submission.csv")
     assert scored["images"] == 300

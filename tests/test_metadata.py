@@ -228,7 +228,7 @@ def test_the_conformal_promise_holds_with_and_without_metadata():
         return labels, alone, alone + 1.5 * np.eye(3)[labels] + rng.normal(0, 0.5, (n, 3))
 
     labels, alone, told = draw(3000)
-    calibration = fit_calibration(told, labels, classes, level, alone=alone)
+    calibration = fit_calibration(told, labels, classes, level, image_logits=alone)
     fresh, *ways = draw(6000)
     for way in ways:
         sets = calibration.conformal_sets(way, classes)
@@ -238,7 +238,7 @@ def test_the_conformal_promise_holds_with_and_without_metadata():
     # Fitted on what is told alone, it would break the promise to whoever tells nothing.
     narrow = fit_calibration(told, labels, classes, level).conformal_sets(ways[0], classes)
     assert np.mean([classes[k] in chosen for k, chosen in zip(fresh, narrow, strict=True)]) < level - 0.05
-    assert fit_calibration(told, labels, classes, level, alone=told).temperature == pytest.approx(
+    assert fit_calibration(told, labels, classes, level, image_logits=told).temperature == pytest.approx(
         fit_calibration(told, labels, classes, level).temperature, rel=1e-3
     )
 
@@ -476,7 +476,7 @@ def test_a_model_learns_classes_that_only_the_site_separates(trained):
 def test_evaluation_uses_the_manifests_metadata(trained):
     rows, _ = evaluate.open_rows(trained.manifest, "test", trained.run)
     predictor = Predictor(trained.bundle, precision="f32")
-    answers, alone = evaluate.ask(predictor, rows), evaluate.ask(predictor, rows, picture_alone=True)
+    answers, alone = evaluate.predict_rows(predictor, rows), evaluate.predict_rows(predictor, rows, picture_alone=True)
     right, right_alone = (np.mean([a.code == label for a, label in zip(some, rows["label"], strict=True)])
                           for some in (answers, alone))  # fmt: skip
     assert right > right_alone + 0.1

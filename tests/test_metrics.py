@@ -21,7 +21,7 @@ from sklearn.metrics import (
 
 from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking import metrics
-from training.evaluation.assessment import MIN_SLICE, assess, conditional, headline, slices
+from training.evaluation.evaluation_report import MIN_SLICE, build_report, conditional, headline, slices
 
 # Four images, three classes: right, right, wrong (0 for 1), right.
 LABELS = np.array([0, 0, 1, 2])
@@ -189,7 +189,7 @@ def test_every_interval_is_of_lesions(drawn, name):
             rows = pd.DataFrame({"label": codes, "lesion_id": lesions, "source": "x", "site": "", "sex": "", "age": 50})
             return slices(rows, nine, 60)["source"]["x"]["intervals_95"]["accuracy"]
         sets = [[CODES[row.argmax()]] for row in nine]
-        table = assess(codes, nine, sets, lesions, 60)
+        table = build_report(codes, nine, sets, lesions, 60)
         return table["per_class_intervals_95"]["MEL"]["recall"] if name == "recall" else table["intervals_95"][name]
 
     lesions, images, single = by_lesion_and_image(figure)
@@ -203,12 +203,12 @@ def test_every_headline_has_an_interval_that_holds_it(drawn):
     nine[:, [0, 1, 2, 3, len(CODES) - 1]] = p
     codes = [[*KNOWN_CODES[:4], "UNK"][k] for k in y]
     sets = [[CODES[k] for k in np.argsort(-row)[:2]] for row in nine]
-    table = assess(codes, nine, sets, np.arange(len(y)), 100)
+    table = build_report(codes, nine, sets, np.arange(len(y)), 100)
     assert set(headline(table)) == set(table["intervals_95"])
     for name, value in headline(table).items():
         low, high = table["intervals_95"][name]
         assert low <= value <= high, name
-    apart = assess(codes, nine, sets, np.arange(len(y)), 20, with_unknown=False)
+    apart = build_report(codes, nine, sets, np.arange(len(y)), 20, with_unknown=False)
     assert set(headline(table)) - set(headline(apart)) == {
         "rejected", "balanced_accuracy_9", "unknown_auroc", "unknown_fpr_at_95", "unknown_called_malignant",
         "as_served_accuracy", "as_served_malignant_missed",
@@ -233,7 +233,7 @@ def nine(*rows: dict[str, float]) -> np.ndarray:
 def test_known_lesions_are_judged_among_known_classes_and_their_rejection_apart():
     probabilities = nine({"MEL": 0.3, "NV": 0.1, "UNK": 0.6}, {"NV": 0.9, "UNK": 0.1}, {"BCC": 1.0}, {"UNK": 1.0})
     sets = [["UNK", "MEL"], ["NV"], ["NV"], ["UNK"]]
-    table = assess(["MEL", "NV", "BCC", "UNK"], probabilities, sets, ["a", "b", "c", "d"], 50)
+    table = build_report(["MEL", "NV", "BCC", "UNK"], probabilities, sets, ["a", "b", "c", "d"], 50)
     assert table["images"] == 3  # the UNK image is no lesion to be classified
     assert table["summary"]["accuracy"] == 1
     assert table["rejected"] == pytest.approx(1 / 3)
@@ -242,7 +242,7 @@ def test_known_lesions_are_judged_among_known_classes_and_their_rejection_apart(
     assert table["as_served"] == {
         "accuracy": pytest.approx(2 / 3), "recall": {"MEL": 0, "NV": 1, "BCC": 1}, "malignant_missed": 0.5,
     }  # fmt: skip
-    assert "malignant_missed" not in assess(["NV"], probabilities[1:2], None, ["b"])["as_served"]
+    assert "malignant_missed" not in build_report(["NV"], probabilities[1:2], None, ["b"])["as_served"]
     assert table["unknown"] == {
         "images": 1, "auroc": 1, "fpr_at_95": 0, "recall": 1, "called_malignant": 0,
     }  # fmt: skip

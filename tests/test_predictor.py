@@ -18,7 +18,7 @@ from handlers.runtimes import OpenVinoRuntime, TorchRuntime
 from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES
 from tests.models import tiny_bundle
-from training.evaluation.detectors import KnownSpace
+from training.evaluation.unknown_class_fit import KnownSpace
 
 
 @pytest.fixture(scope="module")

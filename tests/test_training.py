@@ -288,7 +288,7 @@ def test_serving_rejects_as_training_reported(tmp_path, monkeypatch, calls):
     bundle = Bundle.load(tmp_path / "run" / "bundle")
     assert bundle.config.calibration.rejection.residual_weight > 0
     rows, _ = evaluate.open_rows(manifest, "test", tmp_path)
-    served = evaluate.evaluate(rows, evaluate.ask(Predictor(bundle), rows), 0)
+    served = evaluate.evaluate(rows, evaluate.predict_rows(Predictor(bundle), rows), 0)
     reports = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert served["rejected"] == pytest.approx(reports["test"]["rejected"], abs=1.5 / 40)
     assert served["unknown"] == pytest.approx(reports["test"]["unknown"], abs=0.05)
@@ -395,28 +395,26 @@ def test_a_run_is_not_overwritten_and_not_continued_elsewhere(tmp_path):
     assert "device=mps is not" in invoke(train.main, "--resume", run_folder, "--output", same, "device=mps")[1]
 
 
-# ---- the real thing: processes, signals, MLflow, the bundle
+# ---- processes, signals, MLflow, the bundle
 
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(args)`: `python train.py ARGS` from inside its folder, as people do, its output going to tmp_path/log."""
-    started = []
+    """`start(args)`: `python train.py ARGS` from inside its folder, with its output in tmp_path/log."""
+    processes = []
 
-    def run(args):
+    def run(*args):
+        environment = {"OMP_NUM_THREADS": "1", "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"}
+        command = [sys.executable, "train.py", *map(str, args)]
         with (tmp_path / "log").open("a") as log:
             process = subprocess.Popen(
-                [sys.executable, "train.py", *args],
-                cwd=ROOT / "training",
-                env=os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                command, cwd=ROOT / "training", env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT
             )
-        started.append(process)
+        processes.append(process)
         return process
 
     yield run
-    for process in started:
+    for process in processes:
         process.kill()
         process.wait()
 
@@ -431,15 +429,14 @@ def wait_for_epoch(process, output, epoch, log):
 
 
 @pytest.mark.timeout(900)
-def test_terminated_then_killed_then_finished_is_one_run(store, start, tmp_path):
+def test_a_run_terminated_killed_and_finished_is_one_mlflow_run(manifest, start, tmp_path, monkeypatch):
     import mlflow
 
-    manifest = tiny_manifest(tmp_path / "data")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     output, log = tmp_path / "run", tmp_path / "log"
-    resume = ["--resume", str(output)]
     settings = [*TINY, "architecture=test_resnet", "pretrained=false", "patience=0", f"manifest={manifest}"]
 
-    process = start([*settings, "epochs=100000", "--output", str(output)])
+    process = start(*settings, "epochs=100000", "--output", output)
     wait_for_epoch(process, output, 1, log)
     process.send_signal(signal.SIGTERM)
     assert process.wait(200) == 143, log.read_text()
@@ -450,38 +447,49 @@ def test_terminated_then_killed_then_finished_is_one_run(store, start, tmp_path)
     assert run.info.status == "KILLED"
     assert run.info.run_id == first["mlflow"]["run_id"]
 
-    process = start(resume)
+    process = start("--resume", output)
     wait_for_epoch(process, output, first["epoch"] + 1, log)
     assert client.get_run(run.info.run_id).info.status == "RUNNING"
     process.kill()
     process.wait()
-    second = checkpoints.load(output / "last.pt")
-    assert second["epoch"] > first["epoch"]
+    last = checkpoints.load(output / "last.pt")["epoch"] + 1
+    assert last > first["epoch"] + 1
 
-    last = second["epoch"] + 1
-    process = start([*resume, "--epochs", str(last)])
+    process = start("--resume", output, "--epochs", last)
     assert process.wait(600) == 0, log.read_text()
-
     assert f"register_model.py --bundle {output / 'bundle'}" in log.read_text()
-
-    # one run, with everything in it
     [run] = client.search_runs(["1"])
+    assert_run_is_complete(client, run, first, last)
+
+    # The bundle documents itself, and its figures as served are those that training reported.
+    described = json.loads((output / "bundle" / "bundle.json").read_text())
+    assert described["classes"] == ["MEL", "NV", "BCC"]
+    assert described["evidence"]["run_id"] == run.info.run_id
+    assert described["evidence"]["dataset_fingerprint"] == first["dataset_fingerprint"]
+    assert described["calibration"]["conformal"]["confidence_level"] == 0.9
+    code, text = invoke(
+        evaluate.main, "--bundle", output / "bundle", "--data", manifest, "--out", tmp_path / "out", "--bootstrap", 10
+    )
+    assert code == 0, text
+    served = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    trained = json.loads((output / "metrics.json").read_text())["test"]
+    assert served["images"] == trained["images"] == 18
+    assert served["summary"]["nll"] == pytest.approx(trained["summary"]["nll"], abs=0.02)
+    low, high = served["intervals_95"]["accuracy"]
+    assert low <= served["summary"]["accuracy"] <= high
+
+
+def assert_run_is_complete(client, run, first, last):
+    """The MLflow run holds parameters, data set, metrics of every epoch, checkpoints, bundle and figures."""
     assert run.info.status == "FINISHED"
     assert run.data.params["architecture"] == "test_resnet"
     assert run.data.params["epochs"] == "100000"
     assert run.data.tags["resumed.epochs"] == str(last)
     assert run.data.tags["code_revision"] == code_revision()
-    [given] = run.inputs.dataset_inputs
-    assert first["dataset_fingerprint"].startswith(f"sha256:{given.dataset.digest}")
-    for name in (
-        "train_loss",
-        "val_loss",
-        "val_accuracy",
-        "val_balanced_accuracy",
-        "val_macro_f1",
-        "val_macro_auc",
-        "lr",
-    ):
+    [dataset] = [item.dataset for item in run.inputs.dataset_inputs]
+    assert first["dataset_fingerprint"].startswith(f"sha256:{dataset.digest}")
+    for name in ("train_loss", "lr", *(f"val_{figure}" for figure in (
+        "loss", "accuracy", "balanced_accuracy", "macro_f1", "macro_auc"))):  # fmt: skip
         steps = {metric.step for metric in client.get_metric_history(run.info.run_id, name)}
         assert steps == set(range(1, last + 1)), name
     assert {"test_balanced_accuracy", "test_ece", "best_val_nll", "test_conformal_coverage"} <= set(run.data.metrics)
@@ -493,22 +501,3 @@ def test_terminated_then_killed_then_finished_is_one_run(store, start, tmp_path)
     assert artifacts("checkpoints") == {"best.pt", "last.pt"}
     assert {"bundle.json", "model.safetensors", "golden.json"} <= artifacts("bundle")
     assert {"curves.png", "confusion_val.png", "confusion_test.png", "reliability_test.png"} <= artifacts("figures")
-
-    # the bundle says what it is, and judged through serving's door it does as training said
-    described = json.loads((output / "bundle" / "bundle.json").read_text())
-    assert described["classes"] == ["MEL", "NV", "BCC"]
-    assert described["evidence"]["run_id"] == run.info.run_id
-    assert described["evidence"]["dataset_fingerprint"] == first["dataset_fingerprint"]
-    assert described["calibration"]["conformal"]["confidence_level"] == 0.9
-    subprocess.run(
-        [sys.executable, ROOT / "training/evaluate.py", "--bundle", output / "bundle", "--data", manifest,
-         "--out", tmp_path / "judged", "--bootstrap", "10"],
-        check=True, cwd=tmp_path,
-    )  # fmt: skip
-    judged = json.loads((tmp_path / "judged" / "metrics.json").read_text())
-    trained = json.loads((output / "metrics.json").read_text())["test"]
-    assert judged["images"] == trained["images"] == 18
-    assert judged["summary"]["nll"] == pytest.approx(trained["summary"]["nll"], abs=0.02)
-    assert {file.name for file in (tmp_path / "judged").iterdir()} >= {"confusion.png", "roc.png", "reliability.png"}
-    low, high = judged["intervals_95"]["accuracy"]
-    assert low <= judged["summary"]["accuracy"] <= high

@@ -17,13 +17,14 @@ from handlers.predictor import Predictor
 from mlflow_tracking import metrics
 from mlflow_tracking.command_line import run
 from scripts.studies import unknowns, unknowns_report
+from scripts.studies.detectors import DETECTORS, Outputs
 from scripts.studies.far_images import SIDE, far_images
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints
 from training.config import ROOT, load_config
 from training.data.manifest import fingerprint, read_manifest
-from training.evaluation.detectors import DETECTORS, Known, Outputs
+from training.evaluation.unknown_class_fit import KnownLesions
 
 DIMENSIONS, CLASSES = 12, 4
 
@@ -40,7 +41,7 @@ def space():
     labels = np.repeat(np.arange(CLASSES), 150)
     weight = np.eye(CLASSES, DIMENSIONS) * 2
     features = 3 * np.eye(CLASSES, DIMENSIONS)[labels] + spread(rng, len(labels))
-    return Known(Outputs(features, features @ weight.T), labels, weight, np.zeros(CLASSES))
+    return KnownLesions(features, features @ weight.T, labels, weight, np.zeros(CLASSES))
 
 
 def spread(rng, n):
@@ -56,7 +57,7 @@ def outputs(features, space):
 @pytest.mark.parametrize("name", [name for name in DETECTORS if name != "react"])
 def test_each_detector_separates_known_pictures_from_weak_features(name, space):
     rng = np.random.default_rng(1)
-    fresh = outputs(space.outputs.features + 0.1 * spread(rng, len(space.labels)), space)
+    fresh = outputs(space.features + 0.1 * spread(rng, len(space.labels)), space)
     strange = outputs(spread(rng, 200), space)
     score = DETECTORS[name](space)
     assert score(fresh).shape == (len(space.labels),)
@@ -66,17 +67,17 @@ def test_each_detector_separates_known_pictures_from_weak_features(name, space):
 @pytest.mark.parametrize("name", ["mahalanobis", "vim"])
 def test_feature_detectors_notice_a_direction_that_the_head_ignores(name, space):
     """The logits equal those of known images; only dimensions that the head ignores differ."""
-    odd = space.outputs.features.copy()
+    odd = space.features.copy()
     odd[:, -1] += 1
     logits = outputs(odd, space).logits
-    assert logits == pytest.approx(space.outputs.logits)
+    assert logits == pytest.approx(space.logits)
     score = DETECTORS[name](space)
-    assert metrics.detection(score(space.outputs), score(outputs(odd, space)))["auroc"] > 0.95
-    assert metrics.detection(-space.outputs.logits.max(1), -logits.max(1))["auroc"] == pytest.approx(0.5)
+    assert metrics.detection(score(space), score(outputs(odd, space)))["auroc"] > 0.95
+    assert metrics.detection(-space.logits.max(1), -logits.max(1))["auroc"] == pytest.approx(0.5)
 
 
 def test_formulas_by_hand(space):
-    out = space.outputs
+    out = space
     expected = {
         "max_softmax": 1 - softmax(out.logits, axis=1).max(1),
         "max_logit": -out.logits.max(1),

@@ -1,10 +1,12 @@
-"""Judge a bundle on images it has not seen: `python training/evaluate.py --bundle DIR --data MANIFEST --out DIR`.
+"""Evaluate a bundle on new images, as served: `python training/evaluate.py --bundle DIR --data MANIFEST --out DIR`.
 
-The images go through handlers.predictor, byte by byte what serving does, so the figures are those of the served model.
+The images go through handlers.predictor from their bytes on, exactly as in serving.
 """
 
 import io
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,19 +20,19 @@ from PIL import Image
 from rich.table import Table
 from sklearn.metrics import classification_report
 
-from handlers.bundle import BundleError
 from handlers.files import write_json
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.receipt import read_receipt
 from handlers.request import Request
 from handlers.taxonomy import CODES, KNOWN_CODES
-from mlflow_tracking.command_line import console, errors, progress_bar
+from mlflow_tracking.command_line import console, progress_bar, run
 from mlflow_tracking.runs import log_evaluation
-from mlflow_tracking.settings import Settings, SettingsError
+from mlflow_tracking.settings import Settings
 from training.data.manifest import ManifestError, fingerprint, read_manifest
 from training.data.preparation import build_manifest
-from training.evaluation.assessment import assess, conditional, headline, slices
+from training.evaluation.command_options import AllowOverlapOption, BundleOption, OutOption
+from training.evaluation.evaluation_report import build_report, conditional, headline, slices
 from training.evaluation.figures import (
     class_bars_figure,
     confusion_figure,
@@ -44,216 +46,221 @@ from training.evaluation.isic_scoring import write_submission
 from training.evaluation.leakage import check_overlap
 
 BATCH = 32
-THUMBNAIL = 256  # pixels, of the example sheet's pictures
+THUMBNAIL = 256  # side of the example sheet's pictures in pixels
 ALL = "all"
 
 
-def open_rows(data: Path, split: str | None, out: Path) -> tuple[pd.DataFrame, str]:
-    """The rows to evaluate, and their split: of a manifest the given one (default test), of a folder with images all.
+def open_rows(data: Path, split: str | None, folder: Path) -> tuple[pd.DataFrame, str]:
+    """Return the rows to evaluate and their split: by default test of a manifest, and all of a folder of images.
 
-    A folder is recognised as scripts/prepare_data.py does, and its manifest left in `out`.
+    Args:
+        folder: gets the manifest that is made of a folder of images.
 
     Raises:
-        ManifestError: nothing usable is there.
+        ManifestError: there are no usable images.
     """
     if data.is_dir():
-        out.mkdir(parents=True, exist_ok=True)
         with progress_bar("reading images") as progress:
-            build_manifest([data], out / "manifest.csv", progress=progress)
-        data, split = out / "manifest.csv", split or ALL
-    frame, split = read_manifest(data), split or "test"
+            build_manifest([data], folder / "manifest.csv", progress=progress)
+        frame, split = read_manifest(folder / "manifest.csv"), split or ALL
+    else:
+        frame, split = read_manifest(data), split or "test"
     rows = frame if split == ALL else frame[frame["split"] == split]
     if rows.empty:
-        raise ManifestError(f"{data} has no images in the split {split!r}; it has {', '.join(set(frame['split']))}.")
+        splits = ", ".join(sorted(set(frame["split"])))
+        raise ManifestError(f"{data} has no images in the split {split!r}; choose one of {splits}.")
     return rows.reset_index(drop=True), split
 
 
-def run_prefix(data: Path, own: bool, split: str, tta: bool, picture_alone: bool) -> str:
-    """Under which name an evaluation stands in its MLflow run: another for each thing that makes other figures.
+def run_prefix(data: Path, is_own: bool, split: str, tta: bool, picture_alone: bool) -> str:
+    """Return the name of an evaluation in its MLflow run; evaluations with other figures have other names.
 
-    `own`: the data is the manifest that the model was made from, which needs no name.
+    Args:
+        is_own: the data is the manifest that the model was made from, which the name leaves out.
     """
     path = data.resolve()
-    name = "" if own else path.name if path.is_dir() else f"{path.parent.name}_{path.stem}"
-    words = [re.sub(r"[^A-Za-z0-9.-]", "_", name)] if name else []
-    ways = {"picture_alone": picture_alone, "tta": tta}
-    return "_".join(["evaluation", *words, split, *(way for way, asked in ways.items() if asked)])
+    data_name = path.name if path.is_dir() else f"{path.parent.name}_{path.stem}"
+    words = [] if is_own else [re.sub(r"[^A-Za-z0-9.-]", "_", data_name)]
+    options = {"picture_alone": picture_alone, "tta": tta}
+    return "_".join(["evaluation", *words, split, *(name for name, is_set in options.items() if is_set)])
 
 
-def ask(predictor: Predictor, rows: pd.DataFrame, tta: bool = False, picture_alone: bool = False) -> list[Prediction]:
-    """The model's answer to every row's image, without heatmaps, told what it takes of the row's age, sex and site
-    unless asked for the `picture_alone`. Raises ManifestError if an image cannot be read."""
-    answers: list[Prediction] = []
+def predict_rows(
+    predictor: Predictor, rows: pd.DataFrame, tta: bool = False, picture_alone: bool = False
+) -> list[Prediction]:
+    """Predict every row's image, without heatmap, with the row's metadata unless `picture_alone`.
+
+    Raises:
+        ManifestError: an image cannot be read.
+    """
+    predictions: list[Prediction] = []
     with progress_bar("evaluating") as progress:
         for start in range(0, len(rows), BATCH):
-            part = rows.iloc[start : start + BATCH]
-            answers += _ask(predictor, part, picture_alone, gradcam="none", tta=tta)
-            progress(len(answers), len(rows))
-    return answers
+            batch = rows.iloc[start : start + BATCH]
+            predictions += _predict(predictor, batch, picture_alone, gradcam="none", tta=tta)
+            progress(len(predictions), len(rows))
+    return predictions
 
 
-def _ask(predictor: Predictor, rows: pd.DataFrame, picture_alone: bool, **options: Any) -> list[Prediction]:
-    takes, paths = predictor.config.metadata, rows["path"]
-    told = [{} if picture_alone else takes.understood(row) for row in rows[list(takes.fields)].to_dict("records")]
-    try:
-        requests = [
-            Request(Path(path).read_bytes(), metadata=values, **options)
-            for path, values in zip(paths, told, strict=True)
-        ]
-    except OSError as error:
-        raise ManifestError(f"{error.filename} cannot be read ({error.strerror}).") from error
-    answers = []
-    for path, answer in zip(paths, predictor.predict(requests), strict=True):
-        if not isinstance(answer, Prediction):
-            raise ManifestError(f"{path}: {answer}")
-        answers.append(answer)
-    return answers
+def _predict(predictor: Predictor, rows: pd.DataFrame, picture_alone: bool, **options: Any) -> list[Prediction]:
+    inputs, requests = predictor.config.metadata, []
+    for path, row in zip(rows["path"], rows[list(inputs.fields)].to_dict("records"), strict=True):
+        try:
+            metadata = {} if picture_alone else inputs.understood(row)
+            requests.append(Request(Path(path).read_bytes(), metadata=metadata, **options))
+        except OSError as error:
+            raise ManifestError(f"{path} cannot be read ({error.strerror}); prepare the manifest again.") from error
+    predictions = []
+    for path, prediction in zip(rows["path"], predictor.predict(requests), strict=True):
+        if not isinstance(prediction, Prediction):
+            raise ManifestError(f"{path} cannot be evaluated: {prediction}")
+        predictions.append(prediction)
+    return predictions
 
 
-def nine_of(answers: Sequence[Prediction]) -> NDArray[np.float64]:
-    """The probabilities of answers, (N, 9) in taxonomy order."""
-    return np.array([[answer.probabilities[code] for code in CODES] for answer in answers])
+def nine_probabilities(predictions: Sequence[Prediction]) -> NDArray[np.float64]:
+    """Return the probabilities of predictions, (N, 9) in taxonomy order."""
+    return np.array([[prediction.probabilities[code] for code in CODES] for prediction in predictions])
 
 
-def evaluate(rows: pd.DataFrame, answers: Sequence[Prediction], resamples: int = 1000) -> dict[str, Any]:
-    """The table of training.evaluation.assessment.assess, with the slices beside it."""
-    probabilities = nine_of(answers)
-    has_sets = bool(answers) and answers[0].conformal_set is not None
-    sets = [answer.conformal_set or [] for answer in answers] if has_sets else None
-    table = assess(rows["label"].tolist(), probabilities, sets, rows["lesion_id"].tolist(), resamples)
-    return table | {"slices": slices(rows, probabilities, resamples)}
+def evaluate(rows: pd.DataFrame, predictions: Sequence[Prediction], resamples: int = 1000) -> dict[str, Any]:
+    """Return the report (training.evaluation.evaluation_report) with its slices."""
+    probabilities = nine_probabilities(predictions)
+    has_sets = predictions[0].conformal_set is not None
+    sets = [prediction.conformal_set or [] for prediction in predictions] if has_sets else None
+    report = build_report(rows["label"].tolist(), probabilities, sets, rows["lesion_id"].tolist(), resamples)
+    return report | {"slices": slices(rows, probabilities, resamples)}
 
 
-def pictures(rows: pd.DataFrame, answers: Sequence[Prediction], table: dict[str, Any]) -> dict[str, Figure]:
-    """Every figure but the example sheet, by file name; over the known lesions."""
-    keep = rows["label"].isin(KNOWN_CODES).to_numpy()
-    labels = np.array([KNOWN_CODES.index(label) for label in rows["label"][keep]])
-    known = conditional(nine_of(answers)[keep])
+def diagrams(rows: pd.DataFrame, predictions: Sequence[Prediction], report: dict[str, Any]) -> dict[str, Figure]:
+    """Return the figures over the known lesions, by file name."""
+    is_known = rows["label"].isin(KNOWN_CODES).to_numpy()
+    labels = np.array([KNOWN_CODES.index(label) for label in rows["label"][is_known]])
+    eight = conditional(nine_probabilities(predictions)[is_known])
     return {
-        "confusion.png": confusion_figure(table["confusion"], KNOWN_CODES),
-        "roc.png": roc_figure(labels, known, KNOWN_CODES),
-        "precision_recall.png": precision_recall_figure(labels, known, KNOWN_CODES),
-        "reliability.png": reliability_figure(labels, known),
-        "classes.png": class_bars_figure(table["per_class"], table["per_class_intervals_95"]),
-        "risk_coverage.png": risk_coverage_figure(labels, known),
+        "confusion.png": confusion_figure(report["confusion"], KNOWN_CODES),
+        "roc.png": roc_figure(labels, eight, KNOWN_CODES),
+        "precision_recall.png": precision_recall_figure(labels, eight, KNOWN_CODES),
+        "reliability.png": reliability_figure(labels, eight),
+        "classes.png": class_bars_figure(report["per_class"], report["per_class_intervals_95"]),
+        "risk_coverage.png": risk_coverage_figure(labels, eight),
     }
 
 
 def examples(
-    predictor: Predictor, rows: pd.DataFrame, answers: Sequence[Prediction], picture_alone: bool = False
+    predictor: Predictor, rows: pd.DataFrame, predictions: Sequence[Prediction], picture_alone: bool = False
 ) -> Figure:
-    """For each true class the surest right answer, the surest wrong one, and the least sure, with their heatmaps."""
-    nine = nine_of(answers)
-    top, sure = nine.argmax(1), nine.max(1)
+    """Show for each true class the surest right, the surest wrong, and the least sure prediction, with heatmaps."""
+    nine = nine_probabilities(predictions)
+    top, confidence = nine.argmax(1), nine.max(1)
     truth = np.array([CODES.index(label) for label in rows["label"]])
     sheet = []
     for k in np.unique(truth):
         mine, right = truth == k, top == k
-        wanted = [(mine & right, sure), (mine & ~right, sure), (mine, -sure)]
-        places = [int(np.argmax(np.where(among, score, -2))) if among.any() else None for among, score in wanted]
+        candidates = [(mine & right, confidence), (mine & ~right, confidence), (mine, -confidence)]
+        places = [int(np.argmax(np.where(mask, score, -2))) if mask.any() else None for mask, score in candidates]
         chosen = [place for place in places if place is not None]
-        drawn = dict(zip(chosen, _ask(predictor, rows.iloc[chosen], picture_alone, gradcam="overlay"), strict=True))
-        cells = [None if place is None else _cell(drawn[place]) for place in places]
-        sheet.append((CODES[k], cells))
+        explained = _predict(predictor, rows.iloc[chosen], picture_alone, gradcam="overlay")
+        by_place = dict(zip(chosen, explained, strict=True))
+        sheet.append((CODES[k], [None if place is None else _cell(by_place[place]) for place in places]))
     return examples_figure(sheet)
 
 
-def _cell(answer: Prediction) -> tuple[Image.Image, Image.Image, str]:
-    pair = [answer.image.image.copy(), Image.open(io.BytesIO(answer.overlay_png or b""))]
-    for picture in pair:
+def _cell(prediction: Prediction) -> tuple[Image.Image, Image.Image, str]:
+    image, heatmap = prediction.image.image.copy(), Image.open(io.BytesIO(prediction.overlay_png or b""))
+    for picture in (image, heatmap):
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return pair[0], pair[1], f"{answer.code} {answer.probabilities[answer.code]:.2f}"
+    return image, heatmap, f"{prediction.code} {prediction.probabilities[prediction.code]:.2f}"
 
 
-def report_text(rows: pd.DataFrame, answers: Sequence[Prediction]) -> str:
-    """scikit-learn's classification report over the codes that are in the data or in the answers."""
-    predicted = [answer.code for answer in answers]
+def report_text(rows: pd.DataFrame, predictions: Sequence[Prediction]) -> str:
+    """Return scikit-learn's classification report over the codes that are true or predicted."""
+    predicted = [prediction.code for prediction in predictions]
     codes = [code for code in CODES if code in set(rows["label"]) | set(predicted)]
     return str(classification_report(rows["label"], predicted, labels=codes, digits=3, zero_division=0))
 
 
 def main(
-    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")],
-    data: Annotated[Path, typer.Option(help="A manifest.csv, as prepare_data writes it, or a folder of images.")],
-    out: Annotated[Path, typer.Option(help="Folder for metrics.json and the figures.")],
+    bundle: BundleOption,
+    data: Annotated[Path, typer.Option(help="A manifest.csv, written by prepare_data.py, or a folder of images.")],
+    out: OutOption,
     split: Annotated[
         str | None,
         typer.Option(
-            help="Which split of the manifest: train, val, calibration, test or all.",
-            show_default="test; of a folder all",
+            help="Split of the manifest: train, val, calibration, test or all.",
+            show_default="test; all for a folder",
         ),
     ] = None,
     tta: Annotated[bool, typer.Option(help="Average over each picture and its mirror images.")] = False,
     picture_alone: Annotated[
-        bool, typer.Option("--picture-alone", help="Do not tell a model that takes them age, sex and site.")
+        bool, typer.Option("--picture-alone", help="Do not use the manifest's age, sex and site.")
     ] = False,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Resamplings of the lesions for the intervals; 0: none.")] = (
-        1000
-    ),
+    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of the lesions for the intervals; 0: none.")] = 1000,
     submission: Annotated[
-        Path | None, typer.Option(help="Also write the probabilities in the ISIC 2019 challenge's form.")
+        Path | None, typer.Option(help="File for the probabilities in the format of the ISIC 2019 challenge.")
     ] = None,
-    allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Evaluate even on images that the model was made from.")
-    ] = False,
+    allow_overlap: AllowOverlapOption = False,
 ) -> None:
-    """Evaluate a bundle on images it has not seen, as it would be served.
+    """Evaluate a bundle on images that it has not seen, as it would be served.
 
     Writes metrics.json (figures with 95 % intervals by bootstrap over lesions, by class, source, site, sex and age),
     report.txt, and pictures: confusion matrix, ROC and precision-recall curves, reliability diagram, bars by class,
-    risk against coverage, and a sheet of right and wrong examples with their heatmaps. If the bundle names the MLflow
-    run that made it, and the store (MLFLOW_TRACKING_URI, or the stack's server) knows it, they are logged there too.
+    risk against coverage, and a sheet of right and wrong examples with heatmaps. They are also logged to the MLflow run
+    that made the bundle, if the store (MLFLOW_TRACKING_URI, or the stack's server) has it.
 
-    Images, lesions and near duplicates that the model was made from are refused by the receipt in the bundle.
-
-    Examples:
-
-    python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --out runs/evaluation
-
-    python training/evaluate.py --bundle model_store/skin_vit --data my_clinic --tta --out runs/clinic
+    The bundle's receipt is used to refuse images, lesions and near-duplicates that the model was made from.
     """
-    try:
-        Settings.load()  # a wrong one is told before the work, not after it
-        rows, split = open_rows(data, split, out)
-        seen = check_overlap(bundle, rows, allow_overlap)
+    Settings.load()  # a wrong setting is an error before the work, not after it
+    with tempfile.TemporaryDirectory() as temporary:
+        rows, split = open_rows(data, split, Path(temporary))
+        overlap = check_overlap(bundle, rows, allow_overlap)
         predictor = Predictor.load(bundle)
-        answers = ask(predictor, rows, tta, picture_alone)
-        table = evaluate(rows, answers, bootstrap)
-        sheet = examples(predictor, rows, answers, picture_alone)
-        figures = pictures(rows, answers, table) | {"examples.png": sheet}
-    except (ManifestError, BundleError, SettingsError, ValueError) as error:
-        errors.print(str(error))
-        raise SystemExit(1) from None
+        predictions = predict_rows(predictor, rows, tta, picture_alone)
+        report = evaluate(rows, predictions, bootstrap)
+        figures = diagrams(rows, predictions, report)
+        figures["examples.png"] = examples(predictor, rows, predictions, picture_alone)
+        shutil.copytree(temporary, out, dirs_exist_ok=True)  # the manifest made of a folder, after all refusals
 
-    out.mkdir(parents=True, exist_ok=True)
-    described = {"bundle": predictor.bundle.digest, "tta": tta}
-    described |= {name: answers[0].model[name] for name in ("runtime", "precision")}
-    described["metadata"] = [] if picture_alone else list(predictor.config.metadata.fields)
-    described |= {"data": fingerprint(rows), "split": split, "overlap": seen, "resamples": bootstrap}
-    write_json(out / "metrics.json", described | table)
-    (out / "report.txt").write_text(report_text(rows, answers), encoding="utf-8")
+    header = {
+        "bundle": predictor.bundle.digest,
+        "tta": tta,
+        **{name: predictions[0].model[name] for name in ("runtime", "precision")},
+        "metadata": [] if picture_alone else list(predictor.config.metadata.fields),
+        "data": fingerprint(rows),
+        "split": split,
+        "overlap": overlap,
+        "resamples": bootstrap,
+    }
+    write_json(out / "metrics.json", header | report)
+    (out / "report.txt").write_text(report_text(rows, predictions), encoding="utf-8")
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=110)
     if submission:
-        write_submission(submission, rows["image_id"], nine_of(answers))
-    show(table)
+        write_submission(submission, rows["image_id"], nine_probabilities(predictions))
+    show(report)
     console.print(f"Written to {out}.")
     if run_id := predictor.config.evidence.get("run_id"):
-        made_from = read_receipt(bundle).dataset_fingerprint
-        own = data.is_file() and fingerprint(read_manifest(data)) == made_from
-        console.print(log_evaluation(run_id, out, run_prefix(data, own, split, tta, picture_alone), headline(table)))
+        is_own = data.is_file() and fingerprint(read_manifest(data)) == read_receipt(bundle).dataset_fingerprint
+        prefix = run_prefix(data, is_own, split, tta, picture_alone)
+        console.print(log_evaluation(run_id, out, prefix, headline(report)))
 
 
-def show(table: dict[str, Any]) -> None:
+def show(report: dict[str, Any]) -> None:
     """Print the single figures with their intervals."""
     shown = Table("figure", "value", "95 % interval (bootstrap over lesions)")
-    for name, value in headline(table).items():
-        low_high = table["intervals_95"].get(name)
+    for name, value in headline(report).items():
+        low_high = report["intervals_95"].get(name)
         interval = f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else ""
         shown.add_row(name, "undefined" if value is None else f"{value:.3f}", interval)
-    console.print(f"{table['images']:,} images of {table['lesions']:,} lesions")
+    console.print(f"{report['images']:,} images of {report['lesions']:,} lesions")
     console.print(shown)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(
+        main,
+        examples=[
+            "python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --out runs/evaluation",
+            "python training/evaluate.py --bundle model_store/skin_vit --data my_clinic --tta --out runs/clinic",
+        ],
+    )

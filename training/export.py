@@ -41,7 +41,7 @@ from handlers.request import Request
 from handlers.weights import BASIS, ORIGIN
 from mlflow_tracking.settings import MODEL_NAME
 from training.data.synthetic import draw_lesion
-from training.evaluation.detectors import KnownSpace
+from training.evaluation.unknown_class_fit import KnownSpace
 
 # One picture a class, drawn, so that they can be shipped and read by anybody.
 GOLDEN_CODES = ("MEL", "NV", "BCC", "VASC")
@@ -75,7 +75,7 @@ def export_bundle(
         backbone: from handlers.backbone.build_backbone(architecture, len(classes), ..., options=options).
         evidence: what is known of the training: run_id, dataset_fingerprint, code_revision, metrics, ...
         receipt: of the images it was made from (handlers.receipt), for those who will test it.
-        space: where known lesions lie among the features (training.evaluation.detectors), if the calibration's rejection uses it.
+        space: where known lesions lie among the features (training.evaluation.unknown_class_fit), if the calibration's rejection uses it.
         half: store the weights in fp16 (a relative rounding of 5e-4; everything downstream, the golden answers
             included, is derived from the stored weights).
         metadata: what the backbone takes beside the picture (it has a metadata_head for that); None: nothing.

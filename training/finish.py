@@ -1,7 +1,6 @@
-"""From the best checkpoint of a run to its bundle: calibration, evaluation, export, and what MLflow is told of them.
+"""The end of a training run: calibrate the best epoch's weights, evaluate them, export the bundle, log everything.
 
-It needs nothing but the output folder and the data, so it can be run again: resuming a run whose epochs are done
-comes straight here.
+It needs only the output folder and the data, so resuming a run without epochs left repeats just this.
 """
 
 import os
@@ -16,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from handlers.backbone import build_backbone
+from handlers.bundle import Bundle
+from handlers.calibration import Calibration
 from handlers.files import write_json
 from handlers.receipt import Receipt
 from mlflow_tracking.command_line import console
@@ -24,47 +24,23 @@ from mlflow_tracking.runs import Tracker, code_revision
 from training.checkpoints import BEST, LAST, load
 from training.config import TrainConfig
 from training.data.batches import Images
-from training.evaluation.assessment import assess, headline
 from training.evaluation.calibration_fit import MIN_IMAGES, fit_calibration
-from training.evaluation.detectors import Known, KnownSpace, Outputs, known_space
+from training.evaluation.evaluation_report import build_report, headline
 from training.evaluation.figures import confusion_figure, curves_figure, reliability_figure
 from training.evaluation.leakage import manifest_receipt
-from training.evaluation.network_outputs import outputs_of
+from training.evaluation.network_outputs import NetworkOutputs, outputs_of
+from training.evaluation.unknown_class_fit import KnownSpace, KnownSpaceError, known_space_of
 from training.export import export_bundle
 from training.losses import prior_logits
+from training.recipe import make_model
 
-# Settings that count even where no epoch is left to do: what is read here, and where and on what it runs.
+# Settings that still count when no epoch is left.
 AFTER_EPOCHS = (
     "manifest", "data_dir", "cache_dir", "image_size", "metadata", "batch_size", "logit_adjustment", "confidence_level",
     "bootstrap", "device", "threads", "output", "name", "experiment",
 )  # fmt: skip
 
-
-def lower_bias(model: nn.Module, shift: NDArray[np.float64]) -> None:
-    """Take `shift` (K,) off all logits, by way of the classifier's bias."""
-    backbone: Any = model
-    head: Any = backbone.get_classifier()
-    bias: Any = (head[-1] if isinstance(head, nn.Sequential) else head).bias
-    with torch.no_grad():
-        bias -= torch.tensor(shift, dtype=bias.dtype)
-
-
-def find_space(model: nn.Module, val: Outputs, labels: NDArray[np.int64]) -> KnownSpace | None:
-    """Where known lesions lie among the features, from the validation split: images that the weights were not fitted
-    to. None if the head is not one linear layer, or the images are fewer than the features' dimensions; then it says
-    so."""
-    backbone: Any = model
-    head, known = backbone.get_classifier(), labels >= 0
-    reason = ""
-    if not isinstance(head, nn.Linear):
-        reason = "the head has hidden layers"
-    elif known.sum() < val.features.shape[1]:
-        reason = f"the {known.sum():,} validation images are fewer than their {val.features.shape[1]:,} dimensions"
-    if reason:
-        console.print(f"The unknown will be told by the logits alone, not by the features: {reason}.")
-        return None
-    weight, bias = (tensor.detach().cpu().double().numpy() for tensor in (head.weight, head.bias))
-    return known_space(Known(Outputs(val.features[known], val.logits[known]), labels[known], weight, bias))
+Reports = dict[str, dict[str, Any]]
 
 
 def finish(
@@ -85,76 +61,153 @@ def finish(
         check: called between the stages; may raise to stop.
     """
     best = load(output / BEST)
-    classes: list[str] = best["classes"]
-    inputs, options = config.metadata_inputs, config.options
-    width = len(inputs.columns)
-    model = build_backbone(config.architecture, len(classes), config.image_size, options=options, metadata_width=width)
-    model.load_state_dict(best["weights"])
-    if config.logit_adjustment:
-        counts = np.bincount(data["train"].labels, minlength=len(classes))
-        lower_bias(model, prior_logits(counts.tolist(), config.logit_adjustment))
-    model.to(device)
-    found = {
+    model = best_model(config, best, data["train"].labels).to(device)
+    outputs = {
         split: outputs_of(model, images, config.batch_size, config.preprocessing, device)
         for split, images in data.items()
         if split != "train"
     }
-    pictures = {split: outputs for split, (outputs, _) in found.items()}
-    space = find_space(model, pictures["val"], data["val"].labels)
-    residuals = {split: space.residuals(outputs.features) if space else None for split, outputs in pictures.items()}
-    alone = {split: outputs.logits for split, outputs in pictures.items()}
-    logits = {split: told for split, (_, told) in found.items()}
     check()
+    space = find_known_space(model, outputs["val"], data["val"].labels)
+    calibration = calibrate(config, best["classes"], data, outputs, space)
+    reports = evaluate_splits(config, best["classes"], frame, outputs, space, calibration)
+    write_json(output / "metrics.json", reports)
+    log_evaluations(tracker, reports, calibration, data, outputs, load(output / LAST)["history"])
+    check()
+    bundle = export(config, output / "bundle", best, frame, model, calibration, space, reports, tracker.run_id)
+    check()
+    log_files(tracker, output, bundle)
+    announce(tracker, reports, bundle)
 
-    calibration = fit_calibration(
-        logits.get("calibration", np.zeros((0, len(classes)))),
-        data["calibration"].labels if "calibration" in data else [],
-        classes,
-        config.confidence_level,
-        residuals=residuals.get("calibration"),
-        residual_weight=space.weight if space else 0.0,
-        alone=alone.get("calibration") if inputs.fields else None,
-        lesions=data["calibration"].lesions if "calibration" in data else None,
-    )
+
+def best_model(config: TrainConfig, best: Mapping[str, Any], training_labels: NDArray[np.int64]) -> nn.Module:
+    """Return the network with the best epoch's weights, and with its logits adjusted to the class frequencies."""
+    classes = best["classes"]
+    model = make_model(config, len(classes))
+    model.load_state_dict(best["weights"])
+    if config.logit_adjustment:
+        counts = np.bincount(training_labels, minlength=len(classes))
+        lower_bias(model, prior_logits(counts.tolist(), config.logit_adjustment))
+    return model
+
+
+def lower_bias(model: nn.Module, shift: NDArray[np.float64]) -> None:
+    """Subtract `shift` (K,) from all logits, by way of the classifier's bias."""
+    backbone: Any = model
+    head: Any = backbone.get_classifier()
+    bias: Any = (head[-1] if isinstance(head, nn.Sequential) else head).bias
+    with torch.no_grad():
+        bias -= torch.tensor(shift, dtype=bias.dtype)
+
+
+def find_known_space(model: nn.Module, val: NetworkOutputs, labels: NDArray[np.int64]) -> KnownSpace | None:
+    """Fit the known space on the validation split; if that is impossible, print why and return None."""
+    backbone: Any = model
+    try:
+        return known_space_of(backbone.get_classifier(), val.features, val.image_logits, labels)
+    except KnownSpaceError as error:
+        console.print(str(error))
+        return None
+
+
+def calibrate(
+    config: TrainConfig,
+    classes: list[str],
+    data: Mapping[str, Images],
+    outputs: Mapping[str, NetworkOutputs],
+    space: KnownSpace | None,
+) -> Calibration:
+    """Fit the calibration on the calibration split, if it is large enough."""
+    if "calibration" not in data or not len(data["calibration"]):
+        calibration = Calibration()
+    else:
+        split = outputs["calibration"]
+        calibration = fit_calibration(
+            split.logits,
+            data["calibration"].labels,
+            classes,
+            config.confidence_level,
+            residuals=space.residuals(split.features) if space else None,
+            residual_weight=space.weight if space else 0.0,
+            image_logits=split.image_logits if config.metadata else None,
+            lesions=data["calibration"].lesions,
+        )
     if calibration.conformal is None:
         console.print(
-            f"The calibration split has fewer than {MIN_IMAGES} images: "
-            "probabilities are left as they are, and nothing is ever called unknown.",
+            f"The calibration split has fewer than {MIN_IMAGES} images, so probabilities are not calibrated and no "
+            "image is called unknown.",
             style="yellow",
         )
+    return calibration
+
+
+def evaluate_splits(
+    config: TrainConfig,
+    classes: list[str],
+    frame: pd.DataFrame,
+    outputs: Mapping[str, NetworkOutputs],
+    space: KnownSpace | None,
+    calibration: Calibration,
+) -> Reports:
+    """Return a report for val and test, and one `..._picture_alone` each if the model takes metadata."""
     reports = {}
-    for split in ("val", "test"):
-        if split not in data:
-            continue
-        rows, labels = frame[frame["split"] == split], data[split].labels
-        # The known space is of the validation images, whose residuals are therefore smaller than those of others:
-        # what the rejection does to them says nothing.
-        judged = replace(calibration, rejection=None) if split == "val" else calibration
-        ways = {split: logits[split]} | ({f"{split}_picture_alone": alone[split]} if inputs.fields else {})
-        for name, asked in ways.items():
-            reports[name] = assess(
+    for split in (split for split in ("val", "test") if split in outputs):
+        rows = frame[frame["split"] == split]
+        residuals = space.residuals(outputs[split].features) if space else None
+        # The known space was fitted on the validation images, so their rejection says nothing about new images.
+        applied = replace(calibration, rejection=None) if split == "val" else calibration
+        variants = {split: outputs[split].logits}
+        if config.metadata:
+            variants[f"{split}_picture_alone"] = outputs[split].image_logits
+        for name, logits in variants.items():
+            reports[name] = build_report(
                 rows["label"].tolist(),
-                judged.probabilities(asked, classes, residuals[split]),
-                judged.conformal_sets(asked, classes, residuals[split]),
+                applied.probabilities(logits, classes, residuals),
+                applied.conformal_sets(logits, classes, residuals),
                 rows["lesion_id"].tolist(),
                 config.bootstrap,
                 with_unknown=split != "val",
             )
-            # val_... are the metrics of each epoch, not calibrated
-            prefix = f"best_{name}" if split == "val" else name
-            tracker.metrics({f"{prefix}_{figure}": value for figure, value in headline(reports[name]).items()})
-        table, codes = reports[split]["confusion"], reports[split]["classes"]
-        tracker.figure(confusion_figure(table, codes), f"confusion_{split}.png")
-        known = calibration.known_probabilities(logits[split][labels >= 0])
-        tracker.figure(reliability_figure(labels[labels >= 0], known), f"reliability_{split}.png")
-    tracker.figure(curves_figure(load(output / LAST)["history"]), "curves.png")
-    write_json(output / "metrics.json", reports)
-    check()
+    return reports
 
+
+def log_evaluations(
+    tracker: Tracker,
+    reports: Reports,
+    calibration: Calibration,
+    data: Mapping[str, Images],
+    outputs: Mapping[str, NetworkOutputs],
+    history: list[dict[str, Any]],
+) -> None:
+    """Log the reports' figures and diagrams, and the curves of the epochs."""
+    for name, report in reports.items():
+        prefix = f"best_{name}" if name.startswith("val") else name  # val_... are each epoch's figures, uncalibrated
+        tracker.metrics({f"{prefix}_{figure}": value for figure, value in headline(report).items()})
+    for split in (split for split in ("val", "test") if split in outputs):
+        labels = data[split].labels
+        labelled = labels >= 0
+        probabilities = calibration.known_probabilities(outputs[split].logits[labelled])
+        report = reports[split]
+        tracker.figure(confusion_figure(report["confusion"], report["classes"]), f"confusion_{split}.png")
+        tracker.figure(reliability_figure(labels[labelled], probabilities), f"reliability_{split}.png")
+    tracker.figure(curves_figure(history), "curves.png")
+
+
+def export(
+    config: TrainConfig,
+    out: Path,
+    best: Mapping[str, Any],
+    frame: pd.DataFrame,
+    model: nn.Module,
+    calibration: Calibration,
+    space: KnownSpace | None,
+    reports: Reports,
+    run_id: str,
+) -> Bundle:
+    """Write the bundle, with the evidence of how it was made and the receipt of the images it has seen."""
     receipt = manifest_receipt(frame, best["dataset_fingerprint"])
-    initial = best.get("initial")
     evidence: dict[str, Any] = {
-        "run_id": tracker.run_id,
+        "run_id": run_id,
         "dataset_fingerprint": best["dataset_fingerprint"],
         "code_revision": code_revision(),
         "epoch": best["best"]["epoch"],
@@ -162,35 +215,43 @@ def finish(
         "images": {split: int((frame["split"] == split).sum()) for split in ("train", "val", "calibration", "test")},
         "metrics": {split: headline(report) for split, report in reports.items()},
     }
-    if initial:
+    if initial := best["initial"]:
         evidence["initial_bundle"] = initial["digest"]
         receipt = receipt.joined(Receipt.from_dict(initial["receipt"]))
-    bundle = export_bundle(
-        output / "bundle",
+    return export_bundle(
+        out,
         backbone=model,
         architecture=config.architecture,
-        options=options,
-        metadata=inputs,
-        classes=classes,
+        options=config.options,
+        metadata=config.metadata_inputs,
+        classes=best["classes"],
         preprocessing=config.preprocessing,
         calibration=calibration,
         evidence=evidence,
         receipt=receipt,
         space=space,
     )
-    check()
-    tracker.artifact(output / "bundle", "bundle")
+
+
+def log_files(tracker: Tracker, output: Path, bundle: Bundle) -> None:
+    """Log bundle, reports and checkpoints, and close the run."""
+    tracker.artifact(bundle.path, "bundle")
     tracker.artifact(output / "metrics.json", "evaluation")
     tracker.artifact(output / BEST, "checkpoints")
     tracker.artifact(output / LAST, "checkpoints")
     tracker.tags({"bundle_digest": bundle.digest})
     tracker.end("FINISHED")
-    for split, report in reports.items():
+
+
+def announce(tracker: Tracker, reports: Reports, bundle: Bundle) -> None:
+    """Print the figures and how to register the bundle."""
+    for name, report in reports.items():
         figures = "  ".join(f"{key} {value:.3f}" for key, value in headline(report).items() if value is not None)
-        console.print(f"{split}  {figures}")
-    # The registry finds a run by its id only on its own server.
-    told = tracker.url and not tracker.failed
-    if note := os.environ.get("BUNDLE_NOTE"):  # containers/train.sh registers it
+        console.print(f"{name}  {figures}")
+    if note := os.environ.get("BUNDLE_NOTE"):  # containers/train.sh registers the bundle
         Path(note).write_text(str(bundle.path))
-    source = f"--run-id {tracker.run_id}" if told else f"--bundle {bundle.path}"
-    console.print(f"Bundle: {bundle.path}\nRegister it: python scripts/register_model.py {source}")
+    console.print(f"Bundle: {bundle.path}")
+    if tracker.url and not tracker.failed:  # only a server's runs can be registered by their id
+        console.print(f"Register it: python scripts/register_model.py --run-id {tracker.run_id}")
+    else:
+        console.print(f"Register it: python scripts/register_model.py --bundle {bundle.path}")

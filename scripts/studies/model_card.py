@@ -15,7 +15,7 @@ from mlflow_tracking.settings import SHIPPED
 from scripts.studies import unknowns_report
 from training.config import ROOT
 from training.evaluation import stress
-from training.evaluation.assessment import headline, slice_order
+from training.evaluation.evaluation_report import headline, slice_order
 
 TEMPLATE = ROOT / "scripts" / "studies" / "model_card.template.md"
 CARD = ROOT / "MODEL_CARD.md"

@@ -2,7 +2,7 @@
 
 ISIC 2019 has no training images of UNK. Therefore each class is held out in turn: a small network is trained on the
 rest (training/configs/held_out.yaml), and the images of the class are its near unknowns, the main result. Far unknowns
-(scripts/studies/far_images.py) are easy and reported separately. Every detector of training/evaluation/detectors.py is
+(scripts/studies/far_images.py) are easy and reported separately. Every detector of scripts/studies/detectors.py is
 judged on the same features and logits.
 """
 
@@ -30,17 +30,18 @@ from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT, UNKNOWN
 from mlflow_tracking import metrics
 from mlflow_tracking.command_line import console, run
+from scripts.studies.detectors import DETECTORS, Outputs
 from scripts.studies.far_images import far_images
 from scripts.studies.unknowns_report import markdown, summarise
 from training.checkpoints import LAST, load
 from training.config import ROOT, ConfigError, TrainConfig, load_config
 from training.data.image_cache import build_cache
 from training.data.manifest import fingerprint, read_manifest, write_manifest
-from training.evaluate import ask, nine_of
-from training.evaluation.assessment import unknown_figures
-from training.evaluation.detectors import DETECTORS, Known, Outputs
+from training.evaluate import nine_probabilities, predict_rows
+from training.evaluation.evaluation_report import unknown_figures
 from training.evaluation.leakage import check_overlap
 from training.evaluation.network_outputs import pooled
+from training.evaluation.unknown_class_fit import KnownLesions
 
 BATCH = 128
 FAR_IMAGES = 40  # of each kind
@@ -174,7 +175,8 @@ def judge(
 
     fitted = (rows["split"] == "val") & ~unknown
     labels = rows.loc[fitted, "label"].map(classes.index).to_numpy(np.int64)
-    space = Known(outputs(fitted), labels, extract.weight, extract.bias)
+    fit_outputs = outputs(fitted)
+    lesions = KnownLesions(fit_outputs.features, fit_outputs.logits, labels, extract.weight, extract.bias)
     parts = {"calibration": outputs((rows["split"] == "calibration") & ~unknown)}
     parts["test"], parts["near"] = outputs((rows["split"] == "test") & ~unknown), outputs(unknown)
     kinds = {kind: extract(_squash(pictures, preprocessing)) for kind, pictures in far.items()}
@@ -193,7 +195,7 @@ def judge(
         "detectors": {},
     }
     for name, fit in DETECTORS.items():
-        score = fit(space)
+        score = fit(lesions)
         limit, at_test, at_near = (
             np.quantile(score(parts["calibration"]), 1 - FALSE_ALARM),
             *map(score, (parts["test"], parts["near"])),
@@ -217,12 +219,12 @@ def served(predictor: Predictor, rows: pd.DataFrame, far: dict[str, list[NDArray
     Args:
         rows: known lesions that the bundle has not seen.
     """
-    lesions = nine_of(ask(predictor, rows, picture_alone=True))
+    lesions = nine_probabilities(predict_rows(predictor, rows, picture_alone=True))
     table = {}
     for kind, pictures in far.items():
         encoded = [cv2.imencode(".png", picture[..., ::-1])[1].tobytes() for picture in pictures]
         answers = predictor.predict([Request(data, gradcam="none") for data in encoded])
-        table[kind] = unknown_figures(lesions, nine_of([a for a in answers if isinstance(a, Prediction)]))
+        table[kind] = unknown_figures(lesions, nine_probabilities([a for a in answers if isinstance(a, Prediction)]))
     return table
 
 

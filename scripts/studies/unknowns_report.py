@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking import metrics
-from training.evaluation.detectors import DETECTORS
+from scripts.studies.detectors import DETECTORS
 
 SERVED = "vim"  # the detector that training/finish.py puts into a bundle
 # Column: its key in the means.

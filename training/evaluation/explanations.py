@@ -1,8 +1,9 @@
-"""Whether a model's heatmaps can be trusted: `python training/evaluation/explanations.py --bundle DIR --data MANIFEST --out DIR`.
+"""Check whether a model's heatmaps can be trusted.
 
-Three questions: does the map depend on what was learnt (Adebayo et al. 2018, "Sanity Checks for Saliency Maps"), does
-hiding what it marks change the answer more than hiding anything else (deletion; Petsiuk et al. 2018, "RISE"), and how
-much of it lies on the border of the picture, where there is rarely a lesion.
+`python training/evaluation/explanations.py --bundle DIR --data MANIFEST --out DIR` makes three checks. Does the map
+depend on what was learnt (Adebayo et al. 2018, "Sanity Checks for Saliency Maps")? Does hiding the marked cells change
+the prediction more than hiding others (deletion; Petsiuk et al. 2018, "RISE")? How much heat lies on the border of the
+picture, where there is rarely a lesion?
 """
 
 import tempfile
@@ -21,26 +22,33 @@ from torch import nn
 from handlers.bundle import Bundle, BundleError
 from handlers.files import write_json
 from handlers.runtimes import TorchRuntime
-from handlers.taxonomy import KNOWN_CODES
-from mlflow_tracking.command_line import console, errors
-from training.data.image_cache import DataError, build_cache
-from training.data.manifest import ManifestError, fingerprint, read_manifest
+from mlflow_tracking.command_line import console, run
+from training.data.image_cache import build_cache
+from training.data.manifest import fingerprint
+from training.evaluation.command_options import (
+    AllowOverlapOption,
+    BundleOption,
+    ManifestOption,
+    OutOption,
+    SplitOption,
+    known_lesions,
+)
 from training.evaluation.figures import deletion_figure
-from training.evaluation.leakage import OverlapError, check_overlap
+from training.evaluation.leakage import check_overlap
 
 BATCH = 64
 SEED = 0  # of the shuffled weights and the random order
 STEPS = 10  # of the deletion: a tenth of the cells at a time
-BLUR = 0.08  # sigma of what stands in for hidden cells, in sides: colours stay, structure goes
+BLUR = 0.08  # sigma of the blur of hidden cells, as a share of the side: it keeps colours and removes structure
 
 
-def judge(bundle: Bundle, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-    """All three checks on pixels (N, S, S, 3), each image explained for its own top class.
+def check_heatmaps(bundle: Bundle, pixels: NDArray[np.uint8]) -> dict[str, Any]:
+    """Make all three checks on pixels (N, S, S, 3), with each image explained for its own top class.
 
-    Returns `randomised` {what was shuffled: mean rank correlation with the true maps}, `deletion` {order: mean
-    probability of the top class after 0, 1, ..., STEPS tenths are hidden}, `deletion_area` (their means), `border`
-    (share of the heat in the outermost cells) beside `border_cells` (their share of the grid), and `empty`: the share
-    of images whose map is zero everywhere, which the other figures leave out.
+    Returns `randomised` {shuffled part: mean rank correlation with the true maps}, `deletion` {order: mean probability
+    of the top class after 0, 1, ..., STEPS tenths are hidden}, `deletion_area` (their means), `border` (share of the
+    heat in the outermost cells), `border_cells` (their share of the grid), and `empty`: the share of images whose map is
+    zero everywhere, which the other figures leave out.
 
     Raises:
         BundleError: the weights do not fit, or every map is zero everywhere.
@@ -51,7 +59,9 @@ def judge(bundle: Bundle, pixels: NDArray[np.uint8]) -> dict[str, Any]:
     targets = logits.argmax(1)
     full = maps.max((1, 2)) > 0
     if not full.any():
-        raise BundleError(f"Every heatmap of {bundle.path} is empty; there is nothing to check.")
+        raise BundleError(
+            f"Every heatmap of {bundle.path} is empty, so there is nothing to check; train the model for longer."
+        )
     kept, chosen, heat = pixels[full], targets[full], maps[full]
 
     randomised = {}
@@ -86,12 +96,12 @@ def _run(
     return np.concatenate([logits for logits, _, _ in parts]), np.concatenate([maps for _, maps, _ in parts])
 
 
-def _shuffled(bundle: Bundle, what: str, seed: int) -> TorchRuntime:
-    """The model with the values inside each weight tensor shuffled: of the head, or of everything."""
+def _shuffled(bundle: Bundle, part_name: str, seed: int) -> TorchRuntime:
+    """Return the model with the values inside each weight tensor shuffled, of the "head" or of "all" parts."""
     runtime = TorchRuntime(bundle)
     generator = torch.Generator().manual_seed(seed)
     backbone: Any = runtime.module.cam.backbone
-    part: nn.Module = backbone.get_classifier() if what == "head" else backbone
+    part: nn.Module = backbone.get_classifier() if part_name == "head" else backbone
     with torch.no_grad():
         for parameter in part.parameters():
             order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
@@ -100,7 +110,7 @@ def _shuffled(bundle: Bundle, what: str, seed: int) -> TorchRuntime:
 
 
 def _correlation(maps: NDArray[np.float32], others: NDArray[np.float32]) -> float:
-    """Mean rank correlation of the maps, over the images where the other map is not flat; 0 if all are."""
+    """Return the mean rank correlation of the maps, over images where neither map is flat; 0 if there is none."""
     pairs = [(a.ravel(), b.ravel()) for a, b in zip(maps, others, strict=True) if np.ptp(a) > 0 and np.ptp(b) > 0]
     return float(np.mean([spearmanr(a, b).statistic for a, b in pairs])) if pairs else 0.0
 
@@ -112,7 +122,7 @@ def _deletion(
     targets: NDArray[np.int64],
     priority: NDArray[np.float64],
 ) -> list[float]:
-    """Mean probability of `targets` after each tenth of the cells, in falling `priority` (N, h, w), is blurred away."""
+    """Return the mean probability of `targets` after each tenth of the cells is blurred, in falling `priority` (N, h, w)."""
     size = pixels.shape[1]
     blurred = np.stack([cv2.GaussianBlur(picture, (0, 0), BLUR * size) for picture in pixels])
     rank = (-priority).reshape(len(pixels), -1).argsort(1).argsort(1).reshape(priority.shape)
@@ -128,51 +138,49 @@ def _deletion(
 
 
 def main(
-    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")],
-    data: Annotated[Path, typer.Option(help="A manifest.csv, as prepare_data writes it.")],
-    out: Annotated[Path, typer.Option(help="Folder for explanations.json and the deletion curves.")],
-    split: Annotated[str, typer.Option(help="Which split of the manifest.")] = "test",
-    most: Annotated[int, typer.Option(min=1, help="Images at most; those with the smallest hashes.")] = 300,
-    allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Explain even images that the model was made from.")
-    ] = False,
+    bundle: BundleOption,
+    data: ManifestOption,
+    out: OutOption,
+    split: SplitOption = "test",
+    most: Annotated[int, typer.Option(min=1, help="Largest number of images; those with the smallest hashes.")] = 300,
+    allow_overlap: AllowOverlapOption = False,
 ) -> None:
     """Check a model's heatmaps: shuffled weights, deletion curves, heat on the border.
 
-    Images that the model was made from are refused, as by evaluate.py.
-
-    Example:
-
-    python training/evaluation/explanations.py --bundle model_store/skin_vit --data data/manifest.csv --out runs/evaluation
+    Writes explanations.json and the deletion curves. Images that the model was made from are refused.
     """
-    try:
-        frame = read_manifest(data)
-        rows = frame[(frame["split"] == split) & frame["label"].isin(KNOWN_CODES)].sort_values("sha256").head(most)
-        if rows.empty:
-            raise ManifestError(f"{data} has no image of a known class in the split {split!r}.")
-        seen = check_overlap(bundle, rows, allow_overlap)
-        loaded = Bundle.load(bundle)
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as cache:  # decoded patients' pictures, which are not to stay in `out`
-            pixels = build_cache(rows.reset_index(drop=True), loaded.config.preprocessing, Path(cache))
-            table = judge(loaded, np.asarray(pixels))
-    except (ManifestError, BundleError, DataError, OverlapError, OSError) as error:
-        errors.print(str(error))
-        raise SystemExit(1) from None
-    described = {"bundle": loaded.digest, "data": fingerprint(rows), "split": split, "overlap": seen}
-    write_json(out / "explanations.json", described | table)
+    rows = known_lesions(data, split).sort_values("sha256").head(most).reset_index(drop=True)
+    overlap = check_overlap(bundle, rows, allow_overlap)
+    loaded = Bundle.load(bundle)
+    with tempfile.TemporaryDirectory() as cache:  # decoded images of patients, which must not stay in `out`
+        table = check_heatmaps(loaded, np.asarray(build_cache(rows, loaded.config.preprocessing, Path(cache))))
+    out.mkdir(parents=True, exist_ok=True)
+    header = {"bundle": loaded.digest, "data": fingerprint(rows), "split": split, "overlap": overlap}
+    write_json(out / "explanations.json", header | table)
     deletion_figure(table["deletion"]).savefig(out / "deletion.png", dpi=110)
-    shown = Table("check", "figure")
-    for what, value in table["randomised"].items():
-        shown.add_row(f"rank correlation with the map after shuffling {what}", f"{value:.3f}")
-    for name, value in table["deletion_area"].items():
-        shown.add_row(f"mean probability while cells are hidden, {name}", f"{value:.3f}")
-    border = f"share of the heat on the border ({table['border_cells']:.0%} of the cells)"
-    shown.add_row(border, f"{table['border']:.3f}")
-    shown.add_row("share of empty maps", f"{table['empty']:.3f}")
-    console.print(shown)
+    show(table)
     console.print(f"{table['images']:,} images. Written to {out}.")
 
 
+def show(table: dict[str, Any]) -> None:
+    """Print the figures."""
+    shown = Table("check", "figure")
+    for part, value in table["randomised"].items():
+        shown.add_row(f"rank correlation with the map after shuffling {part}", f"{value:.3f}")
+    for name, value in table["deletion_area"].items():
+        shown.add_row(f"mean probability while cells are hidden, {name}", f"{value:.3f}")
+    shown.add_row(
+        f"share of the heat on the border ({table['border_cells']:.0%} of the cells)", f"{table['border']:.3f}"
+    )
+    shown.add_row("share of empty maps", f"{table['empty']:.3f}")
+    console.print(shown)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    run(
+        main,
+        examples=[
+            "python training/evaluation/explanations.py --bundle model_store/skin_vit --data data/manifest.csv "
+            "--out runs/evaluation"
+        ],
+    )

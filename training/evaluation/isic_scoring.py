@@ -1,7 +1,7 @@
-"""ISIC 2019 submissions, and the challenge's own scoring of them: `python training/evaluation/isic_scoring.py TRUTH SUBMISSION`.
+"""ISIC 2019 submissions and the challenge's own score.
 
-The scorer is the maintained package isic-challenge-scoring. It needs a pandas older than this project's, so it runs in
-an environment of its own, which uv makes (from the package index) and keeps.
+`python training/evaluation/isic_scoring.py TRUTH SUBMISSION` runs the maintained package isic-challenge-scoring. It
+needs an older pandas than this project, so uv runs it in an environment of its own.
 """
 
 import json
@@ -23,7 +23,7 @@ from handlers.errors import UserError
 from handlers.files import atomic_file
 from handlers.identifiers import isic_id
 from handlers.taxonomy import CODES
-from mlflow_tracking.command_line import console, errors
+from mlflow_tracking.command_line import console, run
 
 SCORER = "isic-challenge-scoring==5.6"
 SCORER_NEEDS = "pandas<3"  # it calls DataFrame.applymap
@@ -32,11 +32,11 @@ TIMEOUT = 600  # seconds; the first use fetches the scorer
 
 
 class ScoringError(UserError):
-    """A submission that cannot be scored, with a sentence saying why."""
+    """A submission that cannot be scored."""
 
 
 def write_submission(path: Path, image_ids: Sequence[str] | pd.Series, probabilities: ArrayLike) -> None:
-    """Write probabilities (N, 9) in taxonomy order as the challenge takes them: image,MEL,NV,...,UNK."""
+    """Write probabilities (N, 9) in taxonomy order in the challenge's format: image,MEL,NV,...,UNK."""
     table = pd.DataFrame(np.asarray(probabilities), columns=list(CODES))
     table.insert(0, "image", list(image_ids))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,33 +45,34 @@ def write_submission(path: Path, image_ids: Sequence[str] | pd.Series, probabili
 
 
 def score(truth: Path, submission: Path) -> dict[str, Any]:
-    """The challenge's figures: {"per_category": {figure: {class: value}}, "macro_average": ..., "aggregate": ...}.
+    """Return the challenge's figures: {"per_category": {figure: {class: value}}, "macro_average": ..., "aggregate": ...}.
 
-    Images are known by their ISIC identifier, or else by their name as it is. Those that only one of the files has are
-    left out: the result says how many `images` are left, and how many of each file are `left_out`. Weights of images in
-    the truth (`score_weight`, `validation_weight`) go to the scorer with it.
+    Images are matched by ISIC identifier, or else by name. Images in only one of the files are left out: the result has
+    the number of `images` scored, and of those `left_out` of each file. The scorer gets the truth's weights of images
+    (`score_weight`, `validation_weight`) too.
 
     Raises:
-        ScoringError: the files do not fit, or the scorer cannot be run.
+        ScoringError: the files do not match, or the scorer cannot run.
     """
     frames = []
     for path, weights in ((truth, WEIGHTS), (submission, ())):
         try:
             frame = pd.read_csv(path, encoding="utf-8-sig", dtype={"image": str})
         except (OSError, ValueError) as error:
-            raise ScoringError(f"{path} cannot be read as a table: {error}") from error
+            raise ScoringError(f"{path} cannot be read as a table: {error}.") from error
         if missing := [column for column in ("image", *CODES) if column not in frame]:
-            raise ScoringError(f"{path} lacks the column {', '.join(missing)}.")
+            raise ScoringError(f"{path} has no column {', '.join(missing)}; add it.")
         frame["image"] = [isic_id(str(name)) or str(name) for name in frame["image"]]
         if frame["image"].duplicated().any():
-            raise ScoringError(f"{path} has several rows of {frame['image'][frame['image'].duplicated()].iloc[0]}.")
+            repeated = frame["image"][frame["image"].duplicated()].iloc[0]
+            raise ScoringError(f"{path} has several rows of {repeated}; keep one.")
         frames.append(frame[["image", *CODES, *(name for name in weights if name in frame)]])
     common = set(frames[0]["image"]) & set(frames[1]["image"])
     if not common:
-        raise ScoringError(f"{truth} and {submission} have no image in common.")
+        raise ScoringError(f"{truth} and {submission} have no image in common; check their column image.")
     uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
     if uv is None:
-        raise ScoringError("uv, which runs the challenge's scorer, is not there; `make env` installs it.")
+        raise ScoringError("The challenge's scorer needs uv, which is not installed; run `make env`.")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("truth.csv", "submission.csv")]
         for path, frame in zip(paths, frames, strict=True):
@@ -83,21 +84,23 @@ def score(truth: Path, submission: Path) -> dict[str, Any]:
                 capture_output=True, text=True, timeout=TIMEOUT, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise ScoringError(f"The scorer did not answer in {TIMEOUT} s.") from None
+            raise ScoringError(f"The scorer did not finish within {TIMEOUT} s; try again.") from None
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise ScoringError(f"{SCORER} refuses: {said[-1] if said else 'it says nothing'}")
-    try:  # uv and warnings may speak first
+        raise ScoringError(f"{SCORER} failed: {_last_line(done.stderr or done.stdout)!r}. Check both files.")
+    try:  # uv and warnings may print first
         scored: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
     except ValueError:
-        said = done.stdout.strip().splitlines()
-        raise ScoringError(f"{SCORER} gives no figures, but {said[-1] if said else 'nothing'!r}.") from None
+        raise ScoringError(f"{SCORER} printed {_last_line(done.stdout)!r} instead of figures; try again.") from None
     left_out = {"truth": len(frames[0]) - len(common), "submission": len(frames[1]) - len(common)}
     return scored | {"images": len(common), "left_out": left_out}
 
 
+def _last_line(text: str) -> str:
+    return "".join(text.strip().splitlines()[-1:])
+
+
 def figures(scored: Mapping[str, Any]) -> Table:
-    """A row for each class and one for the mean, narrow enough for 80 columns, which is what a pipe has."""
+    """Return a table with a row for each class and one for the mean, at most 80 columns wide."""
     columns = scored["per_category"].items()
     table = Table("", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name, _ in columns:
@@ -111,24 +114,19 @@ def figures(scored: Mapping[str, Any]) -> Table:
 
 def main(
     truth: Annotated[Path, typer.Argument(help="The challenge's ground truth: image,MEL,NV,BCC,AK,...,UNK.")],
-    submission: Annotated[Path, typer.Argument(help="Probabilities in the same form.")],
+    submission: Annotated[Path, typer.Argument(help="Probabilities in the same format.")],
 ) -> None:
-    """Score a submission as the ISIC 2019 challenge does.
-
-    Example:
-
-    python training/evaluation/isic_scoring.py ISIC_2019_Test_GroundTruth.csv submission.csv
-    """
-    try:
-        scored = score(truth, submission)
-    except ScoringError as error:
-        errors.print(str(error))
-        raise SystemExit(1) from None
-    left_out = ", ".join(f"{count:,} of the {name}" for name, count in scored["left_out"].items())
-    console.print(f"{scored['images']:,} images; left out, as the other file lacks them: {left_out}")
+    """Score a submission as the ISIC 2019 challenge does."""
+    scored = score(truth, submission)
+    left_out = scored["left_out"]
+    console.print(f"{scored['images']:,} images are in both files.")
+    console.print(f"Left out: {left_out['truth']:,} of the truth, {left_out['submission']:,} of the submission.")
     console.print(figures(scored))
     console.print(f"balanced accuracy {scored['aggregate']['balanced_accuracy']:.4f}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(
+        main,
+        examples=["python training/evaluation/isic_scoring.py ISIC_2019_Test_GroundTruth.csv submission.csv"],
+    )

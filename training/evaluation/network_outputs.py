@@ -1,5 +1,6 @@
 """Run a network over a whole split: features and logits of each image, without augmentation."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,15 @@ from torch import Tensor, nn
 from handlers.backbone import fuse
 from handlers.preprocessing import Preprocessing
 from training.data.batches import Images, batches, standardise
-from training.evaluation.detectors import Outputs
+
+
+@dataclass(frozen=True)
+class NetworkOutputs:
+    """A split's features (N, D), logits (N, K) of the images alone, and logits (N, K) with the recorded metadata."""
+
+    features: NDArray[np.float64]
+    image_logits: NDArray[np.float64]
+    logits: NDArray[np.float64]
 
 
 def pooled(backbone: Any, images: Tensor) -> Tensor:
@@ -22,17 +31,16 @@ def pooled(backbone: Any, images: Tensor) -> Tensor:
 @torch.inference_mode()
 def outputs_of(
     model: nn.Module, images: Images, batch_size: int, preprocessing: Preprocessing, device: torch.device
-) -> tuple[Outputs, NDArray[np.float64]]:
-    """Return a split's features and logits of the images alone, and its logits (N, K) with metadata, in fp32."""
+) -> NetworkOutputs:
+    """Compute all outputs in fp32, in the split's order."""
     backbone: Any = model.eval()
-    features, image_logits, logits = [], [], []
+    parts = []
     for pixels, _, metadata in batches(images, np.arange(len(images)), batch_size, device):
-        inputs = pooled(backbone, standardise(pixels, preprocessing))
-        alone = backbone.get_classifier()(inputs)
-        features.append(inputs.cpu().double().numpy())
-        image_logits.append(alone.cpu().double().numpy())
-        logits.append(fuse(backbone, alone, metadata).cpu().double().numpy())
-    return Outputs(np.concatenate(features), np.concatenate(image_logits)), np.concatenate(logits)
+        features = pooled(backbone, standardise(pixels, preprocessing))
+        image_logits = backbone.get_classifier()(features)
+        outputs = features, image_logits, fuse(backbone, image_logits, metadata)
+        parts.append([output.cpu().double().numpy() for output in outputs])
+    return NetworkOutputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 @torch.inference_mode()
@@ -44,7 +52,7 @@ def predict(
     device: torch.device,
     precision: torch.dtype,
 ) -> NDArray[np.float32]:
-    """Return a split's logits (N, K) with metadata, in its order."""
+    """Return the logits (N, K) with metadata, in the split's order: the quick way, for validation after each epoch."""
     model.eval()
     parts = []
     for pixels, _, metadata in batches(images, np.arange(len(images)), batch_size, device):
