@@ -45,9 +45,9 @@ class Calibration:
         `residuals` (N,) come from the serving graph. Classes that the model was not trained on get 0. With a rejection,
         UNK gets its probability and the other classes share the rest.
         """
-        known = self.known_probabilities(logits)
-        out = np.zeros((len(known), len(CODES)))
-        out[:, [CODES.index(code) for code in classes]] = known
+        class_probabilities = self.known_probabilities(logits)
+        out = np.zeros((len(class_probabilities), len(CODES)))
+        out[:, [CODES.index(code) for code in classes]] = class_probabilities
         if self.rejection is not None and UNKNOWN not in classes:
             unknown = self.rejection.probability(logits, residuals)
             out *= (1 - unknown)[:, None]
@@ -64,15 +64,15 @@ class Calibration:
         """
         if self.conformal is None:
             return None
-        known = self.known_probabilities(logits)
+        class_probabilities = self.known_probabilities(logits)
         limits = np.array([self.conformal.thresholds.get(code, 1.0) for code in classes])
         unknown = (
             self.rejection.probability(logits, residuals)
             if self.rejection is not None and UNKNOWN not in classes
-            else np.zeros(len(known))
+            else np.zeros(len(class_probabilities))
         )
         sets = []
-        for row, p_unknown in zip(known, unknown, strict=True):
+        for row, p_unknown in zip(class_probabilities, unknown, strict=True):
             order = np.argsort(-row)
             inside = [classes[i] for i in order if 1 - row[i] <= limits[i]] or [classes[order[0]]]
             sets.append([UNKNOWN, *inside] if p_unknown > (1 - p_unknown) * row.max() else inside)

@@ -26,7 +26,7 @@ from handlers.prediction import Prediction
 from handlers.request import Request
 from handlers.runtimes import OpenVinoRuntime, Runtime, TorchRuntime
 from handlers.taxonomy import CODES
-from handlers.test_time_augmentation import Outputs, averaged_outputs
+from handlers.test_time_augmentation import AveragedOutputs, averaged_outputs
 
 RUNTIMES = ("auto", "openvino", "torch")
 PRECISIONS = ("auto", "bf16", "f32")
@@ -156,7 +156,7 @@ class Predictor:
         except ImageError as error:
             return error
 
-    def _infer(self, accepted: list["_Accepted"]) -> Outputs:
+    def _infer(self, accepted: list["_Accepted"]) -> AveragedOutputs:
         classes, requests = self.config.classes, [item.request for item in accepted]
         # UNK has no logit unless the model was trained on it; its map is that of the top class.
         targets = np.array([classes.index(r.target) if r.target in classes else -1 for r in requests])
@@ -169,7 +169,7 @@ class Predictor:
         with self._one_at_a_time:
             return (runtime or self.runtime)(*inputs)
 
-    def _interpret(self, outputs: Outputs, accepted: list["_Accepted"]) -> list[Prediction]:
+    def _interpret(self, outputs: AveragedOutputs, accepted: list["_Accepted"]) -> list[Prediction]:
         classes, calibration = self.config.classes, self.config.calibration
         probabilities = calibration.probabilities(outputs.logits, classes, outputs.residuals)
         sets = calibration.conformal_sets(outputs.logits, classes, outputs.residuals)

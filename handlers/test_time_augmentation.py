@@ -8,7 +8,7 @@ import numpy as np
 VIEWS = (np.s_[:, :], np.s_[:, ::-1], np.s_[::-1, :], np.s_[::-1, ::-1])  # as sent, and its three mirror images
 
 
-class Outputs(NamedTuple):
+class AveragedOutputs(NamedTuple):
     """Logits (R, K), residuals (R,), Grad-CAM maps (R, h, w) and the maps' class indices (R,) of R pictures."""
 
     logits: np.ndarray
@@ -23,7 +23,7 @@ def averaged_outputs(
     augmented: Sequence[bool],
     targets: np.ndarray,
     metadata: np.ndarray,
-) -> Outputs:
+) -> AveragedOutputs:
     """Run R pictures in one call, averaging logits and residuals over the views of those that are `augmented`.
 
     A map is that of the picture as sent. Only if the views change a picture's top class is the graph run again for
@@ -52,4 +52,4 @@ def averaged_outputs(
     changed = np.flatnonzero(mapped != final)
     if len(changed):
         maps[changed] = run(rows[starts[changed]], final[changed], metadata[changed])[1]
-    return Outputs(logits, residuals, maps, final)
+    return AveragedOutputs(logits, residuals, maps, final)

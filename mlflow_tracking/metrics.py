@@ -128,18 +128,18 @@ def area_under_risk_coverage(labels: Labels, probabilities: Probabilities) -> fl
     return float(risk_coverage(labels, probabilities)[1].mean())
 
 
-def detection(known: NDArray[np.float64], unknown: NDArray[np.float64]) -> dict[str, float]:
+def detection(known_scores: NDArray[np.float64], unknown_scores: NDArray[np.float64]) -> dict[str, float]:
     """Return how well out-of-distribution scores, high for unknown images, separate known (N,) from unknown (M,).
 
     `auroc`, and `fpr_at_95`: the share of unknown images accepted at the threshold that accepts 95 % of the known ones
     (Hendrycks & Gimpel 2017). NaN if either is empty.
     """
-    if not len(known) or not len(unknown):
+    if not len(known_scores) or not len(unknown_scores):
         return {"auroc": float("nan"), "fpr_at_95": float("nan")}
-    is_unknown = np.repeat([False, True], [len(known), len(unknown)])
+    is_unknown = np.repeat([False, True], [len(known_scores), len(unknown_scores)])
     return {
-        "auroc": area_under_roc(is_unknown, np.concatenate([known, unknown])),
-        "fpr_at_95": float((unknown <= np.quantile(known, 0.95)).mean()),
+        "auroc": area_under_roc(is_unknown, np.concatenate([known_scores, unknown_scores])),
+        "fpr_at_95": float((unknown_scores <= np.quantile(known_scores, 0.95)).mean()),
     }
 
 
