@@ -46,7 +46,7 @@ def test_a_promoted_preset_is_awaited_while_torchserve_restarts(tmp_path, monkey
             if turn == "busy":
                 self.reply({"code": 503, "message": "no worker is available"}, 503)
             elif turn != "away":
-                self.reply({"model": {"digest": bundle.digest}, "probabilities": expected[image]})
+                self.reply({"prediction": {}, "model": {"digest": bundle.digest}, "probabilities": expected[image]})
 
         def log_message(self, *_):
             pass

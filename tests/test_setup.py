@@ -100,9 +100,8 @@ def test_a_finished_environment_is_left_alone(clone):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_an_interrupted_set_up_is_repaired(tmp_path):
-    shutil.copytree(
-        ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".venv", ".git", ".stack", "data", "*cache*")
-    )
+    unneeded = (".venv", ".git", ".stack", "data", "runs")
+    shutil.copytree(ROOT, tmp_path / "clone", ignore=lambda folder, _: unneeded if Path(folder) == ROOT else ())
     environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     packages = tmp_path / "clone/.venv/lib"
     first = subprocess.Popen(["make", "env"], cwd=tmp_path / "clone", env=environment, start_new_session=True)

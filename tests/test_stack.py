@@ -242,8 +242,8 @@ def test_a_taken_port_is_named_with_who_has_it_and_what_changes_it(stack, tmp_pa
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
-        ("STREAMLIT_PORT", "page", "STREAMLIT_PORT=page"),
-        ("STREAMLIT_PORT", "70000", "STREAMLIT_PORT=70000"),
+        ("STREAMLIT_PORT", "page", "STREAMLIT_PORT is 'page'"),
+        ("STREAMLIT_PORT", "70000", "STREAMLIT_PORT is '70000'"),
         ("TORCHSERVE_RUN_DIR", "/tmp/" + "x" * 100, "TORCHSERVE_RUN_DIR"),
         ("STACK_STATE", "/dev/null/state", "cannot be made"),
     ],
