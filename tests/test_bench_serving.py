@@ -118,6 +118,7 @@ def test_a_run_that_cannot_start_ends_with_a_sentence(options, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.live
 @pytest.mark.timeout(300)
 def test_it_measures_real_servers(tmp_path):
@@ -142,6 +143,7 @@ def test_it_measures_real_servers(tmp_path):
     assert "first start of an archive" in done.stdout and "GFLOP/s" in done.stdout and "decode" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.live
 @pytest.mark.timeout(180)
 def test_sigterm_ends_its_servers(tmp_path):
