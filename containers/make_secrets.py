@@ -59,7 +59,7 @@ def read_named(names: list[str], file: Path) -> dict[str, str]:
 
 
 def read_kept(file: Path, rotate: bool) -> dict[str, str]:
-    """Return the current secrets; none before the first start. Raises SecretsError for a damaged file, unless `rotate`."""
+    """Return current secrets, none before the first start. Raises SecretsError for a damaged file unless `rotate`."""
     try:
         kept = json.loads(file.read_text())
         if isinstance(kept, dict) and all(isinstance(value, str) for value in kept.values()):

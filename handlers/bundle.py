@@ -128,7 +128,7 @@ class BundleConfig:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk. `files` maps names to {"sha256", "bytes"}; `digest` is "sha256:" and the hash of bundle.json."""
+    """A bundle on disk. `files` maps names to {"sha256", "bytes"}; `digest` is "sha256:" and bundle.json's hash."""
 
     path: Path
     config: BundleConfig
@@ -152,7 +152,7 @@ class Bundle:
 
     @classmethod
     def read(cls, path: Path | str) -> "Bundle":
-        """Read a bundle that was verified where it came from: check its file list, but no hashes. Raises BundleError."""
+        """Read a bundle that was verified where it came from: check its file list, no hashes. Raises BundleError."""
         path = Path(path)
         try:
             text = (path / CONFIG).read_bytes()
@@ -176,7 +176,7 @@ class Bundle:
 
     @classmethod
     def draft(cls, folder: Path, config: BundleConfig) -> "Bundle":
-        """Return a bundle that is still being written: the eager model can run it, but it has no files and no digest."""
+        """Return a bundle that is still being written: the eager model can run it; it has no files and no digest."""
         return cls(folder, config, {}, "")
 
     @property

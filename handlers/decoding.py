@@ -25,8 +25,8 @@ MIN_SIDE = 16
 MAX_ASPECT_RATIO = 8.0
 # Exif has 64 KB in most files, and Pillow unpacks whatever length a tag claims.
 MAX_EXIF_BYTES = 1 << 20
-# Pillow holds three canvases of a WebP, 16 bytes a pixel. So a WebP may have half the pixels of other formats, and large
-# ones are decoded one at a time.
+# Pillow holds three canvases of a WebP, 16 bytes a pixel. So a WebP may have half the pixels of other formats, and
+# large ones are decoded one at a time.
 MAX_WEBP_PIXELS, ALONE_PIXELS = 25_000_000, 262_144
 # Pictures shrink by whole boxes right after decoding, as long as the shorter side keeps this many pixels. A batch of
 # eight with 50 megapixels each would hold 1.6 GB otherwise.

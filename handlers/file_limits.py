@@ -13,8 +13,8 @@ import numpy as np
 
 from handlers.errors import InvalidImage
 
-# Pillow reads segments of a JPEG, chunks of a PNG, strips and tiles of a TIFF, and stray bytes between them one by one in
-# Python. Large files have a few thousand.
+# Pillow reads segments of a JPEG, chunks of a PNG, strips and tiles of a TIFF, and stray bytes between them one by one
+# in Python. Large files have a few thousand.
 MAX_PARTS = 100_000
 # Each scan of a JPEG is a walk over the whole picture, and a scan may have 80 bytes. Encoders write 1 to 12.
 MAX_SCANS = 30

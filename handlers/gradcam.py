@@ -102,7 +102,7 @@ class ClassTokenVitGradCam(GradCam):
 
     @staticmethod
     def supports(backbone: Any) -> bool:
-        """Return whether it has timm's plain pre-norm blocks, plain attention, class token pooling and a linear head."""
+        """Return whether it has timm's plain pre-norm blocks and attention, class token pooling and a linear head."""
         if not (is_vision_transformer(backbone) and backbone.global_pool == "token"):
             return False
         block = backbone.blocks[-1]

@@ -26,7 +26,7 @@ class Preprocessing:
     def resize(self, image: Image.Image) -> np.ndarray:
         """Resize an RGB picture with antialiasing to uint8 (image_size, image_size, 3)."""
         filter_ = Image.Resampling[self.interpolation.upper()]
-        # reducing_gap shrinks by whole boxes first, down to three times the target. It looks the same and is much faster.
+        # reducing_gap shrinks by whole boxes first, down to three times the target. It looks the same but is faster.
         return np.asarray(image.resize((self.image_size, self.image_size), filter_, reducing_gap=3.0))
 
     @property

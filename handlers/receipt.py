@@ -129,9 +129,9 @@ class Overlap:
         if not seen:
             return f"None of the {self.images:,} images was seen in training."
         return (
-            f"Of {self.images:,} images, {len(self.same_image):,} were seen in training, {len(self.same_lesion):,} show "
-            f"a lesion seen in training, {len(self.same_patient):,} a patient seen in training, and {len(self.near):,} "
-            f"are near-duplicates of training images, such as {seen[0]}."
+            f"Of {self.images:,} images, {len(self.same_image):,} were seen in training, {len(self.same_lesion):,} "
+            f"show a lesion seen in training, {len(self.same_patient):,} a patient seen in training, and "
+            f"{len(self.near):,} are near-duplicates of training images, such as {seen[0]}."
         )
 
 

@@ -1,8 +1,8 @@
 """Runtimes: run a bundle's serving graph with torch or with OpenVINO.
 
 The graph (handlers/serving_graph.py) takes uint8 pixels, target classes and, where the model uses them, encoded
-metadata. It returns logits, Grad-CAM maps and residuals. A residual is the length of the features outside the space that
-known lesions span (handlers/unknown_class.py); it is 0 in a bundle without such a space.
+metadata. It returns logits, Grad-CAM maps and residuals. A residual is the length of the features outside the space
+that known lesions span (handlers/unknown_class.py); it is 0 in a bundle without such a space.
 """
 
 import functools

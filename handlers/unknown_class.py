@@ -1,7 +1,7 @@
 """The ninth class, "none of the above" (UNK): its probability for a model that was trained on the other eight.
 
-Only what serving computes. training/evaluation/unknown_class_fit.py fits threshold, scale, weight and the space of known
-lesions; scripts/studies/unknowns.py compares detectors.
+Only what serving computes. training/evaluation/unknown_class_fit.py fits threshold, scale, weight and the space of
+known lesions; scripts/studies/unknowns.py compares detectors.
 """
 
 from dataclasses import dataclass

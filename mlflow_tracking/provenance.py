@@ -1,7 +1,7 @@
 """Provenance: trace a model from a digest, a version number or a request id to its run, code, data and deployment.
 
-MLflow knows how a model was made. The audit log in the model store knows what promoters did, and still answers if MLflow
-does not or if the version was deleted.
+MLflow knows how a model was made. The audit log in the model store knows what promoters did, and still answers if
+MLflow does not or if the version was deleted.
 """
 
 import json
@@ -31,8 +31,8 @@ class LineageError(UserError):
 class Lineage:
     """The history of one bundle. `missing` are sentences on what could not be found.
 
-    `audit` are the audit log's rows on the bundle. Of these, `aliases` are those on moved aliases, `served` those on its
-    deployment.
+    `audit` are the audit log's rows on the bundle. Of these, `aliases` are those on moved aliases, `served` those on
+    its deployment.
     """
 
     query: str
@@ -131,7 +131,7 @@ def _prediction(request_id: str, logs: Iterable[Path]) -> tuple[dict[str, Any], 
                     return row, digest.removeprefix("sha256:")
     if not searched:
         raise LineageError(
-            f"{request_id} is neither a version nor a digest, and there is no prediction log. Name one with --predictions."
+            f"{request_id} is neither a version nor a digest. Name a prediction log with --predictions."
         )
     raise LineageError(
         f"{request_id} is neither a version nor a digest, and no request of that id is in {', '.join(searched)}."

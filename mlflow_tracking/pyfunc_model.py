@@ -6,8 +6,8 @@
 A model that takes metadata also reads the columns `age`, `sex` and `site`, which may be blank or missing. A model
 without metadata also takes a list of images.
 
-MLflow stores this file with the model (models from code), so nothing is pickled. TorchServe does not use it; it gets the
-same bundle in an archive.
+MLflow stores this file with the model (models from code), so nothing is pickled. TorchServe does not use it; it gets
+the same bundle in an archive.
 """
 
 import base64

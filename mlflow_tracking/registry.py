@@ -221,7 +221,7 @@ class Registry:
                 ) from error
             if "with exception" in sentence:  # the rest of the sentence is the repr of a connection
                 raise RegistryUnavailable(
-                    f"MLflow at {self.uri} does not answer. Start it with `make up` or mlflow_tracking/mlflow_server.sh."
+                    f"MLflow at {self.uri} does not answer. Start it with `make up`."
                 ) from error
             raise RegistryUnavailable(f"MLflow at {self.uri} answers with an error ({sentence}).") from error
 

@@ -52,7 +52,7 @@ class SettingsError(UserError):
 
 
 class Settings(BaseSettings):
-    """Addresses and folders. Relative folders start at the repository's root; default addresses follow from the ports."""
+    """Addresses and folders. Relative folders start at the repository's root; addresses follow from the ports."""
 
     model_config = SettingsConfigDict(env_file=ROOT / ".env", env_ignore_empty=True, extra="ignore")
 

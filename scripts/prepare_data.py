@@ -42,7 +42,7 @@ def prepare(
         bool | None,
         typer.Option(
             "--clinical/--no-clinical",
-            help="Use or leave out pictures that are no dermoscopy. Default: use those of data sets without dermoscopy.",
+            help="Use or leave out other pictures than dermoscopy. Default: use those of data sets without dermoscopy.",
         ),
     ] = None,
     sources: Annotated[
@@ -146,8 +146,8 @@ def _show_folder(folder: Path) -> None:
     """Print the tables that are recognised in a folder, and how many of its images they diagnose."""
     sources = open_sources([folder])
     grid = table(f"\n{folder}", ["Table", "Source"], ["Rows"])
-    for found in sources.tables:
-        grid.add_row(found.path.name, found.kind, f"{len(found.rows):,}")
+    for source in sources.tables:
+        grid.add_row(source.path.name, source.kind, f"{len(source.rows):,}")
     for path, reason in sources.ignored_files.items():
         grid.add_row(Path(path).name, "not used", reason)
     console.print(grid)

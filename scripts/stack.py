@@ -1,7 +1,7 @@
 """The whole stack on one machine, without containers: `make up`, `make down` and `make status` call this.
 
-`up` stays in the foreground and runs supervisord (scripts/supervision.py). Each process ends with its parent, so nothing
-is left when `up` or supervisord is killed.
+`up` stays in the foreground and runs supervisord (scripts/supervision.py). Each process ends with its parent, so
+nothing is left when `up` or supervisord is killed.
 """
 
 import fcntl
@@ -177,7 +177,7 @@ def champion(settings: StackSettings) -> str | None:
 
 
 def model_check(settings: StackSettings) -> Callable[[], str | None]:
-    """Return the check of the model. It gives the shipped one to an empty registry, and raises StackError if that fails."""
+    """Return the check of the model. It fills an empty registry with the shipped model. Raises StackError."""
     process: subprocess.Popen[bytes] | None = None
     log = settings.log("register")
 

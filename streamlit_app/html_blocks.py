@@ -159,7 +159,8 @@ def counts(readings: list[Reading]) -> str:
 def services(rows: list[tuple[str, bool, str]]) -> str:
     """Return the sidebar's list of services: name, health, state in words."""
     items = "".join(
-        f'<li><i class="sl-dot sl-{"up" if healthy else "down"}"></i><b>{escape(name)}</b><span>{escape(state)}</span></li>'
+        f'<li><i class="sl-dot sl-{"up" if healthy else "down"}"></i><b>{escape(name)}</b>'
+        f"<span>{escape(state)}</span></li>"
         for name, healthy, state in rows
     )
     return f'{heading(wording.STATUS_HEADING)}<ul class="sl-services">{items}</ul>'

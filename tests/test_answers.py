@@ -1,6 +1,6 @@
 """Answers of a version to the frozen set, and comparisons of two versions.
 
-- pictures are sent over REST with the metadata that the model takes; each is asked once, and an interrupted run resumes;
+- pictures are sent over REST with the metadata that the model takes; each is sent once, and an interrupted run resumes;
 - passing errors are retried, and the waits do not count as latency;
 - a replay of a folder lists the files that are no pictures.
 """

@@ -1,4 +1,4 @@
-"""A damaged or incomplete bundle is refused, its digest covers every byte, and its serving graph agrees with the model."""
+"""A damaged or incomplete bundle is refused; its digest covers every byte; its serving graph agrees with the model."""
 
 import json
 import shutil

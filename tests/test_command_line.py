@@ -81,7 +81,7 @@ def test_predict_rejects_options_that_exclude_each_other(image, options, message
     ],
 )
 def test_predict_continues_after_an_answer_without_json(image, status, body, suffix, hint):
-    """TorchServe answers a request above max_request_size with an empty 413. --url may be the whole prediction address."""
+    """TorchServe answers a too large request with an empty 413. --url may be the whole prediction address."""
 
     class Server(BaseHTTPRequestHandler):
         def do_POST(self):

@@ -53,16 +53,18 @@ CASES = {
     "isic2024": (
         "isic_id,target,patient_id,age_approx,sex,anatom_site_general,image_type,iddx_full,iddx_1,iddx_2,iddx_3,iddx_4,"
         "iddx_5\nISIC_0000001,1,IP_1,60,male,posterior torso,TBP tile: close-up,x,Malignant,"
-        'Malignant adnexal epithelial proliferations - Follicular,Basal cell carcinoma,"Basal cell carcinoma, Nodular",\n'
+        'Malignant adnexal epithelial proliferations - Follicular,Basal cell carcinoma,"Basal cell carcinoma, '
+        'Nodular",\n'
         'ISIC_0000002,0,IP_1,60,male,,TBP tile: close-up,x,Benign,Benign melanocytic proliferations,Nevus,"Nevus, '
         'Atypical, Dysplastic, or Clark",\nISIC_0000003,0,IP_2,60,male,,TBP tile: close-up,Benign,Benign,,,,\n',
         isic(1, 2, 3, folder="image"),
         {"ISIC_0000001": "BCC", "ISIC_0000002": "NV"},
     ),
     "isic_archive": (
-        ARCHIVE + "ISIC_0000001,a,CC-0,60,torso,Malignant,Malignant melanocytic proliferations (Melanoma),,,,,dermoscopic,"
-        "IL_1,IP_1,male\nISIC_0000002,a,CC-0,60,torso,Benign,Benign epidermal proliferations,Solar lentigo,,,,,IL_2,IP_1,"
-        "male\nISIC_0000003,a,CC-0,60,torso,Malignant,x,Squamous cell carcinoma in situ,,,,dermoscopic,IL_3,IP_2,\n",
+        ARCHIVE + "ISIC_0000001,a,CC-0,60,torso,Malignant,Malignant melanocytic proliferations (Melanoma),,,,,"
+        "dermoscopic,IL_1,IP_1,male\nISIC_0000002,a,CC-0,60,torso,Benign,Benign epidermal proliferations,Solar lentigo,"
+        ",,,,IL_2,IP_1,male\nISIC_0000003,a,CC-0,60,torso,Malignant,x,Squamous cell carcinoma in situ,,,,dermoscopic,"
+        "IL_3,IP_2,\n",
         isic(1, 2, 3, folder="."),
         {"ISIC_0000001": "MEL", "ISIC_0000002": "BKL", "ISIC_0000003": "SCC"},
     ),

@@ -223,7 +223,7 @@ def test_labels_beside_their_images_in_another_folder(tmp_path, build):
         ("Basal_Cell-Carcinoma", "BCC"), ("akiec", "AK"), ("Actinic Keratoses", "AK"), ("Bowen's disease", "SCC"),
         ("benign keratosis-like lesions", "BKL"), ("SK", "BKL"), ("Dermatofibroma", "DF"), ("vascular lesions", "VASC"),
         ("squamous cell carcinoma", "SCC"), ("none of the above", "UNK"), ("UNK", "UNK"),
-        # In the ISIC archive these are moles nobody wrote a diagnosis for; UNK has to be meant.
+        # In the ISIC archive these are moles without a written diagnosis, not UNK.
         ("unknown", None), ("other", None), ("wart", None), ("benign", None), ("", None),
     ],
 )  # fmt: skip

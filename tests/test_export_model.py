@@ -1,4 +1,4 @@
-"""A bundle written for another runtime gives the golden answers there, with what an application needs beside it."""
+"""A bundle written for another runtime gives the golden answers there, and has all that an application needs."""
 
 import json
 import subprocess

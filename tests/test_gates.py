@@ -72,8 +72,11 @@ def other_model_answers(case):
 
 
 def other_pixels(case):
-    cases = [{"name": golden.name, "probabilities": golden.probabilities, "grid": golden.grid} |
-             {"colours": (np.array(golden.colours) + 2).tolist()} for golden in case.candidate.bundle.golden()]  # fmt: skip
+    cases = [
+        {"name": golden.name, "probabilities": golden.probabilities, "grid": golden.grid}
+        | {"colours": (np.array(golden.colours) + 2).tolist()}
+        for golden in case.candidate.bundle.golden()
+    ]
     case.use(resealed(case.candidate.bundle, case.folder, golden=cases))
 
 

@@ -96,8 +96,9 @@ def test_copies_with_an_augmented_name_are_of_the_same_group(tmp_path, build):
 @pytest.mark.parametrize(
     ("stem", "original"),
     [
-        ("mole_aug1", "mole"), ("mole-flip", "mole"), ("mole_hflip", "mole"), ("ISIC_0024306_rotated_90", "ISIC_0024306"),
-        ("aug_0_1234", ""), ("PAT_59_93_342", None), ("mole", None), ("_aug1", None), ("carrot", None),
+        ("mole_aug1", "mole"), ("mole-flip", "mole"), ("mole_hflip", "mole"),
+        ("ISIC_0024306_rotated_90", "ISIC_0024306"), ("aug_0_1234", ""), ("PAT_59_93_342", None),
+        ("mole", None), ("_aug1", None), ("carrot", None),
     ],
 )  # fmt: skip
 def test_names_of_augmented_copies(stem, original):

@@ -106,7 +106,7 @@ def test_metadata_of_another_kind_begin_anew_though_they_are_as_wide(tmp_path):
                                      "num_heads": 3}, {"depth": 2, "embed_dim": 24, "num_heads": 3}])  # fmt: skip
 def test_another_network_is_refused(start, options):
     initial, _ = start
-    with pytest.raises(BundleError, match="give its architecture, stem, depth and head_hidden"):
+    with pytest.raises(BundleError, match="set its architecture, stem, depth and head_hidden"):
         initial.put_into(tiny_backbone(options=options), initial.bundle.config.classes)
 
 

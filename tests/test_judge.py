@@ -1,4 +1,4 @@
-"""The judge: which gates are asked, what blocks, what is kept, and how it is told.
+"""The judge: which gates run, which block, which judgements are kept, and how they are reported.
 
 - after a decisive gate has failed the others are not asked;
 - without an evaluation set the settings say what blocks;

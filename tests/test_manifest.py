@@ -1,4 +1,4 @@
-"""The manifest has one checked row per photograph, labelled by the best authority, and no lesion or patient in two splits.
+"""The manifest has one checked row per photograph, with the best label; no lesion or patient is in two splits.
 
 The best authority on an image decides its diagnosis; an image on which it contradicts itself is left out. Copies become
 one row. Near-duplicates and images of one lesion become one group, but no chain of near-duplicates joins lesions or

@@ -163,7 +163,7 @@ def test_the_heatmap_is_autograds_on_the_fused_logits(name):
     images, target = torch.randn(4, 3, 64, 64), torch.tensor([-1, -1, 4, -1])
     told = torch.tensor(np.stack([ALL.encode(v) for v in (TOLD, {"sex": "female"}, TOLD, {})]))
     with torch.no_grad():
-        backbone.metadata_head.logits.weight.mul_(5)  # so that what is told decides
+        backbone.metadata_head.logits.weight.mul_(5)  # so that the metadata decides
     logits, maps, _ = grad_cam(backbone)(images, target, told)
     alone, maps_alone, _ = AutogradGradCam(backbone)(images, target)
     wanted = torch.where(target < 0, logits.argmax(1), target)
@@ -235,7 +235,7 @@ def test_the_conformal_promise_holds_with_and_without_metadata():
         for k, code in enumerate(classes):
             inside = [code in chosen for chosen, label in zip(sets, fresh, strict=True) if label == k]
             assert np.mean(inside) > level - 0.02
-    # Fitted on what is told alone, it would break the promise to whoever tells nothing.
+    # Fitted with metadata only, the sets would not cover images without metadata.
     narrow = fit_calibration(told, labels, classes, level).conformal_sets(ways[0], classes)
     assert np.mean([classes[k] in chosen for k, chosen in zip(fresh, narrow, strict=True)]) < level - 0.05
     assert fit_calibration(told, labels, classes, level, image_logits=told).temperature == pytest.approx(
@@ -452,9 +452,9 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         code, output = invoke(
-            train.main, "architecture=test_vit", "image_size=32", "batch_size=16", "lr=3e-3", "warmup_epochs=1", "bootstrap=0",
-            "pretrained=false", "metadata=[age, site]", f"manifest={manifest}", "epochs=12", "ema_decay=0.9",
-            "mixup_alpha=0.2", "mix_probability=0.2", "--output", folder / "run",
+            train.main, "architecture=test_vit", "image_size=32", "batch_size=16", "lr=3e-3", "warmup_epochs=1",
+            "bootstrap=0", "pretrained=false", "metadata=[age, site]", f"manifest={manifest}", "epochs=12",
+            "ema_decay=0.9", "mixup_alpha=0.2", "mix_probability=0.2", "--output", folder / "run",
         )  # fmt: skip
     assert code == 0, output
     return SimpleNamespace(run=folder / "run", manifest=manifest, bundle=Bundle.load(folder / "run" / "bundle"))

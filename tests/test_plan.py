@@ -243,7 +243,7 @@ CASES = {
     "without the registry it is not": (Desired(registry_up=False), replace(SERVING_ONE, stored=frozenset()), []),
     "a refused champion changes nothing": (Desired(TWO, blocked=frozenset({TWO})), SERVING_ONE, []),
     "a challenger is loaded": (Desired(ONE, TWO), SERVING_ONE, ["store 2", "load 2", "check 2"]),
-    "a challenger without a champion is not, or TorchServe would make it the default": (Desired(None, TWO), Actual(), []),
+    "a challenger without a champion is not, or it would be the default": (Desired(None, TWO), Actual(), []),
     "a challenger that becomes champion is checked again": (
         Desired(TWO), replace(TWO_BEFORE_ONE, last_good=None), ["check 2", "serve 2"]),
     "a version that a person rolled back from is retired": (

@@ -2,8 +2,8 @@
 
 - the alias decides which version serves; its predecessor stays loaded, the one before that is drained and retired, and
   no request is lost;
-- a version with changed files or wrong golden answers is refused: the old one keeps serving, the reason is in MLflow, and
-  there is no retry until the alias moves;
+- a version with changed files or wrong golden answers is refused: the old one keeps serving, the reason is in MLflow,
+  and there is no retry until the alias moves;
 - TorchServe returns to the version that served, from the model store alone;
 - a model that takes age, sex and site is promoted on golden answers with them, and reads them from forms and JSON;
 - an archive runs its own code, not the repository's;

@@ -158,7 +158,7 @@ def test_a_second_torchserve_in_the_same_folder_is_refused(render_config, env, t
         alive.listen()
         with pytest.raises(render_config.StartError, match="is running already"):
             render_config.render(env)
-    render_config.render(env)  # the socket is still there, but nobody listens: a killed server left it
+    render_config.render(env)  # a killed server left its socket, without a listener
 
 
 def test_render_config_needs_only_the_standard_library():

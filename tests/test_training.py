@@ -145,7 +145,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(calls, tmp_path):
     whole = run(tmp_path / "whole", *settings)
 
     # The cache exists by now, so only batches and epochs are checked: 3 + 1 per epoch. The 6th is in the second epoch.
-    with pytest.raises(Interrupted, match="after 1 whole epochs. To resume: python training/train.py") as stopped:
+    with pytest.raises(Interrupted, match="after 1 whole epochs. Resume with `python training/train.py") as stopped:
         run(tmp_path / "broken", *settings, stop=StopAfter(6))
     assert stopped.value.exit_code == 143
     assert ("end", ("KILLED",)) in calls

@@ -17,7 +17,7 @@ from handlers.predictor import Predictor
 from mlflow_tracking import metrics
 from mlflow_tracking.command_line import run
 from scripts.studies import unknowns, unknowns_report
-from scripts.studies.detectors import DETECTORS, Outputs
+from scripts.studies.detectors import DETECTORS, DetectorInputs
 from scripts.studies.far_images import SIDE, far_images
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
@@ -50,7 +50,7 @@ def spread(rng, n):
 
 
 def outputs(features, space):
-    return Outputs(features, features @ space.weight.T + space.bias)
+    return DetectorInputs(features, features @ space.weight.T + space.bias)
 
 
 # react removes exactly the features that are large here

@@ -280,7 +280,8 @@ def load_config(
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(" ".join(_sentence(detail) for detail in error.errors())) from None
+        sentences = " ".join(_sentence(detail) for detail in error.errors())
+        raise ConfigError(f"The settings cannot be used. {sentences}") from None
 
 
 def find_preset(preset: str | Path) -> Path:

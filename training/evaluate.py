@@ -113,7 +113,7 @@ def _predict(predictor: Predictor, rows: pd.DataFrame, picture_alone: bool, **op
     predictions = []
     for path, prediction in zip(rows["path"], predictor.predict(requests), strict=True):
         if not isinstance(prediction, Prediction):
-            raise ManifestError(f"{path} cannot be evaluated: {prediction}")
+            raise ManifestError(f"{path} cannot be evaluated. {prediction}")
         predictions.append(prediction)
     return predictions
 

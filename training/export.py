@@ -1,12 +1,9 @@
-"""A trained model to a bundle: weights, calibration, evidence and golden answers, sealed by one digest.
+"""Write the bundle of a trained model: weights, calibration, evidence and golden answers, sealed by one digest.
 
-Called at the end of training; from the command line it makes the slim copy of a bundle that a repository can hold:
-
-    python training/export.py runs/NAME/bundle model_store/skin_vit
+Training calls `export_bundle` at its end. The command makes a slim copy of a bundle for a repository.
 """
 
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +23,6 @@ from handlers.bundle import (
     WEIGHTS,
     Bundle,
     BundleConfig,
-    BundleError,
     seal,
 )
 from handlers.calibration import Calibration
@@ -39,13 +35,14 @@ from handlers.preprocessing import Preprocessing, fingerprint
 from handlers.receipt import Receipt
 from handlers.request import Request
 from handlers.weights import BASIS, ORIGIN
+from mlflow_tracking.command_line import console, run
 from mlflow_tracking.settings import MODEL_NAME
 from training.data.synthetic import draw_lesion
 from training.evaluation.unknown_class_fit import KnownSpace
 
-# One picture a class, drawn, so that they can be shipped and read by anybody.
+# Drawn pictures, one a class, which can be shipped without a licence.
 GOLDEN_CODES = ("MEL", "NV", "BCC", "VASC")
-# What else is told of them, to a model that takes it; each is asked without as well.
+# Their metadata, for a model that takes some. Each picture is also predicted without.
 GOLDEN_METADATA: tuple[dict[str, Any], ...] = (
     {"age": 71.0, "sex": "male", "site": "head/neck"},
     {"age": 24.0, "sex": "female", "site": "posterior torso"},
@@ -73,12 +70,11 @@ def export_bundle(
 
     Args:
         backbone: from handlers.backbone.build_backbone(architecture, len(classes), ..., options=options).
-        evidence: what is known of the training: run_id, dataset_fingerprint, code_revision, metrics, ...
-        receipt: of the images it was made from (handlers.receipt), for those who will test it.
-        space: where known lesions lie among the features (training.evaluation.unknown_class_fit), if the calibration's rejection uses it.
-        half: store the weights in fp16 (a relative rounding of 5e-4; everything downstream, the golden answers
-            included, is derived from the stored weights).
-        metadata: what the backbone takes beside the picture (it has a metadata_head for that); None: nothing.
+        evidence: of the training: run_id, dataset_fingerprint, code_revision, metrics, ...
+        receipt: of the images it was made from (handlers.receipt).
+        space: the known space that the calibration's rejection uses.
+        half: store the weights in fp16. The golden answers are those of the stored weights.
+        metadata: inputs of the backbone's metadata_head, if it has one.
 
     Raises:
         BundleError: `out` is something else, or the serving graph disagrees with the model.
@@ -135,13 +131,14 @@ def _write_golden(draft: Bundle) -> None:
         (folder / name).write_bytes(buffer.getvalue())
         names.append(name)
     predictor = Predictor(draft, runtime="torch", precision="f32")
-    asked: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in names]
+    inputs: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in names]
     if fields := config.metadata.fields:
-        told = [{field: values[field] for field in fields if field in values} for values in GOLDEN_METADATA]
-        asked += [(name, values) for name, values in zip(names, told, strict=True) if values]
-    answers = predictor.predict([Request((folder / name).read_bytes(), metadata=values) for name, values in asked])
+        for name, metadata in zip(names, GOLDEN_METADATA, strict=True):
+            if values := {field: metadata[field] for field in fields if field in metadata}:
+                inputs.append((name, values))
+    answers = predictor.predict([Request((folder / name).read_bytes(), metadata=values) for name, values in inputs])
     cases = []
-    for (name, values), answer in zip(asked, answers, strict=True):
+    for (name, values), answer in zip(inputs, answers, strict=True):
         if not isinstance(answer, Prediction):
             raise answer
         pixels, _ = config.preprocessing((folder / name).read_bytes())
@@ -153,16 +150,13 @@ def _write_golden(draft: Bundle) -> None:
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="A bundle, such as runs/NAME/bundle.")],
-    out: Annotated[Path, typer.Argument(help="Where to put the copy.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the copy.")],
 ) -> None:
-    """Copy a bundle without its serving graph: small enough for a repository, complete again once registered."""
-    try:
-        copy = slim(bundle, out)
-    except BundleError as error:
-        sys.exit(str(error))
+    """Copy a bundle without its serving graph, which registration makes again, so that a repository can hold it."""
+    copy = slim(bundle, out)
     size = sum(file["bytes"] for file in copy.files.values()) / 1e6
-    print(f"{out}: {size:.1f} MB, {copy.digest}")
+    console.print(f"{out}: {size:.1f} MB, {copy.digest}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main, examples=["python training/export.py runs/NAME/bundle model_store/skin_vit"])

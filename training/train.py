@@ -171,7 +171,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         tracker.end("KILLED")
         raise Interrupted(
             interrupted.number,
-            f"Interrupted after {state.epoch} whole epochs. To resume: python training/train.py --resume {output / LAST}",
+            f"Interrupted after {state.epoch} whole epochs. "
+            f"Resume with `python training/train.py --resume {output / LAST}`.",
         ) from None
     except BaseException:
         tracker.end("KILLED" if interruption.number else "FAILED")

@@ -99,7 +99,7 @@ def ask_one(
 
 
 def metadata_of(torchserve: TorchServe, release: Release, evaluation: EvaluationSet) -> list[Values]:
-    """Return the metadata to send with each picture of the set: known values that the version takes. Raises as `ask`."""
+    """Return the metadata to send with each picture of the set: values that the version takes. Raises as `ask`."""
     answer, _ = ask_one(torchserve, release, evaluation.images([0])[0], {})
     takes = Metadata.from_dict(answer["model"].get("takes", {}))
     values = [takes.understood(row) for row in evaluation.frame.to_dict("records")]

@@ -2,9 +2,9 @@
 
     {"seq": 7, "at": "2026-…Z", "event": "serve", "by": "promoter", "version": "3", …, "before": "…", "hash": "…"}
 
-`hash` is the SHA-256 of the line without this field, `before` the hash of the line above. A changed, inserted or missing
-line breaks this chain. Missing lines at the end do not, so the registry keeps the newest hash (`Head`) as well. Only the
-holder of the store's lock writes the log, and it is never rewritten.
+`hash` is the SHA-256 of the line without this field, `before` the hash of the line above. A changed, inserted or
+missing line breaks this chain. Missing lines at the end do not, so the registry keeps the newest hash (`Head`) as well.
+Only the holder of the store's lock writes the log, and it is never rewritten.
 """
 
 import getpass

@@ -1,7 +1,7 @@
 """Back-off: which releases are not tried now, and when a failed one is tried again.
 
-A failed release is tried again at the next pass, then after 4, 8, 16 … seconds, up to LONGEST_WAIT. A refused release is
-tried again only after its alias has moved away and back.
+A failed release is tried again at the next pass, then after 4, 8, 16 … seconds, up to LONGEST_WAIT. A refused release
+is tried again only after its alias has moved away and back.
 """
 
 import time

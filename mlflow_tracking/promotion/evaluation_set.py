@@ -69,7 +69,7 @@ class EvaluationSet:
             )
         if missing := set(frame["file"]) - names:
             raise EvaluationSetError(
-                f"{folder / IMAGES} is incomplete: {min(missing)} is missing. Freeze the set again with prepare_data.py."
+                f"{folder / IMAGES} lacks {min(missing)}. Freeze the set again with prepare_data.py."
             )
         return cls(folder, frame, digest_of(text))
 

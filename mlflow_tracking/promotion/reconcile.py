@@ -1,4 +1,4 @@
-"""The reconcile pass: read the desired and the actual state, plan, execute, remember failures, report to the registry."""
+"""The reconcile pass: read desired and actual state, plan, execute, remember failures, report to the registry."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress

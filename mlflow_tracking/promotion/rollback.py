@@ -17,7 +17,7 @@ class RollbackError(UserError):
 
 @dataclass(frozen=True)
 class Rollback:
-    """A return to `target`. `left` is the release that served when the roll-back was planned; None if that is `target`."""
+    """A return to `target`. `left` is the release that served when this was planned; None if that is `target`."""
 
     target: Release
     left: Release | None

@@ -195,12 +195,12 @@ def http_server(promoter: Promoter) -> ThreadingHTTPServer:
 def main() -> None:
     """Reconcile every two seconds, and report on it over HTTP.
 
-    /healthz reports whether the loop is alive, /status its state as JSON, /metrics the figures for Prometheus. The promoter
-    takes no commands: move an alias in MLflow instead. Ctrl-C stops it.
+    /healthz reports whether the loop is alive, /status its state as JSON, /metrics the figures for Prometheus. The
+    promoter takes no commands: move an alias in MLflow instead. Ctrl-C stops it.
 
     Settings come from the environment or `.env`, and .env.example explains them: MLFLOW_TRACKING_URI or MLFLOW_PORT,
-    TORCHSERVE_URL or TORCHSERVE_PORT, TORCHSERVE_MANAGEMENT or TORCHSERVE_RUN_DIR, MODEL_STORE, STACK_STATE, PROMOTER_HOST,
-    PROMOTER_PORT, PROMOTER_POLL_SECONDS, PROMOTER_GATES, PROMOTER_KEEP_ARCHIVES.
+    TORCHSERVE_URL or TORCHSERVE_PORT, TORCHSERVE_MANAGEMENT or TORCHSERVE_RUN_DIR, MODEL_STORE, STACK_STATE,
+    PROMOTER_HOST, PROMOTER_PORT, PROMOTER_POLL_SECONDS, PROMOTER_GATES, PROMOTER_KEEP_ARCHIVES.
     """
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonLines())

@@ -19,7 +19,7 @@ PREDICTION_SECONDS = 75.0  # longer than TorchServe waits for a worker (torchser
 DRAIN_SECONDS = 2.0  # for requests that are inside a worker when the queue is empty
 STARTS = 2  # how often a worker may die while it starts before its archive counts as broken
 RETRY_WAITS = (0.5, 2.0)  # seconds before each retry of a prediction
-# TorchServe's own statuses that may pass: the worker died, the queue is full or no worker is ready, a worker was killed.
+# TorchServe's own statuses that may pass: worker died; queue full or no worker ready; worker killed.
 TRANSIENT = (500, 503, 507)
 
 

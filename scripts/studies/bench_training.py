@@ -117,7 +117,7 @@ def main(
     images = load_split(frame, "train", classes, preprocessing, folder)
     if len(images) < settings.batch_size:
         raise DataError(
-            f"{data} has {len(images)} training images, but a batch has {settings.batch_size}. Set a smaller batch_size=."
+            f"{data} has {len(images)} training images. Set batch_size={len(images)} or less."
         )
     step = TrainingStep(settings, len(classes))
     if settings.threads:

@@ -1,4 +1,4 @@
-"""Published detectors of unknown classes, from a network's features and logits; scripts/studies/unknowns.py compares them.
+"""Published detectors of unknown classes, from a network's features and logits; unknowns.py compares them.
 
 Every detector is fitted on images of known lesions and returns one number per image, high for unknown ones. They use
 the logits (`max_softmax` to `standardised_logit`), the features (`mahalanobis`, `relative_mahalanobis`, `knn`), or both
@@ -22,14 +22,14 @@ RIDGE = 1e-3  # of the mean variance, added to covariances: few images, many fea
 
 
 @dataclass(frozen=True)
-class Outputs:
+class DetectorInputs:
     """A network's outputs for N images: `features` (N, D), the head's input, and `logits` (N, K)."""
 
     features: Array
     logits: Array
 
 
-Score = Callable[[Outputs], Array]
+Score = Callable[[DetectorInputs], Array]
 
 
 def max_softmax(lesions: KnownLesions) -> Score:
@@ -54,7 +54,7 @@ def standardised_logit(lesions: KnownLesions) -> Score:
     chosen = [value[top == k] if (top == k).sum() > 1 else value for k in range(classes)]
     mean, deviation = np.array([v.mean() for v in chosen]), np.array([v.std() + 1e-6 for v in chosen])
 
-    def score(out: Outputs) -> Array:
+    def score(out: DetectorInputs) -> Array:
         predicted = out.logits.argmax(1)
         return -(out.logits.max(1) - mean[predicted]) / deviation[predicted]
 
@@ -95,7 +95,7 @@ def knn(lesions: KnownLesions) -> Score:
     bank = _unit(lesions.features)
     k = min(NEIGHBOURS, len(bank)) - 1
 
-    def score(out: Outputs) -> Array:
+    def score(out: DetectorInputs) -> Array:
         squared = 2 - 2 * _unit(out.features) @ bank.T
         return np.sqrt(np.maximum(np.partition(squared, k, axis=1)[:, k], 0))
 

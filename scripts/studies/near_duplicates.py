@@ -85,8 +85,8 @@ def _relation(first: SourceImage, second: SourceImage) -> str:
         return "one identifier"
     if not first.lesions or not second.lesions:
         return "no lesion known"
-    one = {lesion.key for lesion in first.lesions} & {lesion.key for lesion in second.lesions}
-    return "one lesion" if one else "two lesions"
+    shared = {lesion.key for lesion in first.lesions} & {lesion.key for lesion in second.lesions}
+    return "one lesion" if shared else "two lesions"
 
 
 def _print_recall(images: list[SourceImage], thumbnails: NDArray[np.uint8], folders: list[str], copies: int) -> None:

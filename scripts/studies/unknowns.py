@@ -30,7 +30,7 @@ from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT, UNKNOWN
 from mlflow_tracking import metrics
 from mlflow_tracking.command_line import console, run
-from scripts.studies.detectors import DETECTORS, Outputs
+from scripts.studies.detectors import DETECTORS, DetectorInputs
 from scripts.studies.far_images import far_images
 from scripts.studies.unknowns_report import markdown, summarise
 from training.checkpoints import LAST, load
@@ -129,13 +129,13 @@ class Extractor:
         self.weight, self.bias = (t.detach().double().numpy() for t in (head.weight, head.bias))
 
     @torch.inference_mode()
-    def __call__(self, pixels: NDArray[np.uint8]) -> Outputs:
+    def __call__(self, pixels: NDArray[np.uint8]) -> DetectorInputs:
         features = []
         for start in range(0, len(pixels), BATCH):
             images = self.module.images(torch.tensor(pixels[start : start + BATCH]))
             features.append(pooled(self.backbone, images).double().numpy())
         joined = np.concatenate(features)
-        return Outputs(joined, joined @ self.weight.T + self.bias)  # in double precision, as the detectors expect
+        return DetectorInputs(joined, joined @ self.weight.T + self.bias)  # in fp64, as the detectors expect
 
 
 def draw_lesions(frame: pd.DataFrame) -> pd.DataFrame:
@@ -170,7 +170,7 @@ def judge(
     extract = Extractor(bundle)
     unknown = rows["label"] == UNKNOWN
 
-    def outputs(chosen: pd.Series) -> Outputs:
+    def outputs(chosen: pd.Series) -> DetectorInputs:
         return extract(build_cache(rows[chosen].reset_index(drop=True), preprocessing, cache))
 
     fitted = (rows["split"] == "val") & ~unknown
@@ -233,7 +233,7 @@ def _squash(pictures: Sequence[NDArray[np.uint8]], preprocessing: Preprocessing)
     return np.stack([np.asarray(cv2.resize(picture, side, interpolation=cv2.INTER_AREA)) for picture in pictures])
 
 
-def _malignant(out: Outputs, classes: Sequence[str]) -> NDArray[np.bool_]:
+def _malignant(out: DetectorInputs, classes: Sequence[str]) -> NDArray[np.bool_]:
     malignant = MALIGNANT[[CODES.index(code) for code in classes]]
     return np.asarray(malignant[out.logits.argmax(1)])
 

@@ -79,7 +79,7 @@ class DataSet:
         return bool(self.column("image", columns) and said)
 
     def class_code(self, text: str) -> str | None:
-        """Return the class code of a diagnosis in this data set's words; "" for none of the classes, None if unknown."""
+        """Return the code of a diagnosis in this data set's words; "" for none of the classes, None if unknown."""
         words = text.strip().casefold()
         if words in self.labels:
             return self.labels[words]

@@ -58,8 +58,8 @@ def build_cache(
             needed, free = len(rows) * size * size * 3, shutil.disk_usage(cache_dir).free
             if needed > free:
                 raise DataError(
-                    f"The image cache needs {needed >> 20:,} MiB, but {cache_dir} has {free >> 20:,} MiB free. Free some "
-                    "space, or set cache_dir to another disk."
+                    f"The image cache needs {needed >> 20:,} MiB, but {cache_dir} has {free >> 20:,} MiB free. Free "
+                    "some space, or set cache_dir to another disk."
                 )
             temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
             try:
@@ -94,7 +94,7 @@ def _fill(
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}). Run prepare_data.py again.") from error
         except ImageError as error:
-            raise DataError(f"{file}: {error}") from error
+            raise DataError(f"{file} cannot be read. {error}") from error
         if decoded.sha256 != hashes[row]:
             raise DataError(f"{file} has changed since the manifest was written. Run prepare_data.py again.")
 

@@ -88,14 +88,14 @@ def _refuse(root: Path, containers: dict[str, list[str]]) -> None:
     count = sum(map(len, containers.values()))
     if "archive" in names:
         raise SourceError(
-            f"{root} has no pictures, but {count:,} archives or other files: {names['archive']}. Unpack the archives first."
+            f"{root} has no pictures, but {count:,} archives: {names['archive']}. Unpack them first."
         )
     if "DICOM" in names:
         raise SourceError(
-            f"{root} has no pictures, but {count:,} DICOM files: {names['DICOM']}. Convert them to PNG first, for example with dcmj2pnm."
+            f"{root} has no pictures, but {count:,} DICOM files: {names['DICOM']}. Convert them to PNG."
         )
     raise SourceError(
-        f"{root} has no pictures, but {count:,} HDF5 files: {names['HDF5']}. Write their pictures to JPEG or PNG files first, named as in the table."
+        f"{root} has no pictures, but {count:,} HDF5 files: {names['HDF5']}. Write their pictures to JPEG files."
     )
 
 

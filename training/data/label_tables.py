@@ -1,7 +1,7 @@
 """Reads the CSV files that come with dermoscopy data sets, recognising each by its columns, not by its name.
 
-data_sets.yaml describes the columns and labels of each data set. Only whether a truth file is a challenge's official
-test set is told from its name.
+data_sets.yaml describes the columns and labels of each data set. Only a challenge's official test set is recognised by
+the name of its truth file.
 """
 
 import csv

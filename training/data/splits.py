@@ -49,11 +49,11 @@ def assign_splits(
         fixed = [name for name in names if name in fixed_test]
         free = sorted((name for name in names if name not in fixed_test), key=lambda name: _dice(seed, name))
         images = sum(len(groups[name]) for name in names)
-        wanted = {split: images * shares[split] / total_share for split in SPLITS}
-        wanted["test"] = max(Fraction(0), wanted["test"] - sum(len(groups[name]) for name in fixed))
+        targets = {split: images * shares[split] / total_share for split in SPLITS}
+        targets["test"] = max(Fraction(0), targets["test"] - sum(len(groups[name]) for name in fixed))
         splits |= dict.fromkeys(fixed, "test")
         # The only group of a class is learnt from, whatever the shares.
-        splits |= _cut(free, groups, wanted) if len(names) > 1 else dict.fromkeys(free, "train")
+        splits |= _cut(free, groups, targets) if len(names) > 1 else dict.fromkeys(free, "train")
     return splits
 
 
@@ -61,12 +61,12 @@ def _dice(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()
 
 
-def _cut(names: Sequence[str], groups: Mapping[str, Sequence[str]], wanted: Mapping[str, Fraction]) -> dict[str, str]:
+def _cut(names: Sequence[str], groups: Mapping[str, Sequence[str]], targets: Mapping[str, Fraction]) -> dict[str, str]:
     total = sum(len(groups[name]) for name in names)
-    scale = total / (sum(wanted.values()) or Fraction(1))
+    scale = total / (sum(targets.values()) or Fraction(1))
     ends, end = [], Fraction(0)
     for split in ("test", "calibration", "val", "train"):
-        end += wanted[split] * scale
+        end += targets[split] * scale
         ends.append((split, end))
     result, position = {}, 0
     for name in names:

@@ -119,16 +119,16 @@ def served_figures(truth: Indices, nine: Probabilities) -> dict[str, Any]:
     }
 
 
-def unknown_figures(known: Probabilities, unknown: Probabilities) -> dict[str, Any]:
-    """Compute how well UNK's probability separates unknown from known images: nine probabilities (N, 9) of each.
+def unknown_figures(lesions: Probabilities, others: Probabilities) -> dict[str, Any]:
+    """Compute how well UNK's probability separates known lesions from others: nine probabilities (N, 9) of each.
 
-    `recall` is the share of unknown images called UNK, `called_malignant` the share called a malignant class.
+    `recall` is the share of the others called UNK, `called_malignant` the share called a malignant class.
     """
     last = CODES.index(UNKNOWN)
-    top = unknown.argmax(1)
+    top = others.argmax(1)
     return {
-        "images": len(unknown),
-        **metrics.detection(known[:, last], unknown[:, last]),
+        "images": len(others),
+        **metrics.detection(lesions[:, last], others[:, last]),
         "recall": float((top == last).mean()),
         "called_malignant": float(MALIGNANT[top].mean()),
     }

@@ -47,8 +47,8 @@ def check_heatmaps(bundle: Bundle, pixels: NDArray[np.uint8]) -> dict[str, Any]:
 
     Returns `randomised` {shuffled part: mean rank correlation with the true maps}, `deletion` {order: mean probability
     of the top class after 0, 1, ..., STEPS tenths are hidden}, `deletion_area` (their means), `border` (share of the
-    heat in the outermost cells), `border_cells` (their share of the grid), and `empty`: the share of images whose map is
-    zero everywhere, which the other figures leave out.
+    heat in the outermost cells), `border_cells` (their share of the grid), and `empty`: the share of images whose map
+    is zero everywhere, which the other figures leave out.
 
     Raises:
         BundleError: the weights do not fit, or every map is zero everywhere.
@@ -122,7 +122,7 @@ def _deletion(
     targets: NDArray[np.int64],
     priority: NDArray[np.float64],
 ) -> list[float]:
-    """Return the mean probability of `targets` after each tenth of the cells is blurred, in falling `priority` (N, h, w)."""
+    """Return the mean probability of `targets` after each tenth of the cells is blurred, by `priority` (N, h, w)."""
     size = pixels.shape[1]
     blurred = np.stack([cv2.GaussianBlur(picture, (0, 0), BLUR * size) for picture in pixels])
     rank = (-priority).reshape(len(pixels), -1).argsort(1).argsort(1).reshape(priority.shape)

@@ -45,7 +45,7 @@ def write_submission(path: Path, image_ids: Sequence[str] | pd.Series, probabili
 
 
 def score(truth: Path, submission: Path) -> dict[str, Any]:
-    """Return the challenge's figures: {"per_category": {figure: {class: value}}, "macro_average": ..., "aggregate": ...}.
+    """Return the figures: {"per_category": {figure: {class: value}}, "macro_average": ..., "aggregate": ...}.
 
     Images are matched by ISIC identifier, or else by name. Images in only one of the files are left out: the result has
     the number of `images` scored, and of those `left_out` of each file. The scorer gets the truth's weights of images

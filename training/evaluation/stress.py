@@ -1,7 +1,7 @@
 """Stress test: how everyday faults of a picture change a model's prediction.
 
-`python training/evaluation/stress.py --bundle DIR --data MANIFEST --out DIR` adds each fault to every test image, at one
-fixed strength that a person could still read, and compares the prediction with that for the unchanged image.
+`python training/evaluation/stress.py --bundle DIR --data MANIFEST --out DIR` adds each fault to every test image, at
+one fixed strength that a person could still read, and compares the prediction with that for the unchanged image.
 """
 
 from collections.abc import Callable
@@ -132,7 +132,7 @@ FAULTS: dict[str, Fault] = {
 def stress(predictor: Predictor, rows: pd.DataFrame) -> dict[str, Any]:
     """Predict every image unchanged and with each fault; return the figures of each fault and of "none".
 
-    `melanoma_change`: mean absolute change of the melanoma probability; `melanoma_drop`: its mean change over melanomas;
+    `melanoma_change`: mean absolute change of the melanoma probability; `melanoma_drop`: its mean over melanomas;
     `flips`: share of images whose most probable class changes; `balanced_accuracy`: over the known classes.
 
     Raises:
@@ -168,7 +168,7 @@ def _open(path: str) -> Pixels:
     try:
         return np.asarray(decode(Path(path).read_bytes()).image)
     except (OSError, ImageError) as error:
-        raise ManifestError(f"{path} cannot be read: {error}") from error
+        raise ManifestError(f"{path} cannot be read. {error}") from error
 
 
 def _predict(predictor: Predictor, images: list[Pixels]) -> NDArray[np.float64]:

@@ -34,7 +34,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A gate's outcome with its reason, in whole sentences, and figures. `blocks`: it keeps the candidate from serving."""
+    """A gate's outcome with reason, in whole sentences, and figures. `blocks`: the candidate may not serve."""
 
     gate: str
     outcome: Outcome

@@ -1,4 +1,4 @@
-"""Identity gates: the candidate is the registered model, gives its golden answers, and has not seen the evaluation set."""
+"""Identity gates: the candidate is the registered model, gives its golden answers, has not seen the evaluation set."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ class RegistrationGate(Gate):
             names = ", ".join(name for name, _ in expected_inputs)
             return self.verdict(
                 False,
-                f"Its signature does not fit the model, which takes {names} and returns nine probabilities in taxonomy order.",
+                f"Its signature does not fit the model, which takes {names} and returns nine probabilities.",
             )
         return self.verdict(True, "Archive, registry and signature agree.", digest=digest)
 

@@ -1,7 +1,7 @@
 """The judge: asks all gates about one candidate, and keeps the judgement.
 
-A judgement answers one question: this bundle, this evaluation set, these gate settings, this champion. The same question
-is never asked twice, whichever promoter asks, unless `forget` deletes the judgement.
+A judgement answers one question: this bundle, this evaluation set, these gate settings, this champion. The same
+question is never put twice, whichever promoter asks, unless `forget` deletes the judgement.
 """
 
 import hashlib

@@ -90,7 +90,7 @@ class UnknownDetectionGate(SetGate):
         number = int((evaluation.labels == UNK).sum())
         if number < self.images or number == len(evaluation):
             return self.skipped(
-                f"The set has {number} pictures of UNK; at least {self.images} are needed, and pictures of other classes."
+                f"The set has {number} pictures of UNK; it needs at least {self.images}, and pictures of other classes."
             )
         area = float(metrics.aucs(evaluation.labels, candidate.answers.probabilities)[UNK])
         reason = f"The AUC of UNK is {area:.3f} over {number} pictures; the floor is {self.floor:g}."

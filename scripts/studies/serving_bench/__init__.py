@@ -1,1 +1,1 @@
-"""The pieces of scripts/studies/bench_serving.py: load, servers, the stock handler, and what is timed in this process."""
+"""The pieces of scripts/studies/bench_serving.py: load, servers, the stock handler, and timings in this process."""

@@ -85,9 +85,9 @@ class _Client:
 def measure(port: int, path: str, bodies: list[bytes], clients: int, seconds: float) -> Load:
     """Load a server with `clients` for `seconds`, and until each has had ROUNDS responses after its first.
 
-    The first response of each client is a warm-up. Requests per second are the sum over clients of responses by the time
-    between the first and the last, so the clock's position within a batch does not matter. Raises LoadError as soon as
-    one response is not 200.
+    The first response of each client is a warm-up. Requests per second are the sum over clients of responses by the
+    time between the first and the last, so the clock's position within a batch does not matter. Raises LoadError as
+    soon as one response is not 200.
     """
     crowd = [_Client(port, path, bodies, first) for first in range(clients)]
     stop = threading.Event()
