@@ -130,9 +130,7 @@ def _prediction(request_id: str, logs: Iterable[Path]) -> tuple[dict[str, Any], 
                 if row.get("request_id") == request_id and isinstance(digest, str):
                     return row, digest.removeprefix("sha256:")
     if not searched:
-        raise LineageError(
-            f"{request_id} is neither a version nor a digest. Name a prediction log with --predictions."
-        )
+        raise LineageError(f"{request_id} is neither a version nor a digest. Name a prediction log with --predictions.")
     raise LineageError(
         f"{request_id} is neither a version nor a digest, and no request of that id is in {', '.join(searched)}."
     )

@@ -220,9 +220,7 @@ class Registry:
                     f"MLflow at {self.uri} answers with errors. Read its log; its database or disk may be full or away."
                 ) from error
             if "with exception" in sentence:  # the rest of the sentence is the repr of a connection
-                raise RegistryUnavailable(
-                    f"MLflow at {self.uri} does not answer. Start it with `make up`."
-                ) from error
+                raise RegistryUnavailable(f"MLflow at {self.uri} does not answer. Start it with `make up`.") from error
             raise RegistryUnavailable(f"MLflow at {self.uri} answers with an error ({sentence}).") from error
 
 

@@ -116,9 +116,7 @@ def main(
     folder = Path(settings.cache_dir) if settings.cache_dir else data.parent / "cache"
     images = load_split(frame, "train", classes, preprocessing, folder)
     if len(images) < settings.batch_size:
-        raise DataError(
-            f"{data} has {len(images)} training images. Set batch_size={len(images)} or less."
-        )
+        raise DataError(f"{data} has {len(images)} training images. Set batch_size={len(images)} or less.")
     step = TrainingStep(settings, len(classes))
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -87,13 +87,9 @@ def _refuse(root: Path, containers: dict[str, list[str]]) -> None:
     names = {kind: ", ".join(sorted(paths)[:5]) for kind, paths in containers.items()}
     count = sum(map(len, containers.values()))
     if "archive" in names:
-        raise SourceError(
-            f"{root} has no pictures, but {count:,} archives: {names['archive']}. Unpack them first."
-        )
+        raise SourceError(f"{root} has no pictures, but {count:,} archives: {names['archive']}. Unpack them first.")
     if "DICOM" in names:
-        raise SourceError(
-            f"{root} has no pictures, but {count:,} DICOM files: {names['DICOM']}. Convert them to PNG."
-        )
+        raise SourceError(f"{root} has no pictures, but {count:,} DICOM files: {names['DICOM']}. Convert them to PNG.")
     raise SourceError(
         f"{root} has no pictures, but {count:,} HDF5 files: {names['HDF5']}. Write their pictures to JPEG files."
     )
