@@ -400,7 +400,7 @@ def test_a_model_that_takes_metadata_is_promoted_and_reads_it_over_rest(serving_
     assert answers.iloc[0].to_dict() == pytest.approx(told["probabilities"], abs=1e-2)
     alone = serving_first.tell("", sample_images[1]).json()["probabilities"]
     assert answers.iloc[1].to_dict() == pytest.approx(alone, abs=1e-2)
-    with pytest.raises(ValueError, match="image 0: age is"):
+    with pytest.raises(ValueError, match="row 0 is refused. age is"):
         model.predict(pd.DataFrame({"image": sample_images[:1], "age": [500.0]}))
 
 

@@ -22,13 +22,14 @@ _MANIFEST_COLUMNS = {"split", "sha256", "phash"}
 _MIN_ONE_HOT_SHARE = 0.5
 # Plain UTF-8, without the byte order mark that Excel writes. Other encodings spoil no more than a letter in a site.
 _ENCODING = "utf-8-sig"
+DERMOSCOPY = "dermoscopy"
 
 
 class Row(NamedTuple):
     """One table's statement on one image, or on one lesion where `image` is "". "" and None: no statement.
 
-    `label` is the diagnosis as written, `code` its class code ("": none that is known). `image_type` is "" for
-    dermoscopy.
+    `label` is the diagnosis as written, `code` its class code ("": none that is known). `image_type` is
+    DERMOSCOPY or the type as written.
     """
 
     image: str
@@ -172,9 +173,9 @@ def _rows(
 
 
 def _image_type(text: str) -> str:
-    """Return "" for dermoscopy and for a blank, else the type as written."""
+    """Return DERMOSCOPY for its spellings, else the type as written; "" for a blank."""
     text = vocabulary.text_or_blank(text)
-    return "" if text.casefold().startswith("dermoscop") else text
+    return DERMOSCOPY if text.casefold().startswith("dermoscop") else text
 
 
 def _header(path: Path) -> tuple[list[str], str, str]:

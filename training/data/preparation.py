@@ -12,6 +12,7 @@ from training.data import duplicates
 from training.data.duplicates import ImageDigest
 from training.data.groups import join_near_duplicates
 from training.data.image_files import Faults
+from training.data.label_tables import DERMOSCOPY
 from training.data.manifest import ManifestError, absolute, fingerprint, write_manifest
 from training.data.manifest_report import make_report, summary
 from training.data.photos import (
@@ -131,10 +132,13 @@ def _check_fractions(fractions: Mapping[str, float]) -> None:
 
 
 def _dermoscopy(sources: Sources, clinical: bool | None, dropped: Faults) -> list[SourceImage]:
-    """Return the images to use. What is no dermoscopy is left out, or reported if it is used."""
+    """Return the images to use. What is no dermoscopy is left out, or reported if it is used.
+
+    An image that one row calls dermoscopic and another row clinical counts as dermoscopy.
+    """
     images = []
     for image in sources.images:
-        types = ", ".join(sorted(image.image_types))
+        types = "" if DERMOSCOPY in image.image_types else ", ".join(sorted(image.image_types))
         kind = image.photographs or types
         if not kind or clinical or (clinical is None and image.photographs):
             images.append(image)
