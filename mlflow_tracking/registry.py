@@ -26,6 +26,7 @@ BUNDLE_ARTIFACT = "bundle"
 # Frozen evaluation sets are versions of a registered model of their own, which gives them numbers, tags and an alias.
 EVALUATION_SET = "skin_vit_evaluation"
 CURRENT = "current"
+MAX_VERSIONS = 100_000  # in one answer; MLflow allows 200,000
 _MISSING = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"}
 
 
@@ -100,15 +101,9 @@ class Registry:
 
     def versions(self) -> list[RegisteredVersion]:
         """Return all versions with their aliases and tags, newest first."""
-        rows: list[ModelVersion] = []
         aliases: dict[str, list[str]] = {}
         with self.translated_errors():
-            more, token = True, None
-            while more:
-                page = self.client.search_model_versions(f"name='{MODEL_NAME}'", max_results=1000, page_token=token)
-                rows += page
-                token = page.token
-                more = bool(token)
+            rows = self.client.search_model_versions(f"name='{MODEL_NAME}'", max_results=MAX_VERSIONS)
             if not rows:
                 return []
             # A search returns versions without their aliases.

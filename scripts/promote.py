@@ -40,8 +40,7 @@ EXAMPLES = (
     'python scripts/promote.py to 3 --force --reason "agreed with the lab"',
     'python scripts/promote.py rollback --reason "misses melanomas"',
     "python scripts/promote.py status --json           # versions, aliases, TorchServe",
-    "python scripts/promote.py sync                    # deploy what the aliases say",
-    "python scripts/promote.py watch                   # the same, until Ctrl-C",
+    "python scripts/promote.py watch                   # deploy what the aliases say, until Ctrl-C",
 )
 MARKS = {"done": "[green]✓[/]", "waiting": "[yellow]…[/]", "refused": "[red]✗[/]", "failed": "[red]✗[/]"}
 
@@ -93,12 +92,6 @@ def rollback(reason: Annotated[str, typer.Option(help="The reason, for the audit
     move(reconciler, "champion", planned.target.version)
     record = partial(record_rollback, planned, reconciler.store, reconciler.audit, reconciler.by, reason)
     finish(settle_locked(reconciler, spinner, record))
-
-
-@app.command()
-def sync() -> None:
-    """Deploy what the aliases in MLflow ask for, once."""
-    finish(settle_locked(*open_reconciler()))
 
 
 @app.command()

@@ -28,7 +28,6 @@ def replay(
     samples: Annotated[
         list[Path] | None, typer.Option(exists=True, file_okay=False, help="A folder of pictures to add; repeatable.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the report into this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON.")] = False,
 ) -> None:
     """Compare champion and challenger on the same pictures.
@@ -60,9 +59,6 @@ def replay(
     with tempfile.TemporaryDirectory() as temporary:
         write_replay(Path(temporary), champion.version, challenger.version, tables)
         registry.log_report(challenger.version, Path(temporary), REPLAY)
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        write_replay(out, champion.version, challenger.version, tables)
     if as_json:
         print(json.dumps(tables, indent=1))
         return
@@ -106,5 +102,5 @@ def show(name: str, table: dict[str, Any], releases: dict[str, Release]) -> None
 if __name__ == "__main__":
     run(
         replay,
-        examples=["python scripts/replay.py", "python scripts/replay.py --samples clinic/2026-11 --out replay"],
+        examples=["python scripts/replay.py", "python scripts/replay.py --samples clinic/2026-11"],
     )

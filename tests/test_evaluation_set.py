@@ -26,8 +26,7 @@ from mlflow_tracking.promotion.evaluation_set import (
     freeze,
 )
 from mlflow_tracking.promotion.execute import Executor
-from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.step_errors import StepFailed
+from mlflow_tracking.promotion.plan import Release, StepFailed
 from mlflow_tracking.registry import RegisteredVersion
 
 

@@ -6,6 +6,7 @@
 """
 
 import io
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -181,28 +182,15 @@ def test_a_checkpoint_of_another_model_fails_golden_parity(case, tmp_path, monke
     weights = (tiny_bundle(tmp_path / "other", seed=1).path / WEIGHTS).read_bytes()
     case.use(resealed(case.candidate.bundle, case.folder, model=weights))
     # In this process, as starting another one and importing torch takes seconds.
-    monkeypatch.setattr(identity.subprocess, "Popen", lambda command, **_: Here(command[-1], capsys))
+
+    def here(command, **_):
+        capsys.readouterr()
+        return subprocess.CompletedProcess(command, identity._main(command[-1]), capsys.readouterr().out)
+
+    monkeypatch.setattr(identity.subprocess, "run", here)
     verdict = gate.evaluate(case.candidate)
     assert verdict.outcome is Outcome.FAILED
     assert "Its checkpoint differs from a golden answer by" in verdict.reason
-
-
-class Here:
-    """subprocess.Popen for identity.py, in this process."""
-
-    def __init__(self, folder, capsys):
-        capsys.readouterr()
-        self.returncode = identity._main(folder)
-        self.output = capsys.readouterr().out
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def communicate(self, timeout):
-        return self.output, ""
 
 
 def test_a_worker_that_dies_over_golden_pictures_costs_the_candidate_nothing(case, monkeypatch):

@@ -18,10 +18,9 @@ import pytest
 from handlers.errors import UsageError
 from mlflow_tracking.promotion import ledger, locks, service, torchserve_client, workers
 from mlflow_tracking.promotion.locks import StoreBusy
-from mlflow_tracking.promotion.plan import Action, Actual, Desired, Release, Step
+from mlflow_tracking.promotion.plan import Action, Actual, Desired, NotYet, Release, Step, StepFailed
 from mlflow_tracking.promotion.reconcile import Pass
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
-from mlflow_tracking.promotion.step_errors import NotYet, StepFailed
 from mlflow_tracking.promotion.torchserve_client import (
     RETRY_WAITS,
     ServedVersion,
@@ -309,6 +308,6 @@ def test_a_replay_waits_for_the_store(world, monkeypatch):
     monkeypatch.setattr(replay, "loaded_pair", lambda registry, observer: (release, release))
     monkeypatch.setattr(replay, "LOCK_SECONDS", 0.0)
     with locks.lock(world.torchserve.store), pytest.raises(StoreBusy):
-        replay.replay(samples=[], out=None, as_json=True)
+        replay.replay(samples=[], as_json=True)
     with pytest.raises(UsageError, match="There are no pictures"):
-        replay.replay(samples=[], out=None, as_json=True)
+        replay.replay(samples=[], as_json=True)

@@ -325,7 +325,7 @@ def test_the_commands_errors_are_sentences_and_codes(serving_first):
     unknown = run_script("promote.py", "to", "99", **serving_first.env)
     assert unknown.returncode == 1
     assert "has no version 99" in unknown.stderr
-    away = run_script("promote.py", "sync", **serving_first.env | {"MLFLOW_TRACKING_URI": NOWHERE})
+    away = run_script("promote.py", "to", "1", **serving_first.env | {"MLFLOW_TRACKING_URI": NOWHERE})
     assert away.returncode == 3
     assert away.stderr.startswith(f"MLflow at {NOWHERE} does not answer.")
     assert "Traceback" not in unknown.stderr + away.stderr

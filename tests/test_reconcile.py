@@ -24,10 +24,9 @@ from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.gates.base import Candidate
 from mlflow_tracking.promotion.gates.identity import GoldenParityGate, RegistrationGate
-from mlflow_tracking.promotion.plan import Action, Step
+from mlflow_tracking.promotion.plan import Action, NotYet, Step, StepFailed
 from mlflow_tracking.promotion.reconcile import Reconciler
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
-from mlflow_tracking.promotion.step_errors import NotYet, StepFailed
 from tests.reconcile_world import Golden, Killed, World, full_disk
 
 

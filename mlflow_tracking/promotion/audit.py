@@ -12,12 +12,15 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from mlflow_tracking.promotion.plan import Actual, Release
+from mlflow_tracking.registry import RegisteredVersion
 
 AUDIT = "audit.jsonl"
 START = "0" * 64  # `before` of the first line
@@ -107,6 +110,39 @@ class AuditLog:
             elif rows[anchor.seq - 1]["hash"] != anchor.hash:
                 faults.append(f"Line {anchor.seq} is not the one that the registry knows: the log was rewritten.")
         return faults
+
+
+class AuditEvents:
+    """Writes what the promoter does, and the aliases that it sees, into an audit log in the name of `by`."""
+
+    def __init__(self, audit: AuditLog, by: str) -> None:
+        self._audit = audit
+        self._by = by
+
+    def aliases(self, versions: Mapping[str, RegisteredVersion | None]) -> None:
+        """Record the aliases that have moved since the last record. MLflow keeps neither the time nor the person."""
+        for alias, version in versions.items():
+            last = self._audit.newest("alias seen", alias=alias) or {}
+            previous = {"previous": last.get("version", ""), "previous_digest": last.get("digest", "")}
+            number, digest = (version.version, version.digest or "") if version else ("", "")
+            if [number, digest] != list(previous.values()):
+                self._audit.append("alias seen", self._by, alias=alias, version=number, digest=digest, **previous)
+
+    def serving(self, actual: Actual) -> None:
+        """Record the serving release if a promoter died between the step and its record."""
+        last = self._audit.newest("serve") or {}
+        if actual.serving and last.get("digest") != actual.serving.digest:
+            self.step("serve", actual.serving, "noticed afterwards: a promoter has died")
+
+    def step(self, event: str, release: Release, remark: str) -> None:
+        """Record a step that has ended; a `serve` also names the release before it."""
+        last = (self._audit.newest("serve") if event == "serve" else None) or {}
+        previous = {"previous": last.get("version"), "previous_digest": last.get("digest")}
+        self._audit.append(event, self._by, **vars(release), **previous, remark=remark or None)
+
+    def pruned(self, archive: str) -> None:
+        """Record an archive that was deleted."""
+        self._audit.append("prune", self._by, archive=archive)
 
 
 def line_hash(row: dict[str, Any]) -> str:

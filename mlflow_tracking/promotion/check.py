@@ -14,8 +14,7 @@ from mlflow_tracking.promotion.evaluation_set import CurrentSet, EvaluationSetEr
 from mlflow_tracking.promotion.gates.base import Candidate, Outcome
 from mlflow_tracking.promotion.gates.judge import Judge, Judgement
 from mlflow_tracking.promotion.observe import Observer
-from mlflow_tracking.promotion.plan import Actual, Loaded, Release
-from mlflow_tracking.promotion.step_errors import Refused, StepFailed
+from mlflow_tracking.promotion.plan import Actual, Loaded, Refused, Release, StepFailed
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
 from mlflow_tracking.promotion.workers import Workers
 from mlflow_tracking.registry import Registry

@@ -15,8 +15,7 @@ from mlflow_tracking.promotion.gates.base import Gate
 from mlflow_tracking.promotion.gates.judge import Judge
 from mlflow_tracking.promotion.ledger import Entry
 from mlflow_tracking.promotion.observe import Observer
-from mlflow_tracking.promotion.plan import Action, Actual, Release, Step
-from mlflow_tracking.promotion.step_errors import Refused, StepFailed
+from mlflow_tracking.promotion.plan import Action, Actual, Refused, Release, Step, StepFailed
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
 from mlflow_tracking.promotion.workers import Workers
 from mlflow_tracking.registry import Registry

@@ -4,18 +4,18 @@ Only promoters write it, under the store's lock (locks.py). TorchServe reads it 
 version without registry or promoter. A reader sees the old ledger or the new one, never a part.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from handlers.errors import UserError
 from handlers.files import atomic_file, file_sha256
 from mlflow_tracking.promotion.plan import Release, take_over
 from mlflow_tracking.settings import MODEL_NAME
 
-SCHEMA = 1
 LEDGER = "ledger.json"
 
 
@@ -30,7 +30,7 @@ class Entry:
     sha256: str
     version: str
     digest: str
-    settings: Mapping[str, int] = field(default_factory=dict)
+    settings: dict[str, int] = field(default_factory=dict)
 
     @property
     def release(self) -> Release:
@@ -46,11 +46,13 @@ class Ledger:
     rolled back from `withdrawn`.
     """
 
-    archives: Mapping[str, Entry] = field(default_factory=dict)
+    archives: dict[str, Entry] = field(default_factory=dict)
     default: str | None = None
     last_good: str | None = None
     loaded: tuple[str, ...] = ()
     withdrawn: tuple[str, ...] = ()
+    schema: Literal[1] = 1
+    model: str = MODEL_NAME
 
     def release(self, archive: str | None) -> Release | None:
         """Return the release in an archive; None if the ledger lacks the archive."""
@@ -89,35 +91,19 @@ class Ledger:
         archives = {name: entry for name, entry in self.archives.items() if name != archive}
         return replace(self.retired(archive).reinstated(archive), archives=archives)
 
-    def to_json(self) -> str:
-        """Return the text of the file."""
-        values = {"schema": SCHEMA, "model": MODEL_NAME, **asdict(self)}
-        return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
-    @classmethod
-    def from_json(cls, text: str) -> "Ledger":
-        """Invert to_json. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
-        values: dict[str, Any] = json.loads(text)
-        if values["schema"] != SCHEMA:
-            raise ValueError(f"schema {values['schema']} instead of {SCHEMA}")
-        return cls(
-            archives={name: Entry(**entry) for name, entry in values["archives"].items()},
-            default=values["default"],
-            last_good=values["last_good"],
-            loaded=tuple(values["loaded"]),
-            withdrawn=tuple(values["withdrawn"]),
-        )
+_JSON = TypeAdapter(Ledger)
 
 
 def read(store: Path) -> Ledger:
     """Return the store's ledger; an empty one if there is none. Raises LedgerError."""
     path = store / LEDGER
     try:
-        return Ledger.from_json(path.read_text())
+        return _JSON.validate_json(path.read_bytes())
     except FileNotFoundError:
         return Ledger()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LedgerError(f"The ledger {path} cannot be read ({type(error).__name__}: {error}).") from error
+    except ValidationError as error:
+        raise LedgerError(f"The ledger {path} cannot be read ({error.errors()[0]['msg']}).") from error
 
 
 def set_aside(store: Path) -> None:
@@ -128,7 +114,7 @@ def set_aside(store: Path) -> None:
 def write(store: Path, ledger: Ledger) -> None:
     """Replace the store's ledger."""
     with atomic_file(store / LEDGER) as file:
-        file.write(ledger.to_json().encode())
+        file.write(_JSON.dump_json(ledger, indent=1) + b"\n")
 
 
 class Verifier:

@@ -7,8 +7,7 @@ from pathlib import Path
 from mlflow_tracking.digests import DIGEST
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.ledger import Verifier
-from mlflow_tracking.promotion.plan import Actual, Desired, Loaded, Release, Step
-from mlflow_tracking.promotion.step_errors import NotYet
+from mlflow_tracking.promotion.plan import Actual, Desired, Loaded, NotYet, Release, Step
 from mlflow_tracking.promotion.torchserve_client import TorchServe
 from mlflow_tracking.registry import ALIASES, RegisteredVersion, Registry, RegistryUnavailable
 

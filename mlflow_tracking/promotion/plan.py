@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
+from handlers.errors import UserError
 from mlflow_tracking.digests import short
 from mlflow_tracking.settings import MODEL_NAME
 
@@ -51,6 +52,18 @@ class Step:
 
     def __str__(self) -> str:
         return f"{self.action} version {self.release.version}"
+
+
+class Refused(UserError):
+    """The release of a step is at fault; a retry would not help."""
+
+
+class StepFailed(UserError):
+    """The step failed, but a retry may succeed."""
+
+
+class NotYet(UserError):
+    """The step needs more time, or its release has lost its alias. Nothing is at fault."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
-from mlflow_tracking.promotion.audit import AuditLog
-from mlflow_tracking.promotion.audit_events import AuditEvents
+from mlflow_tracking.promotion.audit import AuditEvents, AuditLog
 from mlflow_tracking.promotion.backoff import Backoff
 from mlflow_tracking.promotion.execute import Executor
 from mlflow_tracking.promotion.gates.judge import load_gates

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,9 +16,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from handlers.errors import UserError
 from mlflow_tracking.command_line import run
+from mlflow_tracking.promotion.backoff import Setback
 from mlflow_tracking.promotion.locks import StoreBusy, owned
+from mlflow_tracking.promotion.plan import Actual, Release
 from mlflow_tracking.promotion.reconcile import Event, Pass, create_reconciler
-from mlflow_tracking.promotion.status import status
 from mlflow_tracking.settings import Settings
 
 log = logging.getLogger("promoter")
@@ -70,7 +72,7 @@ class Promoter:
             self._errors = result.errors
         setbacks = self.reconciler.backoff.setbacks
         self.metrics.record(result, len(setbacks))
-        self._status = status(result, setbacks)
+        self._status = state_values(result, setbacks)
 
     def status(self) -> dict[str, Any]:
         """Return the answer of /status."""
@@ -102,6 +104,38 @@ class Promoter:
         self._steps.append({"at": _now(), **fields})
         self.metrics.steps.labels(event.step.action, event.state).inc()
         self.metrics.seconds.labels(event.step.action).observe(event.seconds)
+
+
+def state_values(result: Pass, setbacks: Mapping[Release, Setback]) -> dict[str, Any]:
+    """Return a pass and the setbacks as JSON values, for /status and for the page."""
+    desired = result.desired
+    return {
+        "desired": {"champion": _release(desired.champion), "challenger": _release(desired.challenger)},
+        "actual": _actual(result.actual) if result.actual else None,
+        "settled": result.settled,
+        "registry_up": result.registry_up,
+        "torchserve_up": result.torchserve_up,
+        "errors": list(result.errors),
+        "refused": [_setback(release, setback) for release, setback in setbacks.items()],
+    }
+
+
+def _release(release: Release | None) -> dict[str, Any] | None:
+    return {"version": release.version, "digest": release.digest} if release else None
+
+
+def _actual(actual: Actual) -> dict[str, Any]:
+    return {
+        "default": actual.default,
+        "serving": _release(actual.serving),
+        "last_good": _release(actual.last_good),
+        "loaded": [{**vars(held.release), "ready": held.ready} for held in actual.loaded.values()],
+    }
+
+
+def _setback(release: Release, setback: Setback) -> dict[str, Any]:
+    wait = None if setback.final else max(0, round(setback.retry_at - time.monotonic()))
+    return {**vars(release), "reason": setback.reason, "final": setback.final, "retry_in_seconds": wait}
 
 
 class Metrics:

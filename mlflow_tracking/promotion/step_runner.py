@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlflow_tracking.promotion import ledger as ledgers
-from mlflow_tracking.promotion.audit_events import AuditEvents
+from mlflow_tracking.promotion.audit import AuditEvents
 from mlflow_tracking.promotion.backoff import Backoff
 from mlflow_tracking.promotion.execute import Executor
 from mlflow_tracking.promotion.ledger import Ledger
 from mlflow_tracking.promotion.observe import AliasWatch
 from mlflow_tracking.promotion.outbox import Outbox
-from mlflow_tracking.promotion.plan import Action, Release, Step
-from mlflow_tracking.promotion.step_errors import NotYet, Refused, StepFailed
+from mlflow_tracking.promotion.plan import Action, NotYet, Refused, Release, Step, StepFailed
 from mlflow_tracking.promotion.torchserve_client import TorchServeUnavailable
 from mlflow_tracking.registry import RegistryError, RegistryUnavailable
 

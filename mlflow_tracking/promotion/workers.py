@@ -6,8 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from mlflow_tracking.promotion.ledger import Entry
-from mlflow_tracking.promotion.plan import Loaded
-from mlflow_tracking.promotion.step_errors import NotYet, StepFailed
+from mlflow_tracking.promotion.plan import Loaded, NotYet, StepFailed
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
 
 STARTUP_SECONDS = 120.0  # TorchServe's default for startupTimeout

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +19,7 @@ from mlflow_tracking.promotion.torchserve_client import TorchServeError
 from mlflow_tracking.version_card import signature_types
 
 LOCAL_TOLERANCE = 1e-3
-LOCAL_SECONDS = 300.0  # for a few pictures on a machine that may be training at the same time
+LOCAL_SECONDS = 240.0  # for a few pictures on a machine that may be training; less than service.ALIVE_SECONDS
 NO_TORCH = 3  # exit code
 
 
@@ -76,7 +74,8 @@ class GoldenParityGate(Gate):
         reason = f"Probabilities differ by at most {figures['max_difference']:.1e} in {figures['precision']} over REST."
         if not self.checkpoint:
             return self.verdict(True, reason, **figures)
-        local = local_differences(candidate.bundle, lambda: candidate.progress("checkpoint and graph answer locally"))
+        candidate.progress("checkpoint and graph answer locally")
+        local = local_differences(candidate.bundle)
         if local is None:
             return self.skipped(f"{reason} The checkpoint did not run, because torch is not installed.", **figures)
         figures |= local
@@ -156,35 +155,24 @@ class LeakageGate(SetGate):
         return self.verdict(not seen.leaks, str(seen), **figures)
 
 
-def local_differences(bundle: Bundle, progress: Callable[[], None] = lambda: None) -> dict[str, float] | None:
+def local_differences(bundle: Bundle) -> dict[str, float] | None:
     """Return how far checkpoint and graph, in f32, are from the golden answers; None if torch is not installed.
 
-    They run in a process of their own, so that torch does not stay in the promoter's memory. `progress` is called
-    several times a second and may raise to stop. Raises OSError.
+    They run in a process of their own, so that torch does not stay in the promoter's memory. Raises OSError.
     """
     command = [sys.executable, "-m", __name__, str(bundle.path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + LOCAL_SECONDS
-        try:
-            while True:
-                try:
-                    output, error_output = process.communicate(timeout=0.25)
-                    break
-                except subprocess.TimeoutExpired:
-                    progress()
-                    if time.monotonic() > end:
-                        raise TimeoutError(
-                            f"Checkpoint and graph did not answer the golden pictures within {LOCAL_SECONDS:g} s."
-                        ) from None
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode == NO_TORCH:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LOCAL_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(
+            f"Checkpoint and graph did not answer the golden pictures within {LOCAL_SECONDS:g} s."
+        ) from error
+    if done.returncode == NO_TORCH:
         return None
-    if process.returncode:
-        last = error_output.strip().splitlines()[-1:]
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
         raise OSError(f"Checkpoint and graph could not answer the golden pictures here: {''.join(last)}")
-    differences: dict[str, float] = json.loads(output)
+    differences: dict[str, float] = json.loads(done.stdout)
     return differences
 
 
