@@ -48,9 +48,7 @@ def test_the_serving_and_the_last_good_archive(ledger):
     assert "two.mar" not in back.pruned("two.mar").archives
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"schema": 2}', '{"schema": 1, "archives": {"a": {"x": 1}}}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 2}', '{"schema": 1, "archives": {"a": {"x": 1}}}'])
 def test_a_damaged_ledger_is_an_error_with_a_sentence(tmp_path, text):
     (tmp_path / ledgers.LEDGER).write_text(text)
     with pytest.raises(LedgerError, match=r"The ledger .*ledger\.json cannot be read .*\."):
