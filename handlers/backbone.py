@@ -54,20 +54,29 @@ def build_backbone(
     arguments = dict(options or {})
     if timm.models.model_entrypoint(architecture).__module__.startswith("timm.models.vision_transformer"):
         arguments["img_size"] = image_size
-    hidden = arguments.pop("head_hidden", [])
-    stem = arguments.pop("stem", "patch")
+    hidden, stem = arguments.pop("head_hidden", []), arguments.pop("stem", "patch")
     if stem not in STEMS:
         raise BackboneError(f"stem is {stem!r}: it must be one of {', '.join(STEMS)}.")
     if stem != "patch":
         if pretrained:
             raise BackboneError(f"stem={stem!r} has no pretrained weights. Use stem='patch' or pretrained=false.")
         arguments["embed_layer"] = STEMS[stem]
+    backbone = _create(architecture, pretrained, num_classes, arguments)
+    if hidden:
+        # timm's own name for it: `head`, `fc` or `classifier`
+        name = backbone.default_cfg["classifier"]
+        setattr(backbone, name, _deep_head(backbone.get_classifier(), hidden, arguments.get("drop_rate", 0.0)))
+    if metadata_width:
+        backbone.metadata_head = MetadataHead(metadata_width, num_classes)
+    return backbone
+
+
+def _create(architecture: str, pretrained: bool, num_classes: int, arguments: dict[str, Any]) -> Any:
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level
     hub_log.setLevel(logging.CRITICAL)  # it logs every retry; the error below says it once
-    backbone: Any
     try:
-        backbone = timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **arguments)
+        return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **arguments)
     except (TypeError, AssertionError) as error:
         raise BackboneError(f"{architecture} cannot be built with {arguments}: {error}.") from error
     except Exception as error:
@@ -79,13 +88,6 @@ def build_backbone(
         ) from error
     finally:
         hub_log.setLevel(level)
-    if hidden:
-        # timm's own name for it: `head`, `fc` or `classifier`
-        name = backbone.default_cfg["classifier"]
-        setattr(backbone, name, _deep_head(backbone.get_classifier(), hidden, arguments.get("drop_rate", 0.0)))
-    if metadata_width:
-        backbone.metadata_head = MetadataHead(metadata_width, num_classes)
-    return backbone
 
 
 class MetadataHead(nn.Module):

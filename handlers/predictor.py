@@ -6,33 +6,26 @@ predictor = Predictor.load("model_store/skin_vit")
 answer.probabilities["MEL"], answer.grid
 """
 
-import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from handlers.bundle import Bundle, BundleError
+from handlers.bundle import Bundle
 from handlers.decoding import DecodedImage, decode, ignore_oddities
 from handlers.errors import ImageError
 from handlers.overlay import OVERLAY_MIN_SIDE, overlay
 from handlers.prediction import Prediction
 from handlers.request import Request
-from handlers.runtimes import OpenVinoRuntime, Runtime, TorchRuntime
+from handlers.runtimes import golden_difference, start_runtime
 from handlers.taxonomy import CODES
 from handlers.test_time_augmentation import AveragedOutputs, averaged_outputs
 
-RUNTIMES = ("auto", "openvino", "torch")
-PRECISIONS = ("auto", "bf16", "f32")
-# How far bf16 may move a probability of a golden answer before "auto" falls back to f32. The golden answers are few;
-# other pictures move several times as far.
-LOW_PRECISION_TOLERANCE = 5e-3
 # Pictures decoded at a time: each may hold 150 MB of pixels, and four are decoded faster than any processor predicts.
 MAX_DECODING = 4
 
@@ -64,18 +57,10 @@ class Predictor:
         version: str | None = None,
         device: str | None = None,
     ) -> None:
-        if runtime not in RUNTIMES:
-            raise BundleError(f"The runtime is {runtime!r}: it must be one of {', '.join(RUNTIMES)}.")
-        if precision not in PRECISIONS:
-            raise BundleError(f"The precision is {precision!r}: it must be one of {', '.join(PRECISIONS)}.")
-        if runtime == "auto":
-            runtime = "openvino" if bundle.has_graph else "torch"
-        if runtime == "openvino" and not bundle.has_graph:
-            raise BundleError(f"The bundle {bundle.path} has no serving graph for OpenVINO. Run it with torch.")
         self.bundle = bundle
         self.config = bundle.config
         self._one_at_a_time = threading.Lock()
-        self.runtime = self._start(runtime, precision, threads, device)
+        self.runtime = start_runtime(bundle, runtime, precision, threads, device)
         # Pillow and OpenCV release Python's lock, so the pictures of a batch are decoded and drawn in parallel.
         at_a_time = min(MAX_DECODING, threads or os.cpu_count() or 1)
         self._threads = ThreadPoolExecutor(at_a_time, thread_name_prefix="pictures")
@@ -86,7 +71,7 @@ class Predictor:
             "architecture": self.config.architecture,
             "digest": bundle.digest,
             "run_id": self.config.evidence.get("run_id"),
-            "runtime": runtime,
+            "runtime": self.runtime.name,
             "precision": self.runtime.precision,
         }
         if choices := self.config.metadata.choices:
@@ -97,43 +82,12 @@ class Predictor:
         """Load and verify the bundle in folder `path`; options as for the class. Raises BundleError."""
         return cls(Bundle.load(path), **options)
 
-    def _start(self, runtime: str, precision: str, threads: int | None, device: str | None) -> Runtime:
-        """Start the runtime and warm it up, so that no request waits for the allocations of the first call.
+    def golden_difference(self) -> float:
+        """Return the largest difference of a probability from the bundle's golden answers; NaN if any is NaN.
 
-        With precision "auto", bf16 is kept only if it gives the golden answers.
+        Raises ImageError if a golden picture cannot be decoded.
         """
-        kind = TorchRuntime if runtime == "torch" else OpenVinoRuntime
-        make = partial(TorchRuntime, device=device) if runtime == "torch" else OpenVinoRuntime
-        if precision == "auto":
-            if kind.has_bf16():
-                low = make(self.bundle, "bf16", threads)
-                if self.golden_difference(low) <= LOW_PRECISION_TOLERANCE:
-                    return low
-            precision = "f32"
-        started = make(self.bundle, precision, threads)
-        size = self.config.preprocessing.image_size
-        started(np.zeros((1, size, size, 3), np.uint8), np.array([-1]))
-        return started
-
-    def golden_difference(self, runtime: Runtime | None = None) -> float:
-        """Return the largest difference of a probability from the bundle's golden answers.
-
-        NaN if any probability is NaN, or if there are no golden cases.
-
-        Args:
-            runtime: the runtime to compare, if not the predictor's own.
-
-        Raises:
-            ImageError: a golden picture cannot be decoded.
-        """
-        if not (cases := self.bundle.golden()):
-            return math.nan
-        pixels = np.stack([self.config.preprocessing(case.image)[0] for case in cases])
-        metadata = np.stack([self.config.metadata.encode(case.metadata) for case in cases])
-        logits, _, residuals = self._run(pixels, np.full(len(cases), -1), metadata, runtime=runtime)
-        probabilities = self.config.calibration.probabilities(logits, self.config.classes, residuals)
-        expected = [[case.probabilities[code] for code in CODES] for case in cases]
-        return float(np.abs(probabilities - expected).max())
+        return golden_difference(self.bundle, self._run)
 
     def predict(self, requests: Sequence[Request | bytes]) -> list[Prediction | ImageError]:
         """Answer a batch, in order. A refused request gets its ImageError and does not disturb the others."""
@@ -164,10 +118,10 @@ class Predictor:
         pictures = [item.pixels for item in accepted]
         return averaged_outputs(self._run, pictures, [r.tta for r in requests], targets, metadata)
 
-    def _run(self, *inputs: np.ndarray, runtime: Runtime | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _run(self, *inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Run the runtime, one call at a time: parallel calls would swap their answers."""
         with self._one_at_a_time:
-            return (runtime or self.runtime)(*inputs)
+            return self.runtime(*inputs)
 
     def _interpret(self, outputs: AveragedOutputs, accepted: list["_Accepted"]) -> list[Prediction]:
         classes, calibration = self.config.classes, self.config.calibration

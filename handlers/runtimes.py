@@ -6,14 +6,24 @@ that known lesions span (handlers/unknown_class.py); it is 0 in a bundle without
 """
 
 import functools
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from handlers.bundle import GRAPH, Bundle
+from handlers.bundle import GRAPH, Bundle, BundleError
+from handlers.taxonomy import CODES
 
 if TYPE_CHECKING:
     import openvino
+
+RUNTIMES = ("auto", "openvino", "torch")
+PRECISIONS = ("auto", "bf16", "f32")
+# How far bf16 may move a probability of a golden answer before "auto" falls back to f32. The golden answers are few;
+# other pictures move several times as far.
+LOW_PRECISION_TOLERANCE = 5e-3
 
 
 @functools.cache
@@ -31,12 +41,8 @@ def core() -> "openvino.Core":
 class Runtime(Protocol):
     """A way to run a bundle's graph."""
 
+    name: str
     precision: str
-
-    @staticmethod
-    def has_bf16() -> bool:
-        """Return whether the device computes in bf16."""
-        ...
 
     def __call__(
         self, pixels: np.ndarray, target: np.ndarray, metadata: np.ndarray | None = None
@@ -53,6 +59,8 @@ class Runtime(Protocol):
 
 class OpenVinoRuntime:
     """The exported graph on the CPU, computing in `precision` "bf16" or "f32"."""
+
+    name = "openvino"
 
     @staticmethod
     def has_bf16() -> bool:
@@ -83,6 +91,8 @@ class TorchRuntime:
 
     `precision` is "bf16" (by autocast) or "f32".
     """
+
+    name = "torch"
 
     @staticmethod
     def has_bf16() -> bool:
@@ -115,3 +125,46 @@ class TorchRuntime:
             outputs = self.module(*(torch.tensor(array, device=self._device) for array in inputs))
         logits, maps, residuals = (output.float().cpu().numpy() for output in outputs)
         return logits, maps, residuals
+
+
+def start_runtime(bundle: Bundle, runtime: str, precision: str, threads: int | None, device: str | None) -> Runtime:
+    """Start a runtime and warm it up, so that no request waits for the allocations of the first call.
+
+    Arguments and errors as for handlers.predictor.Predictor. With precision "auto", bf16 is kept only if it gives the
+    golden answers.
+    """
+    if runtime not in RUNTIMES:
+        raise BundleError(f"The runtime is {runtime!r}: it must be one of {', '.join(RUNTIMES)}.")
+    if precision not in PRECISIONS:
+        raise BundleError(f"The precision is {precision!r}: it must be one of {', '.join(PRECISIONS)}.")
+    if runtime == "openvino" and not bundle.has_graph:
+        raise BundleError(f"The bundle {bundle.path} has no serving graph for OpenVINO. Run it with torch.")
+    kind: type[OpenVinoRuntime | TorchRuntime] = OpenVinoRuntime
+    make: Callable[[Bundle, str, int | None], Runtime] = OpenVinoRuntime
+    if runtime == "torch" or not bundle.has_graph:
+        kind, make = TorchRuntime, partial(TorchRuntime, device=device)
+    if precision == "auto" and kind.has_bf16():
+        low = make(bundle, "bf16", threads)
+        if golden_difference(bundle, low) <= LOW_PRECISION_TOLERANCE:
+            return low
+    started = make(bundle, "bf16" if precision == "bf16" else "f32", threads)
+    size = bundle.config.preprocessing.image_size
+    started(np.zeros((1, size, size, 3), np.uint8), np.array([-1]))
+    return started
+
+
+def golden_difference(bundle: Bundle, run: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]) -> float:
+    """Return the largest difference of a probability from the bundle's golden answers.
+
+    NaN if any probability is NaN, or if there are no golden cases. `run` is a runtime. Raises ImageError if a golden
+    picture cannot be decoded.
+    """
+    if not (cases := bundle.golden()):
+        return math.nan
+    config = bundle.config
+    pixels = np.stack([config.preprocessing(case.image)[0] for case in cases])
+    metadata = np.stack([config.metadata.encode(case.metadata) for case in cases])
+    logits, _, residuals = run(pixels, np.full(len(cases), -1), metadata)
+    probabilities = config.calibration.probabilities(logits, config.classes, residuals)
+    expected = [[case.probabilities[code] for code in CODES] for case in cases]
+    return float(np.abs(probabilities - expected).max())

@@ -5,18 +5,15 @@ nothing is left when `up` or supervisord is killed.
 """
 
 import fcntl
-import io
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, partial
 from pathlib import Path
 
 import httpx
@@ -30,7 +27,7 @@ from rich.table import Table
 from handlers.errors import UserError
 from mlflow_tracking.command_line import command_group, console, run, table
 from mlflow_tracking.promotion.locks import check_free
-from mlflow_tracking.settings import MODEL_NAME, ROOT, Settings
+from mlflow_tracking.settings import MODEL_NAME, ROOT, SHIPPED, Settings
 from scripts import local_processes
 from scripts.supervision import PARTS, Supervision
 
@@ -39,6 +36,7 @@ NEEDED_GB = 1  # of disk
 REGISTER = ("scripts/register_model.py", "--bundle", "model_store/skin_vit", "--alias", "champion", "--if-empty")
 HELP = "Run the whole stack on one machine, without containers."
 app = command_group(HELP, ["python scripts/stack.py up", "STREAMLIT_PORT=8600 python scripts/stack.py up"])
+client = httpx.Client(timeout=3, trust_env=False)  # for calls to the parts, past any proxy
 
 
 class StackError(UserError):
@@ -101,11 +99,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_machine(settings: StackSettings) -> None:
-    """Make the folders, and check that model store, disk and ports are free.
-
-    Raises:
-        StackError, StoreBusy: they are not.
-    """
+    """Make the folders; raise StackError or StoreBusy unless model store, disk and ports are free."""
     for folder in (settings.log("").parent, settings.run_dir, settings.store):
         make_folder(folder)
     check_free(settings.store)
@@ -114,10 +108,7 @@ def check_machine(settings: StackSettings) -> None:
     settings.run_dir.chmod(0o700)  # whoever reaches its sockets controls TorchServe
     if (free := shutil.disk_usage(settings.state).free / 1e9) < NEEDED_GB:
         raise StackError(f"{settings.state} has {free:.1f} GB free, the stack needs {NEEDED_GB} GB. Free some space.")
-    names: dict[int, str] = {}
     for name, port in settings.ports.items():
-        if names.setdefault(port, name) != name:
-            raise StackError(f"{names[port]} and {name} are both {port}. Give each its own port.")
         check_port(name, port)
 
 
@@ -131,20 +122,19 @@ def check_port(name: str, port: int) -> None:
             raise StackError(f"{name} is {port}, which needs root. Choose a port from 1024 to 65535.") from None
         except OSError:
             other = port + 1000 if port < 60000 else port - 1000
-            if program := listening_program(port):
-                raise StackError(
-                    f"Port {port} is in use by {program}. Stop it, or choose another port: `{name}={other} make up`."
-                ) from None
-            raise StackError(f"Port {port} is in use. Choose another port: `{name}={other} make up`.") from None
+            raise StackError(
+                f"Port {port} is in use by {listening_program(port)}. Stop it, or choose another port: "
+                f"`{name}={other} make up`."
+            ) from None
 
 
-def listening_program(port: int) -> str | None:
-    """Return the name and pid of the program that listens on a port; None if this user may not see it."""
+def listening_program(port: int) -> str:
+    """Return the name and pid of the program that listens on a port, as far as this user may see it."""
     with suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    return None
+    return "another program"
 
 
 @contextmanager
@@ -163,45 +153,17 @@ def only_one(settings: StackSettings) -> Iterator[bool]:
         yield True
 
 
-@cache
-def client() -> httpx.Client:
-    """The client for calls to the parts: three seconds of timeout, no proxy."""
-    return httpx.Client(timeout=3, trust_env=False)
-
-
 def champion(settings: StackSettings) -> str | None:
     """Return the version with the alias champion, if any. Raises httpx.HTTPError."""
     query = {"name": MODEL_NAME, "alias": "champion"}
-    response = client().get(f"{settings.url('mlflow')}/api/2.0/mlflow/registered-models/alias", params=query)
+    response = client.get(f"{settings.url('mlflow')}/api/2.0/mlflow/registered-models/alias", params=query)
     return response.json()["model_version"]["version"] if response.is_success else None
-
-
-def model_check(settings: StackSettings) -> Callable[[], str | None]:
-    """Return the check of the model. It fills an empty registry with the shipped model. Raises StackError."""
-    process: subprocess.Popen[bytes] | None = None
-    log = settings.log("register")
-
-    def check() -> str | None:
-        nonlocal process
-        code = process.poll() if process else None
-        if version := champion(settings):
-            return f"version {version} is champion"
-        if code:
-            show_log(log)
-            raise StackError("The shipped model could not be registered. The end of the log is above.")
-        process = process or local_processes.start([sys.executable, *REGISTER], settings.environment(), log, cwd=ROOT)
-        return "no version is champion" if code == 0 else None
-
-    return check
 
 
 def prediction_text(settings: StackSettings) -> str | None:
     """Return a text once TorchServe answers, or cannot since no version is champion. Raises httpx.HTTPError."""
-    from training.data.synthetic import draw_lesion  # imports OpenCV, which only the last step needs
-
-    draw_lesion(1, "NV").save(buffer := io.BytesIO(), "JPEG")
-    url, headers = f"{settings.url('torchserve')}/predictions/{MODEL_NAME}", {"Content-Type": "image/jpeg"}
-    response = client().post(url, content=buffer.getvalue(), headers=headers)
+    picture = next((SHIPPED / "golden").iterdir()).read_bytes()
+    response = client.post(f"{settings.url('torchserve')}/predictions/{MODEL_NAME}", files={"data": picture})
     if response.is_success:
         return f"answered by version {response.json()['model']['version']}"
     return None if champion(settings) else "none: give a version the alias champion in MLflow"
@@ -213,43 +175,64 @@ def show_log(log: Path) -> None:
         console.print(f"The end of {log}:", *log.read_text(errors="replace").splitlines()[-15:], sep="\n")
 
 
-def check_parts(settings: StackSettings, supervision: Supervision) -> None:
-    """Raise StackError if supervisord has stopped, or has given up on a part."""
-    if supervision.process.poll() is not None:
-        show_log(settings.log("supervisord"))
-        raise StackError("supervisord stopped. The end of its log is above.")
-    states = supervision.states()
-    for part in PARTS:
-        if states.get(part.name, {}).get("statename") == "FATAL":
-            show_log(settings.log(part.name))
-            raise StackError(f"{part.title} cannot start: it stopped four times. The end of its log is above.")
+class Start:
+    """The wait until every part answers, the registry has a model, and a prediction is answered."""
 
+    def __init__(self, settings: StackSettings, supervision: Supervision, stopping: threading.Event) -> None:
+        self.settings, self.supervision, self.stopping = settings, supervision, stopping
+        self.began = time.monotonic()
 
-def bring_up(settings: StackSettings, supervision: Supervision, stopping: threading.Event) -> None:
-    """Wait until every part answers, the registry has a model, and a prediction is answered. Raises StackError."""
-    began = time.monotonic()
+    def run(self) -> None:
+        """Wait, and print each step. Raises StackError."""
+        for part in PARTS:  # all start at once; MLflow comes first here, as the model waits for it alone
+            url = self.settings.url(part.name)
+            health = url + part.health
+            self._wait(part.title, part.name, lambda: url if client.get(health).is_success else None)  # noqa: B023
+            if part.name == "mlflow":
+                self._register_model()
+        self._wait("Prediction", "promoter", lambda: prediction_text(self.settings))
 
-    def wait(title: str, log: Path, check: Callable[[], str | None]) -> None:
+    def _register_model(self) -> None:
+        """Give the shipped model to an empty registry."""
+        environment, log = self.settings.environment(), self.settings.log("register")
+        empty = champion(self.settings) is None
+        process = local_processes.start([sys.executable, *REGISTER], environment, log, cwd=ROOT) if empty else None
+
+        def check() -> str | None:
+            code = process.poll() if process else 0
+            if code is None:
+                return None
+            if code:
+                show_log(log)
+                raise StackError("The shipped model could not be registered. The end of the log is above.")
+            version = champion(self.settings)
+            return f"version {version} is champion" if version else "no version is champion"
+
+        self._wait("Model", "register", check)
+
+    def _wait(self, title: str, log: str, check: Callable[[], str | None]) -> None:
         end = time.monotonic() + PATIENCE
         with console.status(f"Starting {title} …"):
-            while not stopping.is_set():
+            while not self.stopping.wait(0.3):
                 with suppress(httpx.HTTPError):  # not ready yet
                     if text := check():
-                        console.print(f"✓ {title:<11}{text}  {time.monotonic() - began:.0f} s")
+                        console.print(f"✓ {title:<11}{text}  {time.monotonic() - self.began:.0f} s")
                         return
-                check_parts(settings, supervision)
+                self._check_parts()
                 if time.monotonic() > end:
-                    show_log(log)
+                    show_log(self.settings.log(log))
                     raise StackError(f"{title} is not ready after {PATIENCE} s. The end of its log is above.")
-                stopping.wait(0.3)
 
-    for part in PARTS:  # all start at once; MLflow comes first here, as the model waits for it alone
-        url = settings.url(part.name)
-        health = partial(client().get, url + part.health)
-        wait(part.title, settings.log(part.name), lambda: url if health().is_success else None)  # noqa: B023
-        if part.name == "mlflow":
-            wait("Model", settings.log("register"), model_check(settings))
-    wait("Prediction", settings.log("promoter"), partial(prediction_text, settings))
+    def _check_parts(self) -> None:
+        """Raise StackError if supervisord has stopped, or has given up on a part."""
+        if self.supervision.process.poll() is not None:
+            show_log(self.settings.log("supervisord"))
+            raise StackError("supervisord stopped. The end of its log is above.")
+        states = self.supervision.states()
+        for part in PARTS:
+            if states.get(part.name, {}).get("statename") == "FATAL":
+                show_log(self.settings.log(part.name))
+                raise StackError(f"{part.title} cannot start: it stopped four times. The end of its log is above.")
 
 
 def watch(settings: StackSettings, supervision: Supervision, stopping: threading.Event) -> None:
@@ -285,7 +268,7 @@ def up() -> None:
         supervision = Supervision(settings.run_dir)
         supervision.start(settings.environment())
         try:
-            bring_up(settings, supervision, stopping)
+            Start(settings, supervision, stopping).run()
             if not stopping.is_set():
                 grid = Table.grid(padding=(0, 3))
                 for part in PARTS:

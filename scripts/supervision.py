@@ -66,11 +66,7 @@ stdout_logfile_maxbytes = 5MB
 
 
 class Supervision:
-    """The supervisord of one stack.
-
-    Args:
-        run_dir: the run folder, with the configuration and the control socket.
-    """
+    """The supervisord of one stack. `run_dir` holds its configuration and its control socket."""
 
     process: subprocess.Popen[bytes]  # once started here
 

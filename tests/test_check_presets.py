@@ -4,16 +4,12 @@ import json
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from handlers.errors import UserError
-from mlflow_tracking.settings import Settings
 from scripts.studies import check_presets
 from scripts.studies.check_presets import served_presets
-from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training.config import ROOT
 
@@ -22,45 +18,6 @@ def test_the_documented_table_has_every_preset_to_be_served():
     section = (ROOT / "docs" / "lab-notes.md").read_text().partition("\n## Presets\n")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == served_presets()
     assert "held_out" not in served_presets()
-
-
-def test_a_promoted_preset_is_awaited_while_torchserve_restarts(tmp_path, monkeypatch):
-    bundle = tiny_bundle(tmp_path / "bundle")
-    expected = {case.image: case.probabilities for case in bundle.golden()}
-    turns = iter(["away", "busy"])  # and then it answers
-
-    class Restarting(BaseHTTPRequestHandler):
-        def reply(self, values, status=200):
-            content = json.dumps(values).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def do_GET(self):  # which version is the default
-            self.reply([{"modelVersion": "1"}])
-
-        def do_POST(self):
-            image = self.rfile.read(int(self.headers["Content-Length"]))
-            turn = next(turns, "")
-            if turn == "busy":
-                self.reply({"code": 503, "message": "no worker is available"}, 503)
-            elif turn != "away":
-                self.reply({"prediction": {}, "model": {"digest": bundle.digest}, "probabilities": expected[image]})
-
-        def log_message(self, *_):
-            pass
-
-    monkeypatch.setattr(check_presets.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
-    monkeypatch.setattr(check_presets.time, "sleep", lambda seconds: None)
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # a proxy for other hosts, not for this one
-    with ThreadingHTTPServer(("127.0.0.1", 0), Restarting) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        settings = Settings(torchserve_url=url, torchserve_management=url)
-        assert check_presets.promote(bundle, settings) == 0
-        assert next(turns, None) is None
-        server.shutdown()
 
 
 def test_a_bundle_without_its_checkpoint_is_an_error(tmp_path):

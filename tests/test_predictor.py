@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from handlers import runtimes
 from handlers.bundle import BundleError
 from handlers.errors import ImageError
 from handlers.prediction import Prediction
-from handlers.predictor import LOW_PRECISION_TOLERANCE, Predictor
+from handlers.predictor import Predictor
 from handlers.request import Request, RequestError
-from handlers.runtimes import OpenVinoRuntime, TorchRuntime
+from handlers.runtimes import LOW_PRECISION_TOLERANCE, OpenVinoRuntime, TorchRuntime
 from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES
 from tests.models import tiny_bundle
@@ -160,7 +161,7 @@ def test_a_class_the_model_never_saw_has_no_map_and_no_probability(tmp_path, sam
 def test_bf16_is_kept_only_if_it_gives_the_golden_answers(bundle, monkeypatch, runtime, kind):
     monkeypatch.setattr(kind, "has_bf16", lambda: True)
     for error, precision in ((0.004, "bf16"), (0.006, "f32")):
-        monkeypatch.setattr(Predictor, "golden_difference", lambda own, runtime, error=error: error)
+        monkeypatch.setattr(runtimes, "golden_difference", lambda *_, error=error: error)
         assert Predictor(bundle, runtime=runtime).runtime.precision == precision
     monkeypatch.setattr(kind, "has_bf16", lambda: False)
     assert Predictor(bundle, runtime=runtime).runtime.precision == "f32"

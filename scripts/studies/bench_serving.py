@@ -1,25 +1,22 @@
-"""Measure serving: this project in TorchServe, a stock handler, and the limits of the machine.
+"""Measure serving: this project in TorchServe, a stock handler, and the parts of the handler.
 
-All use one network, the same bytes and one machine, in under ten minutes. Through TorchServe: requests per second and
-latency at 1, 4 and 16 clients, with the heatmap as grid, as overlay and without it, and a stock handler with the
-grad-cam package. In this process: the graph alone, the plain forward pass, the processor's best matrix product, the
-stages of the handler, and a worker's start. Each server row shows the pace of the processor at that moment.
+All use one network, the same bytes and one machine. Through TorchServe: requests per second and latency, with the
+heatmap as grid, as overlay and without it, and a stock handler with the grad-cam package. In this process: the graph
+alone, the plain forward pass, the stages of the handler, and a worker's start.
 """
 
 import io
 import json
 import os
-import platform
 import shlex
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,133 +77,76 @@ def pictures() -> list[bytes]:
     return files
 
 
-@dataclass(frozen=True)
-class ServerRow:
-    """One server, one kind of heatmap, one number of clients; `pace` in GFLOP/s."""
+class ServerRow(NamedTuple):
+    """One server and one kind of heatmap under one load."""
 
     server: str
     heatmap: str
     load: Load
-    pace: float
 
 
-@dataclass
-class BenchTable:
+class BenchTable(NamedTuple):
     """A title, the columns' names, and rows of text."""
 
     title: str
     headers: list[str]
-    rows: list[list[str]] = field(default_factory=list)
+    rows: list[list[str]]
 
 
-class Bench:
-    """Measures one bundle in one precision.
+def tables(bundle: Bundle, precision: str, clients: list[int], seconds: float, folder: Path) -> Iterator[BenchTable]:
+    """Measure a bundle in one precision, and yield each table when it is complete.
 
     Args:
-        judge: False leaves out ratios and shares, as on a busy machine.
+        seconds: for each figure.
+        folder: an empty folder for a bundle with the plain forward pass.
+
+    Raises:
+        LoadError, BenchServerError, HandlerFailed: a server or the handler does not answer as it should.
     """
+    files, predictor = pictures(), Predictor(bundle, precision=precision)
+    precision = predictor.runtime.precision
+    yield server_table(list(serve(bundle, precision, files, clients, seconds)))
+    plain = Predictor(in_process.plain_bundle(bundle, folder / "plain"), precision=precision)
+    calls_ms = in_process.graphs(predictor, plain, files, 2 * seconds)
+    rows = [
+        [str(batch), f"{joint:.2f}", f"{forward:.2f}", f"{joint / forward:.3f}", f"{1e3 * batch / joint:.1f}"]
+        for batch, (joint, forward) in calls_ms.items()
+    ]
+    headers = ["batch", "graph ms", "plain forward ms", "ratio", "images/s"]
+    yield BenchTable(f"The graph alone, {precision}", headers, rows)
+    stages_ms = in_process.stages(bundle, precision, files, seconds / 2)
+    rows = [[str(batch), *(f"{value:.2f}" for value in row.values())] for batch, row in stages_ms.items()]
+    # The handler's total is less than the sum where stages overlap.
+    yield BenchTable("Stages of the handler, ms an image (overlay only on request)", ["batch", *stages_ms[1]], rows)
+    fresh, later = in_process.worker_start(bundle, precision)
+    rows = [["first start of an archive", f"{fresh:.2f}"], ["later starts", f"{later:.2f}"]]
+    yield BenchTable("Our part of a worker's start", ["", "seconds"], rows)
 
-    def __init__(self, bundle: Bundle, precision: str, clients: list[int], seconds: float, judge: bool) -> None:
-        self.bundle, self.clients, self.seconds, self.judge = bundle, clients, seconds, judge
-        self.files = pictures()
-        self.predictor = Predictor(bundle, precision=precision)
-        self.precision = precision
 
-    def expected(self) -> dict[str, dict[str, float]]:
-        """Return each server's probabilities for the first picture, from the eager model."""
-        predictor = Predictor(self.bundle, runtime="torch")
-        [prediction] = predictor.predict(self.files[:1])
-        assert isinstance(prediction, Prediction), prediction
-        pixels, _ = self.bundle.config.preprocessing(self.files[0])
-        logits, *_ = predictor.runtime(pixels[None], np.array([-1]))
-        softmax = Calibration().known_probabilities(logits)[0].tolist()  # the stock handler calibrates nothing
-        plain = dict(zip(self.bundle.config.classes, softmax, strict=True))
-        return {"ours": prediction.probabilities, "stock handler": plain}
+def serve(
+    bundle: Bundle, precision: str, files: list[bytes], clients: list[int], seconds: float
+) -> Iterator[ServerRow]:
+    """Start each server in turn and load it. Raises LoadError, BenchServerError."""
+    expected = expected_probabilities(bundle, files[0])
+    for server in HEATMAPS:
+        with servers.ours(bundle, precision) if server == "ours" else servers.stock(bundle) as port:
+            check_answer(port, files[0], expected[server], server)
+            for heatmap in HEATMAPS[server]:
+                bodies = [form(file, heatmap) for file in files]
+                for number in clients:
+                    yield ServerRow(server, heatmap, measure(port, servers.PATH, bodies, number, seconds))
 
-    def serve(self) -> Iterator[ServerRow]:
-        """Start each server in turn and load it. Raises LoadError, BenchServerError."""
-        expected = self.expected()
-        for server in HEATMAPS:
-            opened = servers.ours(self.bundle, self.precision) if server == "ours" else servers.stock(self.bundle)
-            with opened as port:
-                check_answer(port, self.files[0], expected[server], server)
-                for heatmap in HEATMAPS[server]:
-                    bodies = [form(file, heatmap) for file in self.files]
-                    for clients in self.clients:
-                        before = in_process.pace()
-                        load = measure(port, servers.PATH, bodies, clients, self.seconds)
-                        yield ServerRow(server, heatmap, load, (before + in_process.pace()) / 2)
 
-    def tables(self, folder: Path) -> Iterator[BenchTable]:
-        """Measure, and yield each table when it is complete."""
-        precision = self.predictor.runtime.precision
-        plain = Predictor(in_process.plain_bundle(self.bundle, folder / "plain"), precision=precision)
-        calls_ms = in_process.graphs(self.predictor, plain, self.files, 2 * self.seconds)
-        best, product = in_process.peak(precision, self.seconds / 8)
-        gflop = in_process.gflop(self.bundle)
-        headers = ["batch", "graph ms", "plain forward ms", "ratio", "images/s", "GFLOP/s", "% of best product"]
-        graph = BenchTable(f"The graph alone, {precision}; best matrix product {best:.0f} GFLOP/s ({product})", headers)
-        for batch, row in calls_ms.items():
-            rate = 1e3 * batch / row["joint"]
-            shares = [f"{row['joint'] / row['plain']:.3f}", f"{rate:.1f}", f"{rate * gflop:.0f}"]
-            cells = [
-                str(batch),
-                f"{row['joint']:.2f}",
-                f"{row['plain']:.2f}",
-                *shares,
-                f"{100 * rate * gflop / best:.0f}",
-            ]
-            graph.rows.append(self.cells(cells, 3, 6))
-        yield graph
-        alone = 1e3 * max(calls_ms) / calls_ms[max(calls_ms)]["joint"]
-        yield self.stage_table()
-        fresh, later = in_process.worker_start(self.bundle, self.precision)
-        rows = [["first start of an archive", f"{fresh:.2f}"], ["later starts", f"{later:.2f}"]]
-        yield BenchTable("Our part of a worker's start", ["", "seconds"], rows)
-        yield self.server_table(list(self.serve()), alone)
-
-    def stage_table(self) -> BenchTable:
-        """Return the handler's stages; its total is less than their sum where two of them overlap."""
-        stages_ms = in_process.stages(self.bundle, self.precision, self.files, self.seconds / 2)
-        table = BenchTable("Stages of the handler, ms an image (overlay only on request)", ["batch", *stages_ms[1]])
-        for batch, row in stages_ms.items():
-            table.rows.append([str(batch), *(f"{value:.2f}" for value in row.values())])
-        return table
-
-    def server_table(self, measured: list[ServerRow], alone: float) -> BenchTable:
-        """Return requests per second and latency.
-
-        `× stock` compares grid and overlay with the stock handler's overlay; `% graph` with `alone`, the graph's images
-        per second without a server; `pace` is in percent of the fastest row's.
-        """
-        headers = ["server", "heatmap", "clients", "req/s", "p50 ms", "p95 ms", "× stock", "% graph", "pace"]
-        table = BenchTable("Through TorchServe, a JPEG of 600×450", headers)
-        heat = {
-            row.load.clients: row.load.rps
-            for row in measured
-            if (row.server, row.heatmap) == ("stock handler", "overlay")
-        }
-        none = {
-            row.load.clients: row.load.rps for row in measured if (row.server, row.heatmap) == ("stock handler", "none")
-        }
-        fastest = max(row.pace for row in measured)
-        for row in measured:
-            load = row.load
-            times = load.rps / (none if row.heatmap == "none" else heat)[load.clients]
-            figures = [
-                f"{load.rps:.1f}",
-                f"{load.p50:.0f}",
-                f"{load.p95:.0f}",
-                f"{times:.1f}",
-                f"{100 * load.rps / alone:.0f}",
-            ]
-            cells = [row.server, row.heatmap, str(load.clients), *figures, f"{100 * row.pace / fastest:.0f}"]
-            table.rows.append(self.cells(cells, 6, 7))
-        return table
-
-    def cells(self, cells: list[str], *shares: int) -> list[str]:
-        """Return the row without its ratios and shares unless they may be judged."""
-        return [cell if self.judge or index not in shares else "" for index, cell in enumerate(cells)]
+def expected_probabilities(bundle: Bundle, image: bytes) -> dict[str, dict[str, float]]:
+    """Return each server's probabilities for a picture, from the eager model."""
+    predictor = Predictor(bundle, runtime="torch")
+    [prediction] = predictor.predict([image])
+    assert isinstance(prediction, Prediction), prediction
+    pixels, _ = bundle.config.preprocessing(image)
+    logits, *_ = predictor.runtime(pixels[None], np.array([-1]))
+    softmax = Calibration().known_probabilities(logits)[0].tolist()  # the stock handler calibrates nothing
+    plain = dict(zip(bundle.config.classes, softmax, strict=True))
+    return {"ours": prediction.probabilities, "stock handler": plain}
 
 
 def check_answer(port: int, image: bytes, expected: dict[str, float], server: str) -> None:
@@ -218,22 +158,25 @@ def check_answer(port: int, image: bytes, expected: dict[str, float], server: st
         raise LoadError(f"A probability of the server '{server}' differs by {difference:.2f} from the model's.")
 
 
-def markdown(tables: list[BenchTable], heading: str) -> str:
+def server_table(measured: list[ServerRow]) -> BenchTable:
+    """Return requests per second and latency; `× stock` compares grid and overlay with the stock handler's overlay."""
+    stock = {(heatmap, load.clients): load.rps for server, heatmap, load in measured if server == "stock handler"}
+    rows = []
+    for server, heatmap, load in measured:
+        ratio = load.rps / stock["none" if heatmap == "none" else "overlay", load.clients]
+        figures = [f"{load.rps:.1f}", f"{load.p50:.0f}", f"{load.p95:.0f}", f"{ratio:.1f}"]
+        rows.append([server, heatmap, str(load.clients), *figures])
+    headers = ["server", "heatmap", "clients", "req/s", "p50 ms", "p95 ms", "× stock"]
+    return BenchTable("Through TorchServe, a JPEG of 600×450", headers, rows)
+
+
+def markdown(measured: list[BenchTable], heading: str) -> str:
     """Return the page."""
     text = f"# Serving speed\n\n{heading}\n"
-    for table in tables:
+    for table in measured:
         text += f"\n## {table.title}\n\n| {' | '.join(table.headers)} |\n|{' --- |' * len(table.headers)}\n"
         text += "".join(f"| {' | '.join(row)} |\n" for row in table.rows)
     return text
-
-
-def processor() -> str:
-    """Return the processor's name and its number of cores."""
-    path, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-    if path.exists():
-        names = [line.split(":")[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def main(
@@ -246,33 +189,30 @@ def main(
     precision: Annotated[str, typer.Option(help="Of this project's handler: auto, f32 or bf16.")] = "auto",
     clients: Annotated[list[int], typer.Option(min=1, help="Concurrent clients. Repeat for more.")] = [1, 4, 16],  # noqa: B006
     seconds: Annotated[float, typer.Option(min=0.1, help="For each figure.")] = 2.0,
-    busy: Annotated[
-        bool, typer.Option("--busy", help="Measure on a busy machine too, without ratios and shares.")
-    ] = False,
+    busy: Annotated[bool, typer.Option("--busy", help="Measure on a busy machine, too.")] = False,
 ) -> None:
-    """Measure serving, a stock handler and the limits of the machine. The machine must be idle."""
+    """Measure serving, a stock handler and the parts of the handler. The machine must be idle."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the servers on the way out
-    load = os.getloadavg()[0]
-    judge = load <= IDLE * (os.cpu_count() or 1)
-    if not judge and not busy:
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > IDLE * cores and not busy:
         raise BusyMachine(f"The load average is {load:.1f}. Wait until the machine is idle, or use --busy.")
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as temporary:
         folder = Path(temporary)
         place = folder / "bundle"
         network = complete(Bundle.load(bundle), place) if bundle else random_bundle(place, architecture, size)
-        tables = []
-        for table in Bench(network, precision, clients, seconds, judge).tables(folder):
+        measured = []
+        for table in tables(network, precision, clients, seconds, folder):
             grid = command_line.table(table.title, table.headers)
             for row in table.rows:
                 grid.add_row(*row)
             console.print(grid)
-            tables.append(table)
+            measured.append(table)
     if out:
         command = shlex.join(["python", "scripts/studies/bench_serving.py", *sys.argv[1:]])
         model = f"{network.config.architecture}, {network.config.preprocessing.image_size} px"
         out.mkdir(parents=True, exist_ok=True)
         with atomic_file(out / "serving.md") as file:
-            file.write(markdown(tables, f"`{command}`\n\n{processor()}, load {load:.1f}; {model}").encode())
+            file.write(markdown(measured, f"`{command}`\n\n{cores} cores, load {load:.1f}; {model}").encode())
         console.print(f"Written: {out / 'serving.md'}.")
 
 

@@ -1,14 +1,12 @@
-"""Run every preset at a small size, from training to a served answer, and print a table.
+"""Run every preset at a small size, from training to an exported bundle, and print a table.
 
 Each preset of training/configs, except that of a study, is trained from scratch for three epochs on a few hundred
-images at a small input, and exported. Its Grad-CAM is compared with the grad-cam package. With --promote, the running
-stack also serves it, and its golden answers are compared. This shows that each preset works, not how good it gets.
+images at a small input, and exported. Its Grad-CAM is compared with the grad-cam package. This shows that each preset
+works, not how good it gets.
 """
 
 import subprocess
 import sys
-import time
-from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +21,6 @@ from handlers.files import write_json
 from handlers.receipt import SEEN_SPLITS
 from handlers.serving_graph import serving_module
 from mlflow_tracking.command_line import console, run
-from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
-from mlflow_tracking.settings import Settings
 from training.checkpoints import LAST, load
 from training.config import PRESETS, ROOT, load_config
 from training.data.image_cache import build_cache
@@ -32,7 +28,7 @@ from training.data.manifest import read_manifest, write_manifest
 
 EXAMPLES = [
     "python scripts/studies/check_presets.py --data data/manifest.csv --out runs/presets --preset resnet18",
-    "python scripts/studies/check_presets.py --data data/manifest.csv --out runs/presets --promote",
+    "python scripts/studies/check_presets.py --data data/manifest.csv --out runs/presets",
 ]
 # No averaging, long warm-up or balancing, so that the loss shows the effect of a hundred steps.
 SETTINGS = (
@@ -41,8 +37,6 @@ SETTINGS = (
 )  # fmt: skip
 HELD_OUT = "held_out"  # the preset of scripts/studies/unknowns.py
 IMAGES = {"train": 520, "val": 150, "calibration": 60, "test": 60}
-PROMOTION_SECONDS = 180
-TOLERANCE = 0.02  # of a golden probability over REST, where the graph may compute in bf16
 
 
 class CheckError(UserError):
@@ -57,9 +51,8 @@ def served_presets() -> list[str]:
 def small_manifest(data: Path, out: Path) -> Path:
     """Write a manifest with IMAGES of each split of `data`, those with the smallest hashes."""
     frame = read_manifest(data).sort_values("sha256")
-    parts = [frame[frame["split"] == split].head(count) for split, count in IMAGES.items()]
-    rows = pd.concat(parts)
-    write_manifest(out / "manifest.csv", rows)
+    rows = [frame[frame["split"] == split].head(count) for split, count in IMAGES.items()]
+    write_manifest(out / "manifest.csv", pd.concat(rows))
     return out / "manifest.csv"
 
 
@@ -108,45 +101,15 @@ def gradcam_difference(bundle: Bundle, rows: pd.DataFrame, cache: Path) -> float
     return float(((maps - low) / (high - low + 1e-7) - expected).abs().max())
 
 
-def promote(bundle: Bundle, settings: Settings) -> float:
-    """Register, promote and query over REST; return the largest difference of a golden probability.
-
-    Raises:
-        CheckError: the stack does not serve the bundle, or its answers differ.
-    """
-    command = [sys.executable, str(ROOT / "scripts" / "register_model.py"), "--bundle", str(bundle.path)]
-    if subprocess.run([*command, "--alias", "champion"], check=False, stdout=subprocess.DEVNULL).returncode:
-        raise CheckError(f"The stack did not register {bundle.path}. Start the stack with `make up`.")
-    cases = [case for case in bundle.golden() if not case.metadata]
-    end = time.monotonic() + PROMOTION_SECONDS
-    with closing(TorchServe(settings.inference_url, settings.management)) as server:
-        while time.monotonic() < end:
-            # TorchServe may restart, or a worker may still load.
-            with suppress(TorchServeUnavailable, TorchServeError):
-                version = server.default()
-                answers = [server.predict(case.image, version) for case in cases] if version else []
-                if answers and all(answer["model"]["digest"] == bundle.digest for answer in answers):
-                    pairs = zip(cases, answers, strict=True)
-                    difference = float(np.max([case.difference(answer["probabilities"]) for case, answer in pairs]))
-                    if not difference <= TOLERANCE:  # so that NaN differs
-                        raise CheckError(f"The served answers differ from the golden answers by {difference:.3f}.")
-                    return difference
-            time.sleep(1)
-    raise CheckError(
-        f"{bundle.path} was not served within {PROMOTION_SECONDS} s. Read `python scripts/promote.py status`."
-    )
-
-
 def markdown(table: dict[str, dict[str, Any]]) -> str:
     """Return the results as a Markdown table."""
-    lines = ["| preset | parameters | input | s an epoch | validation loss | served by | Grad-CAM | REST |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    lines = ["| preset | parameters | input | s an epoch | validation loss | served by | Grad-CAM |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for name, row in table.items():
         losses = " → ".join(f"{loss:.3f}" for loss in row["val_loss"])
-        rest = "" if row["rest"] is None else f"{row['rest']:.4f}"
         lines.append(
             f"| `{name}` | {row['parameters'] / 1e6:.1f} M | {row['image_size']} px | {row['seconds']:.0f} | {losses} "
-            f"| {row['runtime']} | {row['gradcam']:.0e} | {rest} |"
+            f"| {row['runtime']} | {row['gradcam']:.0e} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -158,16 +121,12 @@ def main(
         list[str] | None, typer.Option(help=f"A preset; repeat for more. Default: all except {HELD_OUT}.")
     ] = None,
     size: Annotated[int, typer.Option(help="Side of the input in pixels, for presets that are not trained yet.")] = 64,
-    to_stack: Annotated[
-        bool, typer.Option("--promote", help="Also promote each model in the running stack and query it.")
-    ] = False,
 ) -> None:
-    """Run every preset at a small size, from training to a served answer, and print a table."""
+    """Run every preset at a small size, from training to an exported bundle, and print a table."""
     names = preset or served_presets()
     table: dict[str, dict[str, Any]] = {}
-    settings = Settings.load()  # wrong settings and presets are reported before the work
     for name in names:
-        load_config(name)
+        load_config(name)  # a wrong preset is reported before the work
     manifest = small_manifest(data, out.resolve())
     frame = read_manifest(manifest)
     rows = frame[~frame["split"].isin(SEEN_SPLITS)].head(8).reset_index(drop=True)
@@ -179,7 +138,6 @@ def main(
             "image_size": bundle.config.preprocessing.image_size,
             "runtime": bundle.config.runtime,
             "gradcam": gradcam_difference(bundle, rows, out / "cache"),
-            "rest": promote(bundle, settings) if to_stack else None,
         }
         write_json(out / "presets.json", table)
         (out / "presets.md").write_text(markdown(table), encoding="utf-8")

@@ -1,7 +1,6 @@
 """What is timed without a server, on all cores, one after the other.
 
-The handler's stages, the joint graph against the plain forward, the processor's best matrix product, and our part of a
-worker's start.
+The handler's stages, the joint graph against the plain forward, and our part of a worker's start.
 """
 
 import json
@@ -19,12 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
-import torch
 import yaml
-from openvino import opset13 as ops
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from ts.context import Context, RequestProcessor
 
 from handlers.backbone import split_attention
@@ -35,7 +30,6 @@ from handlers.errors import UserError
 from handlers.overlay import OVERLAY_MIN_SIDE, overlay
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
-from handlers.runtimes import OpenVinoRuntime, core
 from handlers.serving_graph import serving_module
 from handlers.skin_lesion_handler import SkinLesionHandler
 from mlflow_tracking.promotion import archive
@@ -43,8 +37,6 @@ from mlflow_tracking.settings import MODEL_NAME
 
 BATCHES = (1, 8)
 ROUNDS = 6  # of joint graph and plain forward in turn
-SIZES = (1024, 2048, 4096)  # of the matrix products; the best counts
-PACE_SIZE = 2048
 # In a fresh interpreter: what TorchServe's worker does after it has imported torch and itself.
 START = """
 import importlib, json, sys, time
@@ -157,63 +149,18 @@ def plain_bundle(bundle: Bundle, folder: Path) -> Bundle:
     return seal(folder, bundle.config)
 
 
-def graphs(joint: Predictor, plain: Predictor, images: list[bytes], seconds: float) -> dict[int, dict[str, float]]:
+def graphs(joint: Predictor, plain: Predictor, images: list[bytes], seconds: float) -> dict[int, tuple[float, float]]:
     """Return ms of one call by batch size, of the joint graph and the plain forward, in rounds that alternate."""
     pixels = [joint.config.preprocessing(image)[0] for image in images]
-    calls_ms: dict[int, dict[str, float]] = {}
+    calls_ms = {}
     for batch in BATCHES:
         inputs = np.stack([pixels[index % len(pixels)] for index in range(batch)]), np.full(batch, -1)
-        took: dict[str, list[float]] = {"joint": [], "plain": []}
+        joint_ms, plain_ms = [], []
         for _ in range(ROUNDS):
-            took["joint"] += timed(partial(joint.runtime, *inputs), seconds / ROUNDS)
-            took["plain"] += timed(partial(plain.runtime, *inputs), seconds / ROUNDS)
-        calls_ms[batch] = {name: statistics.median(values) for name, values in took.items()}
+            joint_ms += timed(partial(joint.runtime, *inputs), seconds / ROUNDS)
+            plain_ms += timed(partial(plain.runtime, *inputs), seconds / ROUNDS)
+        calls_ms[batch] = statistics.median(joint_ms), statistics.median(plain_ms)
     return calls_ms
-
-
-def gflop(bundle: Bundle) -> float:
-    """Return the serving graph's GFLOP an image, two for each multiply-add, of products and convolutions."""
-    size = bundle.config.preprocessing.image_size
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        serving_module(bundle)(torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.tensor([-1]))
-    return counter.get_total_flops() / 1e9
-
-
-def peak(precision: str, seconds: float) -> tuple[float, str]:
-    """Return the GFLOP/s of the best square matrix product of torch and OpenVINO, and which one that was."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    rates: dict[str, float] = {}
-    for size in SIZES:
-        for name, make in (("torch", _torch_product), ("OpenVINO", _openvino_product)):
-            rates[f"{name}, side {size}"] = 2 * size**3 / (min(timed(make(size, precision), seconds)) * 1e6)
-    best = max(rates, key=rates.__getitem__)
-    return rates[best], best
-
-
-def pace() -> float:
-    """Return the GFLOP/s of one fixed matrix product now. On a shared machine it changes within minutes."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    call = _torch_product(PACE_SIZE, "bf16" if OpenVinoRuntime.has_bf16() else "f32")
-    return 2 * PACE_SIZE**3 / (statistics.median(timed(call, 0.1)) * 1e6)
-
-
-def _torch_product(size: int, precision: str) -> Callable[[], object]:
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    left, right = torch.randn(size, size).to(kind), torch.randn(size, size).to(kind)
-    out = torch.empty(size, size, dtype=kind)
-    return lambda: torch.mm(left, right, out=out)
-
-
-def _openvino_product(size: int, precision: str) -> Callable[[], object]:
-    """As in a network: activations are an input, weights are constant."""
-    rng = np.random.default_rng(0)
-    activations = ops.parameter([size, size], np.float32)
-    weights = ops.constant(rng.standard_normal((size, size), np.float32))
-    model = openvino.Model([ops.matmul(activations, weights, False, True)], [activations])
-    options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    request = core().compile_model(model, "CPU", options).create_infer_request()
-    values = rng.standard_normal((size, size), np.float32)
-    return lambda: request.infer([values], share_inputs=True, share_outputs=True)
 
 
 def worker_start(bundle: Bundle, precision: str) -> tuple[float, float]:

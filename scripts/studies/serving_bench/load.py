@@ -6,7 +6,10 @@ Threads with open connections and prepared bodies: the clients share the machine
 import http.client
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -53,35 +56,6 @@ def post(connection: http.client.HTTPConnection, path: str, body: bytes) -> byte
     return content
 
 
-@dataclass
-class _Client:
-    """One client: when its responses came (seconds), and how long each took."""
-
-    port: int
-    path: str
-    bodies: list[bytes]
-    first: int
-    ends: list[float] = field(default_factory=list)
-    took: list[float] = field(default_factory=list)
-    error: LoadError | None = None
-
-    def run(self, stop: threading.Event) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
-        number = self.first
-        try:
-            while not stop.is_set():
-                began = time.perf_counter()
-                post(connection, self.path, self.bodies[number % len(self.bodies)])
-                self.ends.append(time.perf_counter())
-                self.took.append(self.ends[-1] - began)
-                number += 1
-        except LoadError as error:
-            self.error = error
-            stop.set()
-        finally:
-            connection.close()
-
-
 def measure(port: int, path: str, bodies: list[bytes], clients: int, seconds: float) -> Load:
     """Load a server with `clients` for `seconds`, and until each has had ROUNDS responses after its first.
 
@@ -89,24 +63,32 @@ def measure(port: int, path: str, bodies: list[bytes], clients: int, seconds: fl
     time between the first and the last, so the clock's position within a batch does not matter. Raises LoadError as
     soon as one response is not 200.
     """
-    crowd = [_Client(port, path, bodies, first) for first in range(clients)]
+    all_ends: list[list[float]] = [[] for _ in range(clients)]  # of each client's responses, in seconds
     stop = threading.Event()
-    threads = [threading.Thread(target=client.run, args=(stop,), daemon=True) for client in crowd]
-    for thread in threads:
-        thread.start()
-    try:
-        while not stop.is_set() and not all(client.ends for client in crowd):
-            stop.wait(0.02)
-        end = time.perf_counter() + seconds
-        while not stop.is_set() and (time.perf_counter() < end or any(len(client.ends) <= ROUNDS for client in crowd)):
-            stop.wait(0.02)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(TIMEOUT)
-    if error := next((client.error for client in crowd if client.error), None):
-        raise error
-    took = np.concatenate([client.took[1:] for client in crowd]) * 1e3
-    rps = sum((len(client.ends) - 1) / (client.ends[-1] - client.ends[0]) for client in crowd)
+
+    def request_until_stopped(client: int) -> None:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)) as connection:
+            while not stop.is_set():
+                post(connection, path, bodies[(client + len(all_ends[client])) % len(bodies)])
+                all_ends[client].append(time.perf_counter())
+
+    with ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(request_until_stopped, client) for client in range(clients)]
+        try:
+            _wait(running, lambda: all(all_ends))
+            end = time.perf_counter() + seconds
+            _wait(running, lambda: time.perf_counter() > end and all(len(ends) > ROUNDS for ends in all_ends))
+        finally:
+            stop.set()
+    for client in running:
+        client.result()
+    took = np.concatenate([np.diff(ends) for ends in all_ends]) * 1e3
+    rps = sum((len(ends) - 1) / (ends[-1] - ends[0]) for ends in all_ends)
     p50, p95 = np.percentile(took, [50, 95])
     return Load(clients, len(took), float(rps), float(p50), float(p95))
+
+
+def _wait(clients: list[Future[None]], reached: Callable[[], bool]) -> None:
+    """Wait until `reached()`, or until a client has failed."""
+    while not reached() and not any(client.done() for client in clients):
+        time.sleep(0.02)
