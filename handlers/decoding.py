@@ -1,7 +1,8 @@
 """Decoding: untrusted bytes to an upright RGB picture, with every limit on its size and shape.
 
-The steps: count the bytes, detect the format from the first bytes, check the structure (handlers/file_limits.py), check
-the header, decode the pixels, convert them to RGB, turn them upright.
+The steps: count the bytes, detect the format from the first bytes (handlers/image_formats.py), check the structure
+(handlers/file_limits.py), check the header, decode the pixels, scale deep samples (handlers/sample_depth.py), convert the
+colours to sRGB (handlers/colour.py), turn the picture upright.
 """
 
 import hashlib
@@ -15,8 +16,20 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from handlers.colour import to_srgb
 from handlers.errors import ImageError, InvalidImage
-from handlers.file_limits import MAX_PIXELS, check_structure
+from handlers.file_limits import MAX_PIXELS, check_structure, without_texts
+from handlers.image_formats import image_format
+from handlers.sample_depth import (
+    declared_bits,
+    grey_levels,
+    is_deep_colour,
+    note,
+    prepare_planes,
+    sample_bits,
+    scale_deep_colour,
+)
+from handlers.tiff_pages import pages_to_read
 
 # Dermoscopes and phones write 1 to 15 MB.
 MAX_BYTES = 20 * 1024 * 1024
@@ -32,15 +45,9 @@ MAX_WEBP_PIXELS, ALONE_PIXELS = 25_000_000, 262_144
 # eight with 50 megapixels each would hold 1.6 GB otherwise.
 SHRINK_SIDE = 512
 
-# First bytes by Pillow's name of the format. JPEG includes MPO, the multi-picture JPEG of phones.
-_SIGNATURES = {
-    "JPEG": (b"\xff\xd8\xff",),
-    "PNG": (b"\x89PNG\r\n\x1a\n",),
-    "BMP": (b"BM",),
-    "TIFF": (b"II*\x00", b"MM\x00*"),
-}
 _RUN_LENGTHS = (1, 2)  # compressions of a BMP that Pillow decodes in Python, a pixel at a time
 _alone = threading.Lock()
+_XMP = ("xmp", "XML:com.adobe.xmp")  # Pillow would take the orientation from there
 # The transposition that makes a picture with this EXIF orientation upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,19 +62,23 @@ _UPRIGHT = {
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An upright RGB picture, possibly at reduced scale, with the upright size (pixels) in which it was sent."""
+    """An upright RGB picture, possibly at reduced scale, with the upright size (pixels) in which it was sent.
+
+    `converted` says in plain words what was changed, such as "12-bit values scaled to 8 bits".
+    """
 
     image: Image.Image
     width: int
     height: int
     sha256: str
+    converted: tuple[str, ...] = ()
 
 
 def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
     """Decode untrusted bytes to an upright RGB image.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and the first page of
-    a TIFF is taken.
+    EXIF orientation is applied (XMP's is not, as in browsers), transparency is laid on white, samples of 10 to 16 bits
+    are scaled to 8 bits, colours are converted to sRGB, and channels stored as pages of a TIFF are merged.
 
     Args:
         data: the file as received.
@@ -85,12 +96,17 @@ def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
         )
     format_ = image_format(data)
     check_structure(data, format_)
+    digest = hashlib.sha256(data).hexdigest()
+    png_bits = 0
+    if format_ == "PNG":
+        data, png_bits = without_texts(data)
+    notes: list[str] = []
     try:
         with Image.open(io.BytesIO(data), formats=(format_,)) as opened:
             _check_header(opened)
             large = format_ == "WEBP" and opened.width * opened.height > ALONE_PIXELS
             with _alone if large else nullcontext():
-                image, size = _load(opened, min_side)
+                image, size = _load(opened, data, min_side, png_bits, notes)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -100,19 +116,7 @@ def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
     # Pillow's decoders report damage with exceptions of many kinds.
     except Exception as error:
         raise InvalidImage(f"The {format_} image is damaged or cut off and cannot be decoded.") from error
-    return DecodedImage(image, *size, hashlib.sha256(data).hexdigest())
-
-
-def image_format(data: bytes) -> str:
-    """Detect the format from the first bytes, as Pillow names it. Raises ImageError (415) for another kind of file."""
-    for name, signatures in _SIGNATURES.items():
-        if data.startswith(signatures):
-            return name
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    raise ImageError(
-        415, "unsupported_media_type", "The file is not a JPEG, PNG, WebP, BMP or TIFF image. Save it as JPEG or PNG."
-    )
+    return DecodedImage(image, *size, digest, tuple(notes))
 
 
 def ignore_oddities() -> None:
@@ -155,23 +159,78 @@ def _area(image: Any) -> int:
     return sum((right - left) * (low - top) for left, top, right, low in places) // (samples if separate else 1)
 
 
-def _load(image: Image.Image, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
+def _load(
+    image: Image.Image, data: bytes, min_side: int | None, png_bits: int, notes: list[str]
+) -> tuple[Image.Image, tuple[int, int]]:
     """Decode the pixels. Returns the upright RGB picture and the upright (width, height) in which it was sent."""
     sent = image.size
     if min_side is not None and image.format in ("JPEG", "MPO"):
         # draft keeps both sides at or above the requested ones, so request the shape scaled to the shorter side.
         scale = min_side / min(sent)
         image.draft(None, (max(1, round(sent[0] * scale)), max(1, round(sent[1] * scale))))
+    for name in _XMP:
+        image.info.pop(name, None)
     if image.format == "TIFF":
         # Pillow would unpack all of Exif and GPS after the pixels, whatever length they claim, except for animations.
         image.is_animated = True  # type: ignore[attr-defined]
-    orientation = _orientation(image)
-    image.load()
-    shrink = 1 if min_side is None else max(1, min(image.size) // max(min_side, SHRINK_SIDE))
-    rgb = _to_rgb(image, shrink)
+        prepare_planes(image)
+    deep, bits = is_deep_colour(image), declared_bits(image, png_bits)  # before any pixel is decoded
+    orientation, profile = _orientation(image), image.info.get("icc_profile")
+    channels = len(pages_to_read(data)) if image.format == "TIFF" else 1
+    picture: Image.Image = image
+    if channels > 1:
+        picture = _merge(image, channels, notes)
+    else:
+        image.load()
+    shrink = 1 if min_side is None else max(1, min(picture.size) // max(min_side, SHRINK_SIDE))
+    if picture.mode.startswith("I"):
+        picture, shrink = _to_8_bits(picture, image, shrink, bits, notes), 1
+    elif deep:
+        picture, bits = scale_deep_colour(image, data, bits)
+        notes.append(note(bits))
+    rgb = _to_rgb(picture, shrink, profile, notes)
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
     return rgb, (sent[1], sent[0]) if orientation in (5, 6, 7, 8) else sent
+
+
+def _merge(image: Image.Image, channels: int, notes: list[str]) -> Image.Image:
+    """Decode the pages that are red, green and blue. Samples of more than 8 bits share one scale."""
+    planes = []
+    for page in range(channels):
+        image.seek(page)
+        _check_header(image)
+        image.is_animated = True  # type: ignore[attr-defined]
+        for name in _XMP:
+            image.info.pop(name, None)
+        image.load()
+        planes.append(image.copy())
+    modes = {plane.mode for plane in planes}
+    if not modes <= {"L", "I;16", "I;16B", "I"} or len(modes) > 1 or len({plane.size for plane in planes}) > 1:
+        raise InvalidImage("The pages of this TIFF are channels of different kinds. Save it as one RGB picture.")
+    if modes != {"L"}:
+        bits = sample_bits(max(_highest(plane) for plane in planes), declared_bits(image))
+        notes.append(note(bits))
+        planes = [Image.fromarray(grey_levels(np.asarray(plane.convert("I")), bits)) for plane in planes]
+    notes.append("three pages merged into one colour picture")
+    return Image.merge("RGB", planes)
+
+
+def _highest(grey: Image.Image) -> int:
+    """Return the largest of whole numbers. Raises InvalidImage for negative ones."""
+    lowest, highest = grey.getextrema()
+    if int(lowest) < 0:  # type: ignore[arg-type]
+        raise InvalidImage("The image has negative values, whose brightness is undefined. Save it with 8 bits.")
+    return int(highest)  # type: ignore[arg-type]
+
+
+def _to_8_bits(picture: Image.Image, opened: Any, shrink: int, declared: int, notes: list[str]) -> Image.Image:
+    """Scale 16-bit grey to 8 bits, at reduced scale."""
+    bits = sample_bits(_highest(picture), declared)
+    notes.append(note(bits))
+    levels = grey_levels(np.asarray(picture.convert("I").reduce(shrink)), bits)
+    white_is_zero = getattr(opened, "tag_v2", {}).get(262) == 0  # of a TIFF; Pillow respects it in 8 bits alone
+    return Image.fromarray(255 - levels if white_is_zero else levels)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -187,23 +246,21 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1  # a value of the wrong type is ignored
 
 
-def _to_rgb(image: Image.Image, shrink: int) -> Image.Image:
-    """Convert any mode to RGB and divide each side by `shrink`, with at most two copies of the full size at a time."""
-    if image.mode.startswith("I"):  # 16-bit grey
-        grey = image.convert("I").reduce(shrink)
-        levels = (np.clip(np.asarray(grey), 0, 65535) // 257).astype(np.uint8)
-        white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # of a TIFF; Pillow respects it in 8 bits alone
-        image, shrink = Image.fromarray(255 - levels if white_is_zero else levels), 1
-    elif image.mode == "F":
+def _to_rgb(image: Image.Image, shrink: int, profile: object, notes: list[str]) -> Image.Image:
+    """Convert any mode to sRGB and divide each side by `shrink`, with at most two copies of the full size at a time."""
+    if image.mode == "F":
         raise InvalidImage("Floating-point images have no defined brightness. Send 8 or 16 bits per channel.")
-    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         if image.mode == "LA" and shrink > 1:  # while it has two channels
             image, shrink = image.reduce(shrink), 1
         image = image if image.mode == "RGBA" else image.convert("RGBA")
-    elif image.mode not in ("L", "RGB"):
+    elif image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     if shrink > 1:
         image = image.reduce(shrink)
     if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if isinstance(profile, bytes) and profile:
+        image, outcome = to_srgb(image, profile)
+        notes.extend([outcome] if outcome else [])
     return image if image.mode == "RGB" else image.convert("RGB")

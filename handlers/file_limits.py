@@ -7,11 +7,14 @@ such files; docs/lab-notes.md has what they cost.
 
 import re
 import struct
+import zlib
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 
 from handlers.errors import InvalidImage
+from handlers.tiff_pages import MAX_FIELDS, pages_to_read
 
 # Pillow reads segments of a JPEG, chunks of a PNG, strips and tiles of a TIFF, and stray bytes between them one by one
 # in Python. Large files have a few thousand.
@@ -21,8 +24,7 @@ MAX_SCANS = 30
 # Exif comes in one segment of 64 KB, rarely in several. Pillow copies all earlier ones with each.
 MAX_EXIF_SEGMENTS = 20
 MAX_TABLES = 4 << 20  # bytes of a JPEG's quantisation tables and Photoshop's blocks
-MAX_TEXTS = 100  # compressed texts of a PNG: each may unpack to a megabyte
-MAX_FIELDS = 1000  # of a TIFF's first page
+MAX_PROFILE = 1 << 20  # bytes of a PNG's colour profile; Pillow refuses files with larger ones
 MAX_VALUES = 200_000  # in all fields; the largest table is a transfer function of 3 x 65,536 values
 MAX_TILE_SIDE = 4096  # pixels; a tile may also be as large as the picture
 # 48 megapixels is the largest common camera sensor.
@@ -38,6 +40,8 @@ _ARITHMETIC = (0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)  # decoded slowly, and no com
 _NO_LENGTH = (0xC8, _END, *range(0xF0, 0xFE))  # before a scan, Pillow reads them differently
 _TABLES = (0xDB, 0xED)
 
+_REMOVABLE = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_EXIF_TEXT = b"Raw profile type exif\0"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG by its colour type
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 258, 259, 277, 322, 323
@@ -49,13 +53,14 @@ _JPEG_IN_TIFF = 7
 
 
 def check_structure(data: bytes, format_: str) -> None:
-    """Check a file of a format (handlers.decoding.image_format). Raises InvalidImage if it exceeds a limit."""
+    """Check a file of a format (handlers.image_formats.image_format). Raises ImageError if it exceeds a limit."""
     if format_ == "PNG":
         _check_png(data)
     elif format_ == "JPEG":
         _check_jpeg(data)
     elif format_ == "TIFF":
-        _check_tiff(data)
+        for page in pages_to_read(data):
+            _check_tiff(data, page.offset)
 
 
 def _check_png(data: bytes) -> None:
@@ -64,16 +69,52 @@ def _check_png(data: bytes) -> None:
         raise InvalidImage(
             f"This PNG decompresses to more than {MAX_UNPACKED:,} bytes. Save it with 8 bits per channel."
         )
-    position, chunks, profiles, texts = 8, 0, 0, 0  # behind the signature
-    while position < len(data) and (name := data[position + 4 : position + 8]) != b"IEND":
-        position += 12 + int.from_bytes(data[position : position + 4])  # length, name and checksum: 4 bytes each
-        chunks, profiles, texts = chunks + 1, profiles + (name == b"iCCP"), texts + (name in (b"zTXt", b"iTXt"))
-        if chunks > MAX_PARTS:
+    for number, _ in enumerate(_png_chunks(data)):
+        if number >= MAX_PARTS:
             raise InvalidImage(f"This PNG has more than {MAX_PARTS:,} chunks. Save it again as a standard PNG.")
-        if profiles > 1:
-            raise InvalidImage("This PNG has more than one colour profile. Save it again as a standard PNG.")
-        if texts > MAX_TEXTS:
-            raise InvalidImage(f"This PNG has more than {MAX_TEXTS} compressed texts. Save it without metadata.")
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, begin and end of each chunk before the last."""
+    position = 8  # behind the signature
+    while position < len(data) and (name := data[position + 4 : position + 8]) != b"IEND":
+        end = position + 12 + int.from_bytes(data[position : position + 4])  # length, name, checksum: 4 bytes each
+        yield name, position, end
+        position = end
+
+
+def without_texts(data: bytes) -> tuple[bytes, int]:
+    """Return a PNG without texts and without unusable profiles, and the bits per sample that it declares (0: none).
+
+    Pillow refuses a file for one long text. The text in which ImageMagick keeps Exif stays.
+    """
+    kept, begin, bits = [], 0, 0
+    seen: set[bytes] = set()  # of several profiles or Exif texts, the first counts
+    for name, start, end in _png_chunks(data):
+        if name == b"sBIT":
+            bits = max(data[start + 8 : min(end - 4, start + 12)], default=0)
+        if name not in _REMOVABLE:
+            continue
+        if name == b"iCCP":
+            keep = name not in seen and _is_usable_profile(data[start + 8 : end - 4])
+            seen.add(name)
+        else:
+            keep = name != b"iTXt" and _EXIF_TEXT not in seen and data.startswith(_EXIF_TEXT, start + 8)
+            seen |= {_EXIF_TEXT} if keep else set()
+        if not keep:
+            kept.append(data[begin:start])
+            begin = end
+    return (b"".join([*kept, data[begin:]]) if kept else data), bits
+
+
+def _is_usable_profile(body: bytes) -> bool:
+    """Return whether a PNG's compressed profile decompresses to at most MAX_PROFILE bytes."""
+    try:
+        unpacker = zlib.decompressobj()
+        unpacker.decompress(body[body.index(0) + 2 :], MAX_PROFILE)
+        return unpacker.eof
+    except (ValueError, zlib.error):
+        return False
 
 
 def _check_jpeg(data: bytes) -> None:
@@ -110,10 +151,9 @@ def _check_jpeg(data: bytes) -> None:
         raise InvalidImage(f"This JPEG has more than {MAX_PARTS:,} stray bytes. Save it as a standard JPEG.")
 
 
-def _check_tiff(data: bytes) -> None:
-    """Check the first page, the only one that is read."""
+def _check_tiff(data: bytes, page: int) -> None:
+    """Check the page at an offset."""
     order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-    page = int.from_bytes(data[4:8], order)
     fields = int.from_bytes(data[page : page + 2], order)
     if fields > MAX_FIELDS:
         raise InvalidImage(f"This TIFF has more than {MAX_FIELDS:,} fields. Save it as a standard TIFF.")

@@ -7,6 +7,11 @@ import numpy as np
 from PIL import Image
 
 from handlers.decoding import DecodedImage, decode
+from handlers.errors import ImageError
+
+# Grey levels of 255. Photographs of plain skin have a spread of several levels.
+LEAST_SPREAD = 1.0
+DARKEST, BRIGHTEST = 12, 250  # a picture that is darker or brighter everywhere shows nothing
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class Preprocessing:
     def __call__(self, data: bytes) -> tuple[np.ndarray, DecodedImage]:
         """Decode and resize. Returns uint8 (S, S, 3) and the decoded picture. Raises ImageError."""
         decoded = decode(data, min_side=self.image_size)
-        return self.resize(decoded.image), decoded
+        pixels = self.resize(decoded.image)
+        _check_content(pixels, decoded.image)
+        return pixels, decoded
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, as kept in bundle.json."""
@@ -51,6 +58,21 @@ class Preprocessing:
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
         """Invert to_dict."""
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def _check_content(pixels: np.ndarray, image: Image.Image) -> None:
+    """Refuse a black, white or single-coloured picture with an ImageError.
+
+    The spread of the resized pixels decides for nearly all pictures; resizing averages noise away, so the picture itself
+    decides for the rest.
+    """
+    low, high = pixels.min((0, 1)), pixels.max((0, 1))
+    spread = (high - low).max() > 12 * LEAST_SPREAD or np.asarray(image).std((0, 1)).max() >= LEAST_SPREAD
+    if spread and high.max() > DARKEST and low.min() < BRIGHTEST:
+        return
+    raise ImageError(
+        400, "no_content", "The picture is black, white or of a single colour. Send a photograph of the lesion."
+    )
 
 
 def fingerprint(pixels: np.ndarray, cells: int = 4) -> np.ndarray:

@@ -3,17 +3,18 @@
 Each limit has a file just within it, which is read, and a file beyond it, which is refused before Pillow opens it.
 """
 
+import io
 import struct
 import zlib
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from handlers.decoding import decode
 from handlers.errors import ImageError, InvalidImage
-from handlers.file_limits import check_structure
+from handlers.file_limits import check_structure, without_texts
 from tests.hostile import images
 from tests.hostile.images import chunk, encode
 
@@ -75,8 +76,6 @@ LIMITS = {  # a file within the limit, a file beyond it, and words of the refusa
     "frames": (JPEG, JPEG[:SCAN] + FRAME + JPEG[SCAN:], "more than one frame"),
     "arithmetic codes": (JPEG, JPEG.replace(b"\xff\xc0", b"\xff\xc9"), "arithmetic coding"),
     "bytes of tables": (in_jpeg(PHOTOSHOP * 60), in_jpeg(PHOTOSHOP * 70), "bytes of tables"),
-    "colour profiles": (in_png(PROFILE), in_png(PROFILE * 2), "one colour profile"),
-    "packed texts": (in_png(TEXT * 100), in_png(TEXT * 101), "100 compressed texts"),
     "Exif before the pixels": (
         in_png(chunk(b"eXIf", TURNS)), in_png(chunk(b"eXIf", TURNS + bytes(1 << 20))), "bytes of Exif data",
     ),
@@ -150,3 +149,21 @@ def test_a_jpeg_may_have_thirty_scans_whatever_lies_behind_its_end():
     decode(progressive[:-2] + last * (30 - usual) + progressive[-2:] + b"\xff\xda\0\0" * 500)
     with pytest.raises(ImageError, match="more than 30 scans"):
         decode(progressive[:-2] + last * (31 - usual) + progressive[-2:])
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt"])
+@pytest.mark.parametrize("place", [33, -12], ids=["before the pixels", "behind the pixels"])
+def test_texts_of_a_png_are_ignored_however_many_or_long(kind, place):
+    head = b"key\0" + {"zTXt": b"\0", "iTXt": b"\1\0\0\0", "tEXt": b""}[kind]
+    body = b"x" * 2_000_000
+    long = chunk(kind.encode(), head + (body if kind == "tEXt" else zlib.compress(body)))
+    assert decode(in_png(long + TEXT * 200, place)).image.size == PICTURE.size
+
+
+def test_of_several_profiles_of_a_png_the_first_counts():
+    good = chunk(b"iCCP", b"p\0\0" + zlib.compress(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()))
+    for profiles in (good, good + PROFILE * 20):
+        assert Image.open(io.BytesIO(without_texts(in_png(profiles))[0])).info["icc_profile"]
+    for unusable in (b"p\0\0" + zlib.compress(bytes(1_500_000)), b"p\0\0rubbish", b"", b"p"):
+        assert decode(in_png(chunk(b"iCCP", unusable))).image.size == PICTURE.size
+    assert without_texts(PNG)[0] is PNG

@@ -220,7 +220,9 @@ def test_bombs_are_refused_quickly(serving, sample_images):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("format_", "side"), [("PNG", 7000), ("WEBP", 5000)])
 def test_eight_of_the_largest_pictures_at_once(serving, format_, side):
-    large = Call(images.encode(images.Image.new("RGBA", (side, side), (200, 150, 120, 250)), format_, lossless=True))
+    picture = images.Image.new("RGBA", (side, side), (200, 150, 120, 250))
+    picture.paste((90, 50, 40, 255), (0, 0, side, side // 2))
+    large = Call(images.encode(picture, format_, lossless=True))
     with unharmed(serving), watched(serving) as peak, ThreadPoolExecutor(8) as pool:
         before = peak[0]
         answers = list(pool.map(serving.ask, [large] * 8))

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from handlers import decoding
 from handlers.decoding import MAX_BYTES, decode
@@ -72,6 +73,16 @@ def test_exif_orientations_of_one_photo_give_the_same_picture(picture, orientati
     decoded = decode(encode(stored, format_, exif=exif))
     assert (decoded.width, decoded.height) == (80, 60)
     assert np.array_equal(np.asarray(decoded.image), np.asarray(picture))
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_an_orientation_in_xmp_alone_is_ignored_as_in_browsers(picture, format_):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    options = {"PNG": {"pnginfo": text}, "TIFF": {"tiffinfo": {700: xmp}}}.get(format_, {"xmp": xmp})
+    decoded = decode(encode(picture, format_, **options))
+    assert decoded.image.size == (decoded.width, decoded.height) == picture.size
 
 
 @pytest.mark.parametrize(("kind", "value"), [(1, b"\6\0\0\0"), (7, b"\6\0\0\0"), (2, b"6\0\0\0"), (2, b"up\0\0")])
@@ -135,6 +146,7 @@ def test_transparency_is_laid_on_white():
         (b"%PDF-1.7\n%...", 415, "unsupported_media_type"),
         (b"PK\x03\x04" + b"\0" * 40, 415, "unsupported_media_type"),
         (b"GIF89a" + b"\0" * 40, 415, "unsupported_media_type"),
+        (b"II*\0\x08\0\0\0CR\2\0" + bytes(40), 415, "unsupported_media_type"),
         (b"RIFF\x24\0\0\0WAVEfmt ", 415, "unsupported_media_type"),
         (b"\xff\xd8\xff\xe0" + b"\0" * 40, 400, "invalid_image"),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, 400, "invalid_image"),
@@ -154,6 +166,24 @@ def test_refusals_have_a_status_a_code_and_a_sentence(data, status, code):
     assert str(caught.value).endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"GIF89a", "a GIF"), (b"\0\0\0\x0cjP  \r\n\x87\n", "a JPEG 2000"), (b"\xff\x4f\xff\x51", "a JPEG 2000"),
+        (b"\xff\x0a", "a JPEG XL"), (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL"), (b"8BPS", "a Photoshop"),
+        (b"%PDF-1.7", "a PDF"), (b"PK\3\4", "a ZIP"), (b"\0\0\0\x18ftypmp42", "an MP4"), (b"\0\0\0\x18ftypqt  ", "a QuickTime"),
+        (b"\0\0\0\x18ftypcrx ", "a Canon raw"), (b"FUJIFILMCCD-RAW", "a camera raw"), (b"II+\0", "a BigTIFF"),
+        (b"<svg xmlns='x'>", "an SVG"), (b"<?xml version='1.0'?><!-- made --><svg>", "an SVG"),
+        (b"RIFF\x24\0\0\0AVI ", "an AVI"), (images.tiff(64, 64, t50706=1), "a camera raw"),
+        (images.tiff(64, 64, t254=1, t330=8), "a camera raw"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_read_is_named(data, name):
+    with pytest.raises(ImageError, match=f"^This is {name}") as caught:
+        decode(data + bytes(200))
+    assert (caught.value.status, caught.value.code) == (415, "unsupported_media_type")
+
+
 def test_animations_are_refused(picture):
     frames = [picture, picture.transpose(Image.Transpose.ROTATE_180)]
     for format_ in ("PNG", "WEBP"):
@@ -161,9 +191,44 @@ def test_animations_are_refused(picture):
             decode(encode(frames[0], format_, save_all=True, append_images=frames[1:]))
 
 
-def test_the_first_page_of_a_tiff_is_read(picture):
+def test_a_tiff_of_several_pictures_is_refused_with_their_number(picture):
     data = encode(picture, "TIFF", save_all=True, append_images=[Image.new("RGB", (80, 60))])
+    with pytest.raises(ImageError, match="This TIFF has 2 pages") as caught:
+        decode(data)
+    assert (caught.value.status, caught.value.code) == (400, "several_pages")
+
+
+@pytest.mark.parametrize("words", ["by size", "by field"])
+def test_smaller_copies_in_a_tiff_are_skipped(picture, words):
+    copy = picture.resize((40, 30) if words == "by size" else (60, 45))
+    copy.encoderinfo = {"tiffinfo": {254: 1}} if words == "by field" else {}
+    data = encode(picture, "TIFF", save_all=True, append_images=[copy])
     assert np.array_equal(np.asarray(decode(data).image), np.asarray(picture))
+
+
+@pytest.mark.parametrize("depth", [8, 12])
+@pytest.mark.parametrize(
+    "description",
+    [
+        "ImageJ=1.53\nimages=3\nchannels=3\nmode=composite\n",
+        '<OME><Image><Pixels SizeX="80" SizeY="60" SizeZ="1" SizeC="3" SizeT="1"/></Image></OME>',
+        '{"shape": [3, 60, 80], "axes": "CYX"}',
+    ],
+    ids=["ImageJ", "OME", "tifffile"],
+)
+def test_channels_stored_as_pages_are_merged(picture, description, depth):
+    values = np.asarray(picture).astype(np.uint16) * 16 if depth == 12 else np.asarray(picture)
+    pages = [Image.fromarray(np.ascontiguousarray(values[:, :, band])) for band in range(3)]
+    data = encode(pages[0], "TIFF", save_all=True, append_images=pages[1:], description=description)
+    decoded = decode(data)
+    assert np.abs(np.asarray(decoded.image).astype(int) - np.asarray(picture)).max() <= 1
+    assert "three pages merged into one colour picture" in decoded.converted
+
+
+def test_three_pages_that_say_nothing_of_channels_are_refused(picture):
+    pages = list(picture.split())
+    with pytest.raises(ImageError, match="This TIFF has 3 pages"):
+        decode(encode(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
 
 
 def test_a_huge_claimed_size_costs_no_memory():
@@ -229,6 +294,24 @@ def test_a_long_picture_shrinks_too(picture):
 def test_bytes_behind_the_end_of_a_png_are_ignored(picture):
     data = encode(picture, "PNG")
     assert decode(data + bytes(2_000_000)).image.size == picture.size
+
+
+@pytest.mark.parametrize(
+    ("colour", "code"), [((0, 0, 0), "no_content"), ((255, 255, 255), "no_content"), ((222, 184, 160), "no_content")]
+)
+def test_pictures_of_a_single_colour_are_refused(colour, code):
+    for format_ in ("PNG", "JPEG"):
+        with pytest.raises(ImageError, match="Send a photograph") as caught:
+            Preprocessing(128)(encode(Image.new("RGB", (300, 300), colour), format_))
+        assert (caught.value.status, caught.value.code) == (400, code)
+
+
+def test_noise_tells_a_plain_photograph_from_a_black_or_empty_one():
+    noise = np.random.default_rng(0).normal(0, 3, (300, 300, 3))
+    skin = encode(Image.fromarray(np.clip(np.add(noise, (222, 184, 160)), 0, 255).astype(np.uint8)), "PNG")
+    assert Preprocessing(128)(skin)[0].shape == (128, 128, 3)
+    with pytest.raises(ImageError, match="black, white"):
+        Preprocessing(128)(encode(Image.fromarray(np.clip(noise + 3, 0, 255).astype(np.uint8)), "PNG"))
 
 
 def test_standardisation_is_the_textbook_formula():
