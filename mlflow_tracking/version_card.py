@@ -52,12 +52,7 @@ def golden_result(bundle: Bundle) -> str:
     """Check the golden answers on this machine, in the precision of serving, and return the result in words."""
     predictor = Predictor(bundle)
     worst, precision = predictor.golden_difference(), predictor.runtime.precision
-    cases = bundle.golden()
-    images = len({case.name for case in cases})
-    if images == len(cases):
-        return f"{images} images, probabilities within {worst:.1e} in {precision}"
-    # A model that takes metadata answers each image with and without.
-    return f"{images} images in {len(cases)} cases, probabilities within {worst:.1e} in {precision}"
+    return f"{len(bundle.golden())} golden answers, probabilities within {worst:.1e} in {precision}"
 
 
 def description(bundle: Bundle) -> str:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any
 
@@ -21,10 +20,6 @@ def lineage(
     what: Annotated[
         str, typer.Argument(metavar="WHAT", help="Digest, request id or version.", show_default=False)
     ] = "",
-    predictions: Annotated[
-        list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="Another prediction log to search; repeatable."),
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     check: Annotated[bool, typer.Option("--verify", help="Check the audit log's chain of hashes.")] = False,
 ) -> None:
@@ -44,7 +39,7 @@ def lineage(
     if check:
         verify(registry, audit)
         return
-    history = trace(what, registry, audit, [*settings.prediction_logs, *(predictions or [])])
+    history = trace(what, registry, audit, settings.prediction_logs)
     if as_json:
         print(json.dumps(history.to_dict(), indent=1, ensure_ascii=False))
     else:

@@ -5,9 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,31 @@ def variant(bundle: Bundle, folder: Path, golden_shift: float = 0.0, starts: boo
         (out / GRAPH).write_text("no graph")
     config: BundleConfig = replace(bundle.config, evidence={**bundle.config.evidence, "variant": out.name})
     return seal(out, config)
+
+
+@contextmanager
+def clients(promotion: "Promotion", number: int = 4) -> Iterator[list[list[tuple[int, str]]]]:
+    """Clients that send requests while the block lasts: (status, version or error) of each response, by client."""
+    responses: list[list[tuple[int, str]]] = [[] for _ in range(number)]
+    stop = threading.Event()
+
+    def send(own: list[tuple[int, str]]) -> None:
+        while not stop.wait(PAUSE):
+            try:
+                response = promotion.predict()
+                own.append((response.status_code, response.json().get("model", {}).get("version", response.text)))
+            except httpx.HTTPError as error:
+                own.append((0, repr(error)))
+
+    threads = [threading.Thread(target=send, args=(own,)) for own in responses]
+    for thread in threads:
+        thread.start()
+    try:
+        yield responses
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 @dataclass

@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from mlflow_tracking import provenance as lineage
-from mlflow_tracking.promotion.audit import START, AuditLog, Head, line_hash, person
+from mlflow_tracking.promotion.audit import START, AuditLog, Head, line_hash
 
 
 @pytest.fixture
@@ -140,12 +140,6 @@ while True:
         log = AuditLog(tmp_path)
         log.append("after", "ann@lab")
         assert log.verify() == []
-
-
-def test_a_person_is_named():
-    name, _, host = person().partition("@")
-    assert name
-    assert host
 
 
 def test_a_number_is_a_version_and_not_the_beginning_of_a_digest():

@@ -60,14 +60,6 @@ def test_without_a_set_a_gate_blocks_as_the_settings_say(case, policy, first, pa
     assert judgement.reason == f"calibration: not evaluated. {NO_SET}", "shown, whether it blocks or not"
 
 
-@pytest.mark.parametrize("champion", [None, CHAMPION])
-def test_while_no_set_is_frozen_all_pass_and_the_reason_is_shown(case, champion):
-    case.candidate.evaluation, case.candidate.champion = None, champion
-    judgement = case.judgement()
-    assert judgement.passed
-    assert NO_SET in judgement.reason
-
-
 @pytest.mark.parametrize(("champion", "passes"), [(None, True), (CHAMPION, False)])
 def test_once_a_set_is_frozen_what_is_not_evaluated_blocks_all_but_the_first(case, champion, passes):
     case.gates = {"melanoma sensitivity": case.limit("melanoma sensitivity", images=1000)}

@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from mlflow_tracking.registration import register
 from mlflow_tracking.registry import Registry
 from scripts.local_processes import free_ports
 from tests.conftest import ROOT
-from tests.live import NOWHERE, PAUSE, Promotion, run_script, torchserve_server, variant
+from tests.live import NOWHERE, Promotion, clients, run_script, torchserve_server, variant
 from tests.models import tiny_bundle
 from tests.waiting import eventually
 
@@ -100,36 +99,20 @@ def test_predictions_and_management_are_apart(serving_first):
 
 def test_two_moves_lose_no_request_and_retire_the_oldest(serving_first, second, tmp_path):
     third = serving_first.register(tmp_path)
-    told: list[list[tuple[int, str]]] = [[] for _ in range(4)]
-    stop = threading.Event()
-
-    def ask(answers: list[tuple[int, str]]) -> None:
-        while not stop.wait(PAUSE):
-            answer = serving_first.predict()
-            answers.append((answer.status_code, answer.json().get("model", {}).get("version", answer.text)))
-
-    clients = [threading.Thread(target=ask, args=(answers,)) for answers in told]
-    for client in clients:
-        client.start()
-    try:
+    with clients(serving_first) as responses:
         to_second, _ = serving_first.champion(second)
         assert to_second[-1] == f"serve version {second}"
         assert serving_first.predict("/1").is_success, "the version before stays"
         to_third, result = serving_first.champion(third)
         assert to_third[-2:] == [f"serve version {third}", "retire version 1"]
         time.sleep(1)
-    finally:
-        stop.set()
-        for client in clients:
-            client.join()
     assert result.settled
-    assert {status for answers in told for status, _ in answers} == {200}
     order = ["1", second, third]
-    for answers in told:
-        versions = [version for _, version in answers]
+    assert {response for own in responses for response in own} == {(200, version) for version in order}
+    for own in responses:
+        versions = [version for _, version in own]
         assert versions == sorted(versions, key=order.index), "no client goes back to an older version"
         assert versions[-1] == third
-    assert {version for answers in told for _, version in answers} == set(order)
     status = {version: serving_first.tag(version, "status") for version in ("1", second, third)}
     assert status == {"1": "retired", second: "standby", third: "serving"}
     assert serving_first.predict("/1").status_code == 404
@@ -212,18 +195,6 @@ def test_a_version_whose_worker_does_not_start_is_reported_soon(serving_first, t
     assert serving_first.served() == "1"
 
 
-def test_a_challenger_stands_by(serving_first, second):
-    serving_first.registry.set_alias("challenger", second)
-    try:
-        _, result = serving_first.settle()
-        assert result.settled
-        assert serving_first.served() == "1"
-        assert serving_first.predict(f"/{second}").json()["model"]["version"] == second
-        assert serving_first.tag(second, "status") == "challenger"
-    finally:
-        serving_first.registry.client.delete_registered_model_alias("skin_vit", "challenger")
-
-
 def test_a_worker_that_is_gone_is_brought_back(serving_first):
     reconciler = serving_first.reconciler()
     reconciler.executor.torchserve.scale("1", 0, synchronous=True)
@@ -248,17 +219,6 @@ def test_torchserve_comes_back_alone_and_the_promoter_completes_it_without_mlflo
     assert serving_second.predict("/1").is_success
 
 
-def test_an_emptied_torchserve_is_filled_from_the_store_without_mlflow(serving_first):
-    reconciler = serving_first.reconciler(NOWHERE)
-    torchserve = reconciler.executor.torchserve
-    for version in sorted(torchserve.versions(), key=lambda version: version == torchserve.default()):
-        torchserve.unregister(version)
-    assert serving_first.predict().status_code == 404
-    steps, _ = serving_first.settle(reconciler)
-    assert steps[0] == "load version 1"
-    assert serving_first.served() == "1"
-
-
 def test_a_changed_archive_is_left_out_and_fetched_again(serving_second, second):
     ledger = ledgers.read(serving_second.store)
     archive = serving_second.store / str(ledger.default)
@@ -271,18 +231,6 @@ def test_a_changed_archive_is_left_out_and_fetched_again(serving_second, second)
     assert result.settled
     assert f"store version {second}" in steps
     assert serving_second.served() == second
-
-
-def test_a_damaged_ledger_is_replaced(serving_first):
-    (serving_first.store / ledgers.LEDGER).write_text("{")
-    steps, result = serving_first.settle()
-    assert "cannot be read" in result.errors[0]
-    assert serving_first.settle()[1].settled
-    assert (serving_first.store / "ledger.json.damaged").read_text() == "{"
-    ledger = ledgers.read(serving_first.store)
-    assert ledger.release(ledger.default) == result.desired.champion
-    assert serving_first.served() == "1"
-    assert "load version 1" not in steps
 
 
 def test_an_archive_runs_its_own_code(serving_first, short_folder):

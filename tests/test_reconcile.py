@@ -439,9 +439,14 @@ def test_the_registry_remembers_the_end_of_the_audit_log(first, end):
     assert first.registry.notes["audit.head"] == str(promoter.audit.head())
 
 
-def test_a_serve_record_names_the_version_before_it(first):
-    (first.torchserve.store / ledgers.LEDGER).write_text("{")
-    first.deploy("2")
+def test_a_damaged_ledger_is_replaced_from_the_registry(first):
+    store = first.torchserve.store
+    (store / ledgers.LEDGER).write_text("{")
+    result = first.deploy("2")
+    assert "cannot be read" in result.errors[0]
+    assert first.promoter().reconcile().settled
+    assert (store / "ledger.json.damaged").read_text() == "{"
+    assert (first.ledger.release(first.ledger.default), first.served) == (result.desired.champion, "2")
     rows = [row for row in first.promoter().audit.rows() if row["event"] == "serve"]
     assert [(row.get("previous"), row["version"]) for row in rows] == [(None, "1"), ("1", "2")]
 

@@ -47,7 +47,7 @@ def test_the_command_registers_a_bundle_as_champion(first_registration, registry
     assert version.tags["balanced_accuracy"] == "0.1250"
     assert version.tags["dataset_fingerprint"] == "sha256:test"
     assert version.tags["runtime"] == "openvino"
-    assert version.tags["golden"].startswith("4 images, probabilities within ")
+    assert version.tags["golden"].startswith("4 golden answers, probabilities within ")
     text = registry.client.get_model_version("skin_vit", "1").description
     assert full_bundle.config.architecture in text
     assert "0.1250" in text

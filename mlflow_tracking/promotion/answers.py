@@ -66,12 +66,23 @@ def ask(
         TorchServeUnavailable
     """
     pairs = list(zip(images, metadata or [{}] * len(images), strict=True))
+    return _answers(_rows(torchserve, release, pairs, progress, parallel))
+
+
+def _rows(
+    torchserve: TorchServe,
+    release: Release,
+    pairs: Sequence[tuple[bytes, Values]],
+    progress: Callable[[int], None] = lambda done: None,
+    parallel: int = PARALLEL,
+) -> list[dict[str, Any]]:
+    """Return the probabilities and latency of each (image, metadata) as a JSON-able row."""
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(parallel) as pool:
         for start in range(0, len(pairs), BATCH):
             rows += pool.map(lambda pair: _row(torchserve, release, *pair), pairs[start : start + BATCH])
             progress(len(rows))
-    return _answers(rows)
+    return rows
 
 
 def ask_one(
@@ -130,9 +141,9 @@ class AnswerBook:
             metadata = metadata_of(torchserve, release, evaluation)
         for start in range(0, len(missing), BATCH):
             positions = missing[start : start + BATCH]
-            images = evaluation.images(positions)
-            answers = ask(torchserve, release, images, metadata=[metadata[position] for position in positions])
-            new = dict(zip((digests[position] for position in positions), _rows(answers), strict=True))
+            pairs = zip(evaluation.images(positions), (metadata[position] for position in positions), strict=True)
+            answers = _rows(torchserve, release, list(pairs))
+            new = dict(zip((digests[position] for position in positions), answers, strict=True))
             with path.open("ab") as file:
                 file.writelines(_line(digest, row) for digest, row in new.items())
             rows |= new
@@ -165,11 +176,6 @@ def _row(torchserve: TorchServe, release: Release, image: bytes, metadata: Value
 
 def _answers(rows: list[dict[str, Any]]) -> Answers:
     return Answers(np.array([row["p"] for row in rows], np.float64), np.array([row["ms"] for row in rows], np.float64))
-
-
-def _rows(answers: Answers) -> list[dict[str, Any]]:
-    pairs = zip(answers.probabilities.tolist(), answers.milliseconds.tolist(), strict=True)
-    return [{"p": probabilities, "ms": milliseconds} for probabilities, milliseconds in pairs]
 
 
 def _line(digest: str, row: dict[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from handlers.errors import UserError
 from handlers.files import write_json
@@ -39,7 +39,6 @@ from mlflow_tracking.promotion.gates.quality import (
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.registry import RegisteredVersion
 
-SCHEMA = 1
 # In the order of evaluation: decisive and cheap gates first.
 GATES: tuple[type[Gate], ...] = (
     RegistrationGate,
@@ -121,16 +120,12 @@ class Judgement:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, as kept and as in the report."""
-        return {"schema": SCHEMA, "outcome": self.outcome, **asdict(self)}
+        return {"outcome": self.outcome, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Judgement":
-        """Invert to_dict. Raises KeyError, TypeError or ValueError for anything else."""
-        if values.pop("schema") != SCHEMA:
-            raise ValueError("The judgement has another schema.")
-        del values["outcome"]
-        verdicts = tuple(Verdict(**{**row, "outcome": Outcome(row["outcome"])}) for row in values.pop("verdicts"))
-        return cls(question=Question(**values.pop("question")), verdicts=verdicts, **values)
+        """Invert to_dict. Raises ValueError for anything else."""
+        return TypeAdapter(cls).validate_python(values)
 
 
 class Judge:
@@ -237,5 +232,5 @@ def load_gates(path: Path) -> tuple[Gate, ...]:
 def _read(path: Path) -> Judgement | None:
     try:
         return Judgement.from_dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None  # missing, or written by another version

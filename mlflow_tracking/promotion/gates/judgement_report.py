@@ -50,22 +50,13 @@ def tags(judgement: Judgement) -> dict[str, str]:
 
 def html(judgement: Judgement) -> str:
     """Return a page without external files."""
-    question, forced, comparison = judgement.question, judgement.forced, judgement.comparison
+    forced, comparison = judgement.forced, judgement.comparison
     title = f"{MODEL_NAME} version {judgement.version}: {judgement.outcome}"
     verdicts = "".join(
         f'<tr><td>{escape(verdict.gate)}</td><td class="{verdict.outcome.split()[0]}">{escape(verdict.outcome)}'
         f"{' (blocks)' if verdict.blocks else ''}</td><td>{escape(verdict.reason)}</td>"
         f"<td>{_figures(verdict.figures)}</td></tr>"
         for verdict in judgement.verdicts
-    )
-    inputs = {
-        "bundle": question.bundle,
-        "evaluation set": question.evaluation_set,
-        "gate settings": question.settings,
-        "champion": question.champion,
-    }
-    digests = "".join(
-        f"<tr><th>{name}</th><td><code>{escape(digest or 'none')}</code></td></tr>" for name, digest in inputs.items()
     )
     page = [_head(title), f'<h1 class="{judgement.outcome}">{escape(title)}</h1>']
     if forced:
@@ -76,7 +67,7 @@ def html(judgement: Judgement) -> str:
     ]
     if comparison:
         page.append(f"<h2>Against version {escape(comparison['champion_version'])}</h2>{_comparison(comparison)}")
-    page.append(f"<h2>Inputs</h2><table>{digests}</table></html>\n")
+    page.append("</html>\n")
     return "".join(page)
 
 
