@@ -41,7 +41,7 @@ def lineage(
         return
     history = trace(what, registry, audit, settings.prediction_logs)
     if as_json:
-        print(json.dumps(history.to_dict(), indent=1, ensure_ascii=False))
+        print(json.dumps(vars(history), indent=1, ensure_ascii=False))
     else:
         show(history)
 

@@ -10,7 +10,7 @@ import typer
 from handlers.errors import UsageError
 from mlflow_tracking.command_line import console, run
 from mlflow_tracking.promotion.answers import AnswerBook
-from mlflow_tracking.promotion.comparison import replay_folder, replay_set
+from mlflow_tracking.promotion.comparison import compare, replay_folder
 from mlflow_tracking.promotion.evaluation_set import CurrentSet
 from mlflow_tracking.promotion.execute import JUDGEMENTS
 from mlflow_tracking.promotion.gates.judgement_report import write_replay
@@ -50,7 +50,8 @@ def replay(
         # The promoter uses the same set and answers. Its gates have collected most answers already.
         with lock(settings.store, LOCK_SECONDS):
             if evaluation := CurrentSet(registry, settings.evaluation_cache).get():
-                tables["frozen evaluation set"] = replay_set(torchserve, book, evaluation, champion, challenger)
+                before, after = (book.complete(torchserve, release, evaluation) for release in (champion, challenger))
+                tables["frozen evaluation set"] = compare(evaluation, before, after)
         for folder in samples or []:
             tables[str(folder)] = replay_folder(torchserve, folder, champion, challenger)
     torchserve.close()

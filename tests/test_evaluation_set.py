@@ -125,7 +125,7 @@ def test_what_was_changed_later_is_noticed(rows, tmp_path):
             reads()
     with zipfile.ZipFile(tmp_path / IMAGES, "w") as archive:
         archive.writestr(files[0], b"alone")
-    with pytest.raises(EvaluationSetError, match="incomplete"):
+    with pytest.raises(EvaluationSetError, match=" lacks "):
         EvaluationSet.load(tmp_path)
     (tmp_path / IMAGES).write_bytes(b"no archive")
     with pytest.raises(EvaluationSetError, match="cannot be read"):

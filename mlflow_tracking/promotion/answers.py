@@ -55,15 +55,10 @@ def ask(
     parallel: int = PARALLEL,
     metadata: Sequence[Values] | None = None,
 ) -> Answers:
-    """Return one version's answers to some pictures.
+    """Return one version's answers to some pictures, each sent with its metadata.
 
-    Args:
-        progress: called with the number of answers so far; may raise to stop.
-        metadata: of each picture.
-
-    Raises:
-        TorchServeError: a picture got no answer, or an answer of another model.
-        TorchServeUnavailable
+    `progress` is called with the number of answers so far and may raise to stop. Raises TorchServeUnavailable, and
+    TorchServeError if a picture got no answer, or an answer of another model.
     """
     pairs = list(zip(images, metadata or [{}] * len(images), strict=True))
     return _answers(_rows(torchserve, release, pairs, progress, parallel))

@@ -38,15 +38,9 @@ class GateCheck:
     workers: Workers
 
     def run(self, release: Release, progress: Callable[[str], None], forced: dict[str, str] | None) -> str:
-        """Judge a release and approve it in the ledger; return a remark.
+        """Judge a release and approve it in the ledger; return a remark. Arguments and errors as for Executor.run.
 
-        Args:
-            forced: {by, reason} of a person who overrules the gates.
-
-        Raises:
-            Refused: the gates, or a damaged bundle. The version is unloaded.
-            StepFailed: the champion lost its worker, or the frozen set cannot be used.
-            RegistryUnavailable, TorchServeError, TorchServeUnavailable
+        A refused version is unloaded. A champion without a worker, or a damaged frozen set, is a StepFailed.
         """
         try:
             judgement = self._judgement(release, progress)

@@ -11,7 +11,7 @@ from handlers.decoding import SHRINK_SIDE, decode
 from handlers.errors import ImageError, UserError
 from handlers.taxonomy import CODES
 from mlflow_tracking import metrics
-from mlflow_tracking.promotion.answers import PARALLEL, AnswerBook, Answers, ask
+from mlflow_tracking.promotion.answers import PARALLEL, Answers, ask
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
@@ -60,14 +60,6 @@ def compare(
         if labels is not None:
             table[role]["balanced_accuracy"] = metrics.balanced_accuracy(labels, answers.probabilities)
     return table
-
-
-def replay_set(
-    torchserve: TorchServe, book: AnswerBook, evaluation: EvaluationSet, champion: Release, challenger: Release
-) -> dict[str, Any]:
-    """Compare both versions on the frozen set; answers in the book are used. Raises as `ask`."""
-    before, after = (book.complete(torchserve, release, evaluation) for release in (champion, challenger))
-    return compare(evaluation, before, after)
 
 
 def replay_folder(torchserve: TorchServe, folder: Path, champion: Release, challenger: Release) -> dict[str, Any]:

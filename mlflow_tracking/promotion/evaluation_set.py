@@ -71,7 +71,7 @@ class EvaluationSet:
             raise EvaluationSetError(
                 f"{folder / IMAGES} lacks {min(missing)}. Freeze the set again with prepare_data.py."
             )
-        return cls(folder, frame, digest_of(text))
+        return cls(folder, frame, f"sha256:{hashlib.sha256(text).hexdigest()}")
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -116,12 +116,7 @@ class CurrentSet:
         self._verified: EvaluationSet | None = None
 
     def get(self) -> EvaluationSet | None:
-        """Return the set, or None if none was frozen.
-
-        Raises:
-            EvaluationSetError: the registry's files are damaged or not those that were frozen.
-            RegistryError, RegistryUnavailable
-        """
+        """Return the set, or None if none was frozen. Raises EvaluationSetError, RegistryError, RegistryUnavailable."""
         version = self._registry.evaluation_set()
         if version is None:
             return None
@@ -197,10 +192,7 @@ def freeze(rows: pd.DataFrame, folder: Path, images: int | None = None) -> Evalu
 
 
 def publish(registry: Registry, evaluation: EvaluationSet, tags: Mapping[str, str]) -> Registration:
-    """Store a set in the registry and put it in force. A set that is stored already is not stored again.
-
-    Args:
-        tags: further tags of the version, besides its digest.
+    """Store a set with some tags in the registry, unless it is there, and put it in force.
 
     Raises RegistryError, RegistryUnavailable.
     """
@@ -227,11 +219,6 @@ def publish(registry: Registry, evaluation: EvaluationSet, tags: Mapping[str, st
             version = client.create_model_version(EVALUATION_SET, source, run_id=run_id, tags=all_tags)
         client.set_registered_model_alias(EVALUATION_SET, CURRENT, str(version.version))
     return Registration(registered(version), created=existing is None)
-
-
-def digest_of(rows: bytes) -> str:
-    """Return the digest of a set with this rows.csv."""
-    return "sha256:" + hashlib.sha256(rows).hexdigest()
 
 
 def _sample(rows: pd.DataFrame, images: int) -> pd.DataFrame:

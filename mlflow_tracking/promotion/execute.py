@@ -24,12 +24,9 @@ JUDGEMENTS = "judgements"  # folder in the model store: judgements, and the answ
 
 
 class Executor:
-    """Executes steps on one TorchServe and one model store. The caller holds the store's lock.
+    """Executes steps on one TorchServe and the model store that it reads. The caller holds the store's lock.
 
-    Args:
-        store: the model store, the folder that TorchServe reads.
-        gates: what a release must pass before it serves.
-        cache: a folder for the frozen evaluation set.
+    A release must pass `gates` before it serves. `cache` is a folder for the frozen evaluation set.
     """
 
     def __init__(
@@ -56,16 +53,11 @@ class Executor:
         progress: Callable[[str], None] = lambda remark: None,
         forced: dict[str, str] | None = None,
     ) -> str:
-        """Execute one step; return a remark on it, possibly empty.
+        """Execute one step; return a remark on it, possibly empty. Raises one of step_runner.STEP_ERRORS.
 
         Args:
             progress: receives a remark now and then during a long step, and may raise NotYet to stop it.
             forced: {by, reason} of a person who overrules the gates.
-
-        Raises:
-            Refused, StepFailed: the release is at fault, for good or for now.
-            RegistryError, RegistryUnavailable, TorchServeUnavailable
-            NotYet: the step needs another pass.
         """
         release = step.release
         try:

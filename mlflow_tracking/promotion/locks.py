@@ -30,12 +30,7 @@ class StoreUnwritable(UserError):
 
 @contextmanager
 def lock(store: Path, wait: float = 0.0) -> Iterator[None]:
-    """Hold the store for one pass.
-
-    Raises:
-        StoreBusy: another process still holds it after `wait` seconds.
-        StoreUnwritable
-    """
+    """Hold the store for one pass. Raises StoreBusy after `wait` seconds, StoreUnwritable."""
     with _opened(store, LOCK) as file:
         if not _locked(file, wait):
             raise StoreBusy(f"Another promoter is working on the model store {store}. Try again in a minute.")
@@ -44,12 +39,7 @@ def lock(store: Path, wait: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def owned(store: Path, owner: str, wait: float = 0.0) -> Iterator[None]:
-    """Hold the store as its only promoter; `owner` names it in the message that other promoters print.
-
-    Raises:
-        StoreBusy: another promoter still holds it after `wait` seconds.
-        StoreUnwritable
-    """
+    """Hold the store as its only promoter; `owner` names it to other promoters. Raises as `lock`."""
     with _opened(store, OWNER) as file:
         if not _locked(file, wait):
             raise _in_use(store, file)

@@ -59,12 +59,5 @@ def record_rollback(rollback: Rollback, store: Path, audit: AuditLog, by: str, r
         ledger = ledger.rolled_back(release.archive)
     ledgers.write(store, ledger)
     previous = serving if serving in left else rollback.left
-    audit.append(
-        "rollback",
-        by,
-        version=rollback.target.version,
-        digest=rollback.target.digest,
-        previous=previous.version if previous else None,
-        previous_digest=previous.digest if previous else None,
-        reason=reason or None,
-    )
+    names = {"previous": previous.version, "previous_digest": previous.digest} if previous else {}
+    audit.append("rollback", by, **vars(rollback.target), **names, reason=reason or None)

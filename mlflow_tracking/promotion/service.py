@@ -145,31 +145,33 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.steps = Counter("promoter_steps", "Steps by how they ended", ["action", "state"], registry=self.registry)
         self.seconds = Histogram("promoter_step_seconds", "Duration of steps", ["action"], registry=self.registry)
-        self.serving = self._gauge("promoter_serving_version", "Version that serves; 0 for none")
-        self.champion = self._gauge("promoter_champion_version", "Version with the alias champion; 0 for none")
-        self.registry_up = self._gauge("promoter_registry_up", "Whether MLflow answered")
-        self.torchserve_up = self._gauge("promoter_torchserve_up", "Whether TorchServe answered")
-        self.settled = self._gauge("promoter_settled", "Whether TorchServe agrees with the registry")
-        self.set_back = self._gauge("promoter_refused_releases", "Releases that were refused or wait for a retry")
-        self.last_pass = self._gauge("promoter_last_pass_timestamp_seconds", "Time of the last pass")
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, registry=self.registry)
+        self.gauges = {
+            name: Gauge(f"promoter_{name}", text, registry=self.registry)
+            for name, text in {
+                "serving_version": "Version that serves; 0 for none",
+                "champion_version": "Version with the alias champion; 0 for none",
+                "registry_up": "Whether MLflow answered",
+                "torchserve_up": "Whether TorchServe answered",
+                "settled": "Whether TorchServe agrees with the registry",
+                "refused_releases": "Releases that were refused or wait for a retry",
+                "last_pass_timestamp_seconds": "Time of the last pass",
+            }.items()
+        }
 
     def record(self, result: Pass, set_back: int) -> None:
         """Set the figures after a pass."""
         champion = result.desired.champion
-        self.serving.set(_number(result.actual.default if result.actual else None))
-        self.champion.set(_number(champion.version if champion else None))
-        self.registry_up.set(result.registry_up)
-        self.torchserve_up.set(result.torchserve_up)
-        self.settled.set(result.settled)
-        self.set_back.set(set_back)
-        self.last_pass.set_to_current_time()
-
-
-def _number(version: str | None) -> int:
-    return int(version) if version and version.isdigit() else 0
+        values = {
+            "serving_version": int((result.actual and result.actual.default) or 0),
+            "champion_version": int(champion.version) if champion else 0,
+            "registry_up": result.registry_up,
+            "torchserve_up": result.torchserve_up,
+            "settled": result.settled,
+            "refused_releases": set_back,
+            "last_pass_timestamp_seconds": time.time(),
+        }
+        for name, value in values.items():
+            self.gauges[name].set(value)
 
 
 def _now() -> str:

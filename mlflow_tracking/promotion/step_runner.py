@@ -16,6 +16,8 @@ from mlflow_tracking.promotion.plan import Action, NotYet, Refused, Release, Ste
 from mlflow_tracking.promotion.torchserve_client import TorchServeUnavailable
 from mlflow_tracking.registry import RegistryError, RegistryUnavailable
 
+# How a step may end; Executor.run raises nothing else.
+STEP_ERRORS = (NotYet, Refused, StepFailed, RegistryError, RegistryUnavailable, TorchServeUnavailable)
 State = Literal["begun", "running", "done", "waiting", "refused", "failed"]
 
 
@@ -45,7 +47,7 @@ class StepRunner:
         for step in steps:
             try:
                 self._run(step, watch)
-            except (NotYet, Refused, StepFailed, RegistryError, RegistryUnavailable, TorchServeUnavailable) as error:
+            except STEP_ERRORS as error:
                 errors.append(str(error))
                 return isinstance(error, NotYet)
             done.append(step)
@@ -76,13 +78,12 @@ class StepRunner:
         before = ledgers.read(self.executor.store)
         try:
             remark = self.executor.run(step, progress, self.overruled.get(step.release.version))
-        except NotYet as error:
-            emit("waiting", str(error))
-            raise
-        except (Refused, StepFailed, RegistryError, RegistryUnavailable, TorchServeUnavailable) as error:
-            state: State = "refused" if isinstance(error, Refused) else "failed"
+        except STEP_ERRORS as error:
+            state: State = "failed"
+            if isinstance(error, Refused | NotYet):
+                state = "refused" if isinstance(error, Refused) else "waiting"
             emit(state, str(error))
-            if self.set_back(step.release, error):
+            if state != "waiting" and self.set_back(step.release, error):
                 self.events.step(f"{step.action} {state}", step.release, str(error))
             raise
         emit("done", remark)

@@ -96,11 +96,8 @@ class TorchServe:
             raise
 
     def register(self, archive: str, workers: int) -> None:
-        """Register an archive of the model store and start its workers; wait_ready waits for them.
-
-        A synchronous call would block one of TorchServe's network threads, and every request on it, until the worker
-        is ready.
-        """
+        """Register an archive of the model store and start its workers; wait_ready waits for them."""
+        # A synchronous call would block one of TorchServe's network threads, and every request on it.
         params = {"url": archive, "initial_workers": str(workers), "synchronous": "false"}
         self._manage("POST", "/models", params=params, timeout=WORKER_SECONDS)
 
@@ -142,9 +139,8 @@ class TorchServe:
     def drain(self, version: str) -> None:
         """Wait until a version that is no longer the default has answered its earlier requests.
 
-        TorchServe reports requests in the queue, but not those inside a worker, and unregistering drops the latter. The
-        queue is first in, first out: any answer to a request of our own, even a refusal, means that all earlier ones
-        went into a worker. DRAIN_SECONDS more let the other workers finish.
+        Unregistering drops the requests inside a worker. The queue is first in, first out: any answer to a request of
+        our own, even a refusal, means that all earlier ones reached a worker. DRAIN_SECONDS let the workers finish.
         """
         served = self.versions().get(version)
         if served is None or not served.ready:
@@ -163,10 +159,7 @@ class TorchServe:
         timeout: float = PREDICTION_SECONDS,
         metadata: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Return the REST answer to one image, of the default version if none is named.
-
-        `metadata` are further form fields.
-        """
+        """Return the REST answer to one image, of the default version if none is named; `metadata` are form fields."""
         path = f"/predictions/{MODEL_NAME}/{version}".rstrip("/")
         if metadata:
             data = {name: str(value) for name, value in metadata.items()}

@@ -107,7 +107,7 @@ class Gate(ABC, BaseModel):
 
     def verdict(self, passed: bool, reason: str, **figures: Any) -> Verdict:
         """Return `passed` or `failed`. Figures that are NaN or infinite become None, as JSON has none of these."""
-        finite = {name: value if _is_finite(value) else None for name, value in figures.items()}
+        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in figures.items()}
         return Verdict(self.name, Outcome.PASSED if passed else Outcome.FAILED, reason, finite)
 
     def skipped(self, reason: str, **figures: Any) -> Verdict:
@@ -121,10 +121,6 @@ class Gate(ABC, BaseModel):
         first, unfrozen = candidate.champion is None, candidate.evaluation is None
         passes = {"allow": True, "unfrozen": first or unfrozen, "first": first, "block": False}
         return not passes[self.not_evaluated]
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 class SetGate(Gate):
