@@ -11,12 +11,14 @@ import threading
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from handlers.colour import to_srgb
+from handlers.dicom import DicomFrame, read_frame
 from handlers.errors import ImageError, InvalidImage
 from handlers.file_limits import MAX_PIXELS, check_structure, without_texts
 from handlers.image_formats import image_format
@@ -38,13 +40,14 @@ MIN_SIDE = 16
 MAX_ASPECT_RATIO = 8.0
 # Exif has 64 KB in most files, and Pillow unpacks whatever length a tag claims.
 MAX_EXIF_BYTES = 1 << 20
-# Pillow holds three canvases of a WebP, 16 bytes a pixel. So a WebP may have half the pixels of other formats, and
+# Pillow holds three canvases of a WebP, 16 bytes a pixel; AVIF and HEIC cost as much. So these may have half the pixels of other formats, and
 # large ones are decoded one at a time.
 MAX_WEBP_PIXELS, ALONE_PIXELS = 25_000_000, 262_144
 # Pictures shrink by whole boxes right after decoding, as long as the shorter side keeps this many pixels. A batch of
 # eight with 50 megapixels each would hold 1.6 GB otherwise.
 SHRINK_SIDE = 512
 
+_ALONE = ("WEBP", "AVIF", "HEIF", "JPEG2000")  # formats with the costs of WebP
 _RUN_LENGTHS = (1, 2)  # compressions of a BMP that Pillow decodes in Python, a pixel at a time
 _alone = threading.Lock()
 _XMP = ("xmp", "XML:com.adobe.xmp")  # Pillow would take the orientation from there
@@ -95,8 +98,17 @@ def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
             413, "image_too_large", f"The image has {len(data):,} bytes; the limit is {MAX_BYTES:,} bytes."
         )
     format_ = image_format(data)
-    check_structure(data, format_)
     digest = hashlib.sha256(data).hexdigest()
+    if format_ == "DICOM":
+        frame = read_frame(data)
+        if frame.image is not None:
+            return _from_dicom(frame, frame.image, min_side, digest)
+        data, format_ = frame.encoded, frame.format
+        if format_ == "JPEG" and image_format(data) != "JPEG":
+            raise InvalidImage("The picture in this DICOM is damaged. Export the picture as JPEG.")
+    check_structure(data, format_)
+    if format_ == "HEIF":
+        _register_heif()
     png_bits = 0
     if format_ == "PNG":
         data, png_bits = without_texts(data)
@@ -104,7 +116,7 @@ def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
     try:
         with Image.open(io.BytesIO(data), formats=(format_,)) as opened:
             _check_header(opened)
-            large = format_ == "WEBP" and opened.width * opened.height > ALONE_PIXELS
+            large = format_ in _ALONE and opened.width * opened.height > ALONE_PIXELS
             with _alone if large else nullcontext():
                 image, size = _load(opened, data, min_side, png_bits, notes)
     except ImageError:
@@ -119,6 +131,29 @@ def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
     return DecodedImage(image, *size, digest, tuple(notes))
 
 
+@cache
+def _register_heif() -> None:
+    """Make Pillow read HEIC; once, when the first one arrives."""
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(thumbnails=False)
+
+
+def _from_dicom(frame: DicomFrame, image: Image.Image, min_side: int | None, digest: str) -> DecodedImage:
+    """Convert a frame that was not compressed, or in run lengths."""
+    notes: list[str] = []
+    _check_header(image)
+    size = image.size
+    shrink = 1 if min_side is None else max(1, min(size) // max(min_side, SHRINK_SIDE))
+    if image.mode == "I":
+        bits = sample_bits(_highest(image), frame.bits if frame.bits < 16 else 0)
+        notes.append(note(bits))
+        image, shrink = Image.fromarray(grey_levels(np.asarray(image.reduce(shrink)), bits)), 1
+    if frame.inverted:
+        image = ImageOps.invert(image)
+    return DecodedImage(_to_rgb(image, shrink, frame.profile, notes), *size, digest, tuple(notes))
+
+
 def ignore_oddities() -> None:
     """Keep Pillow's warnings of harmless oddities in EXIF and TIFF tags out of the log, for the whole process.
 
@@ -129,7 +164,7 @@ def ignore_oddities() -> None:
 
 def _check_header(image: Image.Image) -> None:
     width, height = image.size
-    max_pixels = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
+    max_pixels = MAX_WEBP_PIXELS if image.format in _ALONE else MAX_PIXELS
     if width * height > max_pixels:
         raise ImageError(
             413, "image_too_large", f"The image has {width}×{height} pixels; the limit is {max_pixels:,} pixels."
@@ -148,7 +183,7 @@ def _check_header(image: Image.Image) -> None:
         raise InvalidImage("The strips or tiles of this TIFF overlap. Save it as a standard TIFF.")
     if image.format == "BMP" and image.info.get("compression") in _RUN_LENGTHS:
         raise InvalidImage("This BMP uses run-length compression, which is not supported. Save it as PNG.")
-    if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
+    if image.format in ("PNG", "WEBP", "AVIF") and getattr(image, "n_frames", 1) > 1:
         raise ImageError(400, "animated_image", "The image is an animation. Send one still picture.")
 
 

@@ -4,7 +4,7 @@ import re
 
 from handlers.errors import ImageError
 
-READ = "JPEG, PNG, WebP, TIFF or BMP"
+READ = "JPEG, PNG, WebP, TIFF, BMP, HEIC, AVIF or DICOM"
 
 # First bytes by Pillow's name of the format. JPEG includes MPO, the multi-picture JPEG of phones.
 _SIGNATURES = {
@@ -40,9 +40,10 @@ _OTHERS = {
     "an HTML": (b"<!doctype html", b"<!DOCTYPE html", b"<html"),
 }
 _BRANDS = {  # of ISO media files, at byte 8
-    b"avif": "an AVIF", b"avis": "an animated AVIF", b"qt  ": "a QuickTime video (MOV)", b"crx ": "a Canon raw (CR3)",
-    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"hevc", b"hevx"), "a HEIC"),
+    b"avis": "an animated AVIF", b"msf1": "a HEIF sequence", b"hevc": "a HEIC sequence", b"hevx": "a HEIC sequence",
+    b"qt  ": "a QuickTime video (MOV)", b"crx ": "a Canon raw (CR3)",
 }  # fmt: skip
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 _RIFFS = {b"WAVE": "a WAV", b"AVI ": "an AVI video"}
 _SVG = re.compile(
     rb"\s*(<\?xml[^>]{0,200}\?>\s*)?(<!--.{0,500}?-->\s*)?(<!DOCTYPE svg.{0,500}?>\s*)?<svg[\s>]", re.DOTALL
@@ -58,6 +59,11 @@ def image_format(data: bytes) -> str:
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", *_HEIC):
+        brands = data[8 : min(int.from_bytes(data[:4]), 200)]  # the main one and the compatible ones
+        return "AVIF" if b"avif" in brands else "HEIF"
+    if data[128:132] == b"DICM":
+        return "DICOM"
     if name := _other_format(data):
         _refuse(name)
     raise ImageError(415, "unsupported_media_type", f"This is not a picture. Send a {READ} image.")
@@ -78,6 +84,4 @@ def _other_format(data: bytes) -> str:
         return "a QuickTime video (MOV)"
     if data[:4] == b"RIFF":
         return _RIFFS.get(data[8:12], "")
-    if data[128:132] == b"DICM":
-        return "a DICOM"
     return "an SVG" if _SVG.match(data[:2000].removeprefix(b"\xef\xbb\xbf")) else ""

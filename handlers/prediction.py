@@ -63,7 +63,12 @@ class Prediction:
                 "grid": self.grid,
                 "overlay_png": base64.b64encode(self.overlay_png).decode() if self.overlay_png else None,
             },
-            "image": {"width": self.image.width, "height": self.image.height, "sha256": self.image.sha256},
+            "image": {
+                "width": self.image.width,
+                "height": self.image.height,
+                "sha256": self.image.sha256,
+                "converted": list(self.image.converted),
+            },
             **({"metadata": dict(self.metadata)} if self.metadata else {}),
             "disclaimer": DISCLAIMER,
         }

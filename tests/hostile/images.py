@@ -151,8 +151,8 @@ def refused(data: bytes) -> Cases:
     for format_ in ("GIF", "PPM", "ICO", "TGA", "PCX", "SGI", "JPEG2000", "DDS", "EPS", "PDF", "MSP", "XBM"):
         mode = "1" if format_ in ("MSP", "XBM") else "RGB"
         yield Case(format_.lower(), encode(image.convert(mode), format_), FOREIGN)
-    yield Case("avif", b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miafMA1B" + data[:500], FOREIGN)
-    yield Case("heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + data[:500], FOREIGN)
+    yield Case("avif without a picture", b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miafMA1B" + data[:500], BROKEN)
+    yield Case("heic without a picture", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + data[:500], BROKEN)
 
 
 def zipped() -> bytes:
@@ -182,7 +182,6 @@ def foreign(data: bytes) -> Cases:
         "pickle": b"cos\nsystem\n(S'true'\ntR.", "postscript": b"%!PS-Adobe-3.0\n(/etc/passwd) (r) file\n",
         "wave": b"RIFF\x24\0\0\0WAVEfmt " + bytes(40), "mp4": b"\0\0\0\x18ftypmp42" + bytes(99),
         "psd": b"8BPS\0\x01" + bytes(99),
-        "dicom": bytes(128) + b"DICM" + bytes(99),
         "gif before a jpeg": b"GIF89a" + data, "text before a jpeg": b" " + data,
         "bom before a jpeg": b"\xef\xbb\xbf" + data, "backwards": data[::-1],
         "inverted": bytes(255 - b for b in data[:5000]),
@@ -190,6 +189,7 @@ def foreign(data: bytes) -> Cases:
     }  # fmt: skip
     for name, body in others.items():
         yield Case(name, body, FOREIGN)
+    yield Case("dicom without a picture", bytes(128) + b"DICM" + bytes(99), BROKEN)
     yield Case("empty", b"", BROKEN)
     for name, head in SIGNATURES.items():
         yield Case(f"the head of a {name} and nothing", head, BROKEN | FOREIGN)
