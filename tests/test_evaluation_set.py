@@ -30,6 +30,12 @@ from mlflow_tracking.promotion.plan import Release, StepFailed
 from mlflow_tracking.registry import RegisteredVersion
 
 
+def frozen_in(folder: Path, rows: pd.DataFrame, images: int | None = None) -> EvaluationSet:
+    """Freeze the rows into a new folder."""
+    folder.mkdir()
+    return freeze(rows, folder, images)
+
+
 @pytest.fixture
 def rows(tmp_path) -> pd.DataFrame:
     """A manifest's rows of 300 files: MEL 60 (two of each lesion), NV 220, DF 20."""
@@ -49,8 +55,7 @@ def rows(tmp_path) -> pd.DataFrame:
 
 
 def test_frozen_and_loaded_it_is_the_same(rows, tmp_path):
-    (tmp_path / "set").mkdir()
-    frozen = freeze(rows, tmp_path / "set")
+    frozen = frozen_in(tmp_path / "set", rows)
     assert len(frozen) == 300
     assert frozen.digest == "sha256:" + hashlib.sha256((tmp_path / "set" / ROWS).read_bytes()).hexdigest()
     assert sorted(
@@ -61,13 +66,11 @@ def test_frozen_and_loaded_it_is_the_same(rows, tmp_path):
     assert Counter(frozen.labels.tolist()) == {0: 60, 1: 220, 5: 20}
     assert frozen.lesions.max() + 1 == 270
     assert not list((tmp_path / "set").glob(".*")), "nothing temporary stays"
-
-
-def test_it_keeps_what_is_known_of_the_patients(rows, tmp_path):
-    (tmp_path / "set").mkdir()
-    frozen = freeze(rows, tmp_path / "set").frame.set_index("image_id")
-    assert frozen.loc["image5", ["age", "sex", "site"]].tolist() == ["", "female", "head/neck"]
-    assert frozen.loc["image12", ["age", "sex", "site"]].tolist() == ["12", "", ""]
+    patients = frozen.frame.set_index("image_id")[["age", "sex", "site"]]
+    assert patients.loc["image5"].tolist() == ["", "female", "head/neck"]
+    assert patients.loc["image12"].tolist() == ["12", "", ""]
+    assert len(set(frozen.labels[:60].tolist())) == 3, "in random order: any first part holds all classes"
+    assert np.all(np.diff([int(digest[:8], 16) for digest in frozen.frame["sha256"]]) >= 0)
 
 
 def test_neither_order_nor_place_matters(rows, tmp_path):
@@ -75,25 +78,17 @@ def test_neither_order_nor_place_matters(rows, tmp_path):
     moved = rows.assign(path=[str(copy / f"{number}.JPG") for number in range(len(rows))]).sample(
         frac=1, random_state=3
     )
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    first, second = freeze(rows, tmp_path / "a"), freeze(moved, tmp_path / "b")
+    first, second = frozen_in(tmp_path / "a", rows), frozen_in(tmp_path / "b", moved)
     assert first.digest == second.digest
     assert (tmp_path / "a" / IMAGES).read_bytes() == (tmp_path / "b" / IMAGES).read_bytes()
-
-
-@pytest.mark.parametrize("column", ["label", "lesion_id"])
-def test_labels_and_lesions_count(rows, tmp_path, column):
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    other = rows.copy()
-    other.loc[3, column] = "BCC"
-    assert freeze(rows, tmp_path / "a").digest != freeze(other, tmp_path / "b").digest
+    for column in ("label", "lesion_id"):
+        other = rows.copy()
+        other.loc[3, column] = "BCC"
+        assert frozen_in(tmp_path / column, other).digest != first.digest
 
 
 def test_a_smaller_set_takes_whole_lesions_of_every_class(rows, tmp_path):
-    (tmp_path / "set").mkdir()
-    frozen = freeze(rows, tmp_path / "set", images=100)
+    frozen = frozen_in(tmp_path / "set", rows, images=100)
     counts = Counter(frozen.frame["label"])
     assert counts["DF"] == 20, "a rare class stays whole"
     assert counts["MEL"] == 20
@@ -170,8 +165,7 @@ class OneSet:
 
 
 def test_a_damaged_copy_is_fetched_again(rows, tmp_path, monkeypatch):
-    (tmp_path / "frozen").mkdir()
-    registry = OneSet(tmp_path / "frozen", freeze(rows[:30], tmp_path / "frozen").digest)
+    registry = OneSet(tmp_path / "frozen", frozen_in(tmp_path / "frozen", rows[:30]).digest)
 
     current = CurrentSet(registry, tmp_path / "cache")
     found = current.get()
@@ -194,9 +188,3 @@ def test_a_damaged_copy_is_fetched_again(rows, tmp_path, monkeypatch):
     with pytest.raises(EvaluationSetError, match="cannot be read"):
         CurrentSet(registry, tmp_path / "cache").get()
     assert list((tmp_path / "cache").iterdir()) == [], "a damaged one is not kept"
-
-
-def test_the_order_is_a_random_one(rows, tmp_path):
-    frozen = freeze(rows, tmp_path)
-    assert len(set(frozen.labels[:60].tolist())) == 3, "any first part holds all classes"
-    assert np.all(np.diff([int(digest[:8], 16) for digest in frozen.frame["sha256"]]) >= 0)

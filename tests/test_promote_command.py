@@ -69,6 +69,13 @@ def test_a_misspelt_alias_is_not_registered(nothing_begins, tmp_path):
     assert (code, message) == (2, "--alias is 'champoin': choose one of champion, challenger.")
 
 
+def test_register_model_needs_one_source(nothing_begins):
+    app = typer.Typer()
+    app.command()(register_model.register_model)
+    for options in ((), ("--run-id", "a", "--bundle", "b")):
+        assert outcome(app, options) == (2, "Give either --run-id or --bundle.")
+
+
 @pytest.fixture
 def printed(monkeypatch) -> io.StringIO:
     """What the two commands print on a terminal of 80 columns."""

@@ -63,13 +63,6 @@ def test_the_same_bundle_is_not_registered_twice(registry, first_registration, f
     assert registry.versions() == before
 
 
-def test_what_is_fetched_is_what_was_registered(registry, full_bundle, tmp_path):
-    version = registry.resolve("champion")
-    fetched = Bundle.load(registry.download_bundle(version.version, tmp_path))
-    assert fetched.digest == version.digest == full_bundle.digest
-    assert fetched.has_graph
-
-
 def test_nothing_in_a_version_is_pickled(registry, first_registration, tmp_path):
     import mlflow
 
@@ -92,10 +85,14 @@ def pyfunc(first_registration):
         return mlflow.pyfunc.load_model("models:/skin_vit@champion")
 
 
-@pytest.mark.parametrize("form", ["list of bytes", "table of bytes", "list of base64", "table of base64", "one image"])
+@pytest.mark.parametrize(
+    "form", ["list of bytes", "table of bytes", "list of base64", "table of base64", "bytes of base64", "one image"]
+)
 def test_mlflow_gives_the_predictors_probabilities(pyfunc, full_bundle, sample_images, form):
     images = sample_images[:1] if form == "one image" else sample_images
     encoded = [base64.b64encode(image).decode() for image in images]
+    if form == "bytes of base64":  # from MLflow's scoring server
+        encoded = [text.encode() for text in encoded]
     values = encoded if "base64" in form else images
     given = pd.DataFrame({"image": values}) if "table" in form else values[0] if form == "one image" else values
     answers = pyfunc.predict(given)
@@ -107,12 +104,6 @@ def test_mlflow_gives_the_predictors_probabilities(pyfunc, full_bundle, sample_i
 def test_mlflow_names_the_image_that_cannot_be_used(pyfunc, sample_images):
     with pytest.raises(ValueError, match=r"The image in row 1 is refused. The file is not a JPEG"):
         pyfunc.predict([sample_images[0], b"no picture"])
-
-
-def test_base64_from_mlflows_scoring_server(pyfunc, sample_images):
-    """It hands a list on as the bytes of the text."""
-    encoded = base64.b64encode(sample_images[0])
-    assert pyfunc.predict([encoded]).equals(pyfunc.predict([sample_images[0]]))
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +152,6 @@ def test_what_is_not_there(registry, first_registration, tmp_path):
     with pytest.raises(RegistryError):
         registry.download_bundle("99", tmp_path)
     registry.tag("99", {"serving.status": "serving"})
-
-
-def test_tags_are_written_and_read(registry, first_registration):
     registry.tag("1", {"serving.reason": "", "serving.since": "now"})
     tags = registry.version("1").tags
     assert (tags["serving.reason"], tags["serving.since"]) == ("", "now")
@@ -207,20 +195,6 @@ def test_an_empty_registry_alone_is_given_the_shipped_model(full_bundle, mlflow_
     assert "already: nothing to do" in done.stdout
     assert len(registry.versions()) == count
     assert registry.resolve("challenger") is None
-
-
-def test_the_command_says_that_mlflow_is_away(full_bundle):
-    args = ("--bundle", str(full_bundle.path))
-    done = run_script("register_model.py", *args, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
-    assert done.returncode == 3
-    assert "does not answer" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_the_command_wants_one_source():
-    done = run_script("register_model.py", "--run-id", "a", "--bundle", "b")
-    assert done.returncode == 2
-    assert "either --run-id or --bundle" in done.stderr
 
 
 def test_the_server_answers_to_its_own_names_alone(mlflow_uri):

@@ -71,12 +71,9 @@ def test_an_unusable_address_of_mlflow_gives_one_sentence(monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(SettingsError, match=f"^MLFLOW_TRACKING_URI is '{uri}': it must be http://HOST:PORT, "):
         _ = Settings.load().registry_uri
-
-
-@pytest.mark.parametrize("uri", ["http://mlflow:5001", "https://kim:key@mlflow.example/base", "sqlite:////tmp/runs.db"])
-def test_a_usable_address_of_mlflow_is_kept(monkeypatch, uri):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert Settings.load().registry_uri == uri
+    for usable in ("http://mlflow:5001", "https://kim:key@mlflow.example/base", "sqlite:////tmp/runs.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", usable)
+        assert Settings.load().registry_uri == usable
 
 
 @pytest.mark.parametrize("depth", [1, 30])
