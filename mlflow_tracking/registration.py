@@ -45,11 +45,6 @@ def register(registry: Registry, source: Path, run_id: str | None = None) -> Reg
     return Registration(version, created=True)
 
 
-def download_run_bundle(registry: Registry, run_id: str, folder: Path) -> Path:
-    """Download the bundle that a training run logged, unverified. Raises RegistryError, RegistryUnavailable."""
-    return registry.download(f"runs:/{run_id}/{BUNDLE_ARTIFACT}", folder)
-
-
 def _training_run(registry: Registry, run_id: str | None, bundle: Bundle) -> str | None:
     """Return the id of the run to link the version to, or None. Raises RegistryError if there is no run `run_id`."""
     if run_id and registry.run(run_id) is None:

@@ -8,8 +8,8 @@ import typer
 
 from handlers.errors import UsageError
 from mlflow_tracking.command_line import console, run
-from mlflow_tracking.registration import download_run_bundle, register
-from mlflow_tracking.registry import Registry, check_alias
+from mlflow_tracking.registration import register
+from mlflow_tracking.registry import BUNDLE_ARTIFACT, Registry, check_alias
 from mlflow_tracking.settings import MODEL_NAME, Settings
 
 
@@ -36,7 +36,7 @@ def register_model(
         console.print(f"{MODEL_NAME} has version {versions[0].version} already: nothing to do.")
         return
     with tempfile.TemporaryDirectory() as temporary, console.status("Verifying, completing and registering …"):
-        source = bundle or download_run_bundle(registry, run_id, Path(temporary))
+        source = bundle or registry.download(f"runs:/{run_id}/{BUNDLE_ARTIFACT}", Path(temporary))
         registration = register(registry, source, run_id or None)
     version = registration.version
     if registration.created:

@@ -18,8 +18,7 @@ from mlflow_tracking.promotion.gates.base import Gate
 from mlflow_tracking.promotion.gates.identity import GoldenParityGate
 from mlflow_tracking.promotion.ledger import Ledger
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.reconcile import Pass, Reconciler
-from mlflow_tracking.promotion.step_runner import Event
+from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
 from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable
 

@@ -40,10 +40,6 @@ class Backoff:
         self.setbacks[release] = Setback(reason, final, attempts, time.monotonic() + wait, approved)
         return previous is None or previous.reason != reason
 
-    def clear(self, release: Release) -> None:
-        """Remove the setback of a release that succeeded."""
-        self.setbacks.pop(release, None)
-
     def refresh(self, desired: Desired, actual: Actual) -> None:
         """Remove setbacks that no longer matter: without an alias, or approved by another promoter since."""
         if desired.registry_up:
@@ -51,7 +47,7 @@ class Backoff:
             self.setbacks = {release: setback for release, setback in self.setbacks.items() if release in relevant}
         for release, setback in list(self.setbacks.items()):
             if release in actual.approved and not setback.approved:
-                self.clear(release)
+                del self.setbacks[release]
 
     def blocked(self) -> frozenset[Release]:
         """Return the releases that are not tried now."""

@@ -53,7 +53,7 @@ class Executor:
         progress: Callable[[str], None] = lambda remark: None,
         forced: dict[str, str] | None = None,
     ) -> str:
-        """Execute one step; return a remark on it, possibly empty. Raises one of step_runner.STEP_ERRORS.
+        """Execute one step; return a remark on it, possibly empty. Raises one of reconcile.STEP_ERRORS.
 
         Args:
             progress: receives a remark now and then during a long step, and may raise NotYet to stop it.
