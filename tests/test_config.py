@@ -53,22 +53,22 @@ def test_unknown_names_are_refused_with_the_nearest_name(override, nearest):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("epochs=1.5", "epochs is 1.5: it must be a whole number."),
-        ("epochs=ten", "epochs is 'ten': it must be a whole number."),
-        ("lr=fast", "lr is 'fast': it must be a number."),
-        ("flip=1", "flip is 1: it must be true or false."),
-        ("architecture=7", "architecture is 7: it must be text."),
-        ("epochs=0", "epochs is 0: it must be at least 1."),
-        ("label_smoothing=1.5", "label_smoothing is 1.5: it must be at most 1.0."),
-        ("crop_scale=0", "crop_scale is 0: it must be more than 0.0."),
-        ("confidence_level=1", "confidence_level is 1: it must be less than 1.0."),
-        ("optimizer=adamv", "optimizer is 'adamv': it must be one of 'adamw' or 'adam'."),
-        ("device=gpu", "device is 'gpu': it must be one of 'auto', 'cpu', 'cuda' or 'mps'."),
+        ("epochs=1.5", "epochs is 1.5: it must be a valid integer."),
+        ("epochs=ten", "epochs is 'ten': it must be a valid integer."),
+        ("lr=fast", "lr is 'fast': it must be a valid number."),
+        ("flip=1", "flip is 1: it must be a valid boolean."),
+        ("architecture=7", "architecture is 7: it must be a valid string."),
+        ("epochs=0", "epochs is 0: it must be greater than or equal to 1."),
+        ("label_smoothing=1.5", "label_smoothing is 1.5: it must be less than or equal to 1."),
+        ("crop_scale=0", "crop_scale is 0: it must be greater than 0."),
+        ("confidence_level=1", "confidence_level is 1: it must be less than 1."),
+        ("optimizer=adamv", "optimizer is 'adamv': it must be 'adamw' or 'adam'."),
+        ("device=gpu", "device is 'gpu': it must be 'auto', 'cpu', 'cuda' or 'mps'."),
         ("epochs", "'epochs' is not a setting; write key=value, such as epochs=10."),
         ("lr=}", "lr is '}': it must be a value in YAML, such as 3, text or [a, b]."),
         ("metadata=[age,", "the list has no closing bracket. Quote the whole setting: \"metadata=[…, …]\"."),
-        ("metadata=age", "metadata is 'age': it must be a list in brackets, such as [age]."),
-        ("head_hidden=16", "head_hidden is 16: it must be a list in brackets, such as [16]."),
+        ("metadata=age", "metadata is 'age': it must be a valid list."),
+        ("head_hidden=16", "head_hidden is 16: it must be a valid list."),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused(override, message):
@@ -84,7 +84,8 @@ def test_contradictory_settings_are_refused():
 
 def test_all_errors_are_reported_at_once():
     message = refusal("epochz=3", "flip=maybe")
-    assert "'epochs'. flip is" in message or "false. There is no setting 'epochz'" in message
+    assert "There is no setting 'epochz'" in message
+    assert "flip is 'maybe'" in message
 
 
 def test_numbers_may_be_written_as_people_write_them():

@@ -421,7 +421,7 @@ def test_a_hostile_value_fails_its_own_request_only(ask, sample_images, fields, 
 def test_settings():
     assert load_config(None, ["metadata=[age, site]"]).metadata_inputs == Metadata.of(["age", "site"])
     assert load_config(None).metadata_inputs == Metadata()
-    with pytest.raises(ConfigError, match="metadata is 'colour': it must be one of 'age', 'sex' or 'site'"):
+    with pytest.raises(ConfigError, match="metadata is 'colour': it must be 'age', 'sex' or 'site'"):
         load_config(None, ["metadata=[colour]"])
     with pytest.raises(ConfigError, match="mix_probability below 1"):
         load_config(None, ["metadata=[age]", "mixup_alpha=1", "mix_probability=1"])

@@ -113,7 +113,7 @@ def test_pictures_are_opened_as_serving_opens_them(tmp_path):
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert stress._open(str(tmp_path / "turned.jpg")).shape == (64, 32, 3)
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
-    with pytest.raises(ManifestError, match=r"small.png cannot be read: The image has 8×8 pixels"):
+    with pytest.raises(ManifestError, match=r"small.png cannot be read. The image has 8×8 pixels"):
         stress._open(str(tmp_path / "small.png"))
 
 

@@ -306,8 +306,8 @@ def test_serving_rejects_as_training_reported(tmp_path, monkeypatch, calls):
     [
         (["epochz=3"], "the nearest is 'epochs'"),
         (["--config", "vit_smal"], "There is no preset 'vit_smal'"),
-        (["--epochs", "0"], "epochs is 0: it must be at least 1."),
-        (["--batch_size", "-1"], "batch_size is -1: it must be at least 1."),
+        (["--epochs", "0"], "epochs is 0: it must be greater than or equal to 1."),
+        (["--batch_size", "-1"], "batch_size is -1: it must be greater than or equal to 1."),
         (["device=mps"], "device=mps is not available"),
     ],
 )

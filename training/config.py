@@ -28,49 +28,13 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
-# Names that other tools use for a setting and that difflib would not match.
-SYNONYMS = {
-    "batch": "batch_size",
-    "bs": "batch_size",
-    "learning_rate": "lr",
-    "model": "architecture",
-    "arch": "architecture",
-    "backbone": "architecture",
-    "img_size": "image_size",
-    "wd": "weight_decay",
-    "amp": "precision",
-    "opt": "optimizer",
-    "mixup": "mixup_alpha",
-    "cutmix": "cutmix_alpha",
-    "gamma": "focal_gamma",
-    "tau": "logit_adjustment",
-    "early_stopping": "patience",
-    "dropout": "drop_rate",
-    "hidden": "head_hidden",
-    "llrd": "layer_decay",
-    "freeze": "freeze_epochs",
-    "initial_checkpoint": "initial_bundle",
-    "weights": "initial_bundle",
-    "rand_augment": "randaugment",
-    "data": "data_dir",
-    "dataset": "manifest",
-}
 
-# One sentence for each kind of error that pydantic reports.
-SENTENCES = {
-    "int_type": "{key} is {value!r}: it must be a whole number.",
-    "float_type": "{key} is {value!r}: it must be a number.",
-    "bool_type": "{key} is {value!r}: it must be true or false.",
-    "string_type": "{key} is {value!r}: it must be text.",
-    "list_type": "{key} is {value!r}: it must be a list in brackets, such as [{value}].",
-    "greater_than": "{key} is {value!r}: it must be more than {gt}.",
-    "greater_than_equal": "{key} is {value!r}: it must be at least {ge}.",
-    "less_than": "{key} is {value!r}: it must be less than {lt}.",
-    "less_than_equal": "{key} is {value!r}: it must be at most {le}.",
-    "literal_error": "{key} is {value!r}: it must be one of {expected}.",
-    "finite_number": "{key} is {value!r}: it must be a finite number.",
-    "value_error": "{error}",
-}
+# Common names of other tools, and the settings that they mean here.
+SYNONYMS = {
+    "learning_rate": "lr", "batch": "batch_size", "model": "architecture", "arch": "architecture",
+    "img_size": "image_size", "amp": "precision", "opt": "optimizer", "mixup": "mixup_alpha", "cutmix": "cutmix_alpha",
+    "early_stopping": "patience", "dropout": "drop_rate", "weights": "initial_bundle", "data": "data_dir",
+}  # fmt: skip
 
 
 class ConfigError(UsageError):
@@ -116,18 +80,10 @@ class ModelSettings(_Group):
     @field_validator("architecture")
     @classmethod
     def _exists(cls, architecture: str) -> str:
-        if not timm.is_model(architecture):
-            nearest = _nearest(architecture, timm.list_models())
+        names = [*timm.list_models(), *timm.list_pretrained()]  # without deprecated names, which have no mean and std
+        if architecture not in names:
+            nearest = difflib.get_close_matches(architecture, names, n=1, cutoff=0)[0]
             raise ValueError(f"timm has no model {architecture!r}; the nearest is {nearest!r}.")
-        try:
-            pretrained_cfg = timm.get_pretrained_cfg(architecture)
-        except RuntimeError:  # the tag does not exist
-            pretrained_cfg = None
-        if pretrained_cfg is None:  # timm builds deprecated names too, but has no weights and no mean and std for them
-            current = timm.models.get_deprecated_models().get(architecture) or architecture
-            name = current.partition(".")[0]
-            nearest = _nearest(current, [name, *timm.list_pretrained(f"{name}.*")])
-            raise ValueError(f"{architecture!r} is not a current timm name or tag; the nearest is {nearest!r}.")
         return architecture
 
     @property
@@ -325,15 +281,12 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _nearest(word: str, names: Iterable[str]) -> str:
-    return difflib.get_close_matches(word, list(names), n=1, cutoff=0)[0]
-
-
 def _sentence(detail: Any) -> str:
     """Return one sentence for one of pydantic's error details."""
     key = str(detail["loc"][0]) if detail["loc"] else ""
     if detail["type"] == "extra_forbidden":
-        nearest = _nearest(key, [*TrainConfig.model_fields, *SYNONYMS])
+        nearest = difflib.get_close_matches(key, [*TrainConfig.model_fields, *SYNONYMS], n=1, cutoff=0)[0]
         return f"There is no setting {key!r}; the nearest is {SYNONYMS.get(nearest, nearest)!r}."
-    template = SENTENCES.get(detail["type"], "{key} is {value!r}: {message}.")
-    return template.format(key=key, value=detail["input"], message=detail["msg"], **detail.get("ctx", {}))
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    return f"{key} is {detail['input']!r}: {detail['msg'].replace('Input should', 'it must')}."

@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from training.data import vocabulary
 
@@ -17,32 +16,33 @@ ROLES = ("image", "label", "lesion", "patient", "age", "sex", "site", "image_typ
 MIN_CLASS_COLUMNS = 3
 
 
-@dataclass(frozen=True)
-class DataSet:
+class DataSet(BaseModel):
     """The description of one data set's tables. data_sets.yaml explains every field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     title: str
-    needs: frozenset[str]
-    lacks: frozenset[str]
-    or_lesions: str
-    needs_label: bool
-    columns: Mapping[str, tuple[str, ...]]
-    images: Mapping[str, str]
-    one_hot: bool | Mapping[str, str]
-    otherwise: str
-    labels: Mapping[str, str]
-    qualified: bool
-    photographs: str
-    test: frozenset[str]
-    header: tuple[str, ...]
-    first_row: str
-    sources: Mapping[str, str]
-    several_labels: bool = field(default=False)
+    needs: frozenset[str] = frozenset()
+    lacks: frozenset[str] = frozenset()
+    or_lesions: str = ""
+    needs_label: bool = False
+    columns: dict[str, tuple[str, ...]]
+    images: dict[str, str] = {}
+    one_hot: bool | dict[str, str] = False
+    otherwise: str = ""
+    labels: dict[str, str] = {}
+    qualified: bool = False
+    photographs: str = ""
+    test: frozenset[str] = frozenset()
+    header: tuple[str, ...] = ()
+    first_row: str = ""
+    sources: dict[str, str] = {}
+    several_labels: bool = False
 
     def class_columns(self, columns: Mapping[str, str]) -> dict[str, str]:
         """Return the one-hot columns of a table (normalised name -> header), as header -> class code."""
-        if isinstance(self.one_hot, Mapping):
+        if isinstance(self.one_hot, dict):
             return {columns[name]: code for name, code in self.one_hot.items() if name in columns}
         if not self.one_hot:
             return {}
@@ -93,7 +93,13 @@ class DataSet:
 def data_sets() -> dict[str, DataSet]:
     """Return all descriptions by name. The first that fits a table reads it; the upper of two is believed."""
     document = yaml.safe_load(DESCRIPTIONS.read_text(encoding="utf-8"))
-    return {name: _data_set(name, entry, document["columns"]) for name, entry in document["data_sets"].items()}
+    sets = {}
+    for name, entry in document["data_sets"].items():
+        own = entry.get("columns", {})
+        columns = {"columns": document["columns"] | own, "several_labels": "label" in own}
+        labels = {text.casefold(): code for text, code in entry.get("labels", {}).items()}
+        sets[name] = DataSet(**entry | columns | {"name": name, "labels": labels})
+    return sets
 
 
 def authorities() -> tuple[str, ...]:
@@ -106,28 +112,3 @@ def source_names() -> tuple[str, ...]:
     """Return all names that the manifest's `source` may have."""
     collections = (name for data_set in data_sets().values() for name in data_set.sources.values())
     return tuple(dict.fromkeys([*authorities(), *collections]))
-
-
-def _data_set(name: str, entry: dict[str, Any], shared: dict[str, list[str]]) -> DataSet:
-    own = entry.get("columns", {})
-    one_hot = entry.get("one_hot", False)
-    return DataSet(
-        name=name,
-        title=entry["title"],
-        needs=frozenset(entry.get("needs", ())),
-        lacks=frozenset(entry.get("lacks", ())),
-        or_lesions=entry.get("or_lesions", ""),
-        needs_label=entry.get("needs_label", False),
-        columns={role: tuple(own.get(role, shared[role])) for role in ROLES},
-        images=entry.get("images", {}),
-        one_hot=one_hot,
-        otherwise=entry.get("otherwise", ""),
-        labels={text.casefold(): code for text, code in entry.get("labels", {}).items()},
-        qualified=entry.get("qualified", False),
-        photographs=entry.get("photographs", ""),
-        test=frozenset(entry.get("test", ())),
-        header=tuple(entry.get("header", ())),
-        first_row=entry.get("first_row", ""),
-        sources=entry.get("sources", {}),
-        several_labels="label" in own,
-    )

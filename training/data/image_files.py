@@ -11,25 +11,7 @@ from training.data.label_tables import ENDINGS
 
 # Files with these endings are opened as pictures. All others are, if their first bytes are a picture's.
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_OTHER_ENDINGS = frozenset(
-    [
-        ".txt",
-        ".md",
-        ".json",
-        ".yaml",
-        ".yml",
-        ".xml",
-        ".html",
-        ".pdf",
-        ".py",
-        ".ipynb",
-        ".npy",
-        ".npz",
-        ".xlsx",
-        ".docx",
-        ".log",
-    ]
-)
+_OTHER_ENDINGS = frozenset(".txt .md .json .yaml .yml .xml .html .pdf .py .ipynb .npy .npz .xlsx .docx .log".split())
 _PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"BM", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP  ")
 _CONTAINERS = {b"PK\x03\x04": "archive", b"\x1f\x8b": "archive", b"7z\xbc\xaf": "archive", b"Rar!": "archive",
                b"BZh": "archive", b"\xfd7zXZ": "archive", b"\x89HDF": "HDF5"}  # fmt: skip
@@ -79,20 +61,12 @@ def scan(root: Path, faults: Faults) -> tuple[list[Path], list[Path]]:
             containers[kind].append(str(path))
             faults.add(f"{kind} file: not read", str(path))
     if not images and containers:
-        _refuse(root, containers)
+        kinds = ", ".join(f"{kind}: {len(paths):,}" for kind, paths in sorted(containers.items()))
+        raise SourceError(
+            f"{root} has no pictures, but other files ({kinds}), such as {min(min(containers.values()))}. Unpack "
+            "archives, and convert DICOM and HDF5 files to PNG."
+        )
     return images, tables
-
-
-def _refuse(root: Path, containers: dict[str, list[str]]) -> None:
-    names = {kind: ", ".join(sorted(paths)[:5]) for kind, paths in containers.items()}
-    count = sum(map(len, containers.values()))
-    if "archive" in names:
-        raise SourceError(f"{root} has no pictures, but {count:,} archives: {names['archive']}. Unpack them first.")
-    if "DICOM" in names:
-        raise SourceError(f"{root} has no pictures, but {count:,} DICOM files: {names['DICOM']}. Convert them to PNG.")
-    raise SourceError(
-        f"{root} has no pictures, but {count:,} HDF5 files: {names['HDF5']}. Write their pictures to JPEG files."
-    )
 
 
 def _kind(path: Path) -> str:
