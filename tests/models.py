@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from handlers.backbone import build_backbone
-from handlers.bundle import CONFIG, RECEIPT, Bundle, seal
+from handlers.bundle import CONFIG, RECEIPT, Bundle, BundleConfig, seal
 from handlers.calibration import Calibration, Conformal
 from handlers.files import write_json
 from handlers.metadata import Metadata
@@ -19,6 +19,7 @@ from handlers.preprocessing import Preprocessing
 from handlers.receipt import Receipt
 from handlers.taxonomy import KNOWN_CODES
 from handlers.unknown_class import Rejection
+from mlflow_tracking.settings import MODEL_NAME
 from training.export import export_bundle
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -86,21 +87,12 @@ def _exported(
     architecture: str,
     **export: Any,
 ) -> Bundle:
-    width = len((metadata or Metadata()).columns)
-    return export_bundle(
-        Path(mkdtemp(dir=PLACE.name)) / "bundle",
-        backbone=tiny_backbone(len(classes), architecture, json.loads(options), seed=seed, metadata_width=width),
-        architecture=architecture,
-        options=json.loads(options),
-        classes=classes,
-        preprocessing=Preprocessing(IMAGE_SIZE),
-        calibration=Calibration(
-            0.7,
-            Rejection(threshold=1.0, scale=0.5, residual_weight=residual_weight),
-            Conformal(0.9, dict.fromkeys(KNOWN_CODES, 0.8)),
-        ),
-        evidence={"dataset_fingerprint": "sha256:test", "metrics": {"balanced_accuracy": 0.125}},
-        metadata=metadata,
-        receipt=NOTHING_SEEN,
-        **export,
+    inputs, network = metadata or Metadata(), json.loads(options)
+    rejection = Rejection(threshold=1.0, scale=0.5, residual_weight=residual_weight)
+    calibration = Calibration(0.7, rejection, Conformal(0.9, dict.fromkeys(KNOWN_CODES, 0.8)))
+    evidence = {"dataset_fingerprint": "sha256:test", "metrics": {"balanced_accuracy": 0.125}}
+    config = BundleConfig(
+        MODEL_NAME, architecture, network, classes, Preprocessing(IMAGE_SIZE), calibration, evidence, metadata=inputs
     )
+    backbone = tiny_backbone(len(classes), architecture, network, seed=seed, metadata_width=len(inputs.columns))
+    return export_bundle(Path(mkdtemp(dir=PLACE.name)) / "bundle", backbone, config, NOTHING_SEEN, **export)

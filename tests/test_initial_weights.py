@@ -1,190 +1,171 @@
-"""Starting from a bundle.
+"""Training that starts from a bundle.
 
-The same network begins where the bundle ended; a larger picture gets its positions resampled; other classes get a new
-head; another network is refused. What the bundle has seen stays in the receipt of every model made from it, and a
-manifest that would judge a model by such images is refused.
+The same network begins where the bundle ended. A larger picture gets resampled positions, other classes a new head;
+another network is refused. Every model made from the bundle carries its receipt, and a manifest that would test a model
+on images of that receipt is refused.
 """
+
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from handlers.bundle import WEIGHTS, Bundle, BundleError
+from handlers.bundle import BundleError
 from handlers.metadata import Metadata
-from handlers.receipt import image_identities, overlap, read_receipt
+from handlers.receipt import image_identities, overlap
+from handlers.weights import read_weights
 from tests.models import tiny_backbone, tiny_bundle
-from tests.tiny_lesions import tiny_manifest
-from training import checkpoints, train
+from tests.tiny_lesions import tiny_manifest, without_mlflow
+from training import checkpoints, finish, train
 from training.config import load_config
 from training.data.batches import classes_in
 from training.data.image_cache import DataError
 from training.data.manifest import fingerprint, read_manifest
 from training.evaluation.leakage import manifest_receipt
 from training.initial_weights import InitialWeights
-from training.interruption import Interruption
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-
-TINY = ["architecture=test_vit", "image_size=32", "batch_size=16", "warmup_epochs=0", "epochs=1", "bootstrap=0"]
+TINY = ["architecture=test_vit", "batch_size=16", "warmup_epochs=0", "ema_decay=0", "bootstrap=0"]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A bundle with a receipt, and the manifest of its images."""
-    folder = tmp_path_factory.mktemp("start")
-    manifest = read_manifest(tiny_manifest(folder / "data"))
-    bundle = tiny_bundle(folder / "bundle", receipt=manifest_receipt(manifest, fingerprint(manifest)))
-    return InitialWeights.read(bundle.path), manifest
+def manifest(tmp_path_factory):
+    """The images that the bundles have seen."""
+    return tiny_manifest(tmp_path_factory.mktemp("seen"))
 
 
-def answers(backbone, side=64):
-    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        return backbone.eval()(pixels)
+@pytest.fixture(scope="module")
+def bundle_of(manifest, tmp_path_factory):
+    """Return a function: options of a tiny bundle -> that bundle, with the receipt of `manifest`."""
+    frame = read_manifest(manifest)
+
+    def make(**options):
+        folder = tmp_path_factory.mktemp("bundle") / "bundle"
+        return tiny_bundle(folder, receipt=manifest_receipt(frame, fingerprint(frame)), **options)
+
+    return make
 
 
-def test_the_same_network_begins_where_the_bundle_ended(start):
-    initial, _ = start
-    fresh = tiny_backbone(seed=1)
-    assert initial.put_into(fresh, initial.bundle.config.classes) == []
-    assert torch.allclose(answers(fresh), answers(tiny_backbone()), atol=1e-2)  # the bundle is in fp16
-    assert not torch.allclose(answers(tiny_backbone(seed=1)), answers(tiny_backbone()), atol=1e-1)
+@pytest.fixture(scope="module")
+def initial(bundle_of):
+    return InitialWeights.read(bundle_of().path)
 
 
-def test_positions_are_resampled_and_all_else_is_kept(start):
-    initial, _ = start
-    larger = tiny_backbone(seed=1, image_size=96)
+def test_the_same_network_begins_where_the_bundle_ended(initial):
+    network, original = tiny_backbone(seed=1), tiny_backbone()
+    assert initial.put_into(network, initial.bundle.config.classes) == []
+    for name, weight in network.state_dict().items():
+        assert torch.allclose(weight, original.state_dict()[name], atol=1e-2), name  # the bundle is in fp16
+
+
+def test_positions_are_resampled(initial):
+    larger, original = tiny_backbone(seed=1, image_size=96), tiny_backbone().pos_embed
     assert initial.put_into(larger, initial.bundle.config.classes) == []
-    ours, theirs = larger.state_dict(), tiny_backbone().state_dict()
-    assert ours["pos_embed"].shape == (1, 37, 48)
-    assert torch.allclose(
-        ours["pos_embed"][:, 0], theirs["pos_embed"][:, 0], atol=1e-3
-    )  # the class token's has no place
-    centre, before = ours["pos_embed"][0, 1:].mean(0), theirs["pos_embed"][0, 1:].mean(0)
-    assert torch.allclose(centre, before, atol=0.1)
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-2) for name in ours if name != "pos_embed")
+    assert larger.pos_embed.shape == (1, 37, 48)
+    assert torch.allclose(larger.pos_embed[:, 0], original[:, 0], atol=1e-3)  # the class token has no position
+    assert torch.allclose(larger.pos_embed[0, 1:].mean(0), original[0, 1:].mean(0), atol=0.1)
 
 
-def test_other_classes_get_a_new_head(start):
-    initial, _ = start
-    other = tiny_backbone(classes=3, seed=1)
-    before = other.get_classifier().weight.clone()
-    assert initial.put_into(other, ("MEL", "NV", "BCC")) == ["head"]
-    assert torch.equal(other.get_classifier().weight, before)
-    assert torch.allclose(other.state_dict()["blocks.0.attn.qkv.weight"],
-                          tiny_backbone().state_dict()["blocks.0.attn.qkv.weight"], atol=1e-2)  # fmt: skip
+@pytest.mark.parametrize("classes", [("MEL", "NV", "BCC"), "the same in another order"])
+def test_other_classes_get_a_new_head(initial, classes):
+    classes = classes if isinstance(classes, tuple) else initial.bundle.config.classes[::-1]
+    network, original = tiny_backbone(classes=len(classes), seed=1), tiny_backbone()
+    before = network.get_classifier().weight.clone()
+    assert initial.put_into(network, classes) == ["head"]
+    assert torch.equal(network.get_classifier().weight, before)
+    assert torch.allclose(network.blocks[0].attn.qkv.weight, original.blocks[0].attn.qkv.weight, atol=1e-2)
 
 
-def test_the_same_classes_in_another_order_are_others(start):
-    initial, _ = start
-    assert initial.put_into(tiny_backbone(), initial.bundle.config.classes[::-1]) == ["head"]
+@pytest.mark.parametrize(
+    ("seen", "inputs", "new_heads"),
+    [([], ["age"], ["metadata_head"]), (["sex"], ["sex"], []), (["sex"], ["age"], ["metadata_head"])],
+)
+def test_other_metadata_get_a_new_head_even_of_the_same_width(bundle_of, seen, inputs, new_heads):
+    initial = InitialWeights.read(bundle_of(metadata=Metadata.of(seen)).path)
+    network = tiny_backbone(seed=1, metadata_width=len(Metadata.of(inputs).columns))
+    before = network.metadata_head.logits.weight.clone()
+    assert initial.put_into(network, initial.bundle.config.classes, Metadata.of(inputs)) == new_heads
+    assert torch.equal(network.metadata_head.logits.weight, before) is bool(new_heads)
 
 
-def test_metadata_may_be_new(start):
-    initial, _ = start
-    told = tiny_backbone(seed=1, metadata_width=5)
-    inputs = Metadata.of(["age", "sex"])
-    assert initial.put_into(told, initial.bundle.config.classes, inputs) == ["metadata_head"]
-
-
-def test_metadata_of_another_kind_begin_anew_though_they_are_as_wide(tmp_path):
-    sex, age = Metadata.of(["sex"]), Metadata.of(["age"])
-    assert len(sex.columns) == len(age.columns)
-    images = read_manifest(tiny_manifest(tmp_path / "data"))
-    given = tiny_bundle(tmp_path / "bundle", metadata=sex, receipt=manifest_receipt(images, fingerprint(images)))
-    initial, width = InitialWeights.read(given.path), len(age.columns)
-    for inputs, anew in ((sex, []), (age, ["metadata_head"])):
-        told = tiny_backbone(seed=1, metadata_width=width)
-        before = told.metadata_head.logits.weight.clone()
-        assert initial.put_into(told, given.config.classes, inputs) == anew
-        assert torch.equal(told.metadata_head.logits.weight, before) is bool(anew)
-
-
-@pytest.mark.parametrize("options", [{"depth": 3, "embed_dim": 48, "num_heads": 3}, {"depth": 1, "embed_dim": 48,
-                                     "num_heads": 3}, {"depth": 2, "embed_dim": 24, "num_heads": 3}])  # fmt: skip
-def test_another_network_is_refused(start, options):
-    initial, _ = start
+@pytest.mark.parametrize("options", [{"depth": 3}, {"depth": 1}, {"embed_dim": 24}])
+def test_another_network_is_refused(initial, options):
+    options = {"depth": 2, "embed_dim": 48, "num_heads": 3} | options
     with pytest.raises(BundleError, match="set its architecture, stem, depth and head_hidden"):
         initial.put_into(tiny_backbone(options=options), initial.bundle.config.classes)
 
 
-def test_what_it_has_seen_cannot_judge(start):
-    initial, manifest = start
-    initial.check(manifest, fingerprint(manifest))
-    moved = manifest.assign(split=manifest["split"].replace({"train": "test", "test": "train"}))
+def test_a_manifest_that_tests_on_seen_images_is_refused(initial, manifest):
+    frame = read_manifest(manifest)
+    initial.check(frame, fingerprint(frame))
+    swapped = frame.assign(split=frame["split"].replace({"train": "test", "test": "train"}))
     with pytest.raises(DataError, match="has seen images outside this manifest's training split"):
-        initial.check(moved, fingerprint(moved))
-    more = manifest.assign(split="train")
-    initial.check(more, fingerprint(more))
+        initial.check(swapped, fingerprint(swapped))
+    training_only = frame.assign(split="train")
+    initial.check(training_only, fingerprint(training_only))
 
 
-def test_a_run_starts_from_it_and_hands_its_receipt_on(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    stop = Interruption()
-    monkeypatch.setattr(stop, "watch", lambda: None)
+# ---- runs
 
-    def run(name, manifest, *settings, checkpoint=None):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        train.train(load_config(None, [*TINY, f"manifest={manifest}", *settings]), folder, checkpoint, stop)
-        return Bundle.load(folder / "bundle")
 
-    first = tiny_manifest(tmp_path / "data1")
-    second = tiny_manifest(tmp_path / "data2", size=(48, 40))  # other images
-    seen = read_manifest(first)
-    one = tiny_bundle(tmp_path / "one", architecture="test_vit", options={},
-                      receipt=manifest_receipt(seen, fingerprint(seen)))  # fmt: skip
-    still = [f"initial_bundle={one.path}", "lr=1e-12", "ema_decay=0", "image_size=48"]
-    two = run("two", second, *still)
+@pytest.fixture(scope="module")
+def exports():
+    """The arguments of each export of a run, in place of its bundle."""
+    calls = []
 
-    assert two.config.evidence["initial_bundle"] == one.digest
-    assert "initial_bundle" not in one.config.evidence
-    assert two.config.preprocessing.image_size == 48
-    theirs, ours = (load_file(bundle.path / WEIGHTS) for bundle in (one, two))
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in ours if name.startswith("blocks.0.attn"))
+    def export(out, backbone, config, receipt, space):
+        calls.append(SimpleNamespace(config=config, receipt=receipt))
+        return SimpleNamespace(path=out, digest="")
 
-    receipt = read_receipt(two.path)
-    for manifest in (first, second):
-        frame = read_manifest(manifest)
-        for split in ("train", "val", "calibration"):
-            rows = frame[frame["split"] == split]
-            assert len(overlap(receipt, image_identities(rows)).same_image) == len(rows)
-        assert not overlap(receipt, image_identities(frame[frame["split"] == "test"])).leaks
+    with without_mlflow() as patch:
+        patch.setattr(finish, "export_bundle", export)
+        yield calls
 
-    # a resumed run needs the bundle no more; ending it again makes the same receipt
-    for file in one.path.rglob("*.*"):
+
+def run(folder, *settings, resume=False):
+    folder.mkdir(exist_ok=True)
+    checkpoint = checkpoints.load(folder / "last.pt") if resume else None
+    stop = SimpleNamespace(watch=lambda: None, check=lambda: None, number=0)
+    train.train(load_config(None, [*TINY, *settings]), folder, checkpoint, stop)
+    return checkpoints.load(folder / "best.pt")["weights"]
+
+
+def test_a_run_carries_the_receipt_on_even_if_the_bundle_is_gone(bundle_of, manifest, exports, tmp_path):
+    other = tiny_manifest(tmp_path / "data", size=(48, 40))  # other images
+    bundle = bundle_of(architecture="test_vit", options={})
+    before = read_weights(bundle).network
+    settings = [f"manifest={other}", f"initial_bundle={bundle.path}", "lr=1e-12", "epochs=1", "image_size=48"]
+    after = run(tmp_path / "run", *settings)
+    assert all(torch.allclose(after[name], before[name], atol=1e-3) for name in after if name.startswith("blocks."))
+    for file in bundle.path.rglob("*.*"):
         file.unlink()
-    checkpoint = checkpoints.load(tmp_path / "two" / "last.pt")
-    again = run("two", second, *still, checkpoint=checkpoint)
-    assert read_receipt(again.path) == receipt
+    run(tmp_path / "run", *settings, resume=True)
+    first, again = exports[-2:]
+    assert first.config.evidence["initial_bundle"] == again.config.evidence["initial_bundle"] == bundle.digest
+    assert first.config.preprocessing.image_size == 48
+    assert first.receipt == again.receipt
+    for path in (manifest, other):
+        for split, rows in read_manifest(path).groupby("split"):
+            seen = overlap(first.receipt, image_identities(rows)).same_image
+            assert len(seen) == (0 if split == "test" else len(rows))
     with pytest.raises(train.TrainingError, match="has its weights already"):
-        run("two", second, "initial_bundle=another", "ema_decay=0", "image_size=48", checkpoint=checkpoint)
+        run(tmp_path / "run", *settings, "initial_bundle=another", resume=True)
 
 
-def test_frozen_epochs_train_only_what_the_bundle_did_not_bring(tmp_path, monkeypatch):
-    """So a model learns what age, sex and site add, and answers pictures alone as before; in a resumed run, too."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    stop = Interruption()
-    monkeypatch.setattr(stop, "watch", lambda: None)
-    manifest = tiny_manifest(tmp_path / "data")
+def test_frozen_epochs_train_only_new_heads_even_in_a_resumed_run(bundle_of, exports, tmp_path):
+    """So a model learns what age, sex and site add, and its answers to pictures alone stay as they were."""
+    manifest = tiny_manifest(tmp_path / "data", size=(44, 40))
     table = pd.read_csv(manifest)
     table.assign(site=np.where(table["label"] == "NV", "head/neck", "palms/soles")).to_csv(manifest, index=False)
-    seen = read_manifest(manifest)
-    one = tiny_bundle(tmp_path / "one", architecture="test_vit", options={}, classes=classes_in(seen),
-                      receipt=manifest_receipt(seen, fingerprint(seen)))  # fmt: skip
-    settings = [*TINY, f"manifest={manifest}", f"initial_bundle={one.path}", "metadata=[site]", "ema_decay=0"]
-    settings += ["image_size=64", "freeze_epochs=2", "mixup_alpha=0.5", "mix_probability=0.3",
-                 "batch_size=8", "lr=0.01"]  # fmt: skip
-    with monkeypatch.context() as patch:  # as if it had been stopped after the first epoch
-        patch.setattr(train, "finish", lambda *given: given[5].end("KILLED"))
-        train.train(load_config(None, settings), tmp_path, None, stop)
-    checkpoint = checkpoints.load(tmp_path / "last.pt")
-    # The weights that are exported are those of the last epoch, whichever is better.
-    checkpoint["best"] = None
-    train.train(load_config(None, [*settings, "epochs=2"]), tmp_path, checkpoint, stop)
-    before, after = (load_file(bundle / WEIGHTS) for bundle in (one.path, tmp_path / "bundle"))
-    assert {name for name in after if name not in before or not torch.equal(after[name], before[name])} == {
-        "metadata_head.hidden.weight", "metadata_head.logits.weight"}  # fmt: skip
-    assert after["metadata_head.logits.weight"].any()
+    bundle = bundle_of(architecture="test_vit", options={}, classes=classes_in(read_manifest(manifest)))
+    settings = [f"manifest={manifest}", f"initial_bundle={bundle.path}", "metadata=[site]", "image_size=64", "lr=0.01",
+                "freeze_epochs=2", "mixup_alpha=0.5", "mix_probability=0.3"]  # fmt: skip
+    run(tmp_path / "run", *settings, "epochs=1")
+    run(tmp_path / "run", *settings, "epochs=2", resume=True)
+    before, state = read_weights(bundle).network, checkpoints.load(tmp_path / "run" / "last.pt")
+    assert state["epoch"] == 2
+    changed = {name for name, weight in state["model"].items()
+               if name not in before or not torch.equal(weight, before[name].to(weight))}  # fmt: skip
+    assert changed == {"metadata_head.hidden.weight", "metadata_head.logits.weight"}
+    assert state["model"]["metadata_head.logits.weight"].any()

@@ -39,7 +39,7 @@ from scripts import predict as predict_script
 from tests.commands import invoke
 from tests.models import ARCHITECTURE, OPTIONS, tiny_backbone, tiny_bundle
 from tests.test_handler import FakeContext
-from tests.tiny_lesions import COLOURS, tiny_manifest
+from tests.tiny_lesions import COLOURS, tiny_manifest, without_mlflow
 from training import evaluate, train
 from training.config import ConfigError, load_config
 from training.data.batches import encode_rows, withhold
@@ -449,8 +449,7 @@ def trained(tmp_path_factory):
     frame["age"] = rng.integers(20, 80, len(frame)).astype(str)
     frame.loc[rng.random(len(frame)) < 0.1, "age"] = ""
     frame.to_csv(manifest, index=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    with without_mlflow():
         code, output = invoke(
             train.main, "architecture=test_vit", "image_size=32", "batch_size=16", "lr=3e-3", "warmup_epochs=1",
             "bootstrap=0", "pretrained=false", "metadata=[age, site]", f"manifest={manifest}", "epochs=12",
@@ -460,8 +459,6 @@ def trained(tmp_path_factory):
     return SimpleNamespace(run=folder / "run", manifest=manifest, bundle=Bundle.load(folder / "run" / "bundle"))
 
 
-# MLflow's own models of its database use an option that SQLAlchemy will drop.
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 def test_a_model_learns_classes_that_only_the_site_separates(trained):
     reports = json.loads((trained.run / "metrics.json").read_text())
     assert set(reports) == {"val", "val_picture_alone", "test", "test_picture_alone"}
@@ -472,7 +469,6 @@ def test_a_model_learns_classes_that_only_the_site_separates(trained):
     assert "test_picture_alone" in trained.bundle.config.evidence["metrics"]
 
 
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 def test_evaluation_uses_the_manifests_metadata(trained):
     rows, _ = evaluate.open_rows(trained.manifest, "test", trained.run)
     predictor = Predictor(trained.bundle, precision="f32")

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,7 @@ from handlers.bundle import Bundle
 from handlers.predictor import Predictor
 from mlflow_tracking.runs import code_revision
 from tests.commands import invoke
-from tests.tiny_lesions import tiny_manifest
+from tests.tiny_lesions import RecordingTracker, tiny_manifest, without_mlflow
 from training import checkpoints, evaluate, finish, train, training_data
 from training.config import ROOT, load_config
 from training.data.image_cache import DataError
@@ -69,26 +68,11 @@ def manifest(tmp_path_factory):
     return tiny_manifest(tmp_path_factory.mktemp("data"))
 
 
-class RecordingTracker:
-    """Stands in for the MLflow run and for the end of training; records the calls."""
-
-    uri, run_id, url = "nowhere", "run", ""
-    calls: ClassVar[list[tuple]] = []
-
-    def __init__(self, *args):
-        pass
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: self.calls.append((name, args))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def only_the_loop():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Tracker", RecordingTracker)
+    with without_mlflow() as patch:
         patch.setattr(train, "finish", lambda *args: RecordingTracker.calls.append(("finish", args)))
         patch.setattr(train.console, "print", lambda *texts, **style: RecordingTracker.calls.append(("print", texts)))
-        patch.setenv("MLFLOW_TRACKING_URI", "nowhere")
         yield
 
 

@@ -1,16 +1,43 @@
-"""A manifest of very small pictures whose colour gives their class, for the tests of training."""
+"""A manifest of very small pictures whose colour gives their class, and training without MLflow, for tests."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 
+from training import train
 from training.data.manifest import write_manifest
 
 COLOURS = {"MEL": (60, 40, 40), "NV": (190, 120, 90), "BCC": (230, 150, 170)}
 SPLITS = {"train": 48, "val": 18, "calibration": 60, "test": 18}
+
+
+class RecordingTracker:
+    """Stands in for the MLflow run, which takes seconds to start; records the calls."""
+
+    uri, run_id, url, failed = "nowhere", "run", "", False
+    calls: ClassVar[list[tuple[str, tuple[Any, ...]]]] = []
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self.calls.append((name, args))
+
+
+@contextmanager
+def without_mlflow() -> Iterator[pytest.MonkeyPatch]:
+    """Let training use RecordingTracker. Yields the patch for more changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Tracker", RecordingTracker)
+        patch.setenv("MLFLOW_TRACKING_URI", "nowhere")
+        yield patch
 
 
 def tiny_manifest(folder: Path, splits: dict[str, int] | None = None, size: tuple[int, int] = (40, 32)) -> Path:

@@ -4,7 +4,6 @@ Training calls `export_bundle` at its end. The command makes a slim copy of a bu
 """
 
 import io
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,18 +24,15 @@ from handlers.bundle import (
     BundleConfig,
     seal,
 )
-from handlers.calibration import Calibration
 from handlers.completion import seal_with_graph
 from handlers.files import new_folder, write_json
-from handlers.metadata import Metadata
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
-from handlers.preprocessing import Preprocessing, fingerprint
+from handlers.preprocessing import fingerprint
 from handlers.receipt import Receipt
 from handlers.request import Request
 from handlers.weights import BASIS, ORIGIN
 from mlflow_tracking.command_line import console, run
-from mlflow_tracking.settings import MODEL_NAME
 from training.data.synthetic import draw_lesion
 from training.evaluation.unknown_class_fit import KnownSpace
 
@@ -52,51 +48,27 @@ GOLDEN_METADATA: tuple[dict[str, Any], ...] = (
 
 
 def export_bundle(
-    out: Path,
-    *,
-    backbone: nn.Module,
-    architecture: str,
-    options: dict[str, Any],
-    classes: Sequence[str],
-    preprocessing: Preprocessing,
-    calibration: Calibration,
-    evidence: dict[str, Any],
-    receipt: Receipt,
-    space: KnownSpace | None = None,
-    half: bool = True,
-    metadata: Metadata | None = None,
+    out: Path, backbone: nn.Module, config: BundleConfig, receipt: Receipt, space: KnownSpace | None = None
 ) -> Bundle:
     """Write the bundle of a trained backbone to the folder `out`, replacing a bundle that is there.
 
+    Weights are stored in fp16. The golden answers are those of the stored weights.
+
     Args:
-        backbone: from handlers.backbone.build_backbone(architecture, len(classes), ..., options=options).
-        evidence: of the training: run_id, dataset_fingerprint, code_revision, metrics, ...
-        receipt: of the images it was made from (handlers.receipt).
+        backbone: from handlers.backbone.build_backbone, as `config` describes it.
+        receipt: of the images that the model was made from.
         space: the known space that the calibration's rejection uses.
-        half: store the weights in fp16. The golden answers are those of the stored weights.
-        metadata: inputs of the backbone's metadata_head, if it has one.
 
     Raises:
         BundleError: `out` is something else, or the serving graph disagrees with the model.
     """
     state = {
-        name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        name: (tensor.half() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in backbone.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
     if space:  # in fp32: lengths are sums over many directions
         state[ORIGIN], state[BASIS] = (torch.tensor(a, dtype=torch.float32) for a in (space.origin, space.basis))
-    config = BundleConfig(
-        MODEL_NAME,
-        architecture,
-        dict(options),
-        tuple(classes),
-        preprocessing,
-        calibration,
-        dict(evidence),
-        metadata=metadata or Metadata(),
-    )
-    out = Path(out)
     with new_folder(out, CONFIG) as folder:
         save_file(state, folder / WEIGHTS)
         write_json(folder / RECEIPT, receipt.to_dict())
@@ -111,7 +83,7 @@ def slim(source: Path, out: Path) -> Bundle:
 
     The copy is for other registries, which do not know the run. Raises BundleError.
     """
-    bundle, out = Bundle.load(source), Path(out)
+    bundle = Bundle.load(source)
     config = replace(bundle.config, runtime="", evidence={**bundle.config.evidence, "run_id": None})
     with new_folder(out, CONFIG) as folder:
         bundle.copy_files(folder, GRAPH, GRAPH_WEIGHTS)

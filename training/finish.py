@@ -15,15 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from handlers.bundle import Bundle
+from handlers.bundle import Bundle, BundleConfig
 from handlers.calibration import Calibration
 from handlers.files import write_json
 from handlers.receipt import Receipt
 from mlflow_tracking.command_line import console
 from mlflow_tracking.runs import Tracker, code_revision
+from mlflow_tracking.settings import MODEL_NAME
 from training.checkpoints import BEST, LAST, load
 from training.config import TrainConfig
 from training.data.batches import Images
+from training.data.splits import SPLITS
 from training.evaluation.calibration_fit import MIN_IMAGES, fit_calibration
 from training.evaluation.evaluation_report import build_report, headline
 from training.evaluation.figures import confusion_figure, curves_figure, reliability_figure
@@ -61,6 +63,7 @@ def finish(
         check: called between the stages; may raise to stop.
     """
     best = load(output / BEST)
+    classes = best["classes"]
     model = best_model(config, best, data["train"].labels).to(device)
     outputs = {
         split: outputs_of(model, images, config.batch_size, config.preprocessing, device)
@@ -68,13 +71,24 @@ def finish(
         if split != "train"
     }
     check()
-    space = find_known_space(model, outputs["val"], data["val"].labels)
-    calibration = calibrate(config, best["classes"], data, outputs, space)
-    reports = evaluate_splits(config, best["classes"], frame, outputs, space, calibration)
+    space = find_known_space(model, outputs["val"])
+    calibration = calibrate(config, classes, outputs.get("calibration"), space)
+    reports = evaluate_splits(config, classes, frame, outputs, space, calibration)
     write_json(output / "metrics.json", reports)
-    log_evaluations(tracker, reports, calibration, data, outputs, load(output / LAST)["history"])
+    log_evaluations(tracker, reports, calibration, outputs)
+    tracker.figure(curves_figure(load(output / LAST)["history"]), "curves.png")
     check()
-    bundle = export(config, output / "bundle", best, frame, model, calibration, space, reports, tracker.run_id)
+    bundle_config = BundleConfig(
+        MODEL_NAME,
+        config.architecture,
+        config.options,
+        tuple(classes),
+        config.preprocessing,
+        calibration,
+        evidence(config, best, frame, reports, tracker.run_id),
+        metadata=config.metadata_inputs,
+    )
+    bundle = export_bundle(output / "bundle", model, bundle_config, receipt(best, frame), space)
     check()
     log_files(tracker, output, bundle)
     announce(tracker, reports, bundle)
@@ -100,37 +114,31 @@ def lower_bias(model: nn.Module, shift: NDArray[np.float64]) -> None:
         bias -= torch.tensor(shift, dtype=bias.dtype)
 
 
-def find_known_space(model: nn.Module, val: NetworkOutputs, labels: NDArray[np.int64]) -> KnownSpace | None:
+def find_known_space(model: nn.Module, val: NetworkOutputs) -> KnownSpace | None:
     """Fit the known space on the validation split; if that is impossible, print why and return None."""
     backbone: Any = model
     try:
-        return known_space_of(backbone.get_classifier(), val.features, val.image_logits, labels)
+        return known_space_of(backbone.get_classifier(), val.features, val.image_logits, val.labels)
     except KnownSpaceError as error:
         console.print(str(error))
         return None
 
 
 def calibrate(
-    config: TrainConfig,
-    classes: list[str],
-    data: Mapping[str, Images],
-    outputs: Mapping[str, NetworkOutputs],
-    space: KnownSpace | None,
+    config: TrainConfig, classes: list[str], split: NetworkOutputs | None, space: KnownSpace | None
 ) -> Calibration:
-    """Fit the calibration on the calibration split, if it is large enough."""
-    if "calibration" not in data or not len(data["calibration"]):
-        calibration = Calibration()
-    else:
-        split = outputs["calibration"]
+    """Fit the calibration on the calibration split, if it is there and large enough."""
+    calibration = Calibration()
+    if split:
         calibration = fit_calibration(
             split.logits,
-            data["calibration"].labels,
+            split.labels,
             classes,
             config.confidence_level,
             residuals=space.residuals(split.features) if space else None,
             residual_weight=space.weight if space else 0.0,
             image_logits=split.image_logits if config.metadata else None,
-            lesions=data["calibration"].lesions,
+            lesions=split.lesions,
         )
     if calibration.conformal is None:
         console.print(
@@ -172,65 +180,40 @@ def evaluate_splits(
 
 
 def log_evaluations(
-    tracker: Tracker,
-    reports: Reports,
-    calibration: Calibration,
-    data: Mapping[str, Images],
-    outputs: Mapping[str, NetworkOutputs],
-    history: list[dict[str, Any]],
+    tracker: Tracker, reports: Reports, calibration: Calibration, outputs: Mapping[str, NetworkOutputs]
 ) -> None:
-    """Log the reports' figures and diagrams, and the curves of the epochs."""
+    """Log the reports' figures and diagrams."""
     for name, report in reports.items():
         prefix = f"best_{name}" if name.startswith("val") else name  # val_... are each epoch's figures, uncalibrated
         tracker.metrics({f"{prefix}_{figure}": value for figure, value in headline(report).items()})
-    for split in (split for split in ("val", "test") if split in outputs):
-        labels = data[split].labels
-        labelled = labels >= 0
-        probabilities = calibration.known_probabilities(outputs[split].logits[labelled])
-        report = reports[split]
-        tracker.figure(confusion_figure(report["confusion"], report["classes"]), f"confusion_{split}.png")
-        tracker.figure(reliability_figure(labels[labelled], probabilities), f"reliability_{split}.png")
-    tracker.figure(curves_figure(history), "curves.png")
+        if name in outputs:
+            labels = outputs[name].labels
+            labelled = labels >= 0
+            probabilities = calibration.known_probabilities(outputs[name].logits[labelled])
+            tracker.figure(confusion_figure(report["confusion"], report["classes"]), f"confusion_{name}.png")
+            tracker.figure(reliability_figure(labels[labelled], probabilities), f"reliability_{name}.png")
 
 
-def export(
-    config: TrainConfig,
-    out: Path,
-    best: Mapping[str, Any],
-    frame: pd.DataFrame,
-    model: nn.Module,
-    calibration: Calibration,
-    space: KnownSpace | None,
-    reports: Reports,
-    run_id: str,
-) -> Bundle:
-    """Write the bundle, with the evidence of how it was made and the receipt of the images it has seen."""
-    receipt = manifest_receipt(frame, best["dataset_fingerprint"])
-    evidence: dict[str, Any] = {
+def evidence(
+    config: TrainConfig, best: Mapping[str, Any], frame: pd.DataFrame, reports: Reports, run_id: str
+) -> dict[str, Any]:
+    """Describe how the bundle was made."""
+    initial = {"initial_bundle": best["initial"]["digest"]} if best["initial"] else {}
+    return initial | {
         "run_id": run_id,
         "dataset_fingerprint": best["dataset_fingerprint"],
         "code_revision": code_revision(),
         "epoch": best["best"]["epoch"],
         "seed": config.seed,
-        "images": {split: int((frame["split"] == split).sum()) for split in ("train", "val", "calibration", "test")},
+        "images": {split: int((frame["split"] == split).sum()) for split in SPLITS},
         "metrics": {split: headline(report) for split, report in reports.items()},
     }
-    if initial := best["initial"]:
-        evidence["initial_bundle"] = initial["digest"]
-        receipt = receipt.joined(Receipt.from_dict(initial["receipt"]))
-    return export_bundle(
-        out,
-        backbone=model,
-        architecture=config.architecture,
-        options=config.options,
-        metadata=config.metadata_inputs,
-        classes=best["classes"],
-        preprocessing=config.preprocessing,
-        calibration=calibration,
-        evidence=evidence,
-        receipt=receipt,
-        space=space,
-    )
+
+
+def receipt(best: Mapping[str, Any], frame: pd.DataFrame) -> Receipt:
+    """Return the receipt of the run's images and of those that its initial bundle has seen."""
+    own = manifest_receipt(frame, best["dataset_fingerprint"])
+    return own.joined(Receipt.from_dict(best["initial"]["receipt"])) if best["initial"] else own
 
 
 def log_files(tracker: Tracker, output: Path, bundle: Bundle) -> None:

@@ -26,7 +26,7 @@ from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load
 from training.data.augmentation import Augment
 from training.data.batches import batches, epoch_order, withhold
 from training.data.manifest import fingerprint
-from training.evaluation.network_outputs import predict
+from training.evaluation.network_outputs import outputs_of
 from training.finish import AFTER_EPOCHS, finish
 from training.initial_weights import InitialWeights
 from training.interruption import Interrupted, Interruption
@@ -154,8 +154,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
                 raise TrainingError(f"The loss is {train_loss} in epoch {epoch + 1}; try a lower lr or precision=fp32.")
 
             # ---- validation and checkpoints
-            outputs = predict(ema.module, data["val"], config.batch_size, config.preprocessing, device, precision)
-            figures = {"train_loss": train_loss, "lr": lr} | validation_figures(data["val"].labels, outputs - prior)
+            outputs = outputs_of(ema.module, data["val"], config.batch_size, config.preprocessing, device, precision)
+            figures = {"train_loss": train_loss, "lr": lr} | validation_figures(outputs.labels, outputs.logits - prior)
             figures["seconds"] = time.monotonic() - began
             is_best = state.add_epoch(figures, config.monitor)
             if is_best:

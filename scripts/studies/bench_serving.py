@@ -23,7 +23,7 @@ import torch
 import typer
 
 from handlers.backbone import build_backbone
-from handlers.bundle import Bundle
+from handlers.bundle import Bundle, BundleConfig
 from handlers.calibration import Calibration
 from handlers.completion import complete
 from handlers.errors import UserError
@@ -35,6 +35,7 @@ from handlers.receipt import Receipt
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking import command_line
 from mlflow_tracking.command_line import console
+from mlflow_tracking.settings import MODEL_NAME
 from scripts.studies.serving_bench import in_process, servers
 from scripts.studies.serving_bench.load import Load, LoadError, form, measure, post
 from training.data.synthetic import draw_lesion
@@ -55,17 +56,8 @@ def random_bundle(out: Path, architecture: str, size: int) -> Bundle:
     backbone: Any = build_backbone(architecture, len(KNOWN_CODES), size)
     with torch.no_grad():
         backbone.get_classifier().weight.normal_(std=backbone.num_features**-0.5)
-    return export_bundle(
-        out,
-        backbone=backbone.eval(),
-        architecture=architecture,
-        options={},
-        classes=KNOWN_CODES,
-        preprocessing=Preprocessing(size),
-        calibration=Calibration(),
-        evidence={},
-        receipt=Receipt("", {}),
-    )
+    config = BundleConfig(MODEL_NAME, architecture, {}, KNOWN_CODES, Preprocessing(size), Calibration())
+    return export_bundle(out, backbone.eval(), config, Receipt("", {}))
 
 
 def pictures() -> list[bytes]:

@@ -11,7 +11,8 @@ from training.data.label_tables import ENDINGS
 
 # Files with these endings are opened as pictures. All others are, if their first bytes are a picture's.
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_OTHER_ENDINGS = frozenset(".txt .md .json .yaml .yml .xml .html .pdf .py .ipynb .npy .npz .xlsx .docx .log".split())
+_OTHER_ENDINGS = (".txt", ".md", ".json", ".yaml", ".yml", ".xml", ".html", ".pdf", ".py", ".ipynb", ".npy", ".npz",
+                  ".xlsx", ".docx", ".log")  # fmt: skip
 _PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"BM", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP  ")
 _CONTAINERS = {b"PK\x03\x04": "archive", b"\x1f\x8b": "archive", b"7z\xbc\xaf": "archive", b"Rar!": "archive",
                b"BZh": "archive", b"\xfd7zXZ": "archive", b"\x89HDF": "HDF5"}  # fmt: skip

@@ -15,11 +15,13 @@ from training.data.batches import Images, batches, standardise
 
 @dataclass(frozen=True)
 class NetworkOutputs:
-    """A split's features (N, D), logits (N, K) of the images alone, and logits (N, K) with the recorded metadata."""
+    """A split's features (N, D), logits (N, K) of the images alone and with metadata, labels (N,) and lesions (N,)."""
 
     features: NDArray[np.float64]
     image_logits: NDArray[np.float64]
     logits: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    lesions: NDArray[np.str_]
 
 
 def pooled(backbone: Any, images: Tensor) -> Tensor:
@@ -30,33 +32,21 @@ def pooled(backbone: Any, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def outputs_of(
-    model: nn.Module, images: Images, batch_size: int, preprocessing: Preprocessing, device: torch.device
-) -> NetworkOutputs:
-    """Compute all outputs in fp32, in the split's order."""
-    backbone: Any = model.eval()
-    parts = []
-    for pixels, _, metadata in batches(images, np.arange(len(images)), batch_size, device):
-        features = pooled(backbone, standardise(pixels, preprocessing))
-        image_logits = backbone.get_classifier()(features)
-        outputs = features, image_logits, fuse(backbone, image_logits, metadata)
-        parts.append([output.cpu().double().numpy() for output in outputs])
-    return NetworkOutputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-@torch.inference_mode()
-def predict(
     model: nn.Module,
     images: Images,
     batch_size: int,
     preprocessing: Preprocessing,
     device: torch.device,
-    precision: torch.dtype,
-) -> NDArray[np.float32]:
-    """Return the logits (N, K) with metadata, in the split's order: the quick way, for validation after each epoch."""
-    model.eval()
+    precision: torch.dtype = torch.float32,
+) -> NetworkOutputs:
+    """Compute all outputs in the split's order."""
+    backbone: Any = model.eval()
     parts = []
     for pixels, _, metadata in batches(images, np.arange(len(images)), batch_size, device):
         with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
-            logits = fuse(model, model(standardise(pixels, preprocessing)), metadata)
-        parts.append(logits.float().cpu())
-    return torch.cat(parts).numpy()
+            pooled_features = pooled(backbone, standardise(pixels, preprocessing))
+            logits_alone = backbone.get_classifier()(pooled_features)
+            outputs = pooled_features, logits_alone, fuse(backbone, logits_alone, metadata)
+        parts.append([output.cpu().double().numpy() for output in outputs])
+    features, image_logits, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return NetworkOutputs(features, image_logits, logits, images.labels, images.lesions)
