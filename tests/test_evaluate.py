@@ -20,7 +20,7 @@ from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import evaluate
 from training.data.manifest import fingerprint, read_manifest
-from training.data.synthetic import draw_dataset
+from training.data.synthetic import draw_lesion
 from training.evaluation import isic_scoring
 from training.evaluation.leakage import manifest_receipt
 
@@ -86,15 +86,18 @@ def test_images_that_the_model_was_made_from_may_be_allowed(bundle, manifest, tm
 
 
 def test_a_folder_is_evaluated_whole_and_its_manifest_is_kept_only_with_figures(bundle, tmp_path):
-    draw_dataset(tmp_path / "data", 2, seed=3)
+    for seed in range(6):
+        folder = tmp_path / "data" / ("melanoma" if seed % 2 else "nevus")
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_lesion(seed, "MEL" if seed % 2 else "NV", (120, 90)).save(folder / f"{seed}.png")
     args = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--bootstrap", 0]
     assert invoke(evaluate.main, *args, "--bundle", tmp_path / "nowhere")[0] == 1
     assert not (tmp_path / "out").exists()
     code, output = invoke(evaluate.main, *args, "--bundle", bundle)
     assert code == 0, output
     table = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert (table["images"], table["split"]) == (16, "all")
-    assert len(read_manifest(tmp_path / "out" / "manifest.csv")) == 16
+    assert (table["images"], table["split"]) == (6, "all")
+    assert len(read_manifest(tmp_path / "out" / "manifest.csv")) == 6
 
 
 def test_evaluations_with_other_figures_have_other_names(tmp_path):
@@ -169,67 +172,48 @@ def test_files_that_do_not_match_are_refused(tmp_path, text, message):
     assert message in output
 
 
-def test_names_that_are_numbers_stay_as_they_are(tmp_path, monkeypatch):
-    isic_scoring.write_submission(tmp_path / "truth.csv", ["001", "1", "ISIC_0000003"], np.eye(9)[:3])
-    isic_scoring.write_submission(tmp_path / "submission.csv", ["001", "1"], np.eye(9)[:2])
-    done = subprocess.CompletedProcess([], 0, '{"aggregate": {}}', "")
-    monkeypatch.setattr(isic_scoring.subprocess, "run", lambda *args, **options: done)
-    scored = isic_scoring.score(tmp_path / "truth.csv", tmp_path / "submission.csv")
-    assert (scored["images"], scored["left_out"]) == (2, {"truth": 1, "submission": 0})
+@pytest.fixture
+def scorer(monkeypatch):
+    """Return a function: set what the scorer prints. The tables that it gets are in the attribute `tables`."""
+
+    def printing(text):
+        def run(command, **options):
+            printing.tables = [pd.read_csv(path, dtype={"image": str}) for path in command[-2:]]
+            return subprocess.CompletedProcess(command, 0, text, "")
+
+        monkeypatch.setattr(isic_scoring.subprocess, "run", run)
+
+    return printing
 
 
 @pytest.mark.parametrize("printed", ["", "no figures today", "{half a figure"])
-def test_a_scorer_without_figures_is_one_sentence(tmp_path, monkeypatch, printed):
+def test_a_scorer_without_figures_is_one_sentence(tmp_path, scorer, printed):
     submissions(tmp_path)
-    done = subprocess.CompletedProcess([], 0, printed, "")
-    monkeypatch.setattr(isic_scoring.subprocess, "run", lambda *args, **options: done)
+    scorer(printed)
     code, output = invoke(isic_scoring.main, tmp_path / "truth.csv", tmp_path / "submission.csv")
     assert code == 1
     assert f"printed '{printed}' instead of figures" in output
 
 
-def test_the_challenges_figures_are_whole_in_80_columns(capsys, tmp_path, monkeypatch):
-    names = ["accuracy", "sensitivity", "specificity", "dice", "ppv", "npv", "auc", "auc_sens_80", "ap"]
-    table = {
-        name: {code: (row + column / 10) / 10 for row, code in enumerate(CODES)} for column, name in enumerate(names)
-    }
-    figures = {"per_category": table, "macro_average": {"dice": 0.987}, "aggregate": {"balanced_accuracy": 0.5}}
-    table["ap"]["UNK"] = None
-    done = subprocess.CompletedProcess([], 0, json.dumps(figures), "")
-    monkeypatch.setattr(isic_scoring.subprocess, "run", lambda *args, **options: done)
-    monkeypatch.setenv("COLUMNS", "80")
-    submissions(tmp_path)
-    isic_scoring.main(tmp_path / "truth.csv", tmp_path / "submission.csv")
-    lines = capsys.readouterr().out.splitlines()[2:]  # after the numbers of images
-    assert all(len(line) <= 80 and "…" not in line for line in lines)
-    rows = {line.split()[0]: line.split()[1:] for line in lines}
-    assert rows["NV"] == [f"{0.1 + column / 100:.3f}" for column in range(9)]
-    assert len(rows["UNK"]) == 8
-    assert rows["mean"] == ["0.987"]
-
-
-def test_the_scorer_gets_the_truths_weights_and_names_that_meet(tmp_path, monkeypatch):
-    tables = []
-
-    def scorer(command, **options):
-        tables.extend(pd.read_csv(path) for path in command[-2:])
-        figures = {"per_category": {}, "macro_average": {}, "aggregate": {"balanced_accuracy": 0.5}}
-        return subprocess.CompletedProcess(command, 0, json.dumps(figures), "")
-
-    monkeypatch.setattr(isic_scoring.subprocess, "run", scorer)
-    one_hot = np.eye(len(CODES))[:3]
+def test_the_scorer_gets_the_truths_weights_and_names_that_meet(tmp_path, scorer):
+    table = {"auc": dict.fromkeys(CODES, 0.25) | {"UNK": None}}
+    figures = {"per_category": table, "macro_average": {"auc": 0.987}, "aggregate": {"balanced_accuracy": 0.5}}
+    scorer(f"A warning.\n{json.dumps(figures)}")
+    one_hot = np.eye(len(CODES))
     truth, submission = tmp_path / "truth.csv", tmp_path / "submission.csv"
-    isic_scoring.write_submission(truth, ["ISIC_0000001_downsampled", "ISIC_0000002", "mole"], one_hot)
-    pd.read_csv(truth).assign(score_weight=[1.0, 0.0, 2.0], validation_weight=0.5).to_csv(truth, index=False)
-    isic_scoring.write_submission(submission, ["mole", "ISIC_0000001"], one_hot[:2])
+    isic_scoring.write_submission(truth, ["ISIC_0000001_downsampled", "ISIC_0000002", "001", "1"], one_hot[:4])
+    pd.read_csv(truth, dtype={"image": str}).assign(score_weight=[1.0, 0.0, 2.0, 1.0]).to_csv(truth, index=False)
+    isic_scoring.write_submission(submission, ["001", "ISIC_0000001"], one_hot[:2])
     code, output = invoke(isic_scoring.main, truth, submission)
     assert code == 0, output
-    assert "2 images are in both files. Left out: 1 of the truth, 0 of the submission." in output
-    assert list(tables[0]["image"]) == ["ISIC_0000001", "mole"]
-    assert list(tables[0]["score_weight"]) == [1, 2]
-    assert "validation_weight" in tables[0]
-    assert sorted(tables[1]["image"]) == ["ISIC_0000001", "mole"]
-    assert list(tables[1].columns) == ["image", *CODES]
+    assert "2 images are in both files." in output
+    assert output.count("0.250") == 8
+    assert "0.987" in output
+    ours, theirs = scorer.tables
+    assert list(ours["image"]) == ["ISIC_0000001", "001"]
+    assert list(ours["score_weight"]) == [1, 2]
+    assert sorted(theirs["image"]) == ["001", "ISIC_0000001"]
+    assert list(theirs.columns) == ["image", *CODES]
 
     isic_scoring.write_submission(submission, ["ISIC_0000001", "ISIC_0000001_downsampled"], one_hot[:2])
     code, output = invoke(isic_scoring.main, truth, submission)

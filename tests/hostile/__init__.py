@@ -11,14 +11,14 @@ from functools import cache
 
 from tests.hostile import images, requests
 from tests.hostile.requests import Item
-from training.data.synthetic import NAMES, draw_lesion
+from training.data.synthetic import CLASSES, draw_lesion
 
 
 @cache
 def photograph(seed: int) -> bytes:
     """The JPEG of a drawn lesion."""
     buffer = io.BytesIO()
-    draw_lesion(seed, [*NAMES][seed % len(NAMES)]).save(buffer, "JPEG", quality=92)
+    draw_lesion(seed, CLASSES[seed % len(CLASSES)]).save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
 
 

@@ -1,13 +1,8 @@
-"""Drawn dermoscopy-like pictures, so that tests, golden files and the README need no patient's photograph.
+"""Drawn pictures like dermoscopy, so that tests and golden files need no patient's photograph.
 
-Each class has a look of its own, borrowed from what dermoscopy textbooks list for it (pigment network, blue-grey
-nests, milia-like cysts, red lagoons …), so that a tiny model can learn to tell the drawings apart. They are drawings:
-nothing learnt from them says anything about skin. Same arguments, same picture.
+Each class has some of the structures that textbooks of dermoscopy list for it, so that a tiny model can learn to
+separate the drawings. Nothing learnt from them applies to skin. The same arguments give the same picture.
 """
-
-import csv
-from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,27 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Field = NDArray[np.float32]  # (H, W), mostly in [0, 1]
-Layout = Literal["class_folders", "ham10000", "isic2019"]
 
 # Six skins from light to dark (after Fitzpatrick I–VI), RGB.
 SKINS = [(238, 205, 188), (229, 186, 163), (214, 168, 138), (190, 140, 108), (150, 103, 76), (112, 74, 56)]
-# code: (folder name of the ISIC class folders, HAM10000's dx)
-NAMES = {
-    "MEL": ("melanoma", "mel"),
-    "NV": ("nevus", "nv"),
-    "BCC": ("basal cell carcinoma", "bcc"),
-    "AK": ("actinic keratosis", "akiec"),
-    "BKL": ("pigmented benign keratosis", "bkl"),
-    "DF": ("dermatofibroma", "df"),
-    "VASC": ("vascular lesion", "vasc"),
-    "SCC": ("squamous cell carcinoma", "akiec"),
-}
-SITES = [("back", "posterior torso"), ("abdomen", "anterior torso"), ("face", "head/neck"),
-         ("lower extremity", "lower extremity"), ("upper extremity", "upper extremity")]  # fmt: skip
+CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
 
 
 class _Canvas:
-    """A picture in the making: `rgb` (H, W, 3) float in [0, 255]; `x`, `y` in shorter sides from the middle."""
+    """An unfinished picture: `rgb` (H, W, 3) float in [0, 255]; `x`, `y` in shorter sides from the middle."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int]) -> None:
         self.rng, (self.width, self.height) = rng, size
@@ -45,7 +27,7 @@ class _Canvas:
         self.rgb = np.zeros((self.height, self.width, 3), np.float32)
 
     def noise(self, cells: float, octaves: int = 3) -> Field:
-        """Smooth noise in [0, 1] with about `cells` blobs along the shorter side."""
+        """Return smooth noise in [0, 1] with about `cells` blobs along the shorter side."""
         total = np.zeros((self.height, self.width), np.float32)
         for octave in range(octaves):
             n = cells * 2**octave / self.unit
@@ -59,7 +41,7 @@ class _Canvas:
         self.rgb += (np.asarray(colour, np.float32) - self.rgb) * np.clip(alpha, 0, 1)[..., None]
 
     def spots(self, where: Field, count: int, radius: tuple[float, float], soft: float = 0.35) -> Field:
-        """`count` roundish spots (radii in shorter sides) with their centres inside `where` (> 0.5)."""
+        """Draw `count` roundish spots (radii in shorter sides) with their centres inside `where` (> 0.5)."""
         mask, inside = np.zeros_like(where), np.argwhere(where > 0.5)
         for row, column in inside[self.rng.integers(0, len(inside), count)] if len(inside) else []:
             a, b, turn = self.rng.uniform(*radius), self.rng.uniform(0.75, 1.3), self.rng.uniform(0, np.pi)
@@ -71,8 +53,8 @@ class _Canvas:
         return mask
 
     def lines(self, strokes: list[NDArray[np.float64]], thickness: float) -> Field:
-        """Anti-aliased polylines through points (N, 2) given in shorter sides from the middle."""
-        scale = 3  # drawn larger and shrunk: OpenCV's own anti-aliasing knows whole-pixel widths alone
+        """Draw anti-aliased polylines through points (N, 2) given in shorter sides from the middle."""
+        scale = 3  # drawn larger and shrunk, as OpenCV has whole-pixel widths only
         mask = np.zeros((self.height * scale, self.width * scale), np.uint8)
         for points in strokes:
             pixels = (points * self.unit + [self.width / 2, self.height / 2]) * scale
@@ -82,20 +64,20 @@ class _Canvas:
         return np.asarray(small / 255, np.float32)
 
     def walk(self, start: tuple[float, float], heading: float, length: float, wander: float) -> NDArray[np.float64]:
-        """A wandering curve of about `length`, as points (24, 2)."""
+        """Return a wandering curve of about `length`, as points (24, 2)."""
         angles = heading + np.cumsum(self.rng.normal(0, wander, 24))
         steps = np.stack([np.cos(angles), np.sin(angles)], 1) * length / 24
         return np.asarray(start) + np.cumsum(steps, 0)
 
 
 def _step(value: Field, softness: float) -> Field:
-    """Smooth 0 → 1 as `value` goes from 0 to `softness`."""
+    """Rise smoothly from 0 to 1 as `value` goes from 0 to `softness`."""
     t = np.clip(value / softness, 0, 1)
     return np.asarray(t * t * (3 - 2 * t), np.float32)
 
 
 def _shape(c: _Canvas, radius: float, irregular: float, aspect: float) -> Field:
-    """Depth inside an irregular closed outline: 1 in the middle, 0 on the border, negative outside."""
+    """Return the depth inside an irregular closed outline: 1 in the middle, 0 on the border, negative outside."""
     turn, (cx, cy) = c.rng.uniform(0, 2 * np.pi), c.rng.uniform(-0.05, 0.05, 2)
     dx = c.x - cx + (c.noise(5, 5) - 0.5) * (0.03 + irregular * 0.4)
     dy = c.y - cy + (c.noise(5, 5) - 0.5) * (0.03 + irregular * 0.4)
@@ -107,7 +89,7 @@ def _shape(c: _Canvas, radius: float, irregular: float, aspect: float) -> Field:
 
 
 def _network(c: _Canvas, mesh: float, disorder: float) -> Field:
-    """The pigment network: dark lines of a honeycomb with `mesh` holes along the shorter side."""
+    """Draw the pigment network: dark lines of a honeycomb with `mesh` holes along the shorter side."""
     wx, wy = (c.noise(5) - 0.5) * disorder * 0.12, (c.noise(5) - 0.5) * disorder * 0.12
     k = 2 * np.pi * mesh
     waves = sum(np.cos(k * ((c.x + wx) * np.cos(a) + (c.y + wy) * np.sin(a))) for a in (0.3, 0.3 + 2.094, 0.3 + 4.189))
@@ -188,15 +170,8 @@ def _lesion(c: _Canvas, code: str, tone: tuple[int, int, int]) -> None:
         c.paint(white, rim * _step(c.noise(10) - 0.45, 0.1) * 0.75)
 
 
-def _pen_mark(c: _Canvas) -> None:
-    """Neither lesion nor class: a surgeon's violet cross."""
-    a = c.rng.uniform(0, np.pi)
-    cross = [c.walk((-0.2 * np.cos(t), -0.2 * np.sin(t)), t, 0.4, 0.05) for t in (a, a + 1.4)]
-    c.paint((92, 64, 150), c.lines(cross, 0.03) * (0.55 + 0.4 * c.noise(40, 1)))
-
-
 def _vessels(c: _Canvas, depth: Field, count: int, branches: int) -> Field:
-    """Vessels inside the lesion: long trees with `branches`, or short hairpins near the border with none."""
+    """Draw vessels inside the lesion: long trees with `branches`, or short hairpins near the border with none."""
     inside = np.argwhere((depth > 0.05) & (depth < (0.9 if branches else 0.45)))
     strokes, twigs = [], []
     for i, j in inside[c.rng.integers(0, len(inside), count)] if len(inside) else []:
@@ -209,7 +184,7 @@ def _vessels(c: _Canvas, depth: Field, count: int, branches: int) -> Field:
 
 
 def _clutter(c: _Canvas) -> None:
-    """What lies on the skin or in the lens: hairs, gel bubbles, ruler."""
+    """Draw hairs, gel bubbles and a ruler, each in some pictures."""
     if c.rng.random() < 0.6:
         hairs = [c.walk(tuple(c.rng.uniform(-0.8, 0.8, 2)), c.rng.uniform(0, np.pi), c.rng.uniform(0.4, 1.1), 0.05)
                  for _ in range(c.rng.integers(2, 12))]  # fmt: skip
@@ -225,77 +200,15 @@ def _clutter(c: _Canvas) -> None:
         c.paint((40, 38, 40), c.lines(ticks, 0.004) * 0.85)
 
 
-def draw_lesion(seed: int, code: str = "NV", size: tuple[int, int] = (600, 450), view: int = 0) -> Image.Image:
-    """One drawn picture of a class (a known code, or UNK: skin with a pen mark) as RGB of `size` (width, height).
-
-    `view` > 0 is the same lesion photographed again: slightly turned, shifted, nearer and lit otherwise. Raises
-    ValueError for another code.
-    """
-    if code != "UNK" and code not in NAMES:
-        raise ValueError(f"cannot draw class {code!r}: choose one of {', '.join([*NAMES, 'UNK'])}")
-    number = [*NAMES, "UNK"].index(code)
+def draw_lesion(seed: int, code: str = "NV", size: tuple[int, int] = (600, 450)) -> Image.Image:
+    """Draw one RGB picture of a class of CLASSES, of `size` (width, height). Raises ValueError for another class."""
+    number = CLASSES.index(code)
     c = _Canvas(np.random.default_rng([seed, number]), size)
-    tone = _skin(c)
-    if code == "UNK":
-        _pen_mark(c)
-    else:
-        _lesion(c, code, tone)
+    _lesion(c, code, _skin(c))
     _clutter(c)
     c.rgb[:] = cv2.GaussianBlur(c.rgb, (0, 0), max(0.3, 0.0016 * c.unit))  # no lens draws as sharply as a formula
-    again = np.random.default_rng([seed, number, view])
-    if view:
-        turn = cv2.getRotationMatrix2D((c.width / 2, c.height / 2), again.uniform(-20, 20), again.uniform(1.0, 1.12))
-        turn[:, 2] = turn[:, 2] + again.uniform(-0.03, 0.03, 2) * c.unit
-        c.rgb[:] = cv2.warpAffine(c.rgb, turn, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
-    c.rgb *= again.uniform(0.95, 1.04, 3).astype(np.float32)  # no two cameras agree on white
+    camera = np.random.default_rng([seed, number, 0])
+    c.rgb *= camera.uniform(0.95, 1.04, 3).astype(np.float32)  # no two cameras agree on white
     c.rgb *= 1 - 0.30 * _step(np.hypot(c.x, c.y) - 0.35, 0.75)[..., None]  # the lens's vignette
-    c.rgb += again.normal(0, 2.2, c.rgb.shape).astype(np.float32)  # the sensor's grain
+    c.rgb += camera.normal(0, 2.2, c.rgb.shape).astype(np.float32)  # the sensor's grain
     return Image.fromarray(np.clip(c.rgb, 0, 255).astype(np.uint8))
-
-
-def draw_dataset(
-    out: Path, per_class: int, seed: int = 0, layout: Layout = "class_folders", size: tuple[int, int] = (200, 150)
-) -> list[Path]:
-    """Draw `per_class` JPEGs of each of the eight known classes, with the folders and CSVs of a public data set.
-
-    Every third lesion has two images. The same seed draws the same lesions under the same image ids in every layout,
-    so two layouts can stand for two sources that overlap. Class folders put every fifth lesion under `Test/`.
-    """
-    rng, written, rows, truth = np.random.default_rng(seed), [], [], []
-    for number, (code, (folder, dx)) in enumerate(NAMES.items()):
-        lesion, views = -1, 0
-        for index in range(per_class):
-            if not views:  # the next lesion
-                lesion, views = lesion + 1, 2 if (lesion + 1) % 3 == 0 else 1
-                age, sex, site = int(rng.integers(4, 17)) * 5, rng.choice(["male", "female"]), SITES[rng.integers(5)]
-                view = 0
-            image_id = f"ISIC_{9_000_000 + (seed * 100_000 + number * 10_000 + index) % 1_000_000}"
-            lesion_id = f"HAM_{9_000_000 + (seed * 100_000 + number * 10_000 + lesion) % 1_000_000}"
-            part = {
-                "class_folders": f"{'Test' if lesion % 5 == 4 else 'Train'}/{folder}",
-                "ham10000": "images",
-                "isic2019": "ISIC_2019_Training_Input",
-            }[layout]
-            path = Path(out) / part / f"{image_id}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draw_lesion(seed * 1_000 + lesion, code, size, view).save(path, quality=92)
-            written.append(path)
-            if layout == "ham10000":
-                rows.append([lesion_id, image_id, dx, "histo", float(age), sex, site[0]])
-            else:
-                rows.append([image_id, age, site[1], lesion_id, sex])
-                truth.append([image_id, *(float(other == code) for other in NAMES), 0.0])
-            view, views = view + 1, views - 1
-    if layout == "ham10000":
-        header = ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"]
-        _write(Path(out) / "HAM10000_metadata.csv", header, rows)
-    elif layout == "isic2019":
-        metadata = ["image", "age_approx", "anatom_site_general", "lesion_id", "sex"]
-        _write(Path(out) / "ISIC_2019_Training_Metadata.csv", metadata, rows)
-        _write(Path(out) / "ISIC_2019_Training_GroundTruth.csv", ["image", *NAMES, "UNK"], truth)
-    return written
-
-
-def _write(path: Path, header: list[str], rows: list[list[object]]) -> None:
-    with path.open("w", newline="") as stream:
-        csv.writer(stream).writerows([header, *rows])

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +17,12 @@ import numpy as np
 import pandas as pd
 import typer
 from numpy.typing import ArrayLike
-from rich.table import Table
 
 from handlers.errors import UserError
 from handlers.files import atomic_file
 from handlers.identifiers import isic_id
 from handlers.taxonomy import CODES
-from mlflow_tracking.command_line import console, run
+from mlflow_tracking.command_line import console, run, table
 
 SCORER = "isic-challenge-scoring==5.6"
 SCORER_NEEDS = "pandas<3"  # it calls DataFrame.applymap
@@ -47,27 +46,14 @@ def write_submission(path: Path, image_ids: Sequence[str] | pd.Series, probabili
 def score(truth: Path, submission: Path) -> dict[str, Any]:
     """Return the figures: {"per_category": {figure: {class: value}}, "macro_average": ..., "aggregate": ...}.
 
-    Images are matched by ISIC identifier, or else by name. Images in only one of the files are left out: the result has
-    the number of `images` scored, and of those `left_out` of each file. The scorer gets the truth's weights of images
-    (`score_weight`, `validation_weight`) too.
+    Images are matched by ISIC identifier, or else by name. Images in only one of the files are left out, and the result
+    has the number of `images` scored. The scorer also gets the truth's weights of images.
 
     Raises:
         ScoringError: the files do not match, or the scorer cannot run.
     """
-    frames = []
-    for path, weights in ((truth, WEIGHTS), (submission, ())):
-        try:
-            frame = pd.read_csv(path, encoding="utf-8-sig", dtype={"image": str})
-        except (OSError, ValueError) as error:
-            raise ScoringError(f"{path} cannot be read as a table: {error}.") from error
-        if missing := [column for column in ("image", *CODES) if column not in frame]:
-            raise ScoringError(f"{path} has no column {', '.join(missing)}; add it.")
-        frame["image"] = [isic_id(str(name)) or str(name) for name in frame["image"]]
-        if frame["image"].duplicated().any():
-            repeated = frame["image"][frame["image"].duplicated()].iloc[0]
-            raise ScoringError(f"{path} has several rows of {repeated}; keep one.")
-        frames.append(frame[["image", *CODES, *(name for name in weights if name in frame)]])
-    common = set(frames[0]["image"]) & set(frames[1]["image"])
+    tables = [_read(truth, WEIGHTS), _read(submission, ())]
+    common = set(tables[0]["image"]) & set(tables[1]["image"])
     if not common:
         raise ScoringError(f"{truth} and {submission} have no image in common; check their column image.")
     uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
@@ -75,41 +61,36 @@ def score(truth: Path, submission: Path) -> dict[str, Any]:
         raise ScoringError("The challenge's scorer needs uv, which is not installed; run `make env`.")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("truth.csv", "submission.csv")]
-        for path, frame in zip(paths, frames, strict=True):
+        for path, frame in zip(paths, tables, strict=True):
             frame[frame["image"].isin(common)].to_csv(path, index=False)
         command = [uv, "tool", "run", "--quiet", "--from", SCORER, "--with", SCORER_NEEDS, "isic-challenge-scoring"]
+        command += ["-o", "json", "classification", *map(str, paths)]
         try:
-            done = subprocess.run(
-                [*command, "-o", "json", "classification", *map(str, paths)],
-                capture_output=True, text=True, timeout=TIMEOUT, check=False,
-            )  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
+            scored: dict[str, Any] = json.loads(
+                done.stdout[done.stdout.index("{") :]
+            )  # uv and warnings may print first
         except subprocess.TimeoutExpired:
             raise ScoringError(f"The scorer did not finish within {TIMEOUT} s; try again.") from None
-    if done.returncode:
-        raise ScoringError(f"{SCORER} failed: {_last_line(done.stderr or done.stdout)!r}. Check both files.")
-    try:  # uv and warnings may print first
-        scored: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
-    except ValueError:
-        raise ScoringError(f"{SCORER} printed {_last_line(done.stdout)!r} instead of figures; try again.") from None
-    left_out = {"truth": len(frames[0]) - len(common), "submission": len(frames[1]) - len(common)}
-    return scored | {"images": len(common), "left_out": left_out}
+        except subprocess.CalledProcessError as error:
+            raise ScoringError(f"{SCORER} failed. {error.stderr.strip() or error.stdout.strip()}") from None
+        except ValueError:
+            raise ScoringError(f"{SCORER} printed {done.stdout!r} instead of figures; try again.") from None
+    return scored | {"images": len(common)}
 
 
-def _last_line(text: str) -> str:
-    return "".join(text.strip().splitlines()[-1:])
-
-
-def figures(scored: Mapping[str, Any]) -> Table:
-    """Return a table with a row for each class and one for the mean, at most 80 columns wide."""
-    columns = scored["per_category"].items()
-    table = Table("", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, _ in columns:
-        table.add_column(name.replace("_", "\n", 1), justify="right", no_wrap=True)
-    rows = {code: [values.get(code) for _, values in columns] for code in CODES}
-    rows["mean"] = [scored["macro_average"].get(name) for name, _ in columns]
-    for row, values in rows.items():
-        table.add_row(row, *("" if value is None else f"{value:.3f}" for value in values))
-    return table
+def _read(path: Path, weights: Sequence[str]) -> pd.DataFrame:
+    try:
+        frame = pd.read_csv(path, encoding="utf-8-sig", dtype={"image": str})
+    except (OSError, ValueError) as error:
+        raise ScoringError(f"{path} cannot be read as a table: {error}.") from error
+    if missing := [column for column in ("image", *CODES) if column not in frame]:
+        raise ScoringError(f"{path} has no column {', '.join(missing)}; add it.")
+    frame["image"] = [isic_id(str(name)) or str(name) for name in frame["image"]]
+    if frame["image"].duplicated().any():
+        repeated = frame["image"][frame["image"].duplicated()].iloc[0]
+        raise ScoringError(f"{path} has several rows of {repeated}; keep one.")
+    return frame[["image", *CODES, *(name for name in weights if name in frame)]]
 
 
 def main(
@@ -118,11 +99,13 @@ def main(
 ) -> None:
     """Score a submission as the ISIC 2019 challenge does."""
     scored = score(truth, submission)
-    left_out = scored["left_out"]
+    grid = table("", ["figure", *CODES, "mean"])
+    for name, values in scored["per_category"].items():
+        cells = [*(values.get(code) for code in CODES), scored["macro_average"].get(name)]
+        grid.add_row(name, *("" if value is None else f"{value:.3f}" for value in cells))
+    console.print(grid)
     console.print(f"{scored['images']:,} images are in both files.")
-    console.print(f"Left out: {left_out['truth']:,} of the truth, {left_out['submission']:,} of the submission.")
-    console.print(figures(scored))
-    console.print(f"balanced accuracy {scored['aggregate']['balanced_accuracy']:.4f}")
+    console.print(f"Balanced accuracy: {scored['aggregate']['balanced_accuracy']:.4f}")
 
 
 if __name__ == "__main__":
