@@ -26,7 +26,7 @@ from training.data.manifest import fingerprint, read_manifest
 from training.evaluation.leakage import manifest_receipt
 from training.initial_weights import InitialWeights
 
-TINY = ["architecture=test_vit", "batch_size=16", "warmup_epochs=0", "ema_decay=0", "bootstrap=0"]
+TINY = ["architecture=test_vit", "batch_size=16", "warmup_epochs=0", "ema_decay=0", "bootstrap=0", "threads=1"]
 
 
 @pytest.fixture(scope="module")

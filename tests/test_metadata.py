@@ -452,7 +452,7 @@ def trained(tmp_path_factory):
     with without_mlflow():
         code, output = invoke(
             train.main, "architecture=test_vit", "image_size=32", "batch_size=16", "lr=3e-3", "warmup_epochs=1",
-            "bootstrap=0", "pretrained=false", "metadata=[age, site]", f"manifest={manifest}", "epochs=12",
+            "bootstrap=0", "threads=1", "pretrained=false", "metadata=[age, site]", f"manifest={manifest}", "epochs=12",
             "ema_decay=0.9", "mixup_alpha=0.2", "mix_probability=0.2", "--output", folder / "run",
         )  # fmt: skip
     assert code == 0, output

@@ -1,8 +1,4 @@
-"""What a network is trained with.
-
-The loss is the formula it claims to be; rates, decay and freezing are where they should be; mixing blends images and
-targets alike; a network can memorise a batch.
-"""
+"""The parts of the training loop: losses, optimiser, schedule, freezing, heads, mixing."""
 
 import math
 
@@ -28,7 +24,7 @@ def logits_and_labels(n=16, classes=5):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_cross_entropy_is_torchs(smoothing):
+def test_cross_entropy_equals_that_of_torch(smoothing):
     z, y = logits_and_labels()
     expected = F.cross_entropy(z, y, label_smoothing=smoothing)
     torch.testing.assert_close(ClassificationLoss(label_smoothing=smoothing)(z, y), expected)
@@ -37,7 +33,7 @@ def test_cross_entropy_is_torchs(smoothing):
     torch.testing.assert_close(ClassificationLoss(label_smoothing=smoothing)(z, soft), expected)
 
 
-def test_class_weights_weigh_each_images_loss():
+def test_class_weights_multiply_the_loss_of_each_image():
     z, y = logits_and_labels()
     w = torch.tensor([1.0, 2, 3, 4, 5])
     expected = F.cross_entropy(z, y, weight=w, reduction="none").mean()
@@ -50,7 +46,7 @@ def test_focal_loss_by_hand():
     assert ClassificationLoss(gamma=2.0)(z, y).item() == pytest.approx(expected)
 
 
-def test_class_weights_balance_and_keep_the_size_of_the_loss():
+def test_class_weights_balance_classes_and_keep_the_mean_weight():
     counts = [900, 90, 10]
     for power in (0.0, 0.5, 1.0):
         w = class_weights(counts, power)
@@ -61,17 +57,17 @@ def test_class_weights_balance_and_keep_the_size_of_the_loss():
 # ---- optimiser, schedule, mixing
 
 
-def test_logit_adjustment_takes_the_class_frequencies_off():
-    """Menon et al. 2021: logits that are the priors' logarithms know nothing, and are all the same without them."""
+def test_logit_adjustment_removes_the_class_frequencies():
+    """Menon et al. 2021: logits that hold only the class frequencies are all equal after the adjustment."""
     counts = [900, 90, 10]
-    knows_nothing = np.log(np.array(counts) / 1000)
-    assert np.ptp(knows_nothing - prior_logits(counts, 1.0)) == pytest.approx(0, abs=1e-12)
-    assert knows_nothing - prior_logits(counts, 0.5) == pytest.approx(knows_nothing / 2)
+    frequencies = np.log(np.array(counts) / 1000)
+    assert np.ptp(frequencies - prior_logits(counts, 1.0)) == pytest.approx(0, abs=1e-12)
+    assert frequencies - prior_logits(counts, 0.5) == pytest.approx(frequencies / 2)
     assert not prior_logits(counts, 0.0).any()
 
 
 @pytest.mark.parametrize("hidden", [[], [8]])
-def test_the_bias_takes_it_to_wherever_the_model_goes(hidden):
+def test_logit_adjustment_is_part_of_the_bias(hidden):
     backbone = build_backbone("test_vit", 3, 32, options={"head_hidden": hidden} if hidden else {}).eval()
     images, shift = torch.rand(2, 3, 32, 32), np.array([-0.1, -2.0, -4.0])
     with torch.inference_mode():
@@ -92,7 +88,7 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine():
     assert learning_rate(load_config(None, ["lr=1e-3", "scheduler=constant", "warmup_epochs=0"]), 0, 100) == 1e-3
 
 
-def test_warm_restarts_begin_again_each_time_with_twice_the_period():
+def test_the_period_of_warm_restarts_doubles():
     settings = ["lr=1e-3", "min_lr=1e-5", "epochs=9", "warmup_epochs=2", "scheduler=restarts", "restart_epochs=1"]
     rates = [learning_rate(load_config(None, settings), step, 100) for step in range(900)]
     tops = [step for step in range(201, 900) if rates[step] > rates[step - 1]]
@@ -102,7 +98,7 @@ def test_warm_restarts_begin_again_each_time_with_twice_the_period():
     assert rates[499] == pytest.approx(1e-5, rel=0.01)
 
 
-def test_deeper_layers_learn_faster():
+def test_layer_decay_slows_early_layers():
     model = build_backbone("test_vit", 3, 32)
     groups = make_optimizer(model, load_config(None, ["layer_decay=0.5"])).param_groups
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
@@ -113,7 +109,7 @@ def test_deeper_layers_learn_faster():
     assert {group["lr_scale"] for group in plain} == {1.0}
 
 
-def test_a_frozen_backbone_stays_as_it_is():
+def test_a_frozen_backbone_does_not_change():
     model = build_backbone("resnet18", 3, 32)
     optimizer = make_optimizer(model, load_config(None))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -155,7 +151,7 @@ def test_norms_biases_and_tokens_are_not_decayed(name, kind):
         assert decay[id(parameter)] == (0 if spared else 0.1), parameter_name
 
 
-def test_mixing_blends_images_and_targets_alike():
+def test_mixing_blends_images_and_targets_equally():
     mix = make_mix(load_config(None, ["mixup_alpha=1", "mix_probability=1"]), 4)
     labels = torch.arange(4)
     torch.manual_seed(0)

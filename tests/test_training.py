@@ -33,7 +33,8 @@ from training.interruption import Interrupted
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 # timm's smallest vision transformer, made for tests
-TINY = ["architecture=test_vit", "image_size=32", "batch_size=16", "lr=1e-3", "warmup_epochs=1", "bootstrap=10"]
+TINY = ["architecture=test_vit", "image_size=32", "batch_size=16", "lr=1e-3", "warmup_epochs=1", "bootstrap=10",
+        "threads=1"]  # fmt: skip
 
 
 # ---- checkpoints

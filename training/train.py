@@ -75,12 +75,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         initial.check(frame, dataset_fingerprint)
     # Before the images are decoded, since pretrained weights may be out of reach.
     seed_everything(config.seed, 0)
-    model = make_model(config, len(classes), pretrained=config.pretrained and not checkpoint)
-    check_explainable(model, config)
-    heads = checkpoint["heads"] if checkpoint else heads_of(model)  # trained in frozen epochs
-    if initial and (new_heads := initial.put_into(model, classes, config.metadata_inputs)):
-        heads = new_heads
-        console.print(f"Loaded {config.initial_bundle} except {', '.join(heads)}: its classes or inputs differ.")
+    model, heads = first_weights(config, classes, checkpoint, initial)
     output.mkdir(parents=True, exist_ok=True)
     data = load_splits(config, frame, classes, interruption.check)
     counts = np.bincount(data["train"].labels, minlength=len(classes)).tolist()
@@ -113,8 +108,6 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         "initial": initial.to_dict() if initial else (checkpoint or {}).get("initial"),
         "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id},
     }
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    console.print(f"{config.architecture}, {millions:.1f} M parameters, {config.image_size} px, {len(classes)} classes")
     console.print(f"{len(data['train']):,} training and {len(data['val']):,} validation images, {device}, {precision}")
     console.print(f"Output {output}, run {tracker.url or tracker.run_id}")
     try:
@@ -177,6 +170,21 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     except BaseException:
         tracker.end("KILLED" if interruption.number else "FAILED")
         raise
+
+
+def first_weights(
+    config: TrainConfig, classes: tuple[str, ...], checkpoint: dict[str, Any] | None, initial: InitialWeights | None
+) -> tuple[nn.Module, list[str]]:
+    """Return the network before training, and the names of the heads that frozen epochs train."""
+    model = make_model(config, len(classes), pretrained=config.pretrained and not checkpoint)
+    check_explainable(model, config)
+    heads = checkpoint["heads"] if checkpoint else heads_of(model)
+    if initial and (new_heads := initial.put_into(model, classes, config.metadata_inputs)):
+        heads = new_heads
+        console.print(f"Loaded {config.initial_bundle} except {', '.join(heads)}: its classes or inputs differ.")
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    console.print(f"{config.architecture}, {millions:.1f} M parameters, {config.image_size} px, {len(classes)} classes")
+    return model, heads
 
 
 def check_resumable(checkpoint: dict[str, Any], config: TrainConfig, dataset_fingerprint: str) -> None:

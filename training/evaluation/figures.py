@@ -1,4 +1,4 @@
-"""Pictures of a training run and of an evaluation, as matplotlib figures that need no display."""
+"""Diagrams of a training run and of an evaluation, as matplotlib figures that need no display."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ LABEL_AT = 0.5  # share of the row above which a cell's text turns white
 
 
 def confusion_figure(table: ArrayLike, classes: Sequence[str]) -> Figure:
-    """Confusion matrix (K, K): counts, shaded by the share of their row (the truth)."""
+    """Draw a confusion matrix (K, K): counts, shaded by the share of their row (the truth)."""
     counts = np.asarray(table)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure = Figure(figsize=(7, 6), layout="constrained")
@@ -40,7 +40,7 @@ def confusion_figure(table: ArrayLike, classes: Sequence[str]) -> Figure:
 
 
 def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and validation scores by epoch, from the per-epoch metrics of a run."""
+    """Draw loss and validation scores by epoch."""
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, scores = figure.subplots(1, 2)
@@ -57,7 +57,7 @@ def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def roc_figure(labels: NDArray[np.int64], probabilities: NDArray[np.float64], classes: Sequence[str]) -> Figure:
-    """ROC curve of each class against the rest."""
+    """Draw the ROC curve of each class against the rest."""
     figure = Figure(figsize=(6, 5.5), layout="constrained")
     axes = figure.subplots()
     for index, code in enumerate(classes):
@@ -73,7 +73,7 @@ def roc_figure(labels: NDArray[np.int64], probabilities: NDArray[np.float64], cl
 def precision_recall_figure(
     labels: NDArray[np.int64], probabilities: NDArray[np.float64], classes: Sequence[str]
 ) -> Figure:
-    """Precision against recall of each class against the rest, with its average precision."""
+    """Draw precision against recall of each class against the rest, with its average precision."""
     figure = Figure(figsize=(6, 5.5), layout="constrained")
     axes = figure.subplots()
     for index, code in enumerate(classes):
@@ -87,7 +87,7 @@ def precision_recall_figure(
 
 
 def class_bars_figure(table: Mapping[str, Any], intervals: Mapping[str, Any]) -> Figure:
-    """Recall, precision and specificity of each class as bars, with 95 % intervals where there are any.
+    """Draw recall, precision and specificity of each class as bars, with their 95 % intervals.
 
     Args:
         table: `per_class` of mlflow_tracking.metrics.report.
@@ -112,7 +112,7 @@ def class_bars_figure(table: Mapping[str, Any], intervals: Mapping[str, Any]) ->
 
 
 def risk_coverage_figure(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> Figure:
-    """Error rate among the images answered, when only the most confident share of them is."""
+    """Draw the error rate among the most confident share of the images against this share."""
     coverage, risk = risk_coverage(labels, probabilities)
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -126,7 +126,7 @@ def risk_coverage_figure(labels: NDArray[np.int64], probabilities: NDArray[np.fl
 
 
 def examples_figure(rows: Sequence[tuple[str, Sequence[tuple[Image.Image, Image.Image, str] | None]]]) -> Figure:
-    """A sheet of examples: per row its title, and for each column a picture, its heatmap and a caption, or nothing."""
+    """Draw a sheet of examples: rows of a title and cells; a cell is picture, heatmap and caption, or None."""
     columns = max(len(cells) for _, cells in rows)
     figure = Figure(figsize=(4.2 * columns, 1.75 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), 2 * columns, squeeze=False)
@@ -144,7 +144,7 @@ def examples_figure(rows: Sequence[tuple[str, Sequence[tuple[Image.Image, Image.
 
 
 def sheet_figure(pictures: Mapping[str, NDArray[np.uint8]]) -> Figure:
-    """Pictures (H, W, 3) with their names under a common size."""
+    """Draw pictures (H, W, 3) with their names."""
     columns = 4
     lines = -(-len(pictures) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.2 * lines), layout="constrained")
@@ -158,7 +158,7 @@ def sheet_figure(pictures: Mapping[str, NDArray[np.uint8]]) -> Figure:
 
 
 def deletion_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
-    """Probability of the top class as more of the picture is hidden, by the order in which it is."""
+    """Draw the probability of the top class against the share of hidden cells, for each order of hiding."""
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
     for (name, curve), colour in zip(curves.items(), (ORANGE, GREY, BLUE), strict=False):
@@ -170,7 +170,7 @@ def deletion_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def reliability_figure(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> Figure:
-    """Reliability diagram: accuracy against confidence, with the images in each bin below."""
+    """Draw a reliability diagram: accuracy against confidence, with the number of images in each bin below."""
     count, confidence, right = reliability(labels, probabilities).T
     edges = np.linspace(0, 1, len(count) + 1)
     figure = Figure(figsize=(5.5, 6), layout="constrained")
