@@ -71,6 +71,12 @@ class HeatGrid(BaseModel):
         return grid
 
 
+class ReadImage(BaseModel):
+    """The picture as the model server read it. `converted` says what was changed, in plain words."""
+
+    converted: list[Annotated[str, Field(max_length=200)]] = []
+
+
 class Answer(BaseModel):
     """TorchServe's answer for one picture."""
 
@@ -81,6 +87,7 @@ class Answer(BaseModel):
     uncertainty: AnswerUncertainty
     gradcam: HeatGrid
     metadata: dict[str, float | str | None] = {}
+    image: ReadImage = ReadImage()
     disclaimer: str
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 DISPLAY_SIDE = 1000  # pixels; sharp in half of a wide window
 THUMBNAIL_SIDE = 96  # pixels
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 50_000_000  # as the model server; read from the header before any pixel is decoded
 PHOTOMETRIC = 262  # TIFF's PhotometricInterpretation; 0 means that white is zero
 
@@ -28,6 +28,8 @@ def open_picture(data: bytes) -> Image.Image | None:
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     return None
+                for name in ("xmp", "XML:com.adobe.xmp"):  # an orientation there is ignored, as by the model server
+                    opened.info.pop(name, None)
                 opened.draft("RGB", (DISPLAY_SIDE, DISPLAY_SIDE))
                 picture = ImageOps.exif_transpose(opened)
                 if picture.mode.startswith("I"):  # 16-bit grey

@@ -320,3 +320,10 @@ def test_standardisation_is_the_textbook_formula():
     scale, offset = preprocessing.standardisation
     assert np.allclose(pixels * scale + offset, (pixels / 255 - (0.5, 0.4, 0.3)) / (0.2, 0.25, 0.5))
     assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
+
+
+def test_local_files_have_no_limit_of_bytes(picture):
+    data = encode(picture, "PNG") + bytes(MAX_BYTES)
+    with pytest.raises(ImageError, match="limit is 33,554,432 bytes"):
+        Preprocessing(64)(data)
+    assert Preprocessing(64)(data, max_bytes=None)[0].shape == (64, 64, 3)

@@ -160,6 +160,8 @@ def patient_details(upload: Upload, answer: Answer) -> None:
 def show_heatmap(upload: Upload, answer: Answer, readings: Readings) -> None:
     """Draw the picture and its heatmap. The slider reruns only this function and sends no request."""
     shown = picture(upload.sha256, upload.image)
+    if answer.image.converted:
+        st.caption(wording.CONVERTED.format(changes="; ".join(answer.image.converted)))
     if shown is None:
         st.info(wording.NOT_SHOWN)
         return
