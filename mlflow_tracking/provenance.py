@@ -50,14 +50,10 @@ class Lineage:
 
 
 def trace(query: str, registry: Registry, audit: AuditLog, predictions: Iterable[Path] = ()) -> Lineage:
-    """Collect the history of the model that a query names.
+    """Collect the history of the model that a query names. Raises LineageError if nothing matches.
 
-    Args:
-        query: a digest or at least its first MIN_DIGITS digits, a version number, or a request id.
-        predictions: prediction logs (JSON lines with `request_id` and the model's digest), searched for request ids.
-
-    Raises:
-        LineageError: nothing matches the query.
+    The query is a digest or at least its first MIN_DIGITS digits, a version number, or the id of a request in
+    `predictions`, which are prediction logs.
     """
     prediction, missing, version = None, [], None
     key = query.removeprefix("sha256:").lower()
@@ -126,7 +122,9 @@ def _prediction(request_id: str, logs: Iterable[Path]) -> tuple[dict[str, Any], 
                 if row.get("request_id") == request_id and isinstance(digest, str):
                     return row, digest.removeprefix("sha256:")
     if not searched:
-        raise LineageError(f"{request_id} is neither a version nor a digest. Name a prediction log with --predictions.")
+        raise LineageError(
+            f"{request_id} is neither a version nor a digest, and there is no prediction log. Give a digest."
+        )
     raise LineageError(
         f"{request_id} is neither a version nor a digest, and no request of that id is in {', '.join(searched)}."
     )

@@ -36,14 +36,9 @@ class SkinLesionModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Return one row of nine probabilities for each image.
+        """Return one row of nine probabilities for each image. Raises ValueError that names the row of a refused image.
 
-        Args:
-            model_input: a DataFrame with the column `image`, or with a single column of any name, which MLflow makes
-                from a list. Images are bytes or base64.
-
-        Raises:
-            ValueError: an image is refused; the message names its row.
+        Images are bytes or base64, in the column `image`, or in a single column of any name, as MLflow makes of a list.
         """
         images, metadata = _images(model_input), _metadata(model_input)
         rows: list[dict[str, float]] = []

@@ -93,7 +93,7 @@ def clean(store: Path) -> list[Path]:
     return leftovers
 
 
-def surplus(store: Path, needed: Collection[str], keep: int) -> list[Path]:
+def surplus(store: Path, needed: Collection[str | None], keep: int) -> list[Path]:
     """Return the archives that are not needed, except the `keep` youngest, the oldest first.
 
     Files with other names are left alone. An archive that the ledger lacks, after a crash, counts as not needed.

@@ -97,11 +97,7 @@ class AuditLog:
         return None
 
     def verify(self, anchor: Head | None = None) -> list[str]:
-        """Return a sentence for each fault in the chain.
-
-        Args:
-            anchor: the head that the registry knows; the log must still contain it.
-        """
+        """Return a sentence for each fault in the chain. The log must contain `anchor`, the head in the registry."""
         rows = self.rows()
         faults = list(chain_faults(rows))
         if anchor and anchor.seq and not faults:

@@ -164,8 +164,7 @@ def freeze(rows: pd.DataFrame, folder: Path, images: int | None = None) -> Evalu
 
     Args:
         rows: from training.data.manifest.read_manifest.
-        images: how many pictures to take, roughly: whole lesions, each class in proportion but at least
-            MIN_CLASS_IMAGES pictures. None takes all.
+        images: roughly how many pictures to take, as whole lesions, in proportion to the classes. None takes all.
 
     Raises:
         EvaluationSetError: there are no rows, or a file is unreadable or differs from the manifest.

@@ -88,11 +88,7 @@ class Executor:
         Needed are the loaded, the approved, the serving, the last good and the desired ones.
         """
         ledger = ledgers.read(self.store)
-        needed = {release.archive for release in desired} | {
-            *ledger.loaded,
-            ledger.default or "",
-            ledger.last_good or "",
-        }
+        needed = {*ledger.loaded, ledger.default, ledger.last_good, *(release.archive for release in desired)}
         for held in actual.loaded.values():
             needed |= {held.release.archive, held.release.digest}  # Observer puts the name of an unknown archive there
         surplus = [path.name for path in archives.surplus(self.store, needed, keep)]

@@ -39,11 +39,7 @@ class Observer:
         self._verifier = Verifier(store)
 
     def actual_state(self, expected: Iterable[Release] = ()) -> Actual:
-        """Return the actual state; `expected` are releases that the ledger may lack.
-
-        Raises:
-            TorchServeUnavailable, TorchServeError, LedgerError
-        """
+        """Return the actual state; the ledger may lack `expected`. Raises TorchServe's errors and LedgerError."""
         served = self._torchserve.versions()
         default = self._torchserve.default() if served else None
         ledger = ledgers.read(self._store)

@@ -128,11 +128,8 @@ class Pass:
 class Reconciler:
     """Makes TorchServe agree with the registry, one pass at a time.
 
-    Args:
-        keep_archives: how many unneeded archives stay in the model store.
-        listener: receives the events of every step.
-        by: who acts, for the audit log.
-        overruled: versions that serve although the gates refuse them, each with the reason.
+    `keep_archives` unneeded archives stay in the store. `listener` receives the events of every step. `by` acts, for
+    the audit log. The versions in `overruled`, each with a reason, serve although the gates refuse them.
     """
 
     def __init__(

@@ -145,10 +145,9 @@ class Judge:
         return Question(release.digest, evaluation_set, self.settings, None if champion is None else champion.digest)
 
     def judge(self, candidate: Candidate) -> Judgement:
-        """Ask all gates, up to a decisive one that fails. Does not keep the judgement.
+        """Ask all gates, up to a decisive one that fails; the judgement is not kept.
 
-        Raises:
-            TorchServeError, TorchServeUnavailable, EvaluationSetError, OSError: the candidate is not at fault.
+        Raises TorchServeError, TorchServeUnavailable, EvaluationSetError or OSError if the candidate is not at fault.
         """
         began = time.monotonic()
         verdicts: list[Verdict] = []
