@@ -96,9 +96,7 @@ class BundleConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, as kept in bundle.json."""
-        values = {"schema": SCHEMA, **asdict(self), "classes": list(self.classes)}
-        del values["metadata"]
-        return values | ({"metadata": self.metadata.to_dict()} if self.metadata.fields else {})
+        return {"schema": SCHEMA, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BundleConfig":

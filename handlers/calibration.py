@@ -4,7 +4,7 @@ Here is only what serving computes; training/evaluation/calibration_fit.py fits 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,13 +78,9 @@ class Calibration:
             sets.append([UNKNOWN, *inside] if p_unknown > (1 - p_unknown) * row.max() else inside)
         return sets
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form, as kept in bundle.json."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Calibration":
-        """Invert to_dict."""
+        """Return the calibration in bundle.json, which has the dataclass's fields."""
         return cls(
             values["temperature"],
             Rejection(**values["rejection"]) if values.get("rejection") else None,

@@ -7,7 +7,7 @@ to the logits (handlers.backbone.MetadataHead), so without metadata the answer i
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -105,13 +105,9 @@ class Metadata:
                 parts.append([float(word == value) for word in getattr(self, name)])
         return np.array([number for part in parts for number in part], np.float32)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form, as kept in bundle.json."""
-        return {name: list(values) for name, values in asdict(self).items()}
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Metadata":
-        """Invert to_dict."""
+        """Return the metadata in bundle.json, which has the dataclass's fields."""
         return cls(**{name: tuple(entries) for name, entries in values.items()})
 
     def _value(self, name: str, value: Any) -> float | str | None:

@@ -1,6 +1,6 @@
 """Preprocessing: a decoded picture to the network's uint8 input, the same in training, evaluation and serving."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -53,13 +53,9 @@ class Preprocessing:
         _check_content(pixels, decoded.image)
         return pixels, decoded
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form, as kept in bundle.json."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
-        """Invert to_dict."""
+        """Return the preprocessing in bundle.json, which has the dataclass's fields."""
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -177,10 +178,10 @@ def describe(bundle: Bundle, file: str, names: Sequence[str]) -> dict[str, Any]:
             {"name": OUTPUTS[1], "meaning": "float32 (N, h, w): Grad-CAM over the whole picture, not normalised"},
             {"name": OUTPUTS[2], "meaning": "float32 (N,): for the probability of UNK"},
         ],
-        "preprocessing": config.preprocessing.to_dict(),
+        "preprocessing": asdict(config.preprocessing),
         "metadata_columns": list(config.metadata.columns),
-        "metadata": config.metadata.to_dict(),
-        "calibration": config.calibration.to_dict(),
+        "metadata": asdict(config.metadata),
+        "calibration": asdict(config.calibration),
         "probabilities": [
             "known = softmax(logits / temperature)",
             "familiarity = logsumexp(logits) - residual_weight * residual",

@@ -9,13 +9,28 @@ from pathlib import Path
 
 import streamlit as st
 
-from streamlit_app import html_blocks, wording
+from streamlit_app import connections, html_blocks, wording
+from streamlit_app.client import setting
 from streamlit_app.views.read_pictures import read_pictures
-from streamlit_app.views.sidebar import sidebar
 
 HERE = Path(__file__).parent
 # A further part is a file in views/ and a line here.
 PARTS = [st.Page(read_pictures, title=wording.READ_PICTURES, icon=":material/image_search:", default=True)]
+
+
+def sidebar() -> None:
+    """Draw the sidebar: the state of the services, and advice on reading an answer."""
+    up, promoter = connections.model_server_is_up(), connections.promoter()
+    services = [(wording.MODEL_SERVER, up, wording.RUNNING if up else wording.NO_ANSWER)]
+    if promoter:
+        services.append((wording.DEPLOYMENT, promoter.settled, wording.deployment(promoter)))
+    with st.sidebar:
+        st.html(html_blocks.services(services))
+        if promoter and promoter.refused:
+            st.html(html_blocks.not_deployed(promoter.refused))
+        st.html(html_blocks.GUIDE)
+        st.link_button(wording.MLFLOW_LINK, setting("MLFLOW_PUBLIC_URL"), icon=":material/open_in_new:")
+
 
 st.set_page_config(wording.PAGE_TITLE, HERE / "icon.svg", layout="wide", initial_sidebar_state="collapsed")
 st.html(HERE / "style.css")

@@ -70,7 +70,9 @@ class PredictionClient:
                 raise self._translate(error) from error
             else:
                 body = _body(response)
-                if wait is None or not _is_transient(response.status_code, body):
+                # TorchServe's own failure may pass; the handler's, whose body has `error`, does not.
+                transient = response.status_code in BUSY or (response.status_code == FAILED and "error" not in body)
+                if wait is None or not transient:
                     return _parse(response.status_code, body)
             time.sleep(wait)
         raise AssertionError("unreachable: the last try returns or raises")
@@ -103,11 +105,6 @@ def _body(response: requests.Response) -> dict[str, Any]:
     except ValueError:
         return {}
     return body if isinstance(body, dict) else {}
-
-
-def _is_transient(status: int, body: dict[str, Any]) -> bool:
-    """Return whether a retry may succeed: TorchServe's own failure, not the handler's, whose body has `error`."""
-    return status in BUSY or (status == FAILED and "error" not in body)
 
 
 def _parse(status: int, body: dict[str, Any]) -> Answer:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -247,5 +247,5 @@ def test_calibration_arithmetic():
     assert nine[0, 0] == pytest.approx(expected[0] * (1 - unknown))
     assert nine[0, CODES.index("DF")] == 0
     assert calibration.conformal_sets(logits, classes) == [["MEL", "NV"], ["MEL"]]
-    assert Calibration.from_dict(calibration.to_dict()) == calibration
+    assert Calibration.from_dict(asdict(calibration)) == calibration
     assert Calibration().conformal_sets(logits, classes) is None

@@ -1,18 +1,16 @@
 """predict.py and explain.py: answers on stdout, errors as sentences on stderr, and the documented exit codes."""
 
 import json
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
 from handlers.taxonomy import CODES
+from mlflow_tracking import command_line
+from scripts import explain, predict
 from tests.models import tiny_bundle
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -27,50 +25,51 @@ def image(tmp_path, sample_images):
     return path
 
 
-def run(script, *args):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / script, *map(str, args)], capture_output=True, text=True, timeout=60
-    )
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run a command in this process; return its exit code, stdout and stderr."""
+
+    def run(command, *args):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            command_line.run(command.main)
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
-def test_predict_from_a_bundle_in_json(bundle, image, tmp_path):
+def test_predict_from_a_bundle_in_json(run, bundle, image, tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("no image")
-    done = run("predict.py", image, text, tmp_path / "absent.jpg", "--bundle", bundle, "--json")
-    good, refused, absent = map(json.loads, done.stdout.splitlines())
-    assert done.returncode == 1
+    code, output, _ = run(predict, image, text, tmp_path / "absent.jpg", "--bundle", bundle, "--json")
+    good, refused, absent = map(json.loads, output.splitlines())
+    assert code == 1
     assert list(good["probabilities"]) == list(CODES)
     assert refused["error"]["code"] == "unsupported_media_type"
     assert "No such file" in absent["error"]["message"]
 
 
-def test_predict_prints_a_table(bundle, image):
-    done = run("predict.py", image, "--bundle", bundle)
-    assert done.returncode == 0
-    assert "lesion.jpg" in done.stdout
-    assert "Research use only" in done.stdout
-
-
-@pytest.mark.parametrize(("code", "options"), [(1, ("--bundle", "/nowhere")), (3, ("--url", "http://127.0.0.1:9"))])
-def test_predict_names_what_is_missing(image, code, options):
-    done = run("predict.py", image, *options)
-    assert done.returncode == code
-    assert "Traceback" not in done.stderr
-    assert "." in done.stderr
+def test_predict_prints_a_table(run, bundle, image):
+    code, output, _ = run(predict, image, "--bundle", bundle)
+    assert code == 0
+    assert "lesion.jpg" in output
+    assert "Research use only" in output
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "message"),
     [
-        (("--bundle", "/nowhere", "--version", "1"), "Use one or the other"),
-        (("--bundle", "/nowhere", "--url", "http://127.0.0.1:9"), "Use one or the other"),
-        (("--url", "127.0.0.1:8080"), "--url is '127.0.0.1:8080'. Use an address"),
+        (("--bundle", "/nowhere"), 1, "/nowhere is not a bundle"),
+        (("--url", "http://127.0.0.1:9"), 3, "TorchServe does not answer"),
+        (("--bundle", "/nowhere", "--version", "1"), 2, "Use one or the other"),
+        (("--bundle", "/nowhere", "--url", "http://127.0.0.1:9"), 2, "Use one or the other"),
+        (("--url", "127.0.0.1:8080"), 2, "--url is '127.0.0.1:8080'. Use an address"),
     ],
 )
-def test_predict_rejects_options_that_exclude_each_other(image, options, message):
-    done = run("predict.py", image, *options)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_predict_ends_with_a_sentence(run, image, options, code, message):
+    ended, _, errors = run(predict, image, *options)
+    assert ended == code
+    assert message in errors
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_predict_rejects_options_that_exclude_each_other(image, options, message
         (405, b"<html>", "/predictions/skin_vit", "Check that TorchServe runs at http://127.0.0.1:"),
     ],
 )
-def test_predict_continues_after_an_answer_without_json(image, status, body, suffix, hint):
+def test_predict_continues_after_an_answer_without_json(run, image, status, body, suffix, hint):
     """TorchServe answers a too large request with an empty 413. --url may be the whole prediction address."""
 
     class Server(BaseHTTPRequestHandler):
@@ -96,42 +95,37 @@ def test_predict_continues_after_an_answer_without_json(image, status, body, suf
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        done = run(
-            "predict.py", image, image, "--json", "--url", f"http://127.0.0.1:{server.server_address[1]}{suffix}"
-        )
+        url = f"http://127.0.0.1:{server.server_address[1]}{suffix}"
+        code, output, _ = run(predict, image, image, "--json", "--url", url)
         server.shutdown()
-    assert done.returncode == 1
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert code == 1
+    answers = [json.loads(line) for line in output.splitlines()]
     assert [str(status) in answer["error"]["message"] for answer in answers] == [True, True]
     assert all(hint in answer["error"]["message"] for answer in answers)
 
 
-def test_explain_writes_the_overlay(bundle, image, tmp_path):
+def test_explain_writes_the_overlay(run, bundle, image, tmp_path):
     output = tmp_path / "new" / "overlay.png"
-    done = run("explain.py", "--image", image, "--output", output, "--bundle", bundle, "--target", "BCC")
-    assert done.returncode == 0, done.stderr
-    assert "BCC" in done.stdout
+    code, text, _ = run(explain, "--image", image, "--output", output, "--bundle", bundle, "--target", "BCC")
+    assert code == 0
+    assert "BCC" in text
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
-def test_explain_prints_brackets_in_names(bundle, tmp_path):
-    absent = tmp_path / "[red]mole.jpg"
-    done = run("explain.py", "--image", absent, "--output", tmp_path / "o.png", "--bundle", bundle)
-    assert done.returncode == 1
-    assert done.stderr == f"{absent}: No such file or directory.\n"
-
-
-def test_explain_rejects_in_a_sentence(bundle, image, tmp_path):
-    for change in (("--image", tmp_path / "absent.jpg"), ("--target", "XYZ"), ("--bundle", tmp_path)):
-        done = run("explain.py", "--image", image, "--output", tmp_path / "o.png", "--bundle", bundle, *change)
-        assert done.returncode == 1
-        assert "Traceback" not in done.stderr
-        assert not (tmp_path / "o.png").exists()
-
-
-@pytest.mark.parametrize("output", [".", "heatmap.jpg"])
-def test_explain_writes_only_png_files(bundle, image, tmp_path, output):
-    done = run("explain.py", "--image", image, "--output", tmp_path / output, "--bundle", bundle)
-    assert done.returncode == 2
-    assert "ends in .png" in done.stderr
+@pytest.mark.parametrize(
+    ("option", "value", "code", "message"),
+    [
+        ("--image", "[red]mole.jpg", 1, "[red]mole.jpg: No such file or directory.\n"),
+        ("--target", "XYZ", 1, "target is 'XYZ': it must be one of"),
+        ("--bundle", ".", 1, "is not a bundle"),
+        ("--output", ".", 2, "ends in .png"),
+        ("--output", "heatmap.jpg", 2, "ends in .png"),
+    ],
+)
+def test_explain_ends_with_a_sentence_and_writes_nothing(run, bundle, image, tmp_path, option, value, code, message):
+    options = {"--image": image, "--output": tmp_path / "o.png", "--bundle": bundle}
+    options[option] = value if option == "--target" else tmp_path / value
+    ended, _, errors = run(explain, *(word for pair in options.items() for word in pair))
+    assert ended == code
+    assert message in errors
     assert list(tmp_path.iterdir()) == [image]

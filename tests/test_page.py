@@ -16,7 +16,7 @@ import streamlit as st
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from streamlit_app import charts, csv_export, heatmap, html_blocks, pictures, table, wording
+from streamlit_app import charts, heatmap, html_blocks, many_pictures, pictures, wording
 from streamlit_app.client import ServingError
 from streamlit_app.readings import Reading, Upload
 from tests.fake_torchserve import CLASSES, NOWHERE, TAKES, answer_for, parse
@@ -162,7 +162,7 @@ class TestTable:
     REFUSED = Reading(Upload.of("ä,\n.jpg", b"2"), problem=ServingError("refused", "@SUM(1)"))
 
     def rows(self, *readings: Reading) -> list[dict[str, str]]:
-        return list(csv.DictReader(io.StringIO(csv_export.to_csv(readings))))
+        return list(csv.DictReader(io.StringIO(many_pictures.to_csv(readings))))
 
     def test_csv_holds_everything_and_no_formula(self):
         first, second = self.rows(self.GOOD, self.REFUSED)
@@ -182,9 +182,9 @@ class TestTable:
         assert row["problem"] == "'@SUM(1)"
 
     def test_overview(self):
-        [row] = table.overview([("a.jpg", None, self.GOOD.answer)]).to_dict("records")
+        [row] = many_pictures.overview([("a.jpg", None, self.GOOD.answer)]).to_dict("records")
         assert row["probability"] == pytest.approx(100 * max(self.GOOD.answer.probabilities.values()))
-        assert set(row) == {table.PICTURE, *wording.COLUMNS}
+        assert set(row) == {many_pictures.PICTURE, *wording.COLUMNS}
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ class TestClient:
             ("refuse", "refused", "damaged"),
             ("too_large", "refused", "larger than the model server accepts"),
             ("no_model", "no_model", "Model not found"),
-            ("broken", "unexpected", "status 500: Worker died."),
+            ("broken", "unexpected", r"status 500 \(Worker died"),
             ("redirect", "unexpected", "status 302."),
             ("garbage", "unexpected", "not in schema 1"),
         ],

@@ -1,1 +1,1 @@
-"""The parts of the page: one file each, and the sidebar that all of them have."""
+"""The parts of the page: one file each."""

@@ -6,7 +6,7 @@ from typing import Any
 import streamlit as st
 from PIL import Image
 
-from streamlit_app import charts, connections, csv_export, heatmap, html_blocks, pictures, table, wording
+from streamlit_app import charts, connections, heatmap, html_blocks, many_pictures, pictures, wording
 from streamlit_app.answer_schema import UNKNOWN, Answer
 from streamlit_app.client import PICTURE_PROBLEMS, ServingError, setting
 from streamlit_app.readings import Reading, Readings, Upload
@@ -87,20 +87,20 @@ def choose(answered: list[Reading], results: list[Reading]) -> Reading:
     with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
         st.html(html_blocks.counts(results), width="content")
         st.download_button(
-            wording.DOWNLOAD, csv_export.to_csv(results), "skin_lesions.csv", "text/csv", on_click="ignore",
+            wording.DOWNLOAD, many_pictures.to_csv(results), "skin_lesions.csv", "text/csv", on_click="ignore",
             icon=":material/download:",
         )  # fmt: skip
     columns: dict[str, Any] = {
-        table.PICTURE: st.column_config.ImageColumn("", width=THUMBNAIL_WIDTH),
+        many_pictures.PICTURE: st.column_config.ImageColumn("", width=THUMBNAIL_WIDTH),
         **wording.COLUMNS,
     }
-    for name in table.PERCENTAGES:
+    for name in many_pictures.PERCENTAGES:
         columns[name] = st.column_config.ProgressColumn(
             wording.COLUMNS[name], format="%.1f %%", min_value=0, max_value=100, width="small"
         )
     rows = [(r.upload.name, thumbnail(r.upload.sha256, r.upload.image), r.answer) for r in answered if r.answer]
     event = st.dataframe(
-        table.overview(rows), key="overview", hide_index=True, row_height=ROW_HEIGHT, on_select="rerun",
+        many_pictures.overview(rows), key="overview", hide_index=True, row_height=ROW_HEIGHT, on_select="rerun",
         selection_mode="single-row-required", column_config=columns, alt=wording.TABLE_ALT,
     )  # fmt: skip
     selected = event.selection.rows

@@ -1,13 +1,35 @@
-"""The CSV download: one row for each picture, refused ones too."""
+"""Many pictures: the table on the page, and the CSV download with one row for each picture, refused ones too."""
 
 import csv
 import io
 from collections.abc import Sequence
 
-from streamlit_app.answer_schema import METADATA, Answer
+import pandas as pd
+
+from streamlit_app import wording
+from streamlit_app.answer_schema import METADATA, UNKNOWN, Answer
 from streamlit_app.readings import Reading
 
+PICTURE = "picture"
+PERCENTAGES = ("probability", "malignancy", "unknown")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+def overview(answers: Sequence[tuple[str, str | None, Answer]]) -> pd.DataFrame:
+    """Return one row for each file name, thumbnail and answer; probabilities in percent."""
+    return pd.DataFrame(
+        {
+            PICTURE: thumbnail,
+            "file": name,
+            "top": answer.classes[answer.ranking[0]].name,
+            "kind": wording.kind(answer, answer.ranking[0]),
+            "probability": 100 * answer.probabilities[answer.ranking[0]],
+            "malignancy": 100 * answer.malignancy,
+            "unknown": 100 * answer.probabilities.get(UNKNOWN, 0.0),
+            "certainty": wording.certainty(answer)[0],
+        }
+        for name, thumbnail, answer in answers
+    )
 
 
 def to_csv(readings: Sequence[Reading]) -> str:
