@@ -58,14 +58,10 @@ def parse_request(row: dict[str, Any], explain: bool) -> Request:
 def _from_json(fields: dict[str, Any]) -> dict[str, Any]:
     """Decode the image's base64, and turn booleans, numbers and null into the texts of form fields."""
     for name, value in fields.items():
-        if isinstance(value, bool):
-            fields[name] = str(value).lower()
-        elif name in FIELDS and (value is None or isinstance(value, int | float)):
-            fields[name] = "" if value is None else str(value)
-        elif name in FIELDS and not isinstance(value, str):
-            raise RequestError(f"{name!r} has the wrong type in JSON: it must be a string or a number.")
+        if value is None or isinstance(value, bool | int | float):
+            fields[name] = "" if value is None else str(value).lower()
         elif not isinstance(value, str):
-            raise RequestError(f"{name[:40]!r} has the wrong type in JSON: it must be a string or a boolean.")
+            raise RequestError(f"{name[:40]!r} has the wrong type in JSON: it must be a string, number or boolean.")
     for name in IMAGE_FIELDS:
         if name in fields:
             encoded = fields[name]

@@ -167,10 +167,9 @@ def services(rows: list[tuple[str, bool, str]]) -> str:
 
 
 def not_deployed(versions: list[RefusedVersion]) -> str:
-    """Return the versions that the promoter refused, with the reasons; empty if there are none."""
+    """Return the versions that the promoter refused, with the reasons."""
     items = "".join(f"<li>{escape(version.reason)}</li>" for version in versions)
-    block = f'<section class="sl-problem sl-mild"><h3>{wording.NOT_DEPLOYED}</h3><ul>{items}</ul></section>'
-    return block if versions else ""
+    return f'<section class="sl-problem sl-mild"><h3>{wording.NOT_DEPLOYED}</h3><ul>{items}</ul></section>'
 
 
 def _tag(answer: Answer, code: str) -> str:

@@ -14,7 +14,6 @@ DISPLAY_SIDE = 1000  # pixels; sharp in half of a wide window
 THUMBNAIL_SIDE = 96  # pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 50_000_000  # as the model server; read from the header before any pixel is decoded
-PHOTOMETRIC = 262  # TIFF's PhotometricInterpretation; 0 means that white is zero
 
 
 def open_picture(data: bytes) -> Image.Image | None:
@@ -33,10 +32,7 @@ def open_picture(data: bytes) -> Image.Image | None:
                 opened.draft("RGB", (DISPLAY_SIDE, DISPLAY_SIDE))
                 picture = ImageOps.exif_transpose(opened)
                 if picture.mode.startswith("I"):  # 16-bit grey
-                    levels = (np.clip(np.asarray(picture), 0, 65535) // 257).astype(np.uint8)
-                    # Pillow inverts a TIFF whose white is zero only if it has 8 bits.
-                    inverted = getattr(opened, "tag_v2", {}).get(PHOTOMETRIC) == 0
-                    picture = Image.fromarray(255 - levels if inverted else levels)
+                    picture = Image.fromarray((np.clip(np.asarray(picture), 0, 65535) // 257).astype(np.uint8))
                 picture.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
                 if "A" in picture.mode or "transparency" in picture.info:
                     picture = picture.convert("RGBA")

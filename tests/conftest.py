@@ -77,6 +77,11 @@ class Stack:
     process: subprocess.Popen | None = None
     started_in: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.mlflow, self.torchserve, _, self.promoter, self.streamlit = (
+            f"http://127.0.0.1:{self.env[name]}" for name in PORTS
+        )
+
     @classmethod
     def create(cls, folder: Path) -> "Stack":
         own = {name: str(port) for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True)}
@@ -92,25 +97,6 @@ class Stack:
         }
         return stack
 
-    def url(self, port: str) -> str:
-        return f"http://127.0.0.1:{self.env[port]}"
-
-    @property
-    def streamlit(self) -> str:
-        return self.url("STREAMLIT_PORT")
-
-    @property
-    def mlflow(self) -> str:
-        return self.url("MLFLOW_PORT")
-
-    @property
-    def torchserve(self) -> str:
-        return self.url("TORCHSERVE_PORT")
-
-    @property
-    def promoter(self) -> str:
-        return self.url("PROMOTER_PORT")
-
     @property
     def output(self) -> str:
         """All that `up` has printed."""
@@ -118,15 +104,8 @@ class Stack:
 
     def run(self, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """`python ARGS` (a script of the repository) in this stack's environment."""
-        return subprocess.run(
-            [sys.executable, *args],
-            cwd=ROOT,
-            env=self.env,
-            text=True,
-            capture_output=True,
-            timeout=timeout,
-            check=False,
-        )
+        command = [sys.executable, *args]
+        return subprocess.run(command, cwd=ROOT, env=self.env, text=True, capture_output=True, timeout=timeout)
 
     def start(self) -> None:
         """`python scripts/stack.py up`; back when it says that a prediction was answered."""

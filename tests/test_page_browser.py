@@ -11,7 +11,6 @@ of a real model's answers: `SCREENSHOT_DIR=shots pytest tests/test_page_browser.
 import csv
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import httpx
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
-from scripts.local_processes import free_ports
+from scripts import local_processes
 from tests.chromium import chromium
 from tests.fake_torchserve import CLASSES, NOWHERE, TAKES, answer_for
 from tests.waiting import eventually
@@ -46,16 +45,15 @@ def streamlit(folder: Path, script: str, torchserve: str) -> Iterator[str]:
     """Run `streamlit run` as a user types it, and yield its address."""
     env = os.environ | {"TORCHSERVE_URL": torchserve, "PROMOTER_URL": NOWHERE, "MLFLOW_PUBLIC_URL": MLFLOW}
     env.pop("PYTHONPATH", None)  # the project is installed; the page must not need its root on the path
-    [port] = free_ports(1)
+    [port] = local_processes.free_ports(1)
     command = [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port)]
-    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL)
+    process = local_processes.start(command, env, Path(os.devnull), folder)
     address = f"http://127.0.0.1:{port}"
     try:
         eventually(lambda: httpx.get(f"{address}/_stcore/health").is_success, state=process.poll)
         yield address
     finally:
-        process.terminate()
-        process.wait(20)
+        local_processes.end(process)
 
 
 @pytest.fixture(scope="module")

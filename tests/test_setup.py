@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.compose import copy_of_the_repository
+from tests.conftest import ROOT
+
 TOOLS = ["bash", "env", "cat", "cksum", "awk", "dirname", "rm", "grep", "head"]
 
 
@@ -100,8 +102,7 @@ def test_a_finished_environment_is_left_alone(clone):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_an_interrupted_set_up_is_repaired(tmp_path):
-    unneeded = (".venv", ".git", ".stack", "data", "runs")
-    shutil.copytree(ROOT, tmp_path / "clone", ignore=lambda folder, _: unneeded if Path(folder) == ROOT else ())
+    copy_of_the_repository(tmp_path / "clone")
     environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     packages = tmp_path / "clone/.venv/lib"
     first = subprocess.Popen(["make", "env"], cwd=tmp_path / "clone", env=environment, start_new_session=True)
