@@ -4,6 +4,7 @@ client: every behaviour of a server gives one answer or one ServingError.
 readings: each picture is sent once for each class, to one model; outages are retried.
 """
 
+import threading
 import time
 from dataclasses import replace
 
@@ -199,12 +200,13 @@ class TestReadings:
         assert all(r.answer for r in readings.read_all(predictions, uploads))
 
     def test_answers_during_an_outage_are_kept(self, predictions, forty, monkeypatch):
-        predict = PredictionClient.predict
+        predict, all_started = PredictionClient.predict, threading.Barrier(4)
 
         def fail_first(self, image, *rest):
+            all_started.wait(30)
             if image == forty[0].image:
                 raise ServingError("timeout", "No answer.")
-            time.sleep(0.1)  # under way when the outage shows
+            time.sleep(0.1)
             return predict(self, image, *rest)
 
         monkeypatch.setattr(PredictionClient, "predict", fail_first)
