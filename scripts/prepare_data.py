@@ -95,14 +95,7 @@ def prepare(
 
 
 def _freeze(manifest: Path, split: str, images: int | None) -> None:
-    """Store a split of a manifest in the registry, and describe it.
-
-    Raises:
-        ManifestError: the manifest cannot be read, or has no image in the split.
-        EvaluationSetError: a picture cannot be frozen.
-        SettingsError: the registry's address is invalid.
-        RegistryError, RegistryUnavailable: the registry refuses the set, or does not answer.
-    """
+    """Store a split of a manifest in the registry, and describe it. Raises UserError."""
     frame = read_manifest(manifest)
     rows = frame[frame["split"] == split]
     if rows.empty:
@@ -113,17 +106,8 @@ def _freeze(manifest: Path, split: str, images: int | None) -> None:
         by_class = ", ".join(f"{code} {counts[code]}" for code in CODES if code in counts)
         lesions = evaluation.frame["lesion_id"].nunique()
         registry = Registry(Settings.load().registry_uri)
-        registration = publish(
-            registry,
-            evaluation,
-            {
-                "split": split,
-                "images": str(len(evaluation)),
-                "lesions": str(lesions),
-                "classes": by_class,
-                "dataset_fingerprint": fingerprint(frame),
-            },
-        )
+        tags = {"split": split, "images": str(len(evaluation)), "lesions": str(lesions), "classes": by_class}
+        registration = publish(registry, evaluation, tags | {"dataset_fingerprint": fingerprint(frame)})
     console.print(f"\nEvaluation set: {len(evaluation):,} pictures of {lesions:,} lesions ({by_class})")
     console.print(f"Fingerprint: {evaluation.digest}")
     version = f"{EVALUATION_SET} version {registration.version.version} in {registry.uri}"
@@ -180,13 +164,6 @@ def _show(report: dict[str, Any]) -> None:
         f"Duplicates: {copies['copies_of_one_file']:,} files with the same bytes as another, "
         f"{copies['copies_by_isic_identifier']:,} with the same ISIC identifier, {copies['near_pairs']:,} near pairs"
     )
-    if copies["largest_set"]:
-        console.print(f"  largest set, {len(copies['largest_set'])} files:")
-        for path in copies["largest_set"][:10]:
-            console.print(f"    {path}")
-    largest = report["largest_group"]
-    console.print(f"Largest lesion: {largest['lesion_id']}, {largest['images']} images")
-
     _show_tally("Left out", report["dropped"])
     _show_tally("Noted", report["notes"])
     console.print(f"\nFingerprint: {report['fingerprint']}")

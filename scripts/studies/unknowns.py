@@ -61,13 +61,9 @@ class StudyError(UserError):
 def hold_out(frame: pd.DataFrame, code: str, most: int = 0) -> pd.DataFrame:
     """Return the manifest with the images of a class as UNK in the test split.
 
-    Images that share a lesion with another class are dropped, because the model may see that lesion.
-
-    Args:
-        most: training images to keep of each class, those with the smallest hashes; 0: all.
-
-    Raises:
-        StudyError: no image of the class is left.
+    Images that share a lesion with another class are dropped, because the model may see that lesion. `most` is the
+    number of training images to keep of each class, those with the smallest hashes (0: all). Raises StudyError if no
+    image of the class is left.
     """
     others = set(frame.loc[frame["label"] != code, "lesion_id"])
     frame = frame[(frame["label"] != code) | ~frame["lesion_id"].isin(others)].copy()
@@ -87,9 +83,7 @@ def hold_out(frame: pd.DataFrame, code: str, most: int = 0) -> pd.DataFrame:
 def train_without(frame: pd.DataFrame, code: str, config: str, folder: Path, cache: Path, most: int) -> Bundle:
     """Return the bundle of a model that never saw `code`; train it unless `folder` has it.
 
-    Raises:
-        StudyError: the training failed, or the folder has a model of other data or settings.
-        ConfigError, CheckpointError: the preset is unknown, or the run damaged.
+    Raises StudyError if the training fails, or if the folder has a model of other data or settings.
     """
     rows = hold_out(frame, code, most)
     settings = [f"name=without_{code}", f"manifest={folder / 'manifest.csv'}", f"cache_dir={cache}"]
@@ -158,13 +152,8 @@ def judge(
     Near unknowns are the UNK rows of its manifest. Detectors are fitted on the validation split, as in
     training/finish.py, because training features lie closer together than others. `called_malignant` is the share of
     unknowns that pass the threshold and get a malignant class; the threshold calls FALSE_ALARM of the calibration
-    split unknown. The interval of the near AUROC is a bootstrap over lesions.
-
-    Args:
-        drawn: known lesions of each draw, by `draw_lesions`.
-
-    Returns:
-        The figures, and for each detector the near AUROC of each draw (RESAMPLES,).
+    split unknown. The interval of the near AUROC is a bootstrap over lesions, whose draws come from `draw_lesions`.
+    Returns the figures, and for each detector the near AUROC of each draw (RESAMPLES,).
     """
     classes, preprocessing = bundle.config.classes, bundle.config.preprocessing
     extract = Extractor(bundle)
@@ -196,11 +185,8 @@ def judge(
     }
     for name, fit in DETECTORS.items():
         score = fit(lesions)
-        limit, at_test, at_near = (
-            np.quantile(score(parts["calibration"]), 1 - FALSE_ALARM),
-            *map(score, (parts["test"], parts["near"])),
-        )
-        passes = at_near <= limit
+        at_test, at_near = score(parts["test"]), score(parts["near"])
+        passes = at_near <= np.quantile(score(parts["calibration"]), 1 - FALSE_ALARM)
         draws[name] = np.array([metrics.detection(at_test[a], at_near[b])["auroc"] for a, b in pairs])
         table["detectors"][name] = {
             "near": metrics.detection(at_test, at_near)
@@ -212,12 +198,9 @@ def judge(
 
 
 def served(predictor: Predictor, rows: pd.DataFrame, far: dict[str, list[NDArray[np.uint8]]]) -> dict[str, Any]:
-    """Judge the ninth probability of a bundle as it is served, on each kind of far picture.
+    """Judge the ninth probability of a bundle as it is served, on known lesions (`rows`) and each kind of far picture.
 
     No request contains age, sex or site, because far pictures have none.
-
-    Args:
-        rows: known lesions that the bundle has not seen.
     """
     lesions = nine_probabilities(predict_rows(predictor, rows, picture_alone=True))
     table = {}
