@@ -9,7 +9,7 @@
 #
 # TORCH_INDEX is the package index of PyTorch's CPU wheels. If it is empty or unreachable, torch comes from the default
 # index, with CUDA and several gigabytes.
-ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 LANG=C.UTF-8
@@ -81,7 +81,7 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
 ENV PYTHONPATH=/app
 COPY --chown=app handlers/__init__.py handlers/errors.py handlers/files.py handlers/
 COPY --chown=app containers/healthcheck.py containers/make_secrets.py containers/make_bucket.py containers/
-COPY --chown=app mlflow_tracking/mlflow_server.sh mlflow_tracking/
+COPY --chown=app mlflow_tracking/mlflow_server.sh mlflow_tracking/registry_database.py mlflow_tracking/
 USER app
 ENTRYPOINT ["/app/mlflow_tracking/mlflow_server.sh"]
 

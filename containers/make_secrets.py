@@ -115,7 +115,8 @@ def main() -> int:
     parser.add_argument("--rotate", action="store_true", help="replace the current secrets with new ones")
     rotate = parser.parse_args().rotate
     try:
-        named = read_named(os.environ.get("NAMED_SECRETS", "").split(), ENV_FILE)
+        words = os.environ.get("NAMED_SECRETS", "").split()  # docker-compose.yml has a sentence for old versions in it
+        named = read_named([word for word in words if word in NAMES], ENV_FILE)
         kept = read_kept(SECRETS / KEPT, rotate)
         chosen = choose(named, {} if rotate else kept)
     except SecretsError as error:

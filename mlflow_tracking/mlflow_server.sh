@@ -4,7 +4,7 @@
 #   mlflow_tracking/mlflow_server.sh                    http://127.0.0.1:5001, SQLite and files in .stack/
 #   MLFLOW_PORT=5002 mlflow_tracking/mlflow_server.sh   another port
 #
-# Options are passed to `mlflow server`.
+# A SQLite database of an older MLflow is backed up next to it and upgraded. Options are passed to `mlflow server`.
 #
 # Other settings are MLflow's own: MLFLOW_BACKEND_STORE_URI (postgresql://…), MLFLOW_ARTIFACTS_DESTINATION (s3://…),
 # MLFLOW_SERVER_ALLOWED_HOSTS (host:port, comma-separated; replaces the list below). The environment keeps a database's
@@ -32,6 +32,8 @@ export MLFLOW_SERVER_ALLOWED_HOSTS="${MLFLOW_SERVER_ALLOWED_HOSTS:-127.0.0.1,127
 export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
 # The job runner needs eight processes and 2 GB for features that this project does not use.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$(dirname "$(command -v mlflow)")/python" -m mlflow_tracking.registry_database
 
 exec mlflow server --host "${MLFLOW_HOST:-127.0.0.1}" --port "${MLFLOW_PORT:-5001}" \
   --workers "${MLFLOW_WORKERS:-1}" --serve-artifacts "$@"

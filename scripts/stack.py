@@ -25,10 +25,12 @@ from rich.panel import Panel
 from rich.table import Table
 
 from handlers.errors import UserError
-from mlflow_tracking.command_line import command_group, console, run, table
+from mlflow_tracking.command_line import command_group, console, errors, run, table
+from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.locks import check_free
 from mlflow_tracking.settings import MODEL_NAME, ROOT, SHIPPED, Settings
 from scripts import local_processes
+from scripts.registry_news import RegistryNews, RegistryRefused
 from scripts.supervision import PARTS, Supervision
 
 PATIENCE = 240  # seconds for a step; the first start derives the model's graph
@@ -160,12 +162,14 @@ def champion(settings: StackSettings) -> str | None:
     return response.json()["model_version"]["version"] if response.is_success else None
 
 
-def prediction_text(settings: StackSettings) -> str | None:
-    """Return a text once TorchServe answers, or cannot since no version is champion. Raises httpx.HTTPError."""
+def prediction_text(settings: StackSettings, registry_up: bool) -> str | None:
+    """Return a text once TorchServe answers, or cannot since it has no version. Raises httpx.HTTPError."""
     picture = next((SHIPPED / "golden").iterdir()).read_bytes()
     response = client.post(f"{settings.url('torchserve')}/predictions/{MODEL_NAME}", files={"data": picture})
     if response.is_success:
         return f"answered by version {response.json()['model']['version']}"
+    if not registry_up:
+        return None if ledgers.read(settings.store).default else "none: no version has served yet"
     return None if champion(settings) else "none: give a version the alias champion in MLflow"
 
 
@@ -181,16 +185,22 @@ class Start:
     def __init__(self, settings: StackSettings, supervision: Supervision, stopping: threading.Event) -> None:
         self.settings, self.supervision, self.stopping = settings, supervision, stopping
         self.began = time.monotonic()
+        self.news: RegistryNews | None = RegistryNews(settings.log("mlflow"))  # None once the database is refused
 
     def run(self) -> None:
-        """Wait, and print each step. Raises StackError."""
+        """Wait, and print each step. If MLflow refuses its database, the others start without it. Raises StackError."""
         for part in PARTS:  # all start at once; MLflow comes first here, as the model waits for it alone
             url = self.settings.url(part.name)
             health = url + part.health
-            self._wait(part.title, part.name, lambda: url if client.get(health).is_success else None)  # noqa: B023
-            if part.name == "mlflow":
+            try:
+                self._wait(part.title, part.name, lambda: url if client.get(health).is_success else None)  # noqa: B023
+            except RegistryRefused as error:
+                errors.print(str(error))
+                self.supervision.stop_part("mlflow")
+                self.news = None
+            if part.name == "mlflow" and self.news:
                 self._register_model()
-        self._wait("Prediction", "promoter", lambda: prediction_text(self.settings))
+        self._wait("Prediction", "promoter", lambda: prediction_text(self.settings, self.news is not None))
 
     def _register_model(self) -> None:
         """Give the shipped model to an empty registry."""
@@ -206,7 +216,7 @@ class Start:
                 show_log(log)
                 raise StackError("The shipped model could not be registered. The end of the log is above.")
             version = champion(self.settings)
-            return f"version {version} is champion" if version else "no version is champion"
+            return f"version {version} is champion" if version else "none: the alias champion points nowhere"
 
         self._wait("Model", "register", check)
 
@@ -214,6 +224,8 @@ class Start:
         end = time.monotonic() + PATIENCE
         with console.status(f"Starting {title} …"):
             while not self.stopping.wait(0.3):
+                if self.news:
+                    self.news.show()
                 with suppress(httpx.HTTPError):  # not ready yet
                     if text := check():
                         console.print(f"✓ {title:<11}{text}  {time.monotonic() - self.began:.0f} s")
@@ -313,6 +325,13 @@ def status() -> None:
         uptime = info["description"].rpartition("uptime ")[2] if info["statename"] == "RUNNING" else ""
         grid.add_row(part.title, info["statename"].lower(), uptime, settings.url(part.name) + part.door)
     console.print(grid)
+    with suppress(httpx.HTTPError, ledgers.LedgerError):
+        ledger = ledgers.read(settings.store)
+        if (serving := ledger.release(ledger.default)) and champion(settings) is None:
+            console.print(
+                f"The alias champion points nowhere; version {serving.version} still serves. "
+                "Deploy a version with `promote.py to VERSION`."
+            )
     raise typer.Exit(any(states[part.name]["statename"] != "RUNNING" for part in PARTS))
 
 

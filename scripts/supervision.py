@@ -98,6 +98,11 @@ class Supervision:
         with suppress(*UNANSWERED):
             self._interface.startProcess(f"stack:{name}", False)
 
+    def stop_part(self, name: str) -> None:
+        """Stop a part, which then stays stopped."""
+        with suppress(*UNANSWERED):
+            self._interface.stopProcess(f"stack:{name}")
+
     def environment(self) -> dict[str, str]:
         """Return the environment of the running supervisord; empty if none runs."""
         with suppress(*UNANSWERED, psutil.Error):

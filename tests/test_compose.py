@@ -120,6 +120,7 @@ def test_the_proxy_passes_predictions_and_nothing_else(stack, image):
         assert explained.json()["gradcam"]["overlay_png"]
         for headers in ({}, {"Content-Type": "application/x-www-form-urlencoded"}):  # as curl has it, by itself
             assert client.post("/predictions/skin_vit", content=image, headers=headers).status_code == 200
+        assert client.put("/predictions/skin_vit", content=image).status_code == 200, "curl -T"
         damaged = client.post("/predictions/skin_vit", files={"data": ("x.jpg", b"no image")})
         assert damaged.status_code == 415
         assert damaged.json()["error"]["code"]

@@ -13,10 +13,12 @@ import base64
 import json
 import os
 import socket
+import sqlite3
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -150,6 +152,14 @@ def test_rest_raw_multipart_and_json_agree(stack, image):
     for other in others:
         assert other["probabilities"] == pytest.approx(raw["probabilities"], abs=1e-3)
         assert other["model"] == raw["model"]
+
+
+def test_curl_may_upload_a_file_with_put(stack, image, tmp_path):
+    """As TorchServe's documents do: curl -T sends PUT without a content type."""
+    (tmp_path / "lesion.jpg").write_bytes(image)
+    command = ["curl", "--silent", "--fail", "--noproxy", "*", "-T", tmp_path / "lesion.jpg"]
+    done = subprocess.run([*command, f"{stack.torchserve}/predictions/skin_vit"], capture_output=True, check=True)
+    assert json.loads(done.stdout)["probabilities"] == pytest.approx(answer(stack, image)["probabilities"], abs=1e-3)
 
 
 def test_a_refused_image_is_told_in_the_contracts_shape(stack):
@@ -312,6 +322,24 @@ def test_nothing_is_left_when_up_itself_is_killed(stack):
     eventually(lambda: not stack.processes(), 30)
     assert "Nothing was running" in stack.run("scripts/stack.py", "down").stdout
     stack.assert_gone()
+
+
+def test_the_registry_of_a_newer_mlflow_is_refused_and_torchserve_serves_on(stack, image):
+    with closing(sqlite3.connect(Path(stack.env["STACK_STATE"]) / "mlflow.db")) as database:
+        [usual] = database.execute("SELECT version_num FROM alembic_version").fetchone()
+        database.execute("UPDATE alembic_version SET version_num = 'fedcba987654'")
+        database.commit()
+        try:
+            stack.start()
+            [sentence] = [line for line in stack.output.splitlines() if "newer MLflow" in line]
+            assert sentence.endswith("Update this project, or name another folder in STACK_STATE.")
+            assert answer(stack, image)["model"]["version"]
+            done = stack.run("scripts/stack.py", "status")
+            assert (done.returncode, done.stdout.count("running"), done.stdout.count("stopped")) == (1, 3, 1)
+        finally:
+            database.execute("UPDATE alembic_version SET version_num = ?", [usual])
+            database.commit()
+    stack.stop()
 
 
 def test_a_restart_needs_no_java_and_keeps_versions_and_what_was_served(stack, image, second_version, tmp_path):
