@@ -27,6 +27,7 @@ BUNDLE_ARTIFACT = "bundle"
 EVALUATION_SET = "skin_vit_evaluation"
 CURRENT = "current"
 MAX_VERSIONS = 100_000  # in one answer; MLflow allows 200,000
+HEAD_TAG = "audit.head"  # tag of the registered model: the newest line of the promoter's audit log
 _MISSING = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"}
 
 
@@ -145,6 +146,11 @@ class Registry:
             raise RegistryError(f"{MODEL_NAME} has no version {number} in {self.uri}. Its versions are: {existing}.")
         with self.translated_errors():
             self.client.set_registered_model_alias(MODEL_NAME, alias, number)
+        self.set_model_tag(f"alias.{alias}", number)
+
+    def had_champion(self) -> bool:
+        """Return whether a version is or was champion, even if it was deleted."""
+        return any(self.model_tag(name) is not None for name in ("alias.champion", HEAD_TAG))
 
     def tag(self, number: str, tags: Mapping[str, str]) -> None:
         """Write tags on a version; does nothing if the version was deleted."""

@@ -1,8 +1,11 @@
 """Settings of the services, read from the environment and `.env`; .env.example explains each name."""
 
+import errno
 import hashlib
 import os
 import re
+import socket
+from functools import cache
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
@@ -45,6 +48,21 @@ def quiet_client(uri: str) -> None:
     }.items():
         os.environ.setdefault(name, value)
     reach_directly(uri)
+
+
+@cache
+def takes_sockets(folder: Path) -> bool:
+    """Return whether the file system of a folder has Unix sockets; those of some virtual machines and shares have none."""
+    while not folder.exists():
+        folder = folder.parent
+    probe = folder / f".{os.getpid()}.sock"
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(probe))
+        probe.unlink()
+    except OSError as error:  # others, such as a folder that cannot be written, have messages of their own
+        return error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+    return True
 
 
 class SettingsError(UserError):
@@ -113,14 +131,16 @@ class Settings(BaseSettings):
 
     @property
     def run_dir(self) -> Path:
-        """The folder of the sockets: in the state folder, or below /tmp if that path is too long for a socket.
+        """The folder of the sockets: in the state folder, or below /tmp if a socket cannot be there.
 
-        Raises SettingsError for a TORCHSERVE_RUN_DIR that is too long.
+        The path may be too long, or the file system may have no sockets. Raises SettingsError for a TORCHSERVE_RUN_DIR that
+        is too long.
         """
         folder = ROOT / (self.torchserve_run_dir or self.state / "run")
         if len(os.fsencode(folder / "management.sock")) <= SOCKET_PATH:
-            return folder
-        if self.torchserve_run_dir:
+            if self.torchserve_run_dir or takes_sockets(folder):
+                return folder
+        elif self.torchserve_run_dir:
             raise SettingsError(
                 f"TORCHSERVE_RUN_DIR is '{folder}': its path is too long for a socket. Set a shorter one."
             )

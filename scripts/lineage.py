@@ -10,9 +10,8 @@ import typer
 from handlers.errors import UsageError, UserError
 from mlflow_tracking.command_line import console, errors, run, table
 from mlflow_tracking.promotion.audit import AuditLog, Head
-from mlflow_tracking.promotion.outbox import HEAD_TAG
 from mlflow_tracking.provenance import Lineage, trace
-from mlflow_tracking.registry import Registry, RegistryUnavailable
+from mlflow_tracking.registry import HEAD_TAG, Registry, RegistryUnavailable
 from mlflow_tracking.settings import MODEL_NAME, Settings
 
 

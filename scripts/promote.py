@@ -10,7 +10,7 @@ Exit codes: 0 done, 1 refused or failed, 2 wrong options, 3 a server is away.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
@@ -129,6 +129,8 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
         print(json.dumps({"registry": reconciler.registry.uri, "versions": rows}, indent=1))
     else:
         print_status(rows, reconciler.registry.uri)
+    if complete and actual.serving and not any("champion" in version.aliases for version in versions):
+        errors.print(no_champion(actual.serving.version, [version.version for version in versions]))
     if not complete:
         raise typer.Exit(3)
 
@@ -205,6 +207,16 @@ def status_rows(versions: list[RegisteredVersion], actual: Actual) -> list[dict[
             }
         )
     return rows
+
+
+def no_champion(serving: str, versions: Sequence[str]) -> str:
+    """Return the sentences for a registry in which no version has the alias champion, though one serves."""
+    if serving in versions:
+        return f"No version has the alias champion; version {serving} still serves. Set it with `promote.py to VERSION`."
+    return (
+        f"The alias champion points nowhere: version {serving} was deleted from MLflow and still serves. Deploy another "
+        "version with `promote.py to VERSION`."
+    )
 
 
 def print_status(rows: list[dict[str, Any]], uri: str) -> None:

@@ -19,7 +19,7 @@ def register_model(
     alias: Annotated[
         str, typer.Option(callback=check_alias, help="Point this alias at the version: champion or challenger.")
     ] = "",
-    if_empty: Annotated[bool, typer.Option("--if-empty", help="Do nothing if the registry has a version.")] = False,
+    if_empty: Annotated[bool, typer.Option("--if-empty", help="Do nothing if the registry has or had a champion.")] = False,
 ) -> None:
     """Register a trained model: a bundle becomes a version of skin_vit in MLflow.
 
@@ -31,9 +31,7 @@ def register_model(
     if bool(run_id) == bool(bundle):
         raise UsageError("Give either --run-id or --bundle.")
     registry = Registry(Settings.load().registry_uri)
-    # An interrupted first start may have left a single version without an alias, which does not count.
-    if if_empty and (versions := registry.versions()) and (len(versions) > 1 or versions[0].aliases):
-        console.print(f"{MODEL_NAME} has version {versions[0].version} already: nothing to do.")
+    if if_empty and not is_empty(registry):
         return
     with tempfile.TemporaryDirectory() as temporary, console.status("Verifying, completing and registering …"):
         source = bundle or registry.download(f"runs:/{run_id}/{BUNDLE_ARTIFACT}", Path(temporary))
@@ -50,6 +48,25 @@ def register_model(
     if alias:
         registry.set_alias(alias, version.version)
         console.print(f"✓ {alias} is version {version.version}. The promoter deploys it.")
+
+
+def is_empty(registry: Registry) -> bool:
+    """Return whether the registry awaits its first model; otherwise print why not.
+
+    An interrupted first start may have left version 1 without an alias, which does not count. MLflow deletes aliases with
+    their version, so the record of an alias shows that a version was deleted.
+    """
+    versions = registry.versions()
+    if any(version.aliases for version in versions):
+        console.print(f"{MODEL_NAME} has version {versions[0].version} already: nothing to do.")
+        return False
+    if [version.version for version in versions] in ([], ["1"]) and not registry.had_champion():
+        return True
+    console.print(
+        f"{MODEL_NAME} has no champion: the version with the alias was deleted, or the alias was removed. Nothing is "
+        "registered. Deploy a version with `promote.py to VERSION`."
+    )
+    return False
 
 
 if __name__ == "__main__":

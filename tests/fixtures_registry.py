@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from handlers.bundle import Bundle
-from mlflow_tracking.promotion.outbox import HEAD_TAG
-from mlflow_tracking.registry import Registry
+from mlflow_tracking.registry import HEAD_TAG, Registry
 from mlflow_tracking.settings import MODEL_NAME
 from tests.live import mlflow_server, run_script
 from tests.models import tiny_bundle

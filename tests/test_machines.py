@@ -1,7 +1,10 @@
 """Machines that differ from the developers': line ends of Windows, spaces, other locales, file systems without sockets."""
 
+import errno
+import socket
 import sqlite3
 import subprocess
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -10,8 +13,10 @@ import sqlalchemy
 
 from handlers.bundle import Bundle
 from mlflow_tracking import registry_database
-from mlflow_tracking.registry import Registry
-from mlflow_tracking.settings import ROOT
+from mlflow_tracking.registry import HEAD_TAG, Registry
+from mlflow_tracking.settings import MODEL_NAME, ROOT, Settings, takes_sockets
+from scripts.promote import no_champion
+from scripts.register_model import is_empty
 from tests.live import mlflow_server
 
 # MLflow's own, of SQLAlchemy and Alembic
@@ -134,3 +139,60 @@ def test_a_new_and_a_current_database_are_left_alone(tmp_path, capfd, monkeypatc
         database.commit()
     assert prepared(path, capfd, monkeypatch) == (0, [])
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def registry(tmp_path) -> Registry:
+    """A registry with the registered model alone, as an interrupted first start leaves it."""
+    registry = Registry(f"sqlite:///{tmp_path}/mlflow.db")
+    registry.client.create_registered_model(MODEL_NAME)
+    return registry
+
+
+def test_a_registry_whose_champion_was_deleted_is_not_empty(registry, capsys):
+    assert is_empty(registry)
+    for number in ("1", "2"):
+        registry.client.create_model_version(MODEL_NAME, "/bundle")
+        assert is_empty(registry) == (number == "1"), "an interrupted first start leaves version 1 without an alias"
+    registry.client.delete_model_version(MODEL_NAME, "2")
+    assert is_empty(registry)
+    registry.set_alias("champion", "1")
+    assert not is_empty(registry)
+    assert "has version 1 already" in capsys.readouterr().out
+    registry.client.delete_model_version(MODEL_NAME, "1")
+    assert registry.versions() == []
+    assert not is_empty(registry)
+    assert "skin_vit has no champion: the version with the alias was deleted" in capsys.readouterr().out
+
+
+def test_the_promoters_record_of_a_champion_counts_too(registry):
+    """People move the alias in MLflow's page, too."""
+    registry.client.create_model_version(MODEL_NAME, "/bundle")
+    registry.set_model_tag(HEAD_TAG, "1 0123")
+    assert not is_empty(registry)
+
+
+def test_status_tells_a_deleted_champion_from_a_removed_alias():
+    assert "champion points nowhere: version 3 was deleted" in no_champion("3", ["1", "2"])
+    assert "No version has the alias champion; version 3 still serves" in no_champion("3", ["3", "2"])
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_sockets_moves_them_to_the_temporary_folder(tmp_path, monkeypatch, number):
+    usual, real = tmp_path / "run", socket.socket.bind
+
+    def bind(self: socket.socket, address: object) -> None:
+        if str(address).startswith(str(tmp_path)):
+            raise OSError(number, "not on this file system")
+        real(self, address)
+
+    monkeypatch.setattr("mlflow_tracking.settings.SOCKET_PATH", 500)  # pytest's folders are long
+    monkeypatch.setattr(socket.socket, "bind", bind)
+    settings = Settings(stack_state=tmp_path, torchserve_run_dir=None)
+    takes_sockets.cache_clear()
+    assert settings.run_dir.parent == Path(tempfile.gettempdir())
+    takes_sockets.cache_clear()
+    monkeypatch.undo()
+    assert takes_sockets(usual) or len(str(usual)) > 100
+    takes_sockets.cache_clear()
+    assert list(tmp_path.iterdir()) == []

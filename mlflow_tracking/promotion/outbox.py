@@ -13,9 +13,7 @@ from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.gates import judgement_report as report
 from mlflow_tracking.promotion.gates.judge import Judge
 from mlflow_tracking.promotion.plan import Actual, Release
-from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError
-
-HEAD_TAG = "audit.head"  # tag of the registered model: the newest line of the audit log
+from mlflow_tracking.registry import HEAD_TAG, RegisteredVersion, Registry, RegistryError
 
 
 class Outbox:
