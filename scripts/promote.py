@@ -212,7 +212,9 @@ def status_rows(versions: list[RegisteredVersion], actual: Actual) -> list[dict[
 def no_champion(serving: str, versions: Sequence[str]) -> str:
     """Return the sentences for a registry in which no version has the alias champion, though one serves."""
     if serving in versions:
-        return f"No version has the alias champion; version {serving} still serves. Set it with `promote.py to VERSION`."
+        return (
+            f"No version has the alias champion; version {serving} still serves. Set it with `promote.py to VERSION`."
+        )
     return (
         f"The alias champion points nowhere: version {serving} was deleted from MLflow and still serves. Deploy another "
         "version with `promote.py to VERSION`."

@@ -19,7 +19,9 @@ def register_model(
     alias: Annotated[
         str, typer.Option(callback=check_alias, help="Point this alias at the version: champion or challenger.")
     ] = "",
-    if_empty: Annotated[bool, typer.Option("--if-empty", help="Do nothing if the registry has or had a champion.")] = False,
+    if_empty: Annotated[
+        bool, typer.Option("--if-empty", help="Do nothing if the registry has or had a champion.")
+    ] = False,
 ) -> None:
     """Register a trained model: a bundle becomes a version of skin_vit in MLflow.
 

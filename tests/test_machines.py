@@ -43,7 +43,9 @@ def test_a_clone_with_windows_line_ends_has_those_of_linux(windows_clone):
 
 
 def test_the_shipped_bundle_of_such_a_clone_is_intact(windows_clone):
-    assert Bundle.load(windows_clone / "model_store/skin_vit").digest == Bundle.load(ROOT / "model_store/skin_vit").digest
+    assert (
+        Bundle.load(windows_clone / "model_store/skin_vit").digest == Bundle.load(ROOT / "model_store/skin_vit").digest
+    )
 
 
 REVISION = "1b5f0d9ad7c1"  # the schema of MLflow 3.10
