@@ -53,7 +53,7 @@ def test_one_known_lesion_in_twenty_is_called_unknown():
     assert rejection.probability(np.zeros((1, 3)) - 10)[0] > 0.99  # far below every known energy
 
 
-def test_a_residual_counts_and_the_share_of_false_rejections_stays():
+def test_a_residual_lowers_familiarity_at_the_same_share_of_false_rejections():
     logits, _ = sample(2000, seed=3)
     residuals = np.random.default_rng(0).gamma(4.0, size=2000)
     rejection = fit_rejection(logits, 1.5, residuals, 0.7)
@@ -68,7 +68,7 @@ def test_rejection_survives_logits_that_are_all_the_same():
     assert np.isfinite(rejection.probability(np.array([[1.0, 1, 1], [9, 9, 9], [-9, -9, -9]]))).all()
 
 
-def test_conformal_sets_hold_the_truth_as_promised_in_each_class():
+def test_conformal_sets_cover_the_truth_in_each_class():
     logits, labels = sample(1500, seed=4)
     conformal = fit_conformal(softmax(logits, axis=1), labels, CLASSES, 0.9)
     calibration = Calibration(conformal=conformal)
@@ -108,7 +108,7 @@ def test_classes_with_too_few_lesions_share_a_threshold():
     assert fewer == pytest.approx({"MEL": 1.0, "NV": 1.0, "BCC": 0.5}), "eight are too few together"
 
 
-def test_many_images_of_one_lesion_promise_no_more_than_one():
+def test_many_images_of_one_lesion_count_once():
     """Nine lesions with twenty images each: k = ceil(10 * 0.9) = 9, the largest of the lesions' largest scores."""
     scores = np.linspace(0.01, 0.9, 180)
     probabilities = np.column_stack([1 - scores, scores, np.zeros(180)])

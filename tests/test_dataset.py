@@ -61,8 +61,8 @@ def test_evaluation_sees_the_pixels_of_serving(frame, tmp_path):
         np.testing.assert_array_equal(pixels, preprocessing(Path(path).read_bytes())[0])
 
 
-def test_standardised_by_the_textbook():
-    """The textbook formula: (x / 255 - mean) / std, for each channel."""
+def test_standardisation_is_the_textbook_formula():
+    """(x / 255 - mean) / std, for each channel."""
     preprocessing = Preprocessing(32)
     pixels = pictures()
     textbook = (pixels.numpy() / 255 - np.array(preprocessing.mean)) / np.array(preprocessing.std)
@@ -102,7 +102,7 @@ def test_two_containers_fill_the_same_cache(frame, tmp_path, monkeypatch):
     assert (tmp_path / "manifest").read_bytes() == b"ours"
 
 
-def test_another_size_or_another_list_is_another_cache(frame, tmp_path):
+def test_other_sizes_or_images_get_another_cache(frame, tmp_path):
     cache = tmp_path / "cache"
     build_cache(frame, Preprocessing(16), cache)
     build_cache(frame, Preprocessing(20), cache)
@@ -123,7 +123,7 @@ def test_another_size_or_another_list_is_another_cache(frame, tmp_path):
         (lambda path: Image.new("RGB", (40, 32)).save(path), "has changed since the manifest was written"),
     ],
 )
-def test_a_bad_image_stops_it_with_its_name_and_leaves_nothing(frame, tmp_path, spoil, says):
+def test_a_bad_image_stops_the_cache_and_leaves_no_file(frame, tmp_path, spoil, says):
     spoil(Path(frame["path"][7]))
     with pytest.raises(DataError, match=says) as caught:
         build_cache(frame, Preprocessing(16), tmp_path / "cache")
@@ -131,13 +131,13 @@ def test_a_bad_image_stops_it_with_its_name_and_leaves_nothing(frame, tmp_path, 
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_cache_that_has_no_place_is_told_in_a_sentence(frame, tmp_path):
+def test_a_cache_folder_that_cannot_be_written_is_one_sentence(frame, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="image cache in .*file.* cannot be used"):
         build_cache(frame, Preprocessing(16), tmp_path / "file" / "cache")
 
 
-def test_an_interrupted_cache_is_not_taken_for_a_whole_one(frame, tmp_path):
+def test_an_interrupted_cache_is_not_used(frame, tmp_path):
     def interrupt(done, total):
         if done == 5:
             raise KeyboardInterrupt
@@ -182,7 +182,7 @@ def test_the_sampler_draws_by_frequency_to_the_power(power, expected):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
-def test_batches_hold_the_images_asked_for(batch_size):
+def test_batches_hold_the_images_in_order(batch_size):
     pixels = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 4, 4, 3))
     told = np.arange(40, dtype=np.float32).reshape(20, 2)
     images = Images(pixels, np.arange(20) * 10, np.arange(20).astype(str), told)
@@ -204,19 +204,19 @@ def test_the_same_seed_gives_the_same_views():
     assert not torch.allclose(first, other)
 
 
-def test_every_image_gets_a_draw_of_its_own():
+def test_each_image_has_its_own_random_numbers():
     pixels = pictures(1).repeat(6, 1, 1, 1)
     views = augment()(pixels, generator())
     assert len({tuple(view.flatten()[:50].tolist()) for view in views}) == 6
 
 
-def test_without_strength_it_is_the_standardised_image():
+def test_without_augmentation_the_image_is_standardised():
     whole = augment(*STILL, *COLOURLESS)
     pixels = pictures()
     torch.testing.assert_close(whole(pixels, generator()), standardise(pixels, whole.preprocessing), atol=2e-4, rtol=0)
 
 
-def test_flips_and_quarter_turns_are_exact_and_all_eight_occur():
+def test_flips_and_quarter_turns_are_exact_and_all_occur():
     whole = augment(*STILL[2:], *COLOURLESS)
     picture = pictures(1)
     views = whole(picture.repeat(64, 1, 1, 1), generator())
@@ -237,7 +237,7 @@ def test_a_larger_cache_is_brought_to_the_networks_size():
     assert torch.isfinite(views).all()
 
 
-def test_the_crop_keeps_at_least_the_asked_share_of_the_area():
+def test_the_crop_keeps_the_least_share_of_the_area():
     whole = augment("crop_scale=0.5", "crop_aspect=1.3", "rotate90=false", "rotate_degrees=0", "translate=0")
     theta = whole.geometry(500, generator())
     area = (theta[:, 0, 0] * theta[:, 1, 1]).abs()

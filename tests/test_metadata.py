@@ -50,7 +50,7 @@ from training.recipe import heads_of, make_optimizer, set_trainable
 from training.training_data import load_splits
 
 ALL = Metadata.of(FIELDS)
-TOLD = {"age": 71, "sex": "male", "site": "head/neck"}
+VALUES = {"age": 71, "sex": "male", "site": "head/neck"}
 
 ages = st.none() | st.floats(0, 120).map(lambda years: round(years, 2))
 values = st.fixed_dictionaries({"age": ages, "sex": st.sampled_from([None, *SEXES]),
@@ -121,10 +121,10 @@ def test_a_field_that_the_model_does_not_take_is_refused():
         Metadata.of(["sex"]).parse({"sex": "male", "age": 5})
 
 
-def test_a_manifests_rows(tmp_path):
+def test_rows_of_a_manifest(tmp_path):
     frame = pd.DataFrame({"age": [55.0, np.nan], "sex": ["male", ""], "site": ["elbow", "head/neck"]})
     encoded = encode_rows(frame, ALL)
-    assert np.array_equal(encoded[0], ALL.encode({"age": 55, "sex": "male"})), "a word it does not know is missing"
+    assert np.array_equal(encoded[0], ALL.encode({"age": 55, "sex": "male"})), "an unknown word counts as missing"
     assert np.array_equal(encoded[1], ALL.encode({"site": "head/neck"}))
     assert encode_rows(frame, Metadata()).shape == (2, 0)
 
@@ -148,7 +148,7 @@ CAMS = {
 }
 
 
-def test_a_heatmap_through_autograd_takes_metadata_in_serving_too(tmp_path, sample_images):
+def test_a_heatmap_by_autograd_takes_metadata_in_serving(tmp_path, sample_images):
     bundle = tiny_bundle(tmp_path / "bundle", options={**OPTIONS, "qk_norm": True}, metadata=ALL)
     assert isinstance(grad_cam(serving_module(bundle).cam.backbone), AutogradGradCam)
     [answer] = Predictor(bundle, runtime="torch").predict([Request(sample_images[0], metadata={"sex": "male"})])
@@ -156,21 +156,21 @@ def test_a_heatmap_through_autograd_takes_metadata_in_serving_too(tmp_path, samp
 
 
 @pytest.mark.parametrize("name", CAMS)
-def test_the_heatmap_is_autograds_on_the_fused_logits(name):
+def test_the_heatmap_equals_that_of_autograd_on_the_fused_logits(name):
     architecture, options = CAMS[name]
     backbone = tiny_backbone(architecture=architecture, options=options, metadata_width=len(ALL.columns))
     torch.manual_seed(1)
     images, target = torch.randn(4, 3, 64, 64), torch.tensor([-1, -1, 4, -1])
-    told = torch.tensor(np.stack([ALL.encode(v) for v in (TOLD, {"sex": "female"}, TOLD, {})]))
+    informed = torch.tensor(np.stack([ALL.encode(v) for v in (VALUES, {"sex": "female"}, VALUES, {})]))
     with torch.no_grad():
         backbone.metadata_head.logits.weight.mul_(5)  # so that the metadata decides
-    logits, maps, _ = grad_cam(backbone)(images, target, told)
+    logits, maps, _ = grad_cam(backbone)(images, target, informed)
     alone, maps_alone, _ = AutogradGradCam(backbone)(images, target)
     wanted = torch.where(target < 0, logits.argmax(1), target)
 
     kept = []
     hook = target_layer(backbone).register_forward_hook(lambda module, inputs, output: kept.append(output))
-    fused = backbone(images) + backbone.metadata_head(told)  # what is tested, by hand
+    fused = backbone(images) + backbone.metadata_head(informed)  # what is tested, by hand
     hook.remove()
     (gradient,) = torch.autograd.grad(fused.gather(1, wanted[:, None]).sum(), kept[0])
     activation, fused, maps, maps_alone = (tensor.detach() for tensor in (kept[0], fused, maps, maps_alone))
@@ -187,7 +187,7 @@ def test_the_heatmap_is_autograds_on_the_fused_logits(name):
 
 
 def test_values_are_withheld_together_and_one_by_one():
-    encoded = torch.tensor(ALL.encode(TOLD)).repeat(20_000, 1)
+    encoded = torch.tensor(ALL.encode(VALUES)).repeat(20_000, 1)
     kept = withhold(encoded, ALL, 0.25, torch.Generator().manual_seed(0))
     assert ((kept == encoded) | (kept == 0)).all()
     known = torch.stack([kept[:, torch.tensor(ALL.columns) == index].any(1) for index in range(3)], 1)
@@ -197,7 +197,7 @@ def test_values_are_withheld_together_and_one_by_one():
     assert torch.equal(withhold(encoded, ALL, 0.0, torch.Generator()), encoded)
 
 
-def test_a_model_without_metadata_draws_no_random_number_more():
+def test_a_model_without_metadata_draws_no_random_numbers():
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     withhold(torch.zeros(4, 0), Metadata(), 0.5, generator)
@@ -227,8 +227,8 @@ def test_the_conformal_promise_holds_with_and_without_metadata():
         alone = rng.normal(0, 1, (n, 3)) + 1.0 * np.eye(3)[labels]
         return labels, alone, alone + 1.5 * np.eye(3)[labels] + rng.normal(0, 0.5, (n, 3))
 
-    labels, alone, told = draw(3000)
-    calibration = fit_calibration(told, labels, classes, level, image_logits=alone)
+    labels, alone, informed = draw(3000)
+    calibration = fit_calibration(informed, labels, classes, level, image_logits=alone)
     fresh, *ways = draw(6000)
     for way in ways:
         sets = calibration.conformal_sets(way, classes)
@@ -236,10 +236,10 @@ def test_the_conformal_promise_holds_with_and_without_metadata():
             inside = [code in chosen for chosen, label in zip(sets, fresh, strict=True) if label == k]
             assert np.mean(inside) > level - 0.02
     # Fitted with metadata only, the sets would not cover images without metadata.
-    narrow = fit_calibration(told, labels, classes, level).conformal_sets(ways[0], classes)
+    narrow = fit_calibration(informed, labels, classes, level).conformal_sets(ways[0], classes)
     assert np.mean([classes[k] in chosen for k, chosen in zip(fresh, narrow, strict=True)]) < level - 0.05
-    assert fit_calibration(told, labels, classes, level, image_logits=told).temperature == pytest.approx(
-        fit_calibration(told, labels, classes, level).temperature, rel=1e-3
+    assert fit_calibration(informed, labels, classes, level, image_logits=informed).temperature == pytest.approx(
+        fit_calibration(informed, labels, classes, level).temperature, rel=1e-3
     )
 
 
@@ -256,7 +256,7 @@ def predictor(bundle) -> Predictor:
     return Predictor(bundle, precision="f32", version="7")
 
 
-def test_the_bundle_says_what_it_takes_and_answers_with_and_without(bundle):
+def test_the_bundle_names_its_metadata_and_has_golden_answers_with_and_without(bundle):
     assert bundle.has_graph
     assert bundle.config.metadata == ALL
     cases = bundle.golden()
@@ -297,12 +297,12 @@ def test_a_graph_that_forgets_the_metadata_is_not_sealed(bundle, tmp_path):
         _check_golden(seal(copy, bundle.config))
 
 
-def test_told_nothing_it_is_the_picture_alone(predictor, tmp_path, sample_images):
+def test_without_metadata_the_answer_is_that_of_the_picture(predictor, tmp_path, sample_images):
     asked = [
-        Request(sample_images[0], metadata=told)
-        for told in (None, {}, {"age": ""}, dict.fromkeys(FIELDS, "unknown"), TOLD)
+        Request(sample_images[0], metadata=informed)
+        for informed in (None, {}, {"age": ""}, dict.fromkeys(FIELDS, "unknown"), VALUES)
     ]
-    *nothing, told = predictor.predict(asked)
+    *nothing, informed = predictor.predict(asked)
     # The same network without the metadata head.
     bundle = predictor.bundle
     weights = {name: t for name, t in load_file(bundle.path / WEIGHTS).items() if not name.startswith("metadata_head")}
@@ -316,15 +316,15 @@ def test_told_nothing_it_is_the_picture_alone(predictor, tmp_path, sample_images
     for answer in nothing:
         assert answer.probabilities == pytest.approx(nothing[0].probabilities, abs=1e-6)
         assert answer.metadata == dict.fromkeys(FIELDS)
-    assert told.metadata == {"age": 71.0, "sex": "male", "site": "head/neck"}
-    assert max(abs(told.probabilities[code] - p) for code, p in nothing[0].probabilities.items()) > 0.01
+    assert informed.metadata == {"age": 71.0, "sex": "male", "site": "head/neck"}
+    assert max(abs(informed.probabilities[code] - p) for code, p in nothing[0].probabilities.items()) > 0.01
 
 
-def test_each_request_of_a_batch_has_its_own(predictor, sample_images):
-    told = [{}, TOLD, {"age": "24"}, {"sex": "elf"}, {"sex": "female", "site": "Lower Extremity"}]
+def test_each_request_of_a_batch_has_its_own_metadata(predictor, sample_images):
+    informed = [{}, VALUES, {"age": "24"}, {"sex": "elf"}, {"sex": "female", "site": "Lower Extremity"}]
     requests = [
         Request(image, tta=place % 2 == 0, metadata=values)
-        for place, (image, values) in enumerate(zip(sample_images, told, strict=False))
+        for place, (image, values) in enumerate(zip(sample_images, informed, strict=False))
     ]
     together = predictor.predict(requests)
     assert isinstance(together[3], RequestError)
@@ -335,12 +335,12 @@ def test_each_request_of_a_batch_has_its_own(predictor, sample_images):
             assert answer.grid == pytest.approx(np.array(alone.grid), abs=1e-3)
 
 
-def test_the_answer_says_what_the_model_takes_and_what_was_used(predictor, sample_images):
+def test_the_answer_names_the_metadata_taken_and_used(predictor, sample_images):
     [answer] = predictor.predict([Request(sample_images[0], metadata={"age": "55"})])
-    told = answer.to_dict()
-    assert told["metadata"] == {"age": 55.0, "sex": None, "site": None}
-    assert told["model"]["takes"] == {"age": [0, 120], "sex": list(SEXES), "site": list(SITES)}
-    json.dumps(told, allow_nan=False)
+    informed = answer.to_dict()
+    assert informed["metadata"] == {"age": 55.0, "sex": None, "site": None}
+    assert informed["model"]["takes"] == {"age": [0, 120], "sex": list(SEXES), "site": list(SITES)}
+    json.dumps(informed, allow_nan=False)
 
 
 # ---- handler
@@ -363,9 +363,9 @@ def ask(bundle):
 def test_form_and_json_give_the_same_answer(ask, sample_images):
     image = sample_images[0]
     encoded = base64.b64encode(image).decode()
-    told = {"age": bytearray(b"71"), "sex": bytearray(b"male"), "site": bytearray(b"head/neck")}
+    informed = {"age": bytearray(b"71"), "sex": bytearray(b"male"), "site": bytearray(b"head/neck")}
     answers = ask(
-        {"data": bytearray(image), **told},
+        {"data": bytearray(image), **informed},
         {"body": {"image": encoded, "age": 71, "sex": "male", "site": "head/neck"}},
         {"body": {"image": encoded, "age": "71.0", "sex": "Male", "site": " head/neck "}},
         {"body": {"image": encoded, "age": None}},
@@ -483,9 +483,9 @@ def test_predict_sends_metadata(bundle, tmp_path, sample_images):
     app = typer.Typer()
     app.command()(predict_script.main)
     args = [str(tmp_path / "lesion.jpg"), "--bundle", str(bundle.path), "--json"]
-    told = CliRunner().invoke(app, [*args, "--age", "71", "--site", "head/neck"])
-    assert told.exit_code == 0
-    assert json.loads(told.stdout)["metadata"] == {"age": 71.0, "sex": None, "site": "head/neck"}
+    informed = CliRunner().invoke(app, [*args, "--age", "71", "--site", "head/neck"])
+    assert informed.exit_code == 0
+    assert json.loads(informed.stdout)["metadata"] == {"age": 71.0, "sex": None, "site": "head/neck"}
     refused = CliRunner().invoke(app, [*args, "--sex", "x"])
     assert refused.exit_code == 1
     assert "it must be one of female, male" in json.loads(refused.stdout)["error"]["message"]

@@ -49,7 +49,7 @@ def test_a_fault_is_visible_and_repeatable(name):
     assert first.shape != picture.shape or np.abs(first.astype(int) - picture).mean() > 0.5
 
 
-def test_a_compressed_picture_is_what_pillow_makes_of_it():
+def test_compression_equals_that_of_pillow():
     """A strongly coloured picture would differ if red and blue were swapped."""
     picture = np.asarray(draw_lesion(1, "MEL", (120, 90))).copy()
     picture[:, 60:] = (200, 30, 30)
@@ -106,7 +106,7 @@ def test_figures_by_hand(tmp_path, monkeypatch):
     }
 
 
-def test_pictures_are_opened_as_serving_opens_them(tmp_path):
+def test_pictures_are_decoded_as_in_serving(tmp_path):
     turned = Image.new("RGB", (64, 32), (200, 30, 30))
     exif = Image.Exif()
     exif[0x0112] = 6

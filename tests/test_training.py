@@ -157,7 +157,7 @@ CHANGES = ["optimizer=adam", "weight_decay=1", "scheduler=constant", "layer_deca
 
 
 def test_every_setting_of_the_loop_changes_the_result(tmp_path):
-    """One epoch of a few steps each: the history would stay the same, to the bit, if the loop ignored a setting."""
+    """One epoch of a few steps each. If the loop ignored a setting, the history would stay the same to the last bit."""
     manifest = tiny_manifest(tmp_path / "data")
     table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
     rare = (table["split"] == "train") & (table["label"] == "MEL") & (table.index % 2 == 0)
@@ -173,7 +173,7 @@ def test_every_setting_of_the_loop_changes_the_result(tmp_path):
     assert run(tmp_path / "loss", *base, "monitor=loss")["best"]["score"] == -row["val_loss"]
 
 
-def test_it_stops_early_and_resumes_to_the_end(manifest, calls, tmp_path):
+def test_early_stopping_and_resuming_after_it(manifest, calls, tmp_path):
     settings = [f"manifest={manifest}", "epochs=50", "patience=2", "lr=1e-12", "ema_decay=0"]
     state = run(tmp_path / "run", *settings)
     assert state["best"]["epoch"] + 2 == state["epoch"] < 50
@@ -222,7 +222,7 @@ def test_a_resumed_run_uses_its_new_settings(resumed, calls):
 
 
 def test_a_resumed_run_may_monitor_another_figure(resumed):
-    """The best epoch so far is then judged by that figure: otherwise no later epoch could win, or each one would."""
+    """The best epoch so far gets its score by the new figure, so that later epochs are compared fairly."""
     state = resumed("epochs=4", "monitor=loss")
     losses = [row["val_loss"] for row in state["history"]]
     assert state["best"] == {"epoch": int(np.argmin(losses)) + 1, "score": -min(losses)}
@@ -261,7 +261,7 @@ def test_a_diverging_run_is_stopped(manifest, calls, tmp_path):
     assert ("end", ("FAILED",)) in calls
 
 
-def test_serving_rejects_as_training_reported(tmp_path, monkeypatch, calls):
+def test_served_figures_equal_those_of_training(tmp_path, monkeypatch, calls):
     monkeypatch.setattr(train, "finish", finish.finish)
     manifest = tiny_manifest(tmp_path / "data", {"train": 48, "val": 80, "calibration": 60, "test": 60})
     table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
@@ -275,6 +275,7 @@ def test_serving_rejects_as_training_reported(tmp_path, monkeypatch, calls):
     rows, _ = evaluate.open_rows(manifest, "test", tmp_path)
     served = evaluate.evaluate(rows, evaluate.predict_rows(Predictor(bundle), rows), 0)
     reports = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert served["summary"]["nll"] == pytest.approx(reports["test"]["summary"]["nll"], abs=0.02)
     assert served["rejected"] == pytest.approx(reports["test"]["rejected"], abs=1.5 / 40)
     assert served["unknown"] == pytest.approx(reports["test"]["unknown"], abs=0.05)
     # The known space was fitted on the validation images, so their rejection is not reported.
@@ -320,7 +321,7 @@ def test_a_missing_file_is_one_sentence_and_exit_1(args, message, tmp_path, monk
     assert not (tmp_path / "o").exists()
 
 
-def test_a_manifest_is_made_only_where_its_data_was_named_too(tmp_path, monkeypatch, calls):
+def test_a_manifest_is_made_only_if_its_data_folder_is_set(tmp_path, monkeypatch, calls):
     missing, data, made = tmp_path / "missing.csv", tmp_path / "data", []
 
     def build(folders, out, **options):
@@ -338,7 +339,7 @@ def test_a_manifest_is_made_only_where_its_data_was_named_too(tmp_path, monkeypa
     assert printed(calls, f"Made {missing} from {data}.")
 
 
-def test_an_existing_manifest_does_not_stand_in_for_another_data_folder(manifest, tmp_path):
+def test_an_existing_manifest_is_not_used_for_another_data_folder(manifest, tmp_path):
     config = load_config(None, [f"data_dir={tmp_path / 'mine'}"])
     config.__dict__["manifest"] = str(manifest)  # the default manifest, which the settings do not name
     with pytest.raises(DataError, match=r"mine would not be read; leave data_dir out"):
@@ -346,7 +347,7 @@ def test_an_existing_manifest_does_not_stand_in_for_another_data_folder(manifest
     assert len(training_data.open_manifest(config, resumed=True))
 
 
-def test_ctrl_c_stops_the_making_of_a_manifest_at_once(tmp_path, monkeypatch):
+def test_ctrl_c_stops_the_preparation_of_data_at_once(tmp_path, monkeypatch):
     def interrupted(*args, **options):
         signal.raise_signal(signal.SIGINT)
         pytest.fail("Ctrl-C was ignored")
@@ -446,22 +447,11 @@ def test_a_run_terminated_killed_and_finished_is_one_mlflow_run(manifest, start,
     [run] = client.search_runs(["1"])
     assert_run_is_complete(client, run, first, last)
 
-    # The bundle documents itself, and its figures as served are those that training reported.
     described = json.loads((output / "bundle" / "bundle.json").read_text())
     assert described["classes"] == ["MEL", "NV", "BCC"]
     assert described["evidence"]["run_id"] == run.info.run_id
     assert described["evidence"]["dataset_fingerprint"] == first["dataset_fingerprint"]
     assert described["calibration"]["conformal"]["confidence_level"] == 0.9
-    code, text = invoke(
-        evaluate.main, "--bundle", output / "bundle", "--data", manifest, "--out", tmp_path / "out", "--bootstrap", 10
-    )
-    assert code == 0, text
-    served = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    trained = json.loads((output / "metrics.json").read_text())["test"]
-    assert served["images"] == trained["images"] == 18
-    assert served["summary"]["nll"] == pytest.approx(trained["summary"]["nll"], abs=0.02)
-    low, high = served["intervals_95"]["accuracy"]
-    assert low <= served["summary"]["accuracy"] <= high
 
 
 def assert_run_is_complete(client, run, first, last):

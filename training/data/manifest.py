@@ -102,8 +102,8 @@ def write_manifest(path: str | Path, frame: pd.DataFrame, report: dict[str, Any]
             file.write(text.encode())
             if report is not None:
                 file.flush()
-                with atomic_file(report_path(path)) as beside:
-                    beside.write((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+                with atomic_file(report_path(path)) as report_file:
+                    report_file.write((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise ManifestError(
             f"{path} cannot be written: {error.strerror or error}. Choose another --out, or free the disk."

@@ -134,8 +134,8 @@ def augmented_pairs(photos: list[Photo]) -> list[tuple[int, int]]:
     for index, photo in enumerate(photos):
         for image, _ in photo.copies:
             if base := (original_name(image.path.stem) or "").casefold():
-                beside = by_name.get((str(image.path.parent), base))
-                originals = (beside or by_name.get((f"below {image.root}", base), set())) - {index}
+                same_folder = by_name.get((str(image.path.parent), base))
+                originals = (same_folder or by_name.get((f"below {image.root}", base), set())) - {index}
                 if len(originals) == 1:
                     pairs.append((originals.pop(), index))
     return pairs
