@@ -1,8 +1,8 @@
 """Decoding: untrusted bytes to an upright RGB picture, with every limit on its size and shape.
 
 The steps: count the bytes, detect the format from the first bytes (handlers/image_formats.py), check the structure
-(handlers/file_limits.py), check the header, decode the pixels, scale deep samples (handlers/sample_depth.py), convert the
-colours to sRGB (handlers/colour.py), turn the picture upright.
+(handlers/file_limits.py), check the header, decode the pixels, scale deep samples (handlers/sample_depth.py), convert
+the colours to sRGB (handlers/colour.py), turn the picture upright.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ MIN_SIDE = 16
 MAX_ASPECT_RATIO = 8.0
 # Exif has 64 KB in most files, and Pillow unpacks whatever length a tag claims.
 MAX_EXIF_BYTES = 1 << 20
-# Pillow holds three canvases of a WebP, 16 bytes a pixel; AVIF and HEIC cost as much. So these may have half the pixels of other formats, and
-# large ones are decoded one at a time.
+# Pillow holds three canvases of a WebP, 16 bytes a pixel; AVIF and HEIC cost as much. So these may have half the
+# pixels of other formats, and large ones are decoded one at a time.
 MAX_WEBP_PIXELS, ALONE_PIXELS = 25_000_000, 262_144
 # Pictures shrink by whole boxes right after decoding, as long as the shorter side keeps this many pixels. A batch of
 # eight with 50 megapixels each would hold 1.6 GB otherwise.

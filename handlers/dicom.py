@@ -1,7 +1,7 @@
 """DICOM: the one frame of a photographic or dermoscopic picture, and how to understand its pixels.
 
-Only the pixel description of the header is used; names, dates and identifiers are neither kept nor returned. The frame is
-decoded by Pillow: JPEG baseline, JPEG 2000 and run lengths (the PackBits of TIFF), or uncompressed.
+Only the pixel description of the header is used; names, dates and identifiers are neither kept nor returned. The frame
+is decoded by Pillow: JPEG baseline, JPEG 2000 and run lengths (the PackBits of TIFF), or uncompressed.
 """
 
 import io

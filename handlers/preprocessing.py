@@ -62,8 +62,8 @@ class Preprocessing:
 def _check_content(pixels: np.ndarray, image: Image.Image) -> None:
     """Refuse a black, white or single-coloured picture with an ImageError.
 
-    The spread of the resized pixels decides for nearly all pictures; resizing averages noise away, so the picture itself
-    decides for the rest.
+    The spread of the resized pixels decides for nearly all pictures; resizing averages noise away, so the picture
+    itself decides for the rest.
     """
     low, high = pixels.min((0, 1)), pixels.max((0, 1))
     spread = (high - low).max() > 12 * LEAST_SPREAD or np.asarray(image).std((0, 1)).max() >= LEAST_SPREAD

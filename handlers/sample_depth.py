@@ -28,8 +28,8 @@ def sample_bits(highest: int, declared: int = 0) -> int:
         return declared
     if highest <= _LEAST:
         raise InvalidImage(
-            f"The image has 16 bits per channel, but its largest value is {highest}, so its brightness is undefined. Save "
-            "it with 8 bits per channel."
+            f"The image has 16 bits per channel, but its largest value is {highest}, so its brightness is undefined. "
+            "Save it with 8 bits per channel."
         )
     if highest > 65535:
         raise InvalidImage("The image has values above 65,535. Save it with 8 or 16 bits per channel.")

@@ -1,4 +1,4 @@
-"""Pages of a TIFF: smaller copies are skipped, channels stored as pages are merged, and several pictures are refused."""
+"""Pages of a TIFF: smaller copies are skipped, channels stored as pages are merged, several pictures are refused."""
 
 import re
 import struct

@@ -1,4 +1,4 @@
-"""Colour profiles are converted to sRGB, and samples of 10 to 16 bits are scaled to 8 bits by the range that they use."""
+"""Colour profiles are converted to sRGB; samples of 10 to 16 bits are scaled to 8 bits by the range that they use."""
 
 import io
 import struct

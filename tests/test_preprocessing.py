@@ -171,8 +171,9 @@ def test_refusals_have_a_status_a_code_and_a_sentence(data, status, code):
     [
         (b"GIF89a", "a GIF"), (b"\0\0\0\x0cjP  \r\n\x87\n", "a JPEG 2000"), (b"\xff\x4f\xff\x51", "a JPEG 2000"),
         (b"\xff\x0a", "a JPEG XL"), (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL"), (b"8BPS", "a Photoshop"),
-        (b"%PDF-1.7", "a PDF"), (b"PK\3\4", "a ZIP"), (b"\0\0\0\x18ftypmp42", "an MP4"), (b"\0\0\0\x18ftypqt  ", "a QuickTime"),
-        (b"\0\0\0\x18ftypcrx ", "a Canon raw"), (b"FUJIFILMCCD-RAW", "a camera raw"), (b"II+\0", "a BigTIFF"),
+        (b"%PDF-1.7", "a PDF"), (b"PK\3\4", "a ZIP"), (b"\0\0\0\x18ftypmp42", "an MP4"),
+        (b"\0\0\0\x18ftypqt  ", "a QuickTime"), (b"\0\0\0\x18ftypcrx ", "a Canon raw"),
+        (b"FUJIFILMCCD-RAW", "a camera raw"), (b"II+\0", "a BigTIFF"),
         (b"<svg xmlns='x'>", "an SVG"), (b"<?xml version='1.0'?><!-- made --><svg>", "an SVG"),
         (b"RIFF\x24\0\0\0AVI ", "an AVI"), (images.tiff(64, 64, t50706=1), "a camera raw"),
         (images.tiff(64, 64, t254=1, t330=8), "a camera raw"),

@@ -212,8 +212,8 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int = 8, colour: int = 2, more: bytes = b"", whole: bool = True) -> bytes:
-    """A PNG written by hand, of any size, black above and white below; without `whole` it claims a size and holds a line
-    at most."""
+    """A PNG written by hand, of any size, black above and white below; without `whole` it claims a size and holds a
+    line at most."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     line = bytes(1 + (width * depth * samples + 7) // 8)
