@@ -49,13 +49,7 @@ def load_split(
     progress: Callable[[int, int], None] = lambda done, total: None,
     metadata: Metadata | None = None,
 ) -> Images:
-    """Load one split through the cache (see build_cache for the other arguments and for DataError).
-
-    Args:
-        frame: a manifest (training.data.manifest.read_manifest).
-        classes: the codes that have a logit, in order.
-        metadata: the model's inputs besides the picture, if it has any.
-    """
+    """Load one split of a manifest through the cache. `classes` are the codes that have a logit. Raises DataError."""
     rows = frame[frame["split"] == split].reset_index(drop=True)
     index = {code: i for i, code in enumerate(classes)}
     return Images(

@@ -1,4 +1,4 @@
-"""Forms the groups that a split never divides: lesions with their near-duplicates, and patients."""
+"""Form the groups that a split never divides: lesions with their near-duplicates, and patients."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -18,13 +18,9 @@ def join_near_duplicates(
     Photos with one lesion id are one lesion. So are augmented copies and their originals. A near-duplicate pair joins
     two lesions, the most certain pair first, unless the lesions or their patients are known to be different: dark
     round frames look alike, and a chain of such pairs would join a whole data set. These pairs are only reported.
-    Photos without a label take part, because one of them may be what joins two others.
+    Photos without a label take part, because one of them may join two others.
 
-    Args:
-        photos: in the manifest's order.
-        copies: (original, augmented copy), as indices into `photos`.
-        near: near-duplicate pairs, the most certain first.
-        faults: receives the pairs that are not joined.
+    `copies` are pairs (original, augmented copy) and `near` near-duplicates, the most certain first, both as indices.
     """
     lesions = _Clusters(photos, [*_same(photos, lambda photo: photo.lesions), *copies])
     joined = list(copies)

@@ -1,4 +1,4 @@
-"""Finds the pictures and tables below a folder. Bytes decide what is a picture; names decide what is a mask."""
+"""Find the pictures and tables below a folder. Bytes identify pictures; names identify masks."""
 
 import re
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Reads the CSV files that come with dermoscopy data sets, recognising each by its columns, not by its name.
+"""Read the CSV files of dermoscopy data sets, and recognise each by its columns, not by its name.
 
 data_sets.yaml describes the columns and labels of each data set. Only a challenge's official test set is recognised by
 the name of its truth file.

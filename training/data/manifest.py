@@ -78,15 +78,9 @@ def read_manifest(path: str | Path) -> pd.DataFrame:
 
 
 def write_manifest(path: str | Path, frame: pd.DataFrame, report: dict[str, Any] | None = None) -> None:
-    """Write a manifest, and its report if given. Both are complete before either gets its name.
+    """Write a manifest, and its report if there is one. Both are complete before either gets its name.
 
-    Args:
-        path: the manifest to write. Its folder is made.
-        frame: a manifest's columns but `image`, which follows from the column `path`.
-        report: JSON values.
-
-    Raises:
-        ManifestError: the files cannot be written.
+    `frame` has a manifest's columns except `image`, which follows from the column `path`. Raises ManifestError.
     """
     path = absolute(path)
     images = [Path(image) for image in frame["path"]]

@@ -1,4 +1,4 @@
-"""The report on a manifest: counts per class, source and split, duplicates, what was dropped and what looked odd."""
+"""The report on a manifest: counts by class, source and split, duplicates, dropped files and notes."""
 
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -26,17 +26,10 @@ def make_report(
     dropped: Faults,
     fixed_test: int,
 ) -> dict[str, Any]:
-    """Return the content of manifest.report.json, and add to the notes what the finished manifest shows.
+    """Return the content of manifest.report.json, and add weak spots of the manifest `frame` to its notes.
 
-    Args:
-        frame: the manifest.
-        roots: the data folders.
-        sources: their images and tables.
-        photos: the rows of `frame`, in the same order.
-        near: pairs of indices into `photos` that were joined as near-duplicates.
-        settled: how many labels each authority settled.
-        dropped: files that are not in the manifest, by reason.
-        fixed_test: number of groups that are test by their source.
+    `photos` are the rows of `frame`; `near` are pairs of indices into them that were joined as near-duplicates;
+    `settled` counts the labels by authority; `fixed_test` is the number of groups that are test by their source.
     """
     sizes = frame["lesion_id"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
     files = [[str(image.path) for image, _ in photo.copies] for photo in photos]

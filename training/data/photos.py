@@ -1,4 +1,4 @@
-"""From files to photographs: joins copies of one file, and settles each photograph's label."""
+"""Join copies of one file into photographs, and settle the label of each photograph."""
 
 import re
 from collections import Counter, defaultdict

@@ -1,4 +1,4 @@
-"""From data folders to a manifest: recognise, decode, find duplicates, settle labels, group, split, write."""
+"""Make a manifest of data folders: recognise, decode, find duplicates, settle labels, group, split, write."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Looks through data folders and joins every table's rows to the images.
+"""Search data folders, and join the rows of all tables to the images.
 
 A row finds its image by the ISIC identifier wherever the image lies, so the ISIC 2019 truth also describes the same
 photos in a copy of HAM10000. Any other name ("img_001.jpg") counts only inside its own data set: below the table's

@@ -1,4 +1,4 @@
-"""Which split a lesion goes to: stratified by class, never dividing a group, the same for the same data."""
+"""Assign groups of images to splits: stratified by class, without dividing a group, the same for the same data."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 Split = Literal["train", "val", "calibration", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
-# 70 % to learn from; the rest in equal parts for choosing the epoch, fitting the calibration, and the final measure.
+# 70 % for training; equal parts of the rest choose the epoch, fit the calibration, and test.
 DEFAULT_FRACTIONS = {"train": 0.7, "val": 0.1, "calibration": 0.1, "test": 0.1}
 DEFAULT_SEED = 2019
 
@@ -19,22 +19,17 @@ def assign_splits(
     fractions: Mapping[str, float] = DEFAULT_FRACTIONS,
     seed: int = DEFAULT_SEED,
 ) -> dict[str, str]:
-    """Give every group one split.
+    """Return one of SPLITS for each group.
 
-    Within a class the groups are put in an order that depends on the seed and their names alone, laid end to end by
-    their number of images, and cut where the splits' shares end; a group belongs to the split its middle falls into.
-    So each split gets its share of each class to within the size of the class's largest group, the order in which
-    groups are given does not matter, and a few added groups move only the few groups next to a cut. Groups with
-    several classes count as their rarest.
+    Within a class, groups are ordered by a hash of seed and name, laid end to end by their number of images, and cut
+    where the splits' shares end. A group belongs to the split that its middle falls into. So each split gets its share
+    of each class, to within the size of the class's largest group, and new groups move only a few others. A group with
+    several classes counts as its rarest.
 
     Args:
-        groups: name of each group -> class code of each of its images.
-        fixed_test: groups that are test whatever the dice say; they count towards the test split's share.
+        groups: class codes of each group's images.
+        fixed_test: groups that are always test; they count towards the test split's share.
         fractions: share of each of SPLITS; they need not sum to 1.
-        seed: another seed gives another split.
-
-    Returns:
-        name of each group -> one of SPLITS.
     """
     images_of_class = Counter(code for codes in groups.values() for code in codes)
     strata: dict[str, list[str]] = defaultdict(list)
@@ -52,7 +47,7 @@ def assign_splits(
         targets = {split: images * shares[split] / total_share for split in SPLITS}
         targets["test"] = max(Fraction(0), targets["test"] - sum(len(groups[name]) for name in fixed))
         splits |= dict.fromkeys(fixed, "test")
-        # The only group of a class is learnt from, whatever the shares.
+        # The only group of a class is for training.
         splits |= _cut(free, groups, targets) if len(names) > 1 else dict.fromkeys(free, "train")
     return splits
 
