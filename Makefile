@@ -3,6 +3,8 @@
 .PHONY: help up down status env browser test test-all test-hostile test-load test-compose lint format lock clean
 PY := .venv/bin/python
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11
+# Texts are UTF-8, whatever the locale.
+export PYTHONUTF8 := 1
 IMAGES := prediction torchserve promoter training mlflow page
 # Unit tests run in parallel, one file at a time in each process; the live ones share one stack and run one after the other.
 PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile

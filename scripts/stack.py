@@ -81,6 +81,7 @@ class StackSettings(Settings):
             "STREAMLIT_SERVER_PORT": str(self.streamlit_port),
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
             "PYTHONUNBUFFERED": "1",
+            "PYTHONUTF8": "1",  # whatever the locale
             "NO_PROXY": direct,
             "no_proxy": direct,
         }

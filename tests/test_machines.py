@@ -1,9 +1,11 @@
 """Machines that differ from the developers': line ends of Windows, spaces, other locales, file systems without sockets."""
 
 import errno
+import os
 import socket
 import sqlite3
 import subprocess
+import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -198,3 +200,14 @@ def test_a_file_system_without_sockets_moves_them_to_the_temporary_folder(tmp_pa
     assert takes_sockets(usual) or len(str(usual)) > 100
     takes_sockets.cache_clear()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_make_prints_its_signs_in_a_locale_that_is_not_utf8():
+    """The stack prints ✓ and …, which Latin-1 lacks."""
+    code = "import sys; sys.stdout.write(sys.stdout.encoding)"
+    makefile = f"include Makefile\nencoding:\n\t@{sys.executable} -c '{code}'\n"
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "de_DE.ISO-8859-1"}
+    done = subprocess.run(
+        ["make", "-s", "-f", "-", "encoding"], cwd=ROOT, input=makefile, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "utf-8", done.stderr
