@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.exceptions import MlflowException
 
 ALIASES = ("champion", "challenger")  # the aliases that the promoter reads
 BUNDLE_ARTIFACT = "bundle"
@@ -211,18 +212,22 @@ class Registry:
         try:
             yield
         except MlflowException as error:
-            sentence = str(error).splitlines()[0]
-            if error.error_code in _MISSING:
-                if missing_is_none:
-                    return
-                raise RegistryError(f"MLflow at {self.uri} refuses the request ({sentence}).") from error
-            if "error responses" in sentence:
-                raise RegistryUnavailable(
-                    f"MLflow at {self.uri} answers with errors. Read its log; its database or disk may be full or away."
-                ) from error
-            if "with exception" in sentence:  # the rest of the sentence is the repr of a connection
-                raise RegistryUnavailable(f"MLflow at {self.uri} does not answer. Start it with `make up`.") from error
-            raise RegistryUnavailable(f"MLflow at {self.uri} answers with an error ({sentence}).") from error
+            if missing_is_none and error.error_code in _MISSING:
+                return
+            raise _translated(error, self.uri) from error
+
+
+def _translated(error: "MlflowException", uri: str) -> RegistryError | RegistryUnavailable:
+    sentence = str(error).splitlines()[0]
+    if error.error_code in _MISSING:
+        return RegistryError(f"MLflow at {uri} refuses the request ({sentence}).")
+    if "error responses" in sentence:
+        return RegistryUnavailable(
+            f"MLflow at {uri} answers with errors. Read its log; its database or disk may be full or away."
+        )
+    if "with exception" in sentence:  # the rest of the sentence is the repr of a connection
+        return RegistryUnavailable(f"MLflow at {uri} does not answer. Start it with `make up`.")
+    return RegistryUnavailable(f"MLflow at {uri} answers with an error ({sentence}).")
 
 
 def registered(version: "ModelVersion", aliases: tuple[str, ...] | None = None) -> RegisteredVersion:

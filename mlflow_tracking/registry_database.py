@@ -1,7 +1,8 @@
 """Prepare the registry's database for this MLflow: mlflow_server.sh runs this before each start of the server.
 
-A SQLite database of an older MLflow is copied and upgraded. A database of a newer MLflow, and another kind of database of
-an older one, is refused: exit code 1 and one sentence on stderr. `make up` shows the lines that begin with PREFIX or REFUSED.
+A SQLite database of an older MLflow is copied and upgraded. A database of a newer MLflow, and another kind of database
+of an older one, is refused: exit code 1 and one sentence on stderr. `make up` shows the lines that begin with PREFIX or
+REFUSED.
 
 Few imports, because the script runs at each start, and in MLflow's image.
 """

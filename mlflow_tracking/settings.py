@@ -52,7 +52,7 @@ def quiet_client(uri: str) -> None:
 
 @cache
 def takes_sockets(folder: Path) -> bool:
-    """Return whether the file system of a folder has Unix sockets; those of some virtual machines and shares have none."""
+    """Return whether the file system of a folder has Unix sockets, which some shared folders lack."""
     while not folder.exists():
         folder = folder.parent
     probe = folder / f".{os.getpid()}.sock"
@@ -133,8 +133,8 @@ class Settings(BaseSettings):
     def run_dir(self) -> Path:
         """The folder of the sockets: in the state folder, or below /tmp if a socket cannot be there.
 
-        The path may be too long, or the file system may have no sockets. Raises SettingsError for a TORCHSERVE_RUN_DIR that
-        is too long.
+        The path may be too long, or the file system may have no sockets. Raises SettingsError for a TORCHSERVE_RUN_DIR
+        that is too long.
         """
         folder = ROOT / (self.torchserve_run_dir or self.state / "run")
         if len(os.fsencode(folder / "management.sock")) <= SOCKET_PATH:

@@ -216,8 +216,8 @@ def no_champion(serving: str, versions: Sequence[str]) -> str:
             f"No version has the alias champion; version {serving} still serves. Set it with `promote.py to VERSION`."
         )
     return (
-        f"The alias champion points nowhere: version {serving} was deleted from MLflow and still serves. Deploy another "
-        "version with `promote.py to VERSION`."
+        f"The alias champion points nowhere: version {serving} was deleted from MLflow and still serves. "
+        "Deploy another version with `promote.py to VERSION`."
     )
 
 

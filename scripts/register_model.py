@@ -55,8 +55,8 @@ def register_model(
 def is_empty(registry: Registry) -> bool:
     """Return whether the registry awaits its first model; otherwise print why not.
 
-    An interrupted first start may have left version 1 without an alias, which does not count. MLflow deletes aliases with
-    their version, so the record of an alias shows that a version was deleted.
+    An interrupted first start may have left version 1 without an alias, which does not count. MLflow deletes aliases
+    with their version, so the record of an alias shows that a version was deleted.
     """
     versions = registry.versions()
     if any(version.aliases for version in versions):

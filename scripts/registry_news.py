@@ -30,6 +30,7 @@ class RegistryNews:
                 self._position += len(line)
                 sentence = line.decode(errors="replace").strip()
                 if sentence.startswith(REFUSED):
-                    raise RegistryRefused(sentence.removeprefix(REFUSED))
+                    reason = sentence.removeprefix(REFUSED)
+                    raise RegistryRefused(f"MLflow refuses its database. {reason}")
                 if sentence.startswith(PREFIX):
                     console.print(sentence)

@@ -100,9 +100,9 @@ def test_a_replay_lists_files_that_are_no_pictures(case, tmp_path, monkeypatch):
     (folder / "._NV.png").write_text("hidden")
     table = replay_folder(case.server, folder, CHAMPION, case.candidate.release)
     assert (table["images"], table["agreement"], list(table["refused"])) == (2, 1.0, ["notes.png"])
-    assert "not a JPEG" in table["refused"]["notes.png"]
+    assert "not a picture" in table["refused"]["notes.png"]
     write_replay(tmp_path, "1", "2", {"clinic": table})
-    assert "notes.png</code> was left out: The file is not a JPEG" in (tmp_path / "report.html").read_text()
+    assert "notes.png</code> was left out: This is not a picture" in (tmp_path / "report.html").read_text()
     monkeypatch.setattr("mlflow_tracking.promotion.torchserve_client.RETRY_WAITS", (0.0, 0.0))
     case.server.fail = [500] * 9
     with pytest.raises(TorchServeError, match="busy"):
@@ -111,7 +111,7 @@ def test_a_replay_lists_files_that_are_no_pictures(case, tmp_path, monkeypatch):
     for name in ("2026/MEL", "NV.png"):
         (folder / name).unlink()
     with pytest.raises(
-        UserError, match=r"None of the 1 files in .* is a picture. The first is notes.png. The file is not a JPEG"
+        UserError, match=r"None of the 1 files in .* is a picture. The first is notes.png. This is not a picture"
     ):
         replay_folder(case.server, folder, CHAMPION, case.candidate.release)
 

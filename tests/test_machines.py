@@ -1,4 +1,4 @@
-"""Machines that differ from the developers': line ends of Windows, spaces, other locales, file systems without sockets."""
+"""Other machines: line ends of Windows, spaces, other locales, file systems without sockets."""
 
 import errno
 import os
@@ -69,7 +69,8 @@ def older_database(tmp_path) -> Path:
         for statement in (
             "INSERT INTO registered_models (name, workspace, creation_time, last_updated_time) "
             "VALUES ('skin_vit', 'default', 1, 1)",
-            "INSERT INTO model_versions (name, version, workspace, creation_time, last_updated_time, current_stage, status) "
+            "INSERT INTO model_versions "
+            "(name, version, workspace, creation_time, last_updated_time, current_stage, status) "
             "VALUES ('skin_vit', 1, 'default', 1, 1, 'None', 'READY')",
             "INSERT INTO registered_model_aliases (name, alias, version, workspace) "
             "VALUES ('skin_vit', 'champion', 1, 'default')",

@@ -102,7 +102,7 @@ def test_mlflow_gives_the_predictors_probabilities(pyfunc, full_bundle, sample_i
 
 
 def test_mlflow_names_the_image_that_cannot_be_used(pyfunc, sample_images):
-    with pytest.raises(ValueError, match=r"The image in row 1 is refused. The file is not a JPEG"):
+    with pytest.raises(ValueError, match=r"The image in row 1 is refused. This is not a picture"):
         pyfunc.predict([sample_images[0], b"no picture"])
 
 
