@@ -268,7 +268,7 @@ def test_a_training_that_is_stopped_ends_by_itself(stack, small_training):
         stack.wait_for(lambda: re.search(r"epoch +1/1000 .*lr", docker("logs")), 120)
         docker("stop", "--time", "30")
         said = docker("logs")
-        assert re.search(r"Interrupted; [1-9]\d* whole epochs are kept", said), said
+        assert re.search(r"Interrupted after [1-9]\d* whole epochs", said), said
         assert "--resume" in said
         assert docker("inspect", "--format", "{{.State.ExitCode}}").strip() == "143"
         runs = stack.registry("POST", "/runs/search", experiment_ids=[str(n) for n in range(9)])["runs"]
@@ -382,7 +382,7 @@ def test_a_wrong_env_file_is_told_and_a_lost_one_locks_nobody_out(stack, image):
     env.write_text("MINIO_ROOT_PASSWORD=long-enough-for-all\n")
     refused = stack("up", "--detach", "--wait", check=False)
     assert refused.returncode != 0
-    assert "write it there (chmod a+rx" in stack("logs", "secrets").stdout
+    assert "Write it there and run `chmod a+rx" in stack("logs", "secrets").stdout
     env.chmod(0o644)
 
     up("POSTGRES_PASSWORD=\nMINIO_ROOT_PASSWORD=\nnothing-that-anybody-knows=1\n")
