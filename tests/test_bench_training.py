@@ -26,7 +26,7 @@ def test_it_compares_three_sources(tmp_path):
     ("setting", "code", "message"),
     [
         ("imagesize=32", 2, "'image_size'"),
-        ("batch_size=64", 1, "48 training images, but a batch has 64"),
+        ("batch_size=64", 1, "has 48 training images. Set batch_size=48 or less"),
     ],
 )
 def test_wrong_settings_are_reported(tmp_path, setting, code, message):

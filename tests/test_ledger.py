@@ -97,8 +97,8 @@ def writer(tmp_path):
 def test_a_killed_writer_leaves_a_whole_ledger_and_a_free_store(tmp_path, writer):
     with pytest.raises(StoreBusy, match="Another promoter is working"), locks.lock(tmp_path):
         pass
-    end, seen = time.monotonic() + 1, set()
-    while time.monotonic() < end:
+    began, seen = time.monotonic(), set()
+    while time.monotonic() < began + (1 if len(seen) > 2 else 60):  # a busy machine writes seldom
         ledger = ledgers.read(tmp_path)  # raises if a half-written one can be seen
         seen |= {entry.version for entry in ledger.archives.values()}
         assert len(ledger.archives) in (0, 500)
