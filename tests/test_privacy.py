@@ -99,7 +99,7 @@ def test_logs_hold_no_pixels_names_places_or_headers(serving: Serving, sample_im
 def test_answers_hold_only_the_pictures_hash_and_size(serving: Serving):
     data = encode(small(photograph(0)), "JPEG", exif=exif(1), comment=SECRET.encode())
     answer = serving.ask(Call(data, (OCTETS, ("X-Patient", SECRET))))
-    assert answer.json["image"].keys() == {"width", "height", "sha256"}
+    assert answer.json["image"].keys() == {"width", "height", "sha256", "converted"}
     assert not traces(answer.body, data)
     explained = serving.ask(Call(data, path="/explanations/skin_vit"))
     overlay = images.Image.open(images.io.BytesIO(base64.b64decode(explained.json["gradcam"]["overlay_png"])))

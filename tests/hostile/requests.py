@@ -266,7 +266,7 @@ def heads(data: bytes) -> Items:
         yield Item(
             "heads", f"Content-Length: {length}", Call(data, (OCTETS, ("Content-Length", length))), BROKEN | LARGE
         )
-    yield Item("heads", "28 MiB and a byte", Call(data, (OCTETS, ("Content-Length", "29360129"))), LARGE)
+    yield Item("heads", "44 MiB and a byte", Call(data, (OCTETS, ("Content-Length", "46137345"))), LARGE)
     yield Item("heads", "21 MiB", Call(data + bytes(21 << 20), (OCTETS,)), LARGE)
     yield Item("heads", "29 MiB", Call(data + bytes(29 << 20), (OCTETS,)), LARGE)
     yield Item("heads", "28 MB of base64", as_json({"image": "A" * (28_000_000)}), LARGE)
