@@ -268,7 +268,7 @@ def heads(data: bytes) -> Items:
         )
     yield Item("heads", "44 MiB and a byte", Call(data, (OCTETS, ("Content-Length", "46137345"))), LARGE)
     yield Item("heads", "21 MiB", Call(data + bytes(21 << 20), (OCTETS,)), LARGE)
-    yield Item("heads", "29 MiB", Call(data + bytes(29 << 20), (OCTETS,)), LARGE)
+    yield Item("heads", "45 MiB", Call(data + bytes(45 << 20), (OCTETS,)), LARGE)
     yield Item("heads", "28 MB of base64", as_json({"image": "A" * (28_000_000)}), LARGE)
 
 
