@@ -1,8 +1,8 @@
 """The network: a timm backbone with a classification head, and late fusion with metadata."""
 
 import difflib
-import logging
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ def build_backbone(
     architecture: str,
     num_classes: int,
     image_size: int,
-    pretrained: bool = False,
+    pretrained: Mapping[str, Tensor] | None = None,
     options: dict[str, Any] | None = None,
     metadata_width: int = 0,
 ) -> nn.Module:
@@ -36,7 +36,7 @@ def build_backbone(
         architecture: a timm model name, such as "vit_small_patch16_224" or "efficientnet_b0".
         num_classes: number of logits.
         image_size: input side in pixels; vision transformers are built for it.
-        pretrained: load timm's weights from the model hub.
+        pretrained: first weights under timm's names, of the architecture or of the model in PRETRAINED_STEMS.
         options: keyword arguments for timm, and two of this project. `stem` replaces a vision transformer's patch
             projection, which helps when training from scratch on little data: "conv" by stride-2 convolutions (Xiao et
             al. 2021, "Early Convolutions Help Transformers See Better"), "resnet" by ResNet-18 up to the same stride
@@ -45,7 +45,7 @@ def build_backbone(
         metadata_width: width D of the encoded metadata (handlers.metadata) that `fuse` adds; 0 for none.
 
     Raises:
-        BackboneError: an unknown architecture or option, or pretrained weights that cannot be downloaded.
+        BackboneError: an unknown architecture or option, or pretrained weights that do not fit.
     """
     if not timm.is_model(architecture):
         if similar := difflib.get_close_matches(architecture, timm.list_models(), n=3):
@@ -58,10 +58,10 @@ def build_backbone(
     if stem not in STEMS:
         raise BackboneError(f"stem is {stem!r}: it must be one of {', '.join(STEMS)}.")
     if stem != "patch":
-        if pretrained:
-            raise BackboneError(f"stem={stem!r} has no pretrained weights. Use stem='patch' or pretrained=false.")
         arguments["embed_layer"] = STEMS[stem]
-    backbone = _create(architecture, pretrained, num_classes, arguments)
+    backbone = _create(architecture, None if stem in PRETRAINED_STEMS else pretrained, num_classes, arguments)
+    if pretrained and stem in PRETRAINED_STEMS:
+        _load_stem(backbone.patch_embed.backbone, pretrained)
     if hidden:
         # timm's own name for it: `head`, `fc` or `classifier`
         name = backbone.default_cfg["classifier"]
@@ -71,23 +71,25 @@ def build_backbone(
     return backbone
 
 
-def _create(architecture: str, pretrained: bool, num_classes: int, arguments: dict[str, Any]) -> Any:
-    hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
-    hub_log.setLevel(logging.CRITICAL)  # it logs every retry; the error below says it once
+def _create(
+    architecture: str, pretrained: Mapping[str, Tensor] | None, num_classes: int, arguments: dict[str, Any]
+) -> Any:
+    if pretrained:  # timm resamples position embeddings to the image size, and leaves out a head of other classes
+        arguments = arguments | {"pretrained_cfg_overlay": {"state_dict": dict(pretrained)}}
     try:
-        return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **arguments)
+        return timm.create_model(architecture, pretrained=bool(pretrained), num_classes=num_classes, **arguments)
     except (TypeError, AssertionError) as error:
         raise BackboneError(f"{architecture} cannot be built with {arguments}: {error}.") from error
-    except Exception as error:
-        if not pretrained:
-            raise
-        raise BackboneError(
-            f"The pretrained weights of {architecture} cannot be downloaded from the model hub "
-            f"({type(error).__name__}). Check the network, or train from scratch with pretrained=false."
-        ) from error
-    finally:
-        hub_log.setLevel(level)
+    except RuntimeError as error:
+        raise BackboneError(f"The pretrained weights do not fit {architecture}: {str(error)[:200]}.") from error
+
+
+def _load_stem(stem: nn.Module, pretrained: Mapping[str, Tensor]) -> None:
+    """Load the tensors that a stem shares with a whole network. Raises BackboneError if one is missing."""
+    own = stem.state_dict()
+    if missing := [name for name in own if name not in pretrained and not name.endswith("num_batches_tracked")]:
+        raise BackboneError(f"The pretrained weights lack {missing[0]} of the stem.")
+    stem.load_state_dict({name: pretrained[name] for name in own if name in pretrained}, strict=False)
 
 
 class MetadataHead(nn.Module):
@@ -191,6 +193,8 @@ def _resnet_stem(img_size: int, patch_size: int, in_chans: int, embed_dim: int, 
     return HybridEmbed(backbone=resnet, img_size=img_size, patch_size=1, embed_dim=embed_dim, **kwargs)
 
 
+# Stem -> the timm model whose pretrained weights it shares.
+PRETRAINED_STEMS = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 STEMS = {"patch": None, "conv": _conv_stem, "resnet": _resnet_stem}
 
 

@@ -24,6 +24,15 @@ class Conformal:
     thresholds: dict[str, float]
 
 
+def split_logits(logits: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Split logits (N, K) into those of the known classes and those of UNK (N,), None for a model without UNK."""
+    logits = np.asarray(logits, np.float64)
+    if UNKNOWN not in classes:
+        return logits, None
+    index = list(classes).index(UNKNOWN)
+    return np.delete(logits, index, axis=1), logits[:, index]
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Temperature (Guo et al. 2017), rejection and conformal sets of one model; the default changes nothing."""
@@ -33,7 +42,7 @@ class Calibration:
     conformal: Conformal | None = None
 
     def known_probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """Convert logits (N, K) to probabilities of the model's own classes, float64 (N, K), rows summing to 1."""
+        """Convert logits (N, K) of classes other than UNK to their probabilities, float64 (N, K), rows summing to 1."""
         scaled = np.asarray(logits, np.float64) / self.temperature
         return np.exp(scaled - logsumexp(scaled))
 
@@ -42,17 +51,27 @@ class Calibration:
     ) -> np.ndarray:
         """Convert logits (N, K) of `classes` (K codes) to float64 (N, 9) in taxonomy order, rows summing to 1.
 
-        `residuals` (N,) come from the serving graph. Classes that the model was not trained on get 0. With a rejection,
-        UNK gets its probability and the other classes share the rest.
+        `residuals` (N,) come from the serving graph. Classes that the model was not trained on get 0. UNK gets its
+        probability and the other classes share the rest.
         """
-        class_probabilities = self.known_probabilities(logits)
-        out = np.zeros((len(class_probabilities), len(CODES)))
-        out[:, [CODES.index(code) for code in classes]] = class_probabilities
-        if self.rejection is not None and UNKNOWN not in classes:
-            unknown = self.rejection.probability(logits, residuals)
-            out *= (1 - unknown)[:, None]
-            out[:, CODES.index(UNKNOWN)] = unknown
+        known, _ = split_logits(logits, classes)
+        unknown = self.unknown_probability(logits, classes, residuals)
+        out = np.zeros((len(known), len(CODES)))
+        columns = [CODES.index(code) for code in classes if code != UNKNOWN]
+        out[:, columns] = self.known_probabilities(known) * (1 - unknown)[:, None]
+        out[:, CODES.index(UNKNOWN)] = unknown
         return out
+
+    def unknown_probability(
+        self, logits: np.ndarray, classes: Sequence[str], residuals: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the probability of UNK (N,): 0 for a model without a rejection and without a logit for UNK."""
+        known, outlier_logits = split_logits(logits, classes)
+        if self.rejection is not None:
+            return self.rejection.probability(known, residuals, outlier_logits)
+        if outlier_logits is not None:
+            return Rejection(0.0, 1.0).probability(known, None, outlier_logits)  # softmax
+        return np.zeros(len(known))
 
     def conformal_sets(
         self, logits: np.ndarray, classes: Sequence[str], residuals: np.ndarray | None = None
@@ -64,13 +83,10 @@ class Calibration:
         """
         if self.conformal is None:
             return None
-        class_probabilities = self.known_probabilities(logits)
+        class_probabilities = self.known_probabilities(split_logits(logits, classes)[0])
+        unknown = self.unknown_probability(logits, classes, residuals)
+        classes = [code for code in classes if code != UNKNOWN]
         limits = np.array([self.conformal.thresholds.get(code, 1.0) for code in classes])
-        unknown = (
-            self.rejection.probability(logits, residuals)
-            if self.rejection is not None and UNKNOWN not in classes
-            else np.zeros(len(class_probabilities))
-        )
         sets = []
         for row, p_unknown in zip(class_probabilities, unknown, strict=True):
             order = np.argsort(-row)

@@ -20,7 +20,16 @@ from tests.tiny_lesions import COLOURS, tiny_manifest
 from training.config import load_config
 from training.data import image_cache
 from training.data.augmentation import LUMA, Augment
-from training.data.batches import Images, batches, classes_in, epoch_order, load_split, standardise
+from training.data.batches import (
+    Images,
+    batches,
+    classes_in,
+    drawn_shares,
+    epoch_order,
+    load_split,
+    sampling_weights,
+    standardise,
+)
 from training.data.image_cache import DataError, build_cache
 from training.data.manifest import read_manifest
 
@@ -163,12 +172,18 @@ def test_a_class_without_a_logit_is_marked(frame, tmp_path):
 # ---- order and batches
 
 
+def images_of(labels, sources=None):
+    """Return images without pixels."""
+    sources = np.full(len(labels), "ham") if sources is None else sources
+    return Images(np.empty((len(labels), 0)), labels, labels.astype(str), sources, np.empty((len(labels), 0)))
+
+
 def test_the_order_depends_on_seed_and_epoch_alone():
-    labels = np.arange(50) % 3
-    orders = {(s, e): epoch_order(labels, s, e) for s, e in itertools.product((0, 1), (0, 1))}
+    weights = np.full(50, 1 / 50)
+    orders = {(s, e): epoch_order(weights, s, e) for s, e in itertools.product((0, 1), (0, 1))}
     for (s, e), order in orders.items():
         assert sorted(order) == list(range(50))
-        np.testing.assert_array_equal(order, epoch_order(labels, s, e))
+        np.testing.assert_array_equal(order, epoch_order(weights, s, e))
     assert len({tuple(order) for order in orders.values()}) == 4
 
 
@@ -176,17 +191,30 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 def test_the_sampler_draws_by_frequency_to_the_power(power, expected):
     """9 to 1: weights 9 * 9^-p and 1, so shares 0.9, 3 / (3 + 1) and 0.5."""
     labels = np.array([0] * 9000 + [1] * 1000)
-    drawn = labels[epoch_order(labels, 0, 0, power)]
+    weights = sampling_weights(images_of(labels), power, by_source=False)
+    drawn = labels[epoch_order(weights, 0, 0)]
     assert len(drawn) == len(labels)
     assert (drawn == 0).mean() == pytest.approx(expected, abs=0.02)
+    assert drawn_shares(labels, weights, ("NV", "MEL"), 0.0) == pytest.approx([expected, 1 - expected])
+
+
+def test_the_sampler_balances_classes_within_sources():
+    """A class that one source holds alone no longer tells the source: each of the four groups gets a quarter."""
+    labels, sources = np.array([0] * 700 + [1] * 100 + [0] * 50 + [1] * 150), np.array(["ham"] * 800 + ["bcn"] * 200)
+    weights = sampling_weights(images_of(labels, sources), 1.0, by_source=True)
+    groups = [weights[(labels == k) & (sources == s)].sum() for k in (0, 1) for s in ("ham", "bcn")]
+    assert groups == pytest.approx([0.25] * 4)
+    assert drawn_shares(labels, weights, ("NV", "MEL"), 0.0) == pytest.approx([0.5, 0.5])
+    with_outliers = drawn_shares(labels, weights, ("NV", "MEL", "UNK"), 0.1)
+    assert with_outliers == pytest.approx([0.45, 0.45, 0.1])
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
 def test_batches_hold_the_images_in_order(batch_size):
     pixels = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 4, 4, 3))
     told = np.arange(40, dtype=np.float32).reshape(20, 2)
-    images = Images(pixels, np.arange(20) * 10, np.arange(20).astype(str), told)
-    order = epoch_order(images.labels // 10, 0, 0)
+    images = Images(pixels, np.arange(20) * 10, np.arange(20).astype(str), np.full(20, "ham"), told)
+    order = epoch_order(np.full(20, 1 / 20), 0, 0)
     seen = list(batches(images, order, batch_size, CPU))
     assert [len(labels) for _, labels, _ in seen] == [min(batch_size, 20 - start) for start in range(0, 20, batch_size)]
     np.testing.assert_array_equal(torch.cat([labels for _, labels, _ in seen]), order * 10)

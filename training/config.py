@@ -15,6 +15,7 @@ import timm
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from handlers.backbone import PRETRAINED_STEMS
 from handlers.errors import UsageError
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
@@ -59,7 +60,10 @@ class ModelSettings(_Group):
 
     image_size: int = Field(224, ge=16, description="side of the network's input in pixels")
     architecture: str = Field("vit_small_patch16_224", description="a timm model name")
-    pretrained: bool = Field(False, description="start from the model hub's weights")
+    pretrained: bool = Field(
+        False, description="start from weights in pretrained_file, on timm's hub or its cache, or in a Python package"
+    )
+    pretrained_file: str = Field("", description="pretrained weights of the architecture: a .safetensors or .pth file")
     initial_bundle: str = Field(
         "", description="bundle with the same backbone to start from; image_size and classes may differ"
     )
@@ -144,8 +148,14 @@ class LossSettings(_Group):
     label_smoothing: Probability = 0.0
     class_weight_power: Probability = Field(0.0, description="loss weight = frequency^-power: 0 equal, 1 balanced")
     sampler_power: Probability = Field(0.0, description="sampling weight = frequency^-power: 0 unchanged, 1 balanced")
+    sampler_groups: Literal["class", "source_and_class"] = Field(
+        "class", description="the groups whose frequencies sampler_power balances"
+    )
+    outliers: Probability = Field(
+        0.0, description="share of training images that become pictures without a lesion, of class UNK"
+    )
     logit_adjustment: Probability = Field(
-        0.0, description="share of the log class frequencies subtracted from the trained logits"
+        0.0, description="share of the log class frequencies, as drawn, subtracted from the trained logits"
     )
 
 
@@ -167,6 +177,10 @@ class AugmentationSettings(_Group):
     randaugment: Annotated[int, Field(ge=0, le=30)] = Field(
         0, description="magnitude of RandAugment, two operations per image, before all others; 0: off"
     )
+    resample: Probability = Field(
+        0.0, description="share of images that pass through a lower resolution, as in blurred data sets"
+    )
+    resample_side: int = Field(56, ge=8, description="lowest resolution of resample: its side in pixels")
     mixup_alpha: NonNegative = Field(0.0, description="Beta(alpha, alpha); 0: no mixup")
     cutmix_alpha: NonNegative = Field(0.0, description="Beta(alpha, alpha); 0: no cutmix")
     mix_probability: Probability = Field(0.5, description="share of batches that mixup or cutmix change")
@@ -190,8 +204,10 @@ class TrainConfig(AugmentationSettings, LossSettings, OptimizationSettings, Mode
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.stem != "patch" and self.pretrained:
+        if self.pretrained and self.stem not in ("patch", *PRETRAINED_STEMS):
             raise ValueError(f"stem={self.stem} has no pretrained weights; use stem=patch or pretrained=false.")
+        if self.pretrained_file and not self.pretrained:
+            raise ValueError("pretrained_file is read only with pretrained=true; add it.")
         if self.initial_bundle and self.pretrained:
             raise ValueError("initial_bundle and pretrained=true both name initial weights; add pretrained=false.")
         if 0 < self.cache_size < self.image_size:

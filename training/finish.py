@@ -4,7 +4,7 @@ It needs only the output folder and the data, so resuming a run without epochs l
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from handlers.bundle import Bundle, BundleConfig
 from handlers.calibration import Calibration
 from handlers.files import write_json
 from handlers.receipt import Receipt
+from handlers.taxonomy import UNKNOWN
 from mlflow_tracking.command_line import console
 from mlflow_tracking.runs import Tracker, code_revision
 from mlflow_tracking.settings import MODEL_NAME
@@ -64,18 +65,18 @@ def finish(
     """
     best = load(output / BEST)
     classes = best["classes"]
-    model = best_model(config, best, data["train"].labels).to(device)
+    model = best_model(config, best).to(device)
     outputs = {
         split: outputs_of(model, images, config.batch_size, config.preprocessing, device)
         for split, images in data.items()
         if split != "train"
     }
     check()
-    space = find_known_space(model, outputs["val"])
+    space = find_known_space(model, outputs["val"], classes)
     calibration = calibrate(config, classes, outputs.get("calibration"), space)
     reports = evaluate_splits(config, classes, frame, outputs, space, calibration)
     write_json(output / "metrics.json", reports)
-    log_evaluations(tracker, reports, calibration, outputs)
+    log_evaluations(tracker, classes, reports, calibration, outputs)
     tracker.figure(curves_figure(load(output / LAST)["history"]), "curves.png")
     check()
     bundle_config = BundleConfig(
@@ -94,14 +95,13 @@ def finish(
     announce(tracker, reports, bundle)
 
 
-def best_model(config: TrainConfig, best: Mapping[str, Any], training_labels: NDArray[np.int64]) -> nn.Module:
+def best_model(config: TrainConfig, best: Mapping[str, Any]) -> nn.Module:
     """Return the network with the best epoch's weights, and with its logits adjusted to the class frequencies."""
     classes = best["classes"]
     model = make_model(config, len(classes))
     model.load_state_dict(best["weights"])
     if config.logit_adjustment:
-        counts = np.bincount(training_labels, minlength=len(classes))
-        lower_bias(model, prior_logits(counts.tolist(), config.logit_adjustment))
+        lower_bias(model, prior_logits(best["class_shares"], config.logit_adjustment))
     return model
 
 
@@ -114,11 +114,13 @@ def lower_bias(model: nn.Module, shift: NDArray[np.float64]) -> None:
         bias -= torch.tensor(shift, dtype=bias.dtype)
 
 
-def find_known_space(model: nn.Module, val: NetworkOutputs) -> KnownSpace | None:
+def find_known_space(model: nn.Module, val: NetworkOutputs, classes: Sequence[str]) -> KnownSpace | None:
     """Fit the known space on the validation split; if that is impossible, print why and return None."""
     backbone: Any = model
     try:
-        return known_space_of(backbone.get_classifier(), val.features, val.image_logits, val.labels)
+        known = np.array([code != UNKNOWN for code in classes])
+        labels = np.where(known[val.labels], val.labels, -1)  # -1 stays
+        return known_space_of(backbone.get_classifier(), val.features, val.image_logits, labels)
     except KnownSpaceError as error:
         console.print(str(error))
         return None
@@ -180,16 +182,21 @@ def evaluate_splits(
 
 
 def log_evaluations(
-    tracker: Tracker, reports: Reports, calibration: Calibration, outputs: Mapping[str, NetworkOutputs]
+    tracker: Tracker,
+    classes: Sequence[str],
+    reports: Reports,
+    calibration: Calibration,
+    outputs: Mapping[str, NetworkOutputs],
 ) -> None:
     """Log the reports' figures and diagrams."""
+    known = [code for code in classes if code != UNKNOWN]  # UNK comes last
     for name, report in reports.items():
         prefix = f"best_{name}" if name.startswith("val") else name  # val_... are each epoch's figures, uncalibrated
         tracker.metrics({f"{prefix}_{figure}": value for figure, value in headline(report).items()})
         if name in outputs:
             labels = outputs[name].labels
-            labelled = labels >= 0
-            probabilities = calibration.known_probabilities(outputs[name].logits[labelled])
+            labelled = (labels >= 0) & (labels < len(known))
+            probabilities = calibration.known_probabilities(outputs[name].logits[labelled][:, : len(known)])
             tracker.figure(confusion_figure(report["confusion"], report["classes"]), f"confusion_{name}.png")
             tracker.figure(reliability_figure(labels[labelled], probabilities), f"reliability_{name}.png")
 
@@ -199,15 +206,20 @@ def evidence(
 ) -> dict[str, Any]:
     """Describe how the bundle was made."""
     initial = {"initial_bundle": best["initial"]["digest"]} if best["initial"] else {}
-    return initial | {
-        "run_id": run_id,
-        "dataset_fingerprint": best["dataset_fingerprint"],
-        "code_revision": code_revision(),
-        "epoch": best["best"]["epoch"],
-        "seed": config.seed,
-        "images": {split: int((frame["split"] == split).sum()) for split in SPLITS},
-        "metrics": {split: headline(report) for split, report in reports.items()},
-    }
+    pretrained = {"pretrained": best["pretrained"]} if best["pretrained"] else {}
+    return (
+        initial
+        | pretrained
+        | {
+            "run_id": run_id,
+            "dataset_fingerprint": best["dataset_fingerprint"],
+            "code_revision": code_revision(),
+            "epoch": best["best"]["epoch"],
+            "seed": config.seed,
+            "images": {split: int((frame["split"] == split).sum()) for split in SPLITS},
+            "metrics": {split: headline(report) for split, report in reports.items()},
+        }
+    )
 
 
 def receipt(best: Mapping[str, Any], frame: pd.DataFrame) -> Receipt:

@@ -48,7 +48,7 @@ class ClassificationLoss(nn.Module):
         return -(y * log_p).sum(-1).mean()
 
 
-def class_weights(counts: Sequence[int], power: float) -> Tensor:
+def class_weights(counts: Sequence[float], power: float) -> Tensor:
     """Return weights proportional to count^-power: 0 gives equal weights, 1 gives every class the same total weight.
 
     Their mean over the images is 1, so that the power does not change the size of the loss.
@@ -58,11 +58,11 @@ def class_weights(counts: Sequence[int], power: float) -> Tensor:
     return (weights * n.sum() / (weights * n).sum()).float()
 
 
-def prior_logits(counts: Sequence[int], power: float) -> NDArray[np.float64]:
+def prior_logits(counts: Sequence[float], power: float) -> NDArray[np.float64]:
     """Return the logits (K,) that post-hoc logit adjustment subtracts: power * log(count / all).
 
     Menon et al. 2021, "Long-Tail Learning via Logit Adjustment", where `power` is tau. 0 changes nothing; 1 removes the
-    training set's class frequencies. Every count must be positive.
+    class frequencies of the training. Every count must be positive.
     """
     n = np.asarray(counts, np.float64)
     return np.asarray(power * np.log(n / n.sum()))

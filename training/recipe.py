@@ -17,6 +17,7 @@ from handlers.backbone import BackboneError, build_backbone
 from handlers.gradcam import grad_cam
 from training.config import AugmentationSettings, ConfigError, LossSettings, ModelSettings, OptimizationSettings
 from training.losses import ClassificationLoss, class_weights
+from training.pretrained import PretrainedWeights
 
 
 def seed_everything(seed: int, epoch: int) -> torch.Generator:
@@ -51,13 +52,13 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
     return torch.device(name), torch.float32
 
 
-def make_model(settings: ModelSettings, classes: int, pretrained: bool = False) -> nn.Module:
-    """Return the network on the CPU, with timm's pretrained weights or random ones. Raises BackboneError."""
+def make_model(settings: ModelSettings, classes: int, pretrained: PretrainedWeights | None = None) -> nn.Module:
+    """Return the network on the CPU, with these weights or random ones. Raises BackboneError."""
     return build_backbone(
         settings.architecture,
         classes,
         settings.image_size,
-        pretrained,
+        pretrained.tensors if pretrained else None,
         settings.options,
         len(settings.metadata_inputs.columns),
     )
@@ -93,7 +94,7 @@ def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.op
     return kind([{"lr_scale": 1.0, **group} for group in groups], lr=settings.lr, fused=True)
 
 
-def make_loss(settings: LossSettings, counts: Sequence[int]) -> ClassificationLoss:
+def make_loss(settings: LossSettings, counts: Sequence[float]) -> ClassificationLoss:
     """Return the training loss for classes with these `counts` of training images."""
     weights = class_weights(counts, settings.class_weight_power) if settings.class_weight_power else None
     gamma = settings.focal_gamma if settings.loss == "focal" else 0.0

@@ -10,27 +10,29 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 import torch
 import typer
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from handlers.backbone import fuse
+from handlers.backbone import PRETRAINED_STEMS, fuse
 from handlers.errors import UserError
+from handlers.taxonomy import UNKNOWN
 from mlflow_tracking.command_line import console, progress_bar, run
 from mlflow_tracking.runs import Tracker, choose_store, code_revision
 from training.checkpoints import BEST, LAST, TrainingState, find, load, save
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
 from training.data.augmentation import Augment
-from training.data.batches import batches, epoch_order, withhold
+from training.data.batches import batches, drawn_shares, epoch_order, sampling_weights, withhold
 from training.data.manifest import fingerprint
+from training.data.outliers import Outliers
 from training.evaluation.network_outputs import outputs_of
 from training.finish import AFTER_EPOCHS, finish
 from training.initial_weights import InitialWeights
 from training.interruption import Interrupted, Interruption
 from training.losses import prior_logits
+from training.pretrained import find_pretrained
 from training.recipe import (
     attention_kernel,
     check_explainable,
@@ -67,7 +69,8 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     # ---- data, and a network with its first weights
     frame = open_manifest(config, resumed=checkpoint is not None)
     interruption.watch()  # only now: the making of a manifest never calls `check`
-    classes, dataset_fingerprint = classes_to_learn(frame, config.manifest), fingerprint(frame)
+    classes = classes_to_learn(frame, config.manifest, config.outliers)
+    dataset_fingerprint = fingerprint(frame)
     if checkpoint:
         check_resumable(checkpoint, config, dataset_fingerprint)
     initial = InitialWeights.read(config.initial_bundle) if config.initial_bundle and not checkpoint else None
@@ -75,10 +78,11 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         initial.check(frame, dataset_fingerprint)
     # Before the images are decoded, since pretrained weights may be out of reach.
     seed_everything(config.seed, 0)
-    model, heads = first_weights(config, classes, checkpoint, initial)
+    model, heads, origin = first_weights(config, classes, checkpoint, initial)
     output.mkdir(parents=True, exist_ok=True)
     data = load_splits(config, frame, classes, interruption.check)
-    counts = np.bincount(data["train"].labels, minlength=len(classes)).tolist()
+    weights = sampling_weights(data["train"], config.sampler_power, config.sampler_groups == "source_and_class")
+    shares = drawn_shares(data["train"].labels, weights, classes, config.outliers).tolist()
     steps = max(1, len(data["train"]) // config.batch_size)
 
     # ---- optimiser, loss, augmentation
@@ -87,9 +91,10 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-    criterion = make_loss(config, counts).to(device)
-    prior = prior_logits(counts, config.logit_adjustment)
+    criterion = make_loss(config, shares).to(device)
+    prior = prior_logits(shares, config.logit_adjustment)
     augment, mix = Augment(config, config.preprocessing), make_mix(config, len(classes))
+    add_outliers = Outliers(config.outliers, classes.index(UNKNOWN)) if config.outliers else None
     state = TrainingState(model, ema, optimizer, scaler)
     if checkpoint:
         state.restore(checkpoint, config.monitor)
@@ -104,7 +109,9 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         "config": config.to_dict(),
         "classes": list(classes),
         "dataset_fingerprint": dataset_fingerprint,
+        "class_shares": shares,
         "heads": heads,
+        "pretrained": origin,
         "initial": initial.to_dict() if initial else (checkpoint or {}).get("initial"),
         "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id},
     }
@@ -121,13 +128,15 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
                 break
             began = time.monotonic()
             generator = seed_everything(config.seed, epoch)
-            order = epoch_order(data["train"].labels, config.seed, epoch, config.sampler_power)
+            order = epoch_order(weights, config.seed, epoch)
             order = order[: steps * config.batch_size]  # whole batches: batch norm cannot use a batch of one
             set_trainable(model, heads if epoch < config.freeze_epochs else ())
             loss_sum = torch.zeros((), device=device)
             with progress_bar(f"epoch {epoch + 1}/{config.epochs}") as progress:
                 for step, batch in enumerate(batches(data["train"], order, config.batch_size, device)):
                     pixels, labels, metadata = batch
+                    if add_outliers:
+                        pixels, labels = add_outliers(pixels, labels, generator)
                     images, targets = mix(augment(pixels, generator), labels)
                     # A mixed image belongs to no patient, so the model gets no metadata with it.
                     drop = config.metadata_drop if targets.ndim == 1 else 1.0
@@ -148,12 +157,13 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
 
             # ---- validation and checkpoints
             outputs = outputs_of(ema.module, data["val"], config.batch_size, config.preprocessing, device, precision)
-            figures = {"train_loss": train_loss, "lr": lr} | validation_figures(outputs.labels, outputs.logits - prior)
+            figures = {"train_loss": train_loss, "lr": lr}
+            figures |= validation_figures(outputs.labels, outputs.logits - prior, classes)
             figures["seconds"] = time.monotonic() - began
             is_best = state.add_epoch(figures, config.monitor)
             if is_best:
-                weights = {"weights": ema.module.state_dict(), "best": state.best, "metrics": state.history[-1]}
-                save(output / BEST, header | weights)
+                best = {"weights": ema.module.state_dict(), "best": state.best, "metrics": state.history[-1]}
+                save(output / BEST, header | best)
             tracker.epoch(state.epoch, figures)
             save(output / LAST, header | state.to_dict())
             console.print(describe_epoch(state.history[-1], config.epochs) + ("  *" if is_best else ""))
@@ -174,9 +184,13 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
 
 def first_weights(
     config: TrainConfig, classes: tuple[str, ...], checkpoint: dict[str, Any] | None, initial: InitialWeights | None
-) -> tuple[nn.Module, list[str]]:
-    """Return the network before training, and the names of the heads that frozen epochs train."""
-    model = make_model(config, len(classes), pretrained=config.pretrained and not checkpoint)
+) -> tuple[nn.Module, list[str], str]:
+    """Return the network before training, the names of the heads that frozen epochs train, and its weights' origin."""
+    pretrained = None
+    if config.pretrained and not checkpoint:
+        pretrained = find_pretrained(PRETRAINED_STEMS.get(config.stem, config.architecture), config.pretrained_file)
+        console.print(f"Pretrained weights: {pretrained.origin}")
+    model = make_model(config, len(classes), pretrained)
     check_explainable(model, config)
     heads = checkpoint["heads"] if checkpoint else heads_of(model)
     if initial and (new_heads := initial.put_into(model, classes, config.metadata_inputs)):
@@ -184,7 +198,7 @@ def first_weights(
         console.print(f"Loaded {config.initial_bundle} except {', '.join(heads)}: its classes or inputs differ.")
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.print(f"{config.architecture}, {millions:.1f} M parameters, {config.image_size} px, {len(classes)} classes")
-    return model, heads
+    return model, heads, pretrained.origin if pretrained else (checkpoint or {}).get("pretrained", "")
 
 
 def check_resumable(checkpoint: dict[str, Any], config: TrainConfig, dataset_fingerprint: str) -> None:

@@ -7,6 +7,7 @@ import pandas as pd
 
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
+from handlers.taxonomy import UNKNOWN
 from mlflow_tracking.command_line import console, progress_bar
 from training.config import TrainConfig
 from training.data.batches import Images, classes_in, load_split
@@ -51,12 +52,15 @@ def open_manifest(config: TrainConfig, resumed: bool) -> pd.DataFrame:
     return read_manifest(manifest)
 
 
-def classes_to_learn(frame: pd.DataFrame, manifest: str) -> tuple[str, ...]:
-    """Return the codes of the training images. Raises DataError unless there are at least two."""
+def classes_to_learn(frame: pd.DataFrame, manifest: str, outliers: float = 0.0) -> tuple[str, ...]:
+    """Return the codes of the training images, and UNK if some become outliers.
+
+    Raises DataError unless the training images have at least two codes.
+    """
     classes = classes_in(frame)
     if len(classes) == 1:
         raise DataError(f"All training images in {manifest} are {classes[0]}; add images of another class.")
-    return classes
+    return classes if UNKNOWN in classes or not outliers else (*classes, UNKNOWN)
 
 
 def load_splits(

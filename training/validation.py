@@ -1,19 +1,28 @@
 """Validation after each epoch: its figures, the best epoch, and early stopping."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
+from handlers.taxonomy import UNKNOWN
 from mlflow_tracking import metrics
 
 
-def validation_figures(labels: NDArray[np.int64], logits: NDArray[np.floating[Any]]) -> dict[str, float]:
-    """Return the figures of one epoch, over the images whose class has a logit (label >= 0)."""
-    labelled = labels >= 0
-    y, p = labels[labelled], softmax(logits[labelled].astype(np.float64), axis=1)
+def validation_figures(
+    labels: NDArray[np.int64], logits: NDArray[np.floating[Any]], classes: Sequence[str]
+) -> dict[str, float]:
+    """Return the figures of one epoch among the classes other than UNK.
+
+    Args:
+        labels: (N,) indices into `classes`; images with -1 (a class without a logit) or UNK are left out.
+        logits: (N, K).
+    """
+    lesions = [index for index, code in enumerate(classes) if code != UNKNOWN]  # UNK comes last
+    labelled = np.isin(labels, lesions)
+    y, p = labels[labelled], softmax(logits[labelled][:, lesions].astype(np.float64), axis=1)
     return {
         "val_loss": metrics.nll(y, p),
         "val_accuracy": metrics.accuracy(y, p),

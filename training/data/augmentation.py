@@ -40,9 +40,28 @@ class Augment:
         grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
         images = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         matrix, offset = self.colour(grey.cpu(), generator)
-        return torch.baddbmm(offset.to(images.device)[:, :, None], matrix.to(images.device), images.flatten(2)).view(
+        images = torch.baddbmm(offset.to(images.device)[:, :, None], matrix.to(images.device), images.flatten(2)).view(
             n, 3, size, size
         )
+        return self.resample(images, generator)
+
+    def resample(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Pass a share of images (n, 3, S, S) through a lower resolution, log-uniform from resample_side to S.
+
+        Without it, a network learns the sharpness of each data set, and the diagnoses that are frequent there.
+        """
+        c, size = self.settings, images.shape[-1]
+        chosen = (torch.rand(len(images), generator=generator) < c.resample).nonzero()[:, 0].tolist()
+        sides = (
+            uniform(len(images), math.log(min(c.resample_side, size)), math.log(size), generator).exp().round().int()
+        )
+        smooth = torch.randint(2, (len(images),), generator=generator)
+        for row in chosen:
+            side = int(sides[row])
+            small = F.interpolate(images[row : row + 1], (side, side), mode="bilinear", antialias=True)
+            mode = "bilinear" if smooth[row] else "bicubic"
+            images[row : row + 1] = F.interpolate(small, (size, size), mode=mode)
+        return images
 
     def geometry(self, n: int, generator: torch.Generator) -> Tensor:
         """Return affine maps (n, 2, 3) from output to input coordinates, both in [-1, 1]."""

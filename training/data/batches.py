@@ -13,7 +13,7 @@ from torch import Tensor
 
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
-from handlers.taxonomy import CODES
+from handlers.taxonomy import CODES, UNKNOWN
 from training.data.image_cache import build_cache
 
 
@@ -34,6 +34,7 @@ class Images:
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
     lesions: NDArray[np.str_]
+    sources: NDArray[np.str_]
     metadata: NDArray[np.float32]
 
     def __len__(self) -> int:
@@ -56,6 +57,7 @@ def load_split(
         build_cache(rows, preprocessing, cache_dir, progress),
         rows["label"].map(lambda code: index.get(code, -1)).to_numpy(np.int64),
         rows["lesion_id"].to_numpy(str),
+        rows["source"].to_numpy(str),
         encode_rows(rows, metadata or Metadata()),
     )
 
@@ -68,17 +70,38 @@ def encode_rows(rows: pd.DataFrame, metadata: Metadata) -> NDArray[np.float32]:
     )
 
 
-def epoch_order(labels: NDArray[np.int64], seed: int, epoch: int, sampler_power: float = 0.0) -> NDArray[np.int64]:
-    """Return the order in which an epoch visits the training images: len(labels) indices.
+def sampling_weights(images: Images, power: float, by_source: bool) -> NDArray[np.float64]:
+    """Return each training image's share (N,) of the draws: its group's frequency^-power, summing to 1.
 
-    A shuffle if `sampler_power` is 0, otherwise draws with replacement with weight frequency^-power. The order
-    depends on the arguments alone, so a resumed epoch is the same epoch.
+    A group is a class, or a class of one source.
+    """
+    sources = images.sources if by_source else np.zeros(len(images), str)
+    names = np.char.add(np.char.add(images.labels.astype(str), " "), sources)
+    _, groups, counts = np.unique(names, return_inverse=True, return_counts=True)
+    weights = counts[groups] ** -float(power)
+    return np.asarray(weights / weights.sum(), np.float64)
+
+
+def drawn_shares(
+    labels: NDArray[np.int64], weights: NDArray[np.float64], classes: Sequence[str], outliers: float
+) -> NDArray[np.float64]:
+    """Return each class's expected share (K,) of an epoch's images, when `outliers` of them become UNK."""
+    shares = np.bincount(labels, weights, len(classes)) * (1 - outliers)
+    if outliers:
+        shares[classes.index(UNKNOWN)] += outliers
+    return np.asarray(shares)
+
+
+def epoch_order(weights: NDArray[np.float64], seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the order in which an epoch visits the training images: N indices, from `sampling_weights`.
+
+    A shuffle if the weights are equal, otherwise draws with replacement. The order depends on the arguments alone, so a
+    resumed epoch is the same epoch.
     """
     rng = np.random.default_rng((seed, epoch))
-    if not sampler_power:
-        return rng.permutation(len(labels))
-    weights = np.bincount(labels)[labels] ** -float(sampler_power)
-    return rng.choice(len(labels), size=len(labels), p=weights / weights.sum())
+    if np.ptp(weights) < 1e-12:
+        return rng.permutation(len(weights))
+    return rng.choice(len(weights), size=len(weights), p=weights)
 
 
 def batches(

@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from handlers.calibration import Calibration, Conformal
+from handlers.calibration import Calibration, Conformal, split_logits
+from handlers.taxonomy import UNKNOWN
 from training.evaluation.unknown_class_fit import fit_rejection
 
 MIN_IMAGES = 50  # a fit to fewer images would be noise
@@ -34,7 +35,7 @@ def fit_calibration(
 
     Args:
         logits: (N, K) of the calibration split.
-        labels: (N,) indices into `classes`; -1 (a class without a logit) is left out.
+        labels: (N,) indices into `classes`; -1 (a class without a logit) and UNK are left out.
         classes: the K codes.
         confidence_level: of the conformal sets.
         residuals: (N,) of the features, for the rejection; None if `residual_weight` is 0.
@@ -43,18 +44,21 @@ def fit_calibration(
         lesions: (N,) lesion of each image, for the conformal sets; None: each image is its own lesion.
     """
     y = np.asarray(labels, np.int64)
-    labelled = y >= 0
+    labelled = (y >= 0) & (y != (classes.index(UNKNOWN) if UNKNOWN in classes else -1))
     y = y[labelled]
     if len(y) < MIN_IMAGES:
         return Calibration()
-    variants = [np.asarray(z, np.float64)[labelled] for z in (logits, image_logits) if z is not None]
+    split = [split_logits(np.asarray(z)[labelled], classes) for z in (logits, image_logits) if z is not None]
+    variants = [known for known, _ in split]
     z = np.concatenate(variants)
+    outlier_logits = np.concatenate([unknown for _, unknown in split]) if UNKNOWN in classes else None
+    classes = [code for code in classes if code != UNKNOWN]  # UNK comes last, so the labels stay
     r = None if residuals is None else np.tile(np.asarray(residuals, np.float64)[labelled], len(variants))
     temperature = fit_temperature(z, np.tile(y, len(variants)))
     probabilities = np.min([Calibration(temperature).known_probabilities(variant) for variant in variants], axis=0)
     lesion_of = None if lesions is None else np.asarray(lesions)[labelled]
     conformal = fit_conformal(probabilities, y, classes, confidence_level, lesion_of)
-    return Calibration(temperature, fit_rejection(z, temperature, r, residual_weight), conformal)
+    return Calibration(temperature, fit_rejection(z, temperature, r, residual_weight, outlier_logits), conformal)
 
 
 def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:

@@ -88,7 +88,11 @@ def known_space_of(head: nn.Module, features: Array, logits: Array, labels: NDAr
 
 
 def fit_rejection(
-    logits: Array, temperature: float = 1.0, residuals: Array | None = None, residual_weight: float = 0.0
+    logits: Array,
+    temperature: float = 1.0,
+    residuals: Array | None = None,
+    residual_weight: float = 0.0,
+    outlier_logits: Array | None = None,
 ) -> Rejection:
     """Fit the rejection of images with unusually low familiarity (handlers.unknown_class) on known lesions.
 
@@ -102,7 +106,7 @@ def fit_rejection(
     So p_unk is not the chance of an unknown disease, which cannot be fitted without images of one. It says how unusual
     an image is among known lesions.
     """
-    familiarity = Rejection(0.0, 1.0, residual_weight).familiarity(logits, residuals)
+    familiarity = Rejection(0.0, 1.0, residual_weight).familiarity(logits, residuals, outlier_logits)
     scale = max(1.4826 * float(np.median(np.abs(familiarity - np.median(familiarity)))) / 4, 1e-3)
     log_top = log_softmax(logits / temperature, axis=1).max(1)
     return Rejection(float(np.quantile(familiarity + scale * log_top, FALSE_REJECTION)), scale, residual_weight)
