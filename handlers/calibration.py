@@ -54,11 +54,11 @@ class Calibration:
         `residuals` (N,) come from the serving graph. Classes that the model was not trained on get 0. UNK gets its
         probability and the other classes share the rest.
         """
-        known, _ = split_logits(logits, classes)
+        lesion_logits, _ = split_logits(logits, classes)
         unknown = self.unknown_probability(logits, classes, residuals)
-        out = np.zeros((len(known), len(CODES)))
+        out = np.zeros((len(lesion_logits), len(CODES)))
         columns = [CODES.index(code) for code in classes if code != UNKNOWN]
-        out[:, columns] = self.known_probabilities(known) * (1 - unknown)[:, None]
+        out[:, columns] = self.known_probabilities(lesion_logits) * (1 - unknown)[:, None]
         out[:, CODES.index(UNKNOWN)] = unknown
         return out
 
@@ -66,12 +66,12 @@ class Calibration:
         self, logits: np.ndarray, classes: Sequence[str], residuals: np.ndarray | None = None
     ) -> np.ndarray:
         """Return the probability of UNK (N,): 0 for a model without a rejection and without a logit for UNK."""
-        known, outlier_logits = split_logits(logits, classes)
+        lesion_logits, outlier_logits = split_logits(logits, classes)
         if self.rejection is not None:
-            return self.rejection.probability(known, residuals, outlier_logits)
+            return self.rejection.probability(lesion_logits, residuals, outlier_logits)
         if outlier_logits is not None:
-            return Rejection(0.0, 1.0).probability(known, None, outlier_logits)  # softmax
-        return np.zeros(len(known))
+            return Rejection(0.0, 1.0).probability(lesion_logits, None, outlier_logits)  # softmax
+        return np.zeros(len(lesion_logits))
 
     def conformal_sets(
         self, logits: np.ndarray, classes: Sequence[str], residuals: np.ndarray | None = None

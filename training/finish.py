@@ -118,8 +118,8 @@ def find_known_space(model: nn.Module, val: NetworkOutputs, classes: Sequence[st
     """Fit the known space on the validation split; if that is impossible, print why and return None."""
     backbone: Any = model
     try:
-        known = np.array([code != UNKNOWN for code in classes])
-        labels = np.where(known[val.labels], val.labels, -1)  # -1 stays
+        has_lesion = np.array([code != UNKNOWN for code in classes])
+        labels = np.where(has_lesion[val.labels], val.labels, -1)  # -1 stays
         return known_space_of(backbone.get_classifier(), val.features, val.image_logits, labels)
     except KnownSpaceError as error:
         console.print(str(error))
@@ -189,14 +189,14 @@ def log_evaluations(
     outputs: Mapping[str, NetworkOutputs],
 ) -> None:
     """Log the reports' figures and diagrams."""
-    known = [code for code in classes if code != UNKNOWN]  # UNK comes last
+    lesion_classes = [code for code in classes if code != UNKNOWN]  # UNK comes last
     for name, report in reports.items():
         prefix = f"best_{name}" if name.startswith("val") else name  # val_... are each epoch's figures, uncalibrated
         tracker.metrics({f"{prefix}_{figure}": value for figure, value in headline(report).items()})
         if name in outputs:
             labels = outputs[name].labels
-            labelled = (labels >= 0) & (labels < len(known))
-            probabilities = calibration.known_probabilities(outputs[name].logits[labelled][:, : len(known)])
+            labelled = (labels >= 0) & (labels < len(lesion_classes))
+            probabilities = calibration.known_probabilities(outputs[name].logits[labelled][:, : len(lesion_classes)])
             tracker.figure(confusion_figure(report["confusion"], report["classes"]), f"confusion_{name}.png")
             tracker.figure(reliability_figure(labels[labelled], probabilities), f"reliability_{name}.png")
 

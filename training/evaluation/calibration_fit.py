@@ -49,7 +49,7 @@ def fit_calibration(
     if len(y) < MIN_IMAGES:
         return Calibration()
     split = [split_logits(np.asarray(z)[labelled], classes) for z in (logits, image_logits) if z is not None]
-    variants = [known for known, _ in split]
+    variants = [lesion_logits for lesion_logits, _ in split]
     z = np.concatenate(variants)
     outlier_logits = np.concatenate([unknown for _, unknown in split]) if UNKNOWN in classes else None
     classes = [code for code in classes if code != UNKNOWN]  # UNK comes last, so the labels stay
