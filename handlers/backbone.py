@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from handlers.errors import UserError
 
+# Stem -> the timm model whose first stages, and pretrained weights, it has.
+PRETRAINED_STEMS = {"resnet": "resnet18", "efficientnet_lite0": "tf_efficientnet_lite0"}
+STEMS = ("patch", "conv", *PRETRAINED_STEMS)
 METADATA_HIDDEN = 32  # more than the 12 numbers that encode age, sex and site, and tiny compared with any backbone
 
 
@@ -39,8 +42,9 @@ def build_backbone(
         pretrained: first weights under timm's names, of the architecture or of the model in PRETRAINED_STEMS.
         options: keyword arguments for timm, and two of this project. `stem` replaces a vision transformer's patch
             projection, which helps when training from scratch on little data: "conv" by stride-2 convolutions (Xiao et
-            al. 2021, "Early Convolutions Help Transformers See Better"), "resnet" by ResNet-18 up to the same stride
-            (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words"). `head_hidden` are the widths of hidden layers
+            al. 2021, "Early Convolutions Help Transformers See Better"), "resnet" and "efficientnet_lite0" by the
+            stages of that network up to the same stride (the hybrid of Dosovitskiy et al. 2021, "An Image is Worth
+            16x16 Words"), which are `patch_embed.backbone` and keep timm's names. `head_hidden` are the widths of hidden layers
             between features and logits, each linear, batch norm, ReLU and dropout.
         metadata_width: width D of the encoded metadata (handlers.metadata) that `fuse` adds; 0 for none.
 
@@ -58,7 +62,8 @@ def build_backbone(
     if stem not in STEMS:
         raise BackboneError(f"stem is {stem!r}: it must be one of {', '.join(STEMS)}.")
     if stem != "patch":
-        arguments["embed_layer"] = STEMS[stem]
+        network = PRETRAINED_STEMS.get(stem)
+        arguments["embed_layer"] = partial(_network_stem, network) if network else _conv_stem
     backbone = _create(architecture, None if stem in PRETRAINED_STEMS else pretrained, num_classes, arguments)
     if pretrained and stem in PRETRAINED_STEMS:
         _load_stem(backbone.patch_embed.backbone, pretrained)
@@ -184,18 +189,17 @@ def _conv_stem(img_size: int, patch_size: int, in_chans: int, embed_dim: int, **
     )
 
 
-def _resnet_stem(img_size: int, patch_size: int, in_chans: int, embed_dim: int, **kwargs: Any) -> nn.Module:
-    """Build ResNet-18 up to the stride of the patches, and a projection to the transformer's width."""
-    stage = int(math.log2(patch_size)) - 1
+def _network_stem(
+    network: str, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **kwargs: Any
+) -> nn.Module:
+    """Build a convolutional network up to the stride of the patches, and a projection to the transformer's width."""
     if patch_size not in (4, 8, 16, 32):
-        raise BackboneError(f"stem='resnet' needs patches of 4, 8, 16 or 32 pixels, but they have {patch_size}.")
-    resnet = timm.create_model("resnet18", features_only=True, out_indices=(stage,), in_chans=in_chans)
-    return HybridEmbed(backbone=resnet, img_size=img_size, patch_size=1, embed_dim=embed_dim, **kwargs)
-
-
-# Stem -> the timm model whose pretrained weights it shares.
-PRETRAINED_STEMS = {"efficientnet_lite0": "tf_efficientnet_lite0"}
-STEMS = {"patch": None, "conv": _conv_stem, "resnet": _resnet_stem}
+        raise BackboneError(f"A stem needs patches of 4, 8, 16 or 32 pixels, but they have {patch_size}.")
+    stage = int(math.log2(patch_size)) - 1
+    stages: Any = timm.create_model(network, features_only=True, out_indices=(stage,), in_chans=in_chans)
+    if hasattr(stages, "blocks"):  # timm keeps the later stages of an EfficientNet, which compute nothing
+        del stages.blocks[stages.feature_info.get_dicts()[0]["stage"] :]
+    return HybridEmbed(backbone=stages, img_size=img_size, patch_size=1, embed_dim=embed_dim, **kwargs)
 
 
 def is_vision_transformer(backbone: nn.Module) -> bool:

@@ -67,8 +67,8 @@ class ModelSettings(_Group):
     initial_bundle: str = Field(
         "", description="bundle with the same backbone to start from; image_size and classes may differ"
     )
-    stem: Literal["patch", "conv", "resnet"] = Field(
-        "patch", description="conv, resnet: convolutions instead of a ViT's patch projection"
+    stem: Literal["patch", "conv", "resnet", "efficientnet_lite0"] = Field(
+        "patch", description="convolutions instead of a ViT's patch projection"
     )
     depth: Count = Field(0, description="blocks of a ViT; 0: the architecture's own number")
     head_hidden: list[Annotated[int, Field(ge=1)]] = Field(
