@@ -44,8 +44,8 @@ def build_backbone(
             projection, which helps when training from scratch on little data: "conv" by stride-2 convolutions (Xiao et
             al. 2021, "Early Convolutions Help Transformers See Better"), "resnet" and "efficientnet_lite0" by the
             stages of that network up to the same stride (the hybrid of Dosovitskiy et al. 2021, "An Image is Worth
-            16x16 Words"), which are `patch_embed.backbone` and keep timm's names. `head_hidden` are the widths of hidden layers
-            between features and logits, each linear, batch norm, ReLU and dropout.
+            16x16 Words"), which are `patch_embed.backbone` and keep timm's names. `head_hidden` are the widths of
+            hidden layers between features and logits, each linear, batch norm, ReLU and dropout.
         metadata_width: width D of the encoded metadata (handlers.metadata) that `fuse` adds; 0 for none.
 
     Raises:

@@ -22,6 +22,7 @@ CASES = {
     "vit": (ARCHITECTURE, OPTIONS, ClassTokenVitGradCam),
     "vit-conv-stem": (ARCHITECTURE, {**OPTIONS, "stem": "conv"}, ClassTokenVitGradCam),
     "vit-resnet-stem": (ARCHITECTURE, {**OPTIONS, "stem": "resnet"}, ClassTokenVitGradCam),
+    "vit-efficientnet-stem": (ARCHITECTURE, {**OPTIONS, "stem": "efficientnet_lite0"}, ClassTokenVitGradCam),
     "vit-layer-scale": (ARCHITECTURE, {**OPTIONS, "init_values": 0.3}, ClassTokenVitGradCam),
     "vit-no-qkv-bias": (ARCHITECTURE, {**OPTIONS, "qkv_bias": False}, ClassTokenVitGradCam),
     "vit-registers": (ARCHITECTURE, {**OPTIONS, "reg_tokens": 2}, ClassTokenVitGradCam),
