@@ -23,6 +23,7 @@ class Prediction:
     grid: list[list[float]] | None
     target: str | None
     overlay_png: bytes | None
+    picture_jpeg: bytes | None
     entropy: float
     conformal_set: list[str] | None
     confidence_level: float | None
@@ -68,6 +69,7 @@ class Prediction:
                 "height": self.image.height,
                 "sha256": self.image.sha256,
                 "converted": list(self.image.converted),
+                **({"picture_jpeg": base64.b64encode(self.picture_jpeg).decode()} if self.picture_jpeg else {}),
             },
             **({"metadata": dict(self.metadata)} if self.metadata else {}),
             "disclaimer": DISCLAIMER,

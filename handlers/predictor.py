@@ -19,7 +19,7 @@ from PIL import Image
 from handlers.bundle import Bundle
 from handlers.decoding import DecodedImage, decode, ignore_oddities
 from handlers.errors import ImageError
-from handlers.overlay import OVERLAY_MIN_SIDE, overlay
+from handlers.overlay import SHOWN_MIN_SIDE, overlay, picture_jpeg
 from handlers.prediction import Prediction
 from handlers.request import Request
 from handlers.runtimes import golden_difference, start_runtime
@@ -105,7 +105,8 @@ class Predictor:
         try:
             request = request.checked(self.config)
             pixels, decoded = self.config.preprocessing(request.image)
-            shown = decode(request.image, OVERLAY_MIN_SIDE).image if request.gradcam == "overlay" else None
+            is_shown = request.picture or request.gradcam == "overlay"
+            shown = decode(request.image, SHOWN_MIN_SIDE).image if is_shown else None
             return _Accepted(request, pixels, decoded, shown)
         except ImageError as error:
             return error
@@ -139,7 +140,8 @@ class Predictor:
                 probabilities=dict(zip(CODES, probabilities[row].tolist(), strict=True)),
                 grid=np.round(grids[row].astype(float), 4).tolist() if drawn else None,
                 target=classes[outputs.targets[row]] if drawn else None,
-                overlay_png=overlay(shown, grids[row]) if shown else None,
+                overlay_png=overlay(shown, grids[row]) if shown and request.gradcam == "overlay" else None,
+                picture_jpeg=picture_jpeg(shown) if shown and request.picture else None,
                 entropy=float(entropy[row]),
                 conformal_set=sets[row] if sets else None,
                 confidence_level=calibration.conformal.confidence_level if calibration.conformal else None,
@@ -152,7 +154,7 @@ class Predictor:
 
 
 class _Accepted(NamedTuple):
-    """A request that was accepted, the network's input, the decoded picture, and the picture under the overlay."""
+    """A request that was accepted, the network's input, the decoded picture, and a larger one to be shown."""
 
     request: Request
     pixels: np.ndarray

@@ -25,7 +25,8 @@ class Request:
 
     `gradcam` is "grid", "overlay" (a PNG as well) or "none". `target` is the class code of the map (default: the most
     probable). `tta` averages the logits over the picture and its mirror images. `metadata` are the patient's age in
-    years, sex, and site of the lesion (handlers.metadata); any may be missing.
+    years, sex, and site of the lesion (handlers.metadata); any may be missing. With `picture`, the answer holds the
+    decoded picture, small.
     """
 
     image: bytes
@@ -33,6 +34,7 @@ class Request:
     target: str | None = None
     tta: bool = False
     metadata: Mapping[str, Any] | None = None
+    picture: bool = False
 
     def checked(self, config: BundleConfig) -> "Request":
         """Return the request with its metadata parsed for a model. Raises RequestError."""

@@ -14,7 +14,7 @@ from handlers.metadata import FIELDS
 from handlers.request import Request, RequestError
 
 IMAGE_FIELDS = ("data", "file", "image")
-OPTIONS = ("gradcam", "target", "tta", *FIELDS)
+OPTIONS = ("gradcam", "target", "tta", "picture", *FIELDS)
 # Characters. A refusal quotes the value, and a response larger than TorchServe's max_response_size kills the worker.
 LONGEST_OPTION = 40
 
@@ -50,8 +50,9 @@ def parse_request(row: dict[str, Any], explain: bool) -> Request:
         image,
         options.get("gradcam", "overlay" if explain else "grid"),
         options.get("target"),
-        _flag(options.get("tta", "false")),
+        _flag("tta", options),
         {name: options[name] for name in FIELDS if name in options},
+        _flag("picture", options),
     )
 
 
@@ -103,9 +104,10 @@ def _text(name: str, value: Any) -> str:
     return value.strip()
 
 
-def _flag(value: str) -> bool:
+def _flag(name: str, options: dict[str, str]) -> bool:
+    value = options.get(name, "false")
     if value.lower() in ("true", "1"):
         return True
     if value.lower() in ("false", "0"):
         return False
-    raise RequestError(f"tta is {value!r}: it must be true or false.")
+    raise RequestError(f"{name} is {value!r}: it must be true or false.")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AliasPath, BaseModel, Field, field_validator, model_validator
+from pydantic import AliasPath, Base64Bytes, BaseModel, Field, field_validator, model_validator
 
 UNKNOWN = "UNK"  # the ninth class: none of the above
 METADATA = ("age", "sex", "site")  # the patient's details that a model may take
@@ -72,8 +72,9 @@ class HeatGrid(BaseModel):
 
 
 class ReadImage(BaseModel):
-    """The picture as the model server read it. `converted` says what was changed, in plain words."""
+    """The picture as the model server read it: a small JPEG, and in plain words what was converted."""
 
+    picture_jpeg: Base64Bytes = b""
     converted: list[Annotated[str, Field(max_length=200)]] = []
 
 

@@ -49,6 +49,8 @@ class PredictionClient:
     ) -> Answer:
         """Return the answer for a picture; requests that fail for the moment are retried.
 
+        Without a target, the answer holds the picture as the model server decoded it.
+
         Args:
             image: the bytes of the file, as uploaded
             target: class code of the heatmap; default: the most probable class
@@ -57,7 +59,7 @@ class PredictionClient:
         Raises:
             ServingError: there is no usable answer.
         """
-        fields = {name: str(value) for name, value in (details or {}).items()} | ({"target": target} if target else {})
+        fields = {name: str(value) for name, value in (details or {}).items()} | ({"target": target} if target else {"picture": "true"})
         for wait in (*BUSY_WAITS, None):
             try:
                 response = self._post(image, fields)

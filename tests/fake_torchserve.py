@@ -3,15 +3,18 @@
 Its answers depend on the uploaded bytes alone, so the same picture always gets the same nine probabilities.
 """
 
+import base64
 import hashlib
 import json
 import threading
 import time
+from collections.abc import Sequence
 from email.parser import BytesParser
 from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import cv2
 import numpy as np
 
 from streamlit_app.answer_schema import Answer
@@ -30,6 +33,8 @@ CLASSES = {
     "UNK": ("None of the above", False, "The picture looks like no class the model was trained on."),
 }
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\0", b"MM\0*", b"RIFF")
+# The model server's copy of every picture.
+PICTURE = base64.b64encode(cv2.imencode(".jpg", np.full((75, 100, 3), (80, 120, 200), np.uint8))[1]).decode()
 TAKES = {"age": [0, 120], "sex": ["female", "male"], "site": ["anterior torso", "head/neck"]}
 
 
@@ -39,6 +44,7 @@ def answer_for(
     version: str = "3",
     takes: dict[str, list] | None = None,
     details: dict[str, str] | None = None,
+    converted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the answer of schema 1 for these bytes and, if the model takes metadata, for these details."""
     digest = hashlib.sha256(image).hexdigest()
@@ -81,7 +87,7 @@ def answer_for(
             "confidence_level": 0.9,
         },
         "gradcam": {"target": target, "grid": np.round(heat / heat.max(), 4).tolist(), "overlay_png": None},
-        "image": {"width": 600, "height": 450, "sha256": digest},
+        "image": {"width": 600, "height": 450, "sha256": digest, "converted": converted, "picture_jpeg": PICTURE},
         **({"metadata": {name: (details or {}).get(name) for name in takes}} if takes else {}),
         "disclaimer": "Research use only. Not a medical device.",
     }
@@ -121,6 +127,7 @@ class FakeTorchServe:
         self.dies_for = 0  # this many requests kill the worker, and TorchServe itself answers
         self.fails_on: bytes | None = None  # the handler fails on this picture
         self.refuse_target: str | None = None  # a class that the model was not trained on
+        self.converted: list[str] = []  # what the model server changed in every picture
         self.takes: dict[str, list] = {}  # the patient's details that the model takes
         self.targets: list[str | None] = []  # of every prediction, in order of arrival
         self.details: list[dict[str, str]] = []  # of every prediction, in order of arrival
@@ -170,7 +177,7 @@ class FakeTorchServe:
             return 400, {"error": {"code": "invalid_request", "message": f"The model was not trained on {target}."}}
         if extra := set(details) - set(self.takes):
             return 400, {"error": {"code": "invalid_request", "message": f"This model takes no {min(extra)}."}}
-        return 200, answer_for(image, target, self.version, self.takes, details)
+        return 200, answer_for(image, target, self.version, self.takes, details, self.converted)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         fake = self
@@ -187,6 +194,7 @@ class FakeTorchServe:
                 fields = _form(kind, body) if kind.startswith("multipart/form-data") else {"data": body}
                 image = fields.pop("data")
                 details = {name: value.decode() for name, value in fields.items()}
+                details.pop("picture", None)
                 self._send(*fake.reply(image, details.pop("target", None), details))
 
             def _send(self, status: int, body: Any) -> None:

@@ -98,8 +98,9 @@ def test_options_reach_the_predictor(ask, sample_images):
     form, as_json, plain = ask(
         {"data": image, "gradcam": bytearray(b"overlay"), "target": bytearray(b"BCC")},
         {"body": {"image": encoded(bytes(image)), "target": "DF", "tta": True}},
-        {"data": image, "gradcam": bytearray(b"none")},
+        {"data": image, "gradcam": bytearray(b"none"), "picture": bytearray(b"true")},
     )
+    assert base64.b64decode(plain[1]["image"]["picture_jpeg"]).startswith(b"\xff\xd8\xff")
     assert form[1]["gradcam"]["target"] == "BCC"
     assert base64.b64decode(form[1]["gradcam"]["overlay_png"]).startswith(b"\x89PNG")
     assert as_json[1]["gradcam"]["target"] == "DF"

@@ -4,6 +4,7 @@ Blocks, charts, tables: they match the answer and the picture, and no text from 
 App: the whole page, run by Streamlit's own test driver.
 """
 
+import base64
 import csv
 import io
 import re
@@ -19,7 +20,7 @@ from streamlit.testing.v1 import AppTest
 from streamlit_app import charts, heatmap, html_blocks, many_pictures, pictures, wording
 from streamlit_app.client import ServingError
 from streamlit_app.readings import Reading, Upload
-from tests.fake_torchserve import CLASSES, NOWHERE, TAKES, answer_for, parse
+from tests.fake_torchserve import CLASSES, NOWHERE, PICTURE, TAKES, answer_for, parse
 
 pytest_plugins = ["tests.fixtures_page"]
 FOLDER = Path(__file__).parent.parent / "streamlit_app"
@@ -27,8 +28,6 @@ HOSTILE = '<img src=x onerror="alert(1)">![x](http://evil.example/y)$a$.jpg'
 
 HALF_BLUE = Image.new("RGB", (80, 40), "red")
 HALF_BLUE.paste("blue", (0, 0, 40, 40))
-TURNED = Image.Exif()
-TURNED[0x0112] = 6  # the left side belongs on top
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -56,29 +55,9 @@ class TestPictures:
         assert distances == sorted(distances)
         assert distances[0] > 0
 
-    @pytest.mark.parametrize(
-        ("kind", "image", "options", "size", "colour"),
-        [
-            ("JPEG", Image.new("RGB", (4000, 3000)), {}, (1000, 750), (0, 0, 0)),
-            ("JPEG", HALF_BLUE, {"exif": TURNED, "quality": 95}, (40, 80), (0, 0, 254)),
-            ("PNG", Image.new("RGBA", (20, 20), (0, 0, 0, 0)), {}, (20, 20), (255, 255, 255)),
-            ("PNG", Image.fromarray(np.full((20, 20), 40_000, np.uint16)), {}, (20, 20), (155, 155, 155)),
-        ],
-        ids=["large", "turned", "transparent", "16 bits"],
-    )
-    def test_a_picture_on_the_screen(self, kind, image, options, size, colour):
-        shown = pictures.open_picture(encode(image, kind, **options))
-        assert shown.size == size
-        assert shown.getpixel((5, 5)) == pytest.approx(colour, abs=2)
-
-    @pytest.mark.parametrize("data", [b"", b"GIF89a", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-    def test_other_files_are_not_shown(self, data):
+    @pytest.mark.parametrize("data", [b"", b"GIF89a", encode(HALF_BLUE, "PNG"), encode(HALF_BLUE, "JPEG")[:50]])
+    def test_only_a_jpeg_of_the_model_server_is_shown(self, data):
         assert pictures.open_picture(data) is None
-
-    def test_a_decompression_bomb_is_not_decoded(self):
-        bomb = encode(Image.new("1", (7200, 7200)), "PNG")
-        assert len(bomb) < 200_000
-        assert pictures.open_picture(bomb) is None
 
 
 class TestWords:
@@ -261,13 +240,21 @@ class TestApp:
         assert '<span class="sl-file">good.jpg' in blocks
         assert "<img" not in blocks
 
-    def test_a_refused_picture_is_never_decoded(self, page, server, jpegs, monkeypatch):
-        def never(data: bytes) -> None:
-            raise AssertionError("decoded")
+    def test_the_page_shows_what_the_model_server_decoded(self, page, server, monkeypatch):
+        """The page decodes no upload: here no decoder could."""
+        opened = []
+        monkeypatch.setattr(pictures, "open_picture", lambda jpeg: opened.append(jpeg) or HALF_BLUE)
+        server.converted = ["colours converted to sRGB"]
+        read(page, ("lesion.heic", b"\xff\xd8\xff and no picture"))
+        assert opened == [base64.b64decode(PICTURE)]
+        assert page.caption[0].value == "Before reading: colours converted to sRGB."
+        assert len(page.get("image")) == 2
 
-        server.mode = "refuse"
-        monkeypatch.setattr(pictures, "open_picture", never)
-        assert "This picture was refused" in read(page, ("bomb.jpg", jpegs[1]))
+    def test_a_model_server_that_sends_no_picture(self, page, monkeypatch):
+        monkeypatch.setattr(pictures, "open_picture", lambda jpeg: None)
+        read(page, ("lesion.jpg", b"\xff\xd8\xff"))
+        assert "sent no copy" in page.info[0].value
+        assert not page.get("image")
 
     @pytest.mark.parametrize(
         ("mode", "headline"),

@@ -193,6 +193,21 @@ def test_the_overlay_is_larger_than_the_networks_input(predictor, sample_images)
     assert drawn.probabilities == pytest.approx(plain.probabilities, abs=1e-6), "what is drawn changes no answer"
 
 
+def test_the_picture_in_an_answer_is_upright_in_srgb_and_without_metadata(predictor, sample_images):
+    photo = Image.open(io.BytesIO(sample_images[0])).resize((1200, 900))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sent = io.BytesIO()
+    photo.save(sent, "JPEG", exif=exif, quality=95, comment=b"a name")
+    [answer, plain] = predictor.predict([Request(sent.getvalue(), picture=True, gradcam="none"), sent.getvalue()])
+    shown = Image.open(io.BytesIO(answer.picture_jpeg))
+    upright = photo.transpose(Image.Transpose.ROTATE_270).resize((480, 640))
+    assert shown.size == (480, 640)
+    assert np.abs(np.asarray(shown).astype(float) - np.asarray(upright)).mean() < 4
+    assert shown.info.keys() <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+    assert plain.picture_jpeg is answer.overlay_png is None
+
+
 def test_an_empty_batch_is_answered_empty(predictor):
     assert predictor.predict([]) == []
 

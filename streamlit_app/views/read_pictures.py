@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import streamlit as st
-from PIL import Image
 
 from streamlit_app import charts, connections, heatmap, html_blocks, many_pictures, pictures, wording
 from streamlit_app.answer_schema import UNKNOWN, Answer
@@ -98,7 +97,7 @@ def choose(answered: list[Reading], results: list[Reading]) -> Reading:
         columns[name] = st.column_config.ProgressColumn(
             wording.COLUMNS[name], format="%.1f %%", min_value=0, max_value=100, width="small"
         )
-    rows = [(r.upload.name, thumbnail(r.upload.sha256, r.upload.image), r.answer) for r in answered if r.answer]
+    rows = [(r.upload.name, thumbnail(r.upload.sha256, r.answer.image.picture_jpeg), r.answer) for r in answered if r.answer]
     event = st.dataframe(
         many_pictures.overview(rows), key="overview", hide_index=True, row_height=ROW_HEIGHT, on_select="rerun",
         selection_mode="single-row-required", column_config=columns, alt=wording.TABLE_ALT,
@@ -159,7 +158,7 @@ def patient_details(upload: Upload, answer: Answer) -> None:
 @st.fragment
 def show_heatmap(upload: Upload, answer: Answer, readings: Readings) -> None:
     """Draw the picture and its heatmap. The slider reruns only this function and sends no request."""
-    shown = picture(upload.sha256, upload.image)
+    shown = pictures.open_picture(answer.image.picture_jpeg)
     if answer.image.converted:
         st.caption(wording.CONVERTED.format(changes="; ".join(answer.image.converted)))
     if shown is None:
@@ -191,14 +190,8 @@ def show_heatmap(upload: Upload, answer: Answer, readings: Readings) -> None:
     right.html(html_blocks.HEAT_SCALE)
 
 
-@st.cache_resource(max_entries=64, show_spinner=False)
-def picture(sha256: str, _data: bytes) -> Image.Image | None:
-    """Return a picture for display, decoded once, and only after the model server has accepted it."""
-    return pictures.open_picture(_data)
-
-
 @st.cache_data(max_entries=512, show_spinner=False)
-def thumbnail(sha256: str, _data: bytes) -> str | None:
+def thumbnail(sha256: str, _jpeg: bytes) -> str | None:
     """Return a picture for the table, as an address."""
-    shown = picture(sha256, _data)
+    shown = pictures.open_picture(_jpeg)
     return pictures.thumbnail(shown) if shown else None

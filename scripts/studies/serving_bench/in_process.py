@@ -27,7 +27,7 @@ from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, Bundle, seal
 from handlers.completion import export_graph
 from handlers.decoding import decode
 from handlers.errors import UserError
-from handlers.overlay import OVERLAY_MIN_SIDE, overlay
+from handlers.overlay import SHOWN_MIN_SIDE, overlay
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.serving_graph import serving_module
@@ -101,7 +101,7 @@ def _encode(prediction: Prediction) -> bytes:
 
 def _draw(picture: tuple[bytes, np.ndarray]) -> bytes:
     file, grid = picture
-    return overlay(decode(file, OVERLAY_MIN_SIDE).image, grid)
+    return overlay(decode(file, SHOWN_MIN_SIDE).image, grid)
 
 
 def _handler(bundle: Bundle, precision: str) -> Callable[[list[dict[str, bytearray]]], list[bytes]]:
