@@ -59,7 +59,9 @@ class PredictionClient:
         Raises:
             ServingError: there is no usable answer.
         """
-        fields = {name: str(value) for name, value in (details or {}).items()} | ({"target": target} if target else {"picture": "true"})
+        fields = {name: str(value) for name, value in (details or {}).items()} | (
+            {"target": target} if target else {"picture": "true"}
+        )
         for wait in (*BUSY_WAITS, None):
             try:
                 response = self._post(image, fields)

@@ -97,7 +97,9 @@ def choose(answered: list[Reading], results: list[Reading]) -> Reading:
         columns[name] = st.column_config.ProgressColumn(
             wording.COLUMNS[name], format="%.1f %%", min_value=0, max_value=100, width="small"
         )
-    rows = [(r.upload.name, thumbnail(r.upload.sha256, r.answer.image.picture_jpeg), r.answer) for r in answered if r.answer]
+    rows = [
+        (r.upload.name, thumbnail(r.upload.sha256, r.answer.image.picture_jpeg), r.answer) for r in answered if r.answer
+    ]
     event = st.dataframe(
         many_pictures.overview(rows), key="overview", hide_index=True, row_height=ROW_HEIGHT, on_select="rerun",
         selection_mode="single-row-required", column_config=columns, alt=wording.TABLE_ALT,
