@@ -222,6 +222,7 @@ def test_patient_details_stay_with_their_picture(page, server, files):
     age = page.get_by_role("spinbutton", name="Age in years")
     age.fill("71")
     age.press("Enter")
+    settle(page)  # a rerun would close the list of options
     choose(page, "Sex", "female")
     details = {"age": "71", "sex": "female"}
     name = answer_for(files["mel"].read_bytes(), takes=TAKES, details=details)["prediction"]["name"]
