@@ -188,7 +188,9 @@ def first_weights(
     """Return the network before training, the names of the heads that frozen epochs train, and its weights' origin."""
     pretrained = None
     if config.pretrained and not checkpoint:
-        pretrained = find_pretrained(PRETRAINED_STEMS.get(config.stem, config.architecture), config.pretrained_file)
+        architecture = PRETRAINED_STEMS.get(config.stem, config.architecture)
+        console.print(f"Looking for pretrained weights of {architecture}; without a network this takes a minute.")
+        pretrained = find_pretrained(architecture, config.pretrained_file)
         console.print(f"Pretrained weights: {pretrained.origin}")
     model = make_model(config, len(classes), pretrained)
     check_explainable(model, config)
