@@ -124,6 +124,28 @@ def test_a_frozen_backbone_does_not_change():
     assert {"conv1.weight", "bn1.running_mean", "bn1.weight"} <= changed
 
 
+@pytest.mark.parametrize(
+    ("architecture", "last", "first"),
+    [
+        ("resnet18", "layer2.1.bn2.running_mean", "layer3.0.bn1.running_mean"),
+        ("efficientnet_lite0", "blocks.1.1.bn3.running_mean", "blocks.2.0.bn1.running_mean"),
+        ("test_vit", "blocks.1.mlp.fc2.weight", "blocks.2.mlp.fc2.weight"),
+    ],
+)
+def test_frozen_stages_keep_their_weights_and_norms(architecture, last, first):
+    torch.manual_seed(0)
+    model = build_backbone(architecture, 3, 64, options={"depth": 3} if architecture == "test_vit" else {})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    set_trainable(model, frozen_stages=3)
+    assert model.training
+    model(torch.randn(4, 3, 64, 64)).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert last not in changed
+    assert first in changed
+
+
 @pytest.mark.parametrize("architecture", ["test_vit", "resnet18", "efficientnet_b0"])
 def test_a_head_with_hidden_layers(architecture):
     model = build_backbone(architecture, 3, 32, options={"head_hidden": [16, 8], "drop_rate": 0.3})

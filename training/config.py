@@ -74,6 +74,9 @@ class ModelSettings(_Group):
     head_hidden: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="widths of hidden layers in the head, each with batch norm; served by torch only"
     )
+    symmetric_padding: bool = Field(
+        False, description="for tf_ models: symmetric padding, which trains faster on CPUs, in place of TensorFlow's"
+    )
     drop_rate: Probability = Field(0.0, description="dropout before the head, and in its hidden layers")
     drop_path_rate: Probability = Field(0.0, description="stochastic depth")
     metadata: list[Literal["age", "sex", "site"]] = Field([], description="patient data that the model takes as input")
@@ -100,7 +103,8 @@ class ModelSettings(_Group):
             "head_hidden": list(self.head_hidden),
             "stem": self.stem.removeprefix("patch"),
         }
-        return {key: value for key, value in values.items() if value}
+        padding = {"pad_type": ""} if self.symmetric_padding else {}
+        return {key: value for key, value in values.items() if value} | padding
 
     @property
     def metadata_inputs(self) -> Metadata:
@@ -130,6 +134,9 @@ class OptimizationSettings(_Group):
     )
     freeze_epochs: Count = Field(
         0, description="first epochs that train only the new heads, or all heads if none is new"
+    )
+    frozen_stages: Count = Field(
+        0, description="first stages that keep their first weights, the stem included: training is faster"
     )
     warmup_epochs: NonNegative = Field(2.0, description="linear warm-up")
     min_lr: NonNegative = Field(1e-6, description="learning rate at the end of the cosine")

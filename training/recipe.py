@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -128,10 +129,22 @@ def learning_rate(settings: OptimizationSettings, step: int, steps: int) -> floa
     return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def set_trainable(model: nn.Module, heads: Collection[str] = ()) -> None:
-    """Put the whole model into training mode, or only these heads; the rest is then frozen in evaluation mode."""
+def set_trainable(model: nn.Module, heads: Collection[str] = (), frozen_stages: int = 0) -> None:
+    """Put the model into training mode, or only these heads; the rest is then frozen in evaluation mode.
+
+    `frozen_stages` are always frozen: the stem counts as the first stage (timm's coarse grouping of layers).
+    """
     model.train(not heads)
     model.requires_grad_(not heads)
+    if frozen_stages:
+        backbone: Any = model
+        stages = group_parameters(model, backbone.group_matcher(coarse=True), reverse=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and stages[name] >= frozen_stages)
+        for module in model.modules():  # frozen norms must not follow the batches
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
     for name in heads:
         model.get_submodule(name).train().requires_grad_(True)
 

@@ -130,7 +130,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             generator = seed_everything(config.seed, epoch)
             order = epoch_order(weights, config.seed, epoch)
             order = order[: steps * config.batch_size]  # whole batches: batch norm cannot use a batch of one
-            set_trainable(model, heads if epoch < config.freeze_epochs else ())
+            set_trainable(model, heads if epoch < config.freeze_epochs else (), config.frozen_stages)
             loss_sum = torch.zeros((), device=device)
             with progress_bar(f"epoch {epoch + 1}/{config.epochs}") as progress:
                 for step, batch in enumerate(batches(data["train"], order, config.batch_size, device)):
