@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from handlers.suspicion import MALIGNANT, MELANOMA, Alarm, Suspicion
 from handlers.taxonomy import CODES, UNKNOWN
 from handlers.unknown_class import Rejection, logsumexp
 
@@ -35,11 +36,16 @@ def split_logits(logits: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray
 
 @dataclass(frozen=True)
 class Calibration:
-    """Temperature (Guo et al. 2017), rejection and conformal sets of one model; the default changes nothing."""
+    """Temperature (Guo et al. 2017), rejection, conformal sets and alarms of one model; the default changes nothing.
+
+    `malignant` and `melanoma` are the alarms; None without a fit.
+    """
 
     temperature: float = 1.0
     rejection: Rejection | None = None
     conformal: Conformal | None = None
+    malignant: Alarm | None = None
+    melanoma: Alarm | None = None
 
     def known_probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Convert logits (N, K) of classes other than UNK to their probabilities, float64 (N, K), rows summing to 1."""
@@ -94,6 +100,22 @@ class Calibration:
             sets.append([UNKNOWN, *inside] if p_unknown > (1 - p_unknown) * row.max() else inside)
         return sets
 
+    def suspicions(
+        self, alarm: Alarm | None, logits: np.ndarray, classes: Sequence[str], sensitivities: Sequence[float | None]
+    ) -> list[Suspicion] | None:
+        """Return an alarm's answer for each row of logits (N, K) at the sensitivity requested with it.
+
+        The share is one among the lesion classes, so UNK never hides a melanoma. None without an alarm.
+        """
+        if alarm is None:
+            return None
+        probabilities = self.known_probabilities(split_logits(logits, classes)[0])
+        shares = alarm.share(probabilities, [code for code in classes if code != UNKNOWN])
+        return [
+            Suspicion(float(share), alarm.promise(sensitivity))
+            for share, sensitivity in zip(shares, sensitivities, strict=True)
+        ]
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Calibration":
         """Return the calibration in bundle.json, which has the dataclass's fields."""
@@ -101,4 +123,5 @@ class Calibration:
             values["temperature"],
             Rejection(**values["rejection"]) if values.get("rejection") else None,
             Conformal(**values["conformal"]) if values.get("conformal") else None,
+            *(Alarm.from_dict(values[name]) if values.get(name) else None for name in (MALIGNANT, MELANOMA)),
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from handlers.decoding import DecodedImage
+from handlers.suspicion import MALIGNANT, MELANOMA, Suspicion
 from handlers.taxonomy import BY_CODE, TAXONOMY
 
 DISCLAIMER = "Research use only. Not a medical device."
@@ -25,6 +26,8 @@ class Prediction:
     overlay_png: bytes | None
     picture_jpeg: bytes | None
     entropy: float
+    malignant: Suspicion | None
+    melanoma: Suspicion | None
     conformal_set: list[str] | None
     confidence_level: float | None
     image: DecodedImage
@@ -35,6 +38,16 @@ class Prediction:
     def code(self) -> str:
         """The most probable of the nine classes."""
         return max(self.probabilities, key=self.probabilities.__getitem__)
+
+    @property
+    def suspicion(self) -> dict[str, Any] | None:
+        """The JSON of both alarms; None for a model without."""
+        if self.malignant is None:
+            return None
+        melanoma = None
+        if self.melanoma is not None:
+            melanoma = {MELANOMA: self.melanoma.share, **self.melanoma.to_dict()}
+        return {MALIGNANT: self.malignant.share, **self.malignant.to_dict(), MELANOMA: melanoma}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON of the REST answer (schema 1)."""
@@ -52,6 +65,7 @@ class Prediction:
             "classes": {
                 c.code: {"name": c.name, "malignant": c.malignant, "description": c.description} for c in TAXONOMY
             },
+            "suspicion": self.suspicion,
             "uncertainty": {
                 "entropy": self.entropy,
                 "conformal_set": self.conformal_set,

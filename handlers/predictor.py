@@ -128,6 +128,9 @@ class Predictor:
         classes, calibration = self.config.classes, self.config.calibration
         probabilities = calibration.probabilities(outputs.logits, classes, outputs.residuals)
         sets = calibration.conformal_sets(outputs.logits, classes, outputs.residuals)
+        alarms = (calibration.malignant, calibration.melanoma)
+        sensitivities = [item.request.sensitivity for item in accepted]
+        malignant, melanoma = (calibration.suspicions(a, outputs.logits, classes, sensitivities) for a in alarms)
         # 0 * log 0 is 0
         entropy = -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1))).sum(1)
         peaks = outputs.maps.max((1, 2), keepdims=True)
@@ -143,6 +146,8 @@ class Predictor:
                 overlay_png=overlay(shown, grids[row]) if shown and request.gradcam == "overlay" else None,
                 picture_jpeg=picture_jpeg(shown) if shown and request.picture else None,
                 entropy=float(entropy[row]),
+                malignant=malignant[row] if malignant else None,
+                melanoma=melanoma[row] if melanoma else None,
                 conformal_set=sets[row] if sets else None,
                 confidence_level=calibration.conformal.confidence_level if calibration.conformal else None,
                 image=decoded,

@@ -26,7 +26,7 @@ class Request:
     `gradcam` is "grid", "overlay" (a PNG as well) or "none". `target` is the class code of the map (default: the most
     probable). `tta` averages the logits over the picture and its mirror images. `metadata` are the patient's age in
     years, sex, and site of the lesion (handlers.metadata); any may be missing. With `picture`, the answer holds the
-    decoded picture, small.
+    decoded picture, small. `sensitivity` chooses one of the model's promises (handlers.suspicion).
     """
 
     image: bytes
@@ -35,6 +35,7 @@ class Request:
     tta: bool = False
     metadata: Mapping[str, Any] | None = None
     picture: bool = False
+    sensitivity: float | None = None
 
     def checked(self, config: BundleConfig) -> "Request":
         """Return the request with its metadata parsed for a model. Raises RequestError."""
@@ -46,6 +47,16 @@ class Request:
             raise RequestError(
                 f"This model was not trained on {self.target}. Choose a target among {', '.join(config.classes)}."
             )
+        if self.sensitivity is not None:
+            alarm = config.calibration.malignant
+            promised = alarm.sensitivities if alarm else ()
+            if not promised:
+                raise RequestError("This model promises no sensitivity; leave the option sensitivity out.")
+            if self.sensitivity not in promised:
+                raise RequestError(
+                    f"sensitivity is {self.sensitivity}: this model promises {', '.join(map(str, promised))}. Choose "
+                    "one of them."
+                )
         try:
             return replace(self, metadata=config.metadata.parse(self.metadata or {}))
         except MetadataError as error:

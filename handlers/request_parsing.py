@@ -14,7 +14,7 @@ from handlers.metadata import FIELDS
 from handlers.request import Request, RequestError
 
 IMAGE_FIELDS = ("data", "file", "image")
-OPTIONS = ("gradcam", "target", "tta", "picture", *FIELDS)
+OPTIONS = ("gradcam", "target", "tta", "picture", "sensitivity", *FIELDS)
 # Characters. A refusal quotes the value, and a response larger than TorchServe's max_response_size kills the worker.
 LONGEST_OPTION = 40
 
@@ -53,6 +53,7 @@ def parse_request(row: dict[str, Any], explain: bool) -> Request:
         _flag("tta", options),
         {name: options[name] for name in FIELDS if name in options},
         _flag("picture", options),
+        _sensitivity(options),
     )
 
 
@@ -102,6 +103,16 @@ def _text(name: str, value: Any) -> str:
     if len(value) > LONGEST_OPTION:
         raise RequestError(f"The option {name[:40]!r} may have at most {LONGEST_OPTION} characters.")
     return value.strip()
+
+
+def _sensitivity(options: dict[str, str]) -> float | None:
+    text = options.get("sensitivity", "")
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(f"sensitivity is {text!r}: it must be a number such as 0.9.") from None
 
 
 def _flag(name: str, options: dict[str, str]) -> bool:

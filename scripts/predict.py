@@ -98,7 +98,7 @@ def ask_server(url: str, version: str | None, tta: bool, metadata: Mapping[str, 
 
 def answer_table(answers: list[tuple[Path, Answer]]) -> Table:
     """Return a table of one row per image: the top class, and the others above one percent."""
-    grid = table("Skin-lesion predictions", (), folded=("Image", "Prediction", "p", "Others", "Model"))
+    grid = table("Skin-lesion predictions", (), folded=("Image", "Prediction", "p", "Suspicious", "Others", "Model"))
     for path, answer in answers:
         if "error" in answer:
             grid.add_row(path.name, Text(f"rejected: {answer['error']['message']}", "red"))
@@ -109,10 +109,19 @@ def answer_table(answers: list[tuple[Path, Answer]]) -> Table:
             path.name,
             Text(f"{top['code']} {top['name']}", "bold red" if top["malignant"] else "bold green"),
             f"{top['probability']:.3f}",
+            suspicion_text(answer.get("suspicion")),
             "  ".join(f"{code} {p:.2f}" for code, p in others if p >= 0.01),
             f"v{model['version']}" if model["version"] else model["digest"][7:15],
         )
     return grid
+
+
+def suspicion_text(suspicion: dict[str, Any] | None) -> Text:
+    """Return "yes" or "no" with the promised sensitivity; a dash for a model without a promise."""
+    if not suspicion or suspicion["flagged"] is None:
+        return Text("–")
+    word, style = ("yes", "bold red") if suspicion["flagged"] else ("no", "")
+    return Text(f"{word} ({suspicion['sensitivity']:.0%})", style)
 
 
 if __name__ == "__main__":

@@ -207,6 +207,9 @@ class TrainConfig(AugmentationSettings, LossSettings, OptimizationSettings, Mode
     )
     patience: Count = Field(0, description="epochs without improvement before stopping early; 0: never")
     confidence_level: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="coverage of the conformal sets")
+    malignant: list[Literal["MEL", "BCC", "SCC", "AK"]] = Field(
+        ["MEL", "BCC", "SCC"], description="classes that the alarm is to find"
+    )
     bootstrap: Count = Field(500, description="resamples for the confidence intervals")
 
     @model_validator(mode="after")

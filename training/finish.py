@@ -40,7 +40,7 @@ from training.recipe import make_model
 # Settings that still count when no epoch is left.
 AFTER_EPOCHS = (
     "manifest", "data_dir", "cache_dir", "image_size", "metadata", "batch_size", "logit_adjustment", "confidence_level",
-    "bootstrap", "device", "threads", "output", "name", "experiment",
+    "malignant", "bootstrap", "device", "threads", "output", "name", "experiment",
 )  # fmt: skip
 
 Reports = dict[str, dict[str, Any]]
@@ -73,7 +73,8 @@ def finish(
     }
     check()
     space = find_known_space(model, outputs["val"], classes)
-    calibration = calibrate(config, classes, outputs.get("calibration"), space)
+    sources = data["calibration"].sources if "calibration" in data else None
+    calibration = calibrate(config, classes, outputs.get("calibration"), sources, space)
     reports = evaluate_splits(config, classes, frame, outputs, space, calibration)
     write_json(output / "metrics.json", reports)
     log_evaluations(tracker, classes, reports, calibration, outputs)
@@ -127,7 +128,11 @@ def find_known_space(model: nn.Module, val: NetworkOutputs, classes: Sequence[st
 
 
 def calibrate(
-    config: TrainConfig, classes: list[str], split: NetworkOutputs | None, space: KnownSpace | None
+    config: TrainConfig,
+    classes: list[str],
+    split: NetworkOutputs | None,
+    sources: NDArray[np.str_] | None,
+    space: KnownSpace | None,
 ) -> Calibration:
     """Fit the calibration on the calibration split, if it is there and large enough."""
     calibration = Calibration()
@@ -141,6 +146,8 @@ def calibrate(
             residual_weight=space.weight if space else 0.0,
             image_logits=split.image_logits if config.metadata else None,
             lesions=split.lesions,
+            sources=sources,
+            malignant=config.malignant,
         )
     if calibration.conformal is None:
         console.print(

@@ -16,8 +16,10 @@ from scipy.special import log_softmax
 
 from handlers.calibration import Calibration, Conformal, split_logits
 from handlers.taxonomy import UNKNOWN
+from training.evaluation.suspicion_fit import fit_alarm
 from training.evaluation.unknown_class_fit import fit_rejection
 
+MALIGNANT_CODES, MELANOMA_CODES = ("MEL", "BCC", "SCC"), ("MEL",)
 MIN_IMAGES = 50  # a fit to fewer images would be noise
 
 
@@ -30,8 +32,10 @@ def fit_calibration(
     residual_weight: float = 0.0,
     image_logits: ArrayLike | None = None,
     lesions: ArrayLike | None = None,
+    sources: ArrayLike | None = None,
+    malignant: Sequence[str] = MALIGNANT_CODES,
 ) -> Calibration:
-    """Fit temperature, rejection and conformal thresholds; return the identity for fewer than MIN_IMAGES images.
+    """Fit temperature, rejection, conformal sets and alarms; return the identity for fewer than MIN_IMAGES images.
 
     Args:
         logits: (N, K) of the calibration split.
@@ -41,7 +45,9 @@ def fit_calibration(
         residuals: (N,) of the features, for the rejection; None if `residual_weight` is 0.
         image_logits: (N, K) without metadata, for a model that takes metadata. The fit then uses both kinds of logits,
             and the conformal sets keep their promise for both: an image's score is the larger of its two.
-        lesions: (N,) lesion of each image, for the conformal sets; None: each image is its own lesion.
+        lesions: (N,) lesion of each image, for the conformal sets and alarms; None: each image is its own lesion.
+        sources: (N,) data set of each image, for the alarms; None: all images are from one.
+        malignant: classes that the alarm is to find; the second alarm is for melanoma alone.
     """
     y = np.asarray(labels, np.int64)
     labelled = (y >= 0) & (y != (classes.index(UNKNOWN) if UNKNOWN in classes else -1))
@@ -55,10 +61,15 @@ def fit_calibration(
     classes = [code for code in classes if code != UNKNOWN]  # UNK comes last, so the labels stay
     r = None if residuals is None else np.tile(np.asarray(residuals, np.float64)[labelled], len(variants))
     temperature = fit_temperature(z, np.tile(y, len(variants)))
-    probabilities = np.min([Calibration(temperature).known_probabilities(variant) for variant in variants], axis=0)
-    lesion_of = None if lesions is None else np.asarray(lesions)[labelled]
-    conformal = fit_conformal(probabilities, y, classes, confidence_level, lesion_of)
-    return Calibration(temperature, fit_rejection(z, temperature, r, residual_weight, outlier_logits), conformal)
+    probabilities = [Calibration(temperature).known_probabilities(variant) for variant in variants]
+    lesion_of = np.arange(len(y)) if lesions is None else np.asarray(lesions)[labelled]
+    source_of = None if sources is None else np.asarray(sources)[labelled]
+    return Calibration(
+        temperature,
+        fit_rejection(z, temperature, r, residual_weight, outlier_logits),
+        fit_conformal(np.min(probabilities, axis=0), y, classes, confidence_level, lesion_of),
+        *(fit_alarm(probabilities, y, classes, codes, lesion_of, source_of) for codes in (malignant, MELANOMA_CODES)),
+    )
 
 
 def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
