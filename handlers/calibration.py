@@ -112,7 +112,7 @@ class Calibration:
         probabilities = self.known_probabilities(split_logits(logits, classes)[0])
         shares = alarm.share(probabilities, [code for code in classes if code != UNKNOWN])
         return [
-            Suspicion(float(share), alarm.promise(sensitivity))
+            Suspicion(float(share), alarm, alarm.promise(sensitivity))
             for share, sensitivity in zip(shares, sensitivities, strict=True)
         ]
 

@@ -4,7 +4,7 @@ Only what serving computes. training/evaluation/suspicion_fit.py fits the thresh
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,7 @@ class Suspicion:
     """The alarm's answer for one picture: its share, and the promise that decides; None where nothing is promised."""
 
     share: float
+    alarm: Alarm
     promise: Promise | None
 
     @property
@@ -76,11 +77,12 @@ class Suspicion:
         return None if self.promise is None else self.share >= self.promise.threshold
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form: threshold, decision, promised sensitivity and its price, null without a promise."""
+        """Return the JSON form: the decision, the promise behind it, and all promises; null without a promise."""
         promise = self.promise
         return {
             "flagged": self.flagged,
             "threshold": promise.threshold if promise else None,
             "sensitivity": promise.sensitivity if promise else None,
             "benign_flagged": promise.benign_flagged if promise else None,
+            "promises": [asdict(promise) for promise in self.alarm.promises],
         }

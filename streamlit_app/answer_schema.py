@@ -57,6 +57,30 @@ class AnswerUncertainty(BaseModel):
     confidence_level: Probability | None = None
 
 
+class AlarmPromise(BaseModel):
+    """A threshold that misses at most 1 - `sensitivity` of the lesions to be found, and its price in other lesions."""
+
+    sensitivity: Probability
+    threshold: Probability
+    benign_flagged: Probability | None = None
+
+
+class MelanomaSuspicion(BaseModel):
+    """The probability of melanoma among the eight diagnoses, and the promises of its alarm."""
+
+    melanoma: Probability
+    promises: list[AlarmPromise] = []
+
+
+class Suspicion(BaseModel):
+    """The share of the malignant classes among the eight diagnoses, and the promises of the alarms."""
+
+    malignant: Probability
+    promises: list[AlarmPromise] = []
+    sensitivity: Probability | None = None  # the model server's default
+    melanoma: MelanomaSuspicion | None = None
+
+
 class HeatGrid(BaseModel):
     """Grad-CAM of class `target`: rows of values in [0, 1] that cover the whole upright picture."""
 
@@ -85,6 +109,7 @@ class Answer(BaseModel):
     model: ServedModel
     probabilities: dict[str, Probability] = Field(min_length=2)
     classes: dict[str, ExplainedClass]
+    suspicion: Suspicion | None = None
     uncertainty: AnswerUncertainty
     gradcam: HeatGrid
     metadata: dict[str, float | str | None] = {}
@@ -106,6 +131,18 @@ class Answer(BaseModel):
     def malignancy(self) -> float:
         """The sum of the probabilities of all malignant classes."""
         return sum(p for code, p in self.probabilities.items() if self.classes[code].malignant)
+
+    def promise(self, sensitivity: float | None) -> AlarmPromise | None:
+        """Return the alarm's promise of this sensitivity, or else the model server's default; None without promises."""
+        if self.suspicion is None:
+            return None
+        promises = {promise.sensitivity: promise for promise in self.suspicion.promises}
+        return promises.get(sensitivity or -1.0) or promises.get(self.suspicion.sensitivity or -1.0)
+
+    def is_flagged(self, sensitivity: float | None) -> bool | None:
+        """Return whether the alarm flags the picture; None without promises."""
+        promise = self.promise(sensitivity)
+        return None if promise is None or self.suspicion is None else self.suspicion.malignant >= promise.threshold
 
     def kind(self, code: str) -> ClassKind:
         """Return the kind of a class, which decides its colour and its tag."""

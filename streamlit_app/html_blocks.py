@@ -62,6 +62,30 @@ def verdict(answer: Answer, name: str) -> str:
     )
 
 
+def alarm(answer: Answer, sensitivity: float | None) -> str:
+    """Return whether the lesion is flagged as suspicious, what the alarm promises, and its price."""
+    promise, suspicion = answer.promise(sensitivity), answer.suspicion
+    if promise is None or suspicion is None:
+        return f'<section class="sl-alarm sl-edge-unknown"><p>{prose(wording.NO_ALARM)}</p></section>'
+    flagged = answer.is_flagged(sensitivity)
+    sentences = [wording.ALARM_PROMISE.format(misses=wording.misses(promise.sensitivity))]
+    if promise.benign_flagged is not None:
+        sentences.append(wording.ALARM_PRICE.format(benign=round(100 * promise.benign_flagged)))
+    sentences.append(wording.FLAGGED_CAUTION if flagged else wording.NOT_FLAGGED_CAUTION)
+    melanoma = ""
+    if suspicion.melanoma and (own := {p.sensitivity: p for p in suspicion.melanoma.promises}.get(promise.sensitivity)):
+        is_flagged = suspicion.melanoma.melanoma >= own.threshold
+        kind, text = (
+            ("malignant", wording.MELANOMA_FLAGGED) if is_flagged else ("unknown", wording.MELANOMA_NOT_FLAGGED)
+        )
+        melanoma = f'<span class="sl-tag sl-{kind}">{text}</span>'
+    title, kind = (wording.FLAGGED, "malignant") if flagged else (wording.NOT_FLAGGED, "unknown")
+    return (
+        f'<section class="sl-alarm sl-edge-{kind}" role="status"><h2>{title} {melanoma}</h2>'
+        f"<p>{prose(' '.join(sentences))}</p></section>"
+    )
+
+
 def chart_heading(answer: Answer) -> str:
     """Return the heading of the probability chart and the legend of its colours."""
     kinds = dict.fromkeys(answer.kind(code) for code in answer.probabilities)
@@ -140,12 +164,15 @@ def unread(readings: list[Reading]) -> str:
     return f'<section class="sl-problem sl-mild" role="alert"><h3>{title}</h3><ul>{rows}</ul></section>'
 
 
-def counts(readings: list[Reading]) -> str:
+def counts(readings: list[Reading], sensitivity: float | None = None) -> str:
     """Return a batch's numbers in one line."""
     answers = [reading.answer for reading in readings if reading.answer]
     kinds = [answer.kind(answer.ranking[0]) for answer in answers]
     refused = sum(reading.problem is not None and reading.problem.kind == "refused" for reading in readings)
     numbers = {wording.COUNT_READ: len(answers), wording.COUNT_MALIGNANT: kinds.count("malignant")}
+    flagged = [answer.is_flagged(sensitivity) for answer in answers]
+    if None not in flagged:
+        numbers[wording.COUNT_FLAGGED] = sum(map(bool, flagged))
     rare = {
         wording.COUNT_UNKNOWN: kinds.count("unknown"),
         wording.COUNT_REFUSED: refused,

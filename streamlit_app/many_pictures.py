@@ -15,12 +15,14 @@ PERCENTAGES = ("probability", "malignancy", "unknown")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
-def overview(answers: Sequence[tuple[str, str | None, Answer]]) -> pd.DataFrame:
+def overview(answers: Sequence[tuple[str, str | None, Answer]], sensitivity: float | None = None) -> pd.DataFrame:
     """Return one row for each file name, thumbnail and answer; probabilities in percent."""
+    words = {True: "yes", False: "no", None: "–"}
     return pd.DataFrame(
         {
             PICTURE: thumbnail,
             "file": name,
+            "flagged": words[answer.is_flagged(sensitivity)],
             "top": answer.classes[answer.ranking[0]].name,
             "kind": wording.kind(answer, answer.ranking[0]),
             "probability": 100 * answer.probabilities[answer.ranking[0]],
@@ -32,9 +34,9 @@ def overview(answers: Sequence[tuple[str, str | None, Answer]]) -> pd.DataFrame:
     )
 
 
-def to_csv(readings: Sequence[Reading]) -> str:
+def to_csv(readings: Sequence[Reading], sensitivity: float | None = None) -> str:
     """Return all readings as CSV. No cell can start a formula in a spreadsheet."""
-    rows = [{"file": r.upload.name, "sha256": r.upload.sha256} | _cells(r.answer) for r in readings]
+    rows = [{"file": r.upload.name, "sha256": r.upload.sha256} | _cells(r.answer, sensitivity) for r in readings]
     header = dict.fromkeys(name for row in rows for name in row)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, [*header, "problem"], restval="")
@@ -45,16 +47,25 @@ def to_csv(readings: Sequence[Reading]) -> str:
     return stream.getvalue()
 
 
-def _cells(answer: Answer | None) -> dict[str, object]:
+def _cells(answer: Answer | None, sensitivity: float | None) -> dict[str, object]:
     if answer is None:
         return {}
-    top = answer.ranking[0]
+    top, promise = answer.ranking[0], answer.promise(sensitivity)
+    alarm: dict[str, object] = {}
+    if answer.suspicion and promise:
+        alarm = {
+            "malignant_share": answer.suspicion.malignant,
+            "flagged": answer.is_flagged(sensitivity),
+            "promised_sensitivity": promise.sensitivity,
+            "threshold": promise.threshold,
+        }
     return {
         "code": top,
         "name": answer.classes[top].name,
         "probability": answer.probabilities[top],
         "malignant": answer.classes[top].malignant,
         **answer.probabilities,
+        **alarm,
         "entropy": answer.uncertainty.entropy,
         "conformal_set": " ".join(answer.uncertainty.conformal_set or []),
         "confidence_level": answer.uncertainty.confidence_level,

@@ -4,6 +4,7 @@ The names and descriptions of the classes and the reasons for a refusal come fro
 """
 
 import math
+from fractions import Fraction
 
 from streamlit_app.answer_schema import UNKNOWN, Answer, ClassKind, PromoterState
 from streamlit_app.client import ProblemKind
@@ -62,9 +63,24 @@ TRAINING_RUN, REGISTRY_ENTRY = "training run", "registry entry"
 KINDS: dict[ClassKind, str] = {"malignant": "malignant", "other": "not malignant", "unknown": "no known class"}
 PRECANCEROUS = {"AK": "precancerous"}  # actinic keratosis can progress to a carcinoma
 
+# Alarm
+FLAGGED, NOT_FLAGGED = "Flagged as suspicious", "Not flagged"
+ALARM_PROMISE = "Set to miss at most {misses} malignant lesions."
+ALARM_PRICE = "On the calibration pictures it also flags {benign} in 100 other lesions."
+NOT_FLAGGED_CAUTION = "A lesion that is not flagged can still be malignant. A doctor decides."
+FLAGGED_CAUTION = "Most flagged lesions are benign. A doctor decides."
+MELANOMA_FLAGGED = "Melanoma by itself: flagged"
+MELANOMA_NOT_FLAGGED = "Melanoma by itself: not flagged"
+NO_ALARM = (
+    "This model promises no sensitivity, because it was calibrated without enough malignant lesions. Do not use its "
+    "first class as an alarm."
+)
+SENSITIVITY_LABEL = "Miss at most"
+
 # Many pictures
 TOO_MANY = "You chose {count} pictures. The page reads the first {limit}."
 COUNT_READ, COUNT_MALIGNANT = "**{number}** read", "**{number}** most likely malignant"
+COUNT_FLAGGED = "**{number}** flagged"
 COUNT_UNKNOWN, COUNT_REFUSED, COUNT_FAILED = (
     "**{number}** not recognised",
     "**{number}** refused",
@@ -73,7 +89,7 @@ COUNT_UNKNOWN, COUNT_REFUSED, COUNT_FAILED = (
 DOWNLOAD = "Download as CSV"
 TABLE_ALT = "One row for each picture: file, most likely class, probabilities and certainty"
 COLUMNS = {
-    "file": "File", "top": "Most likely class", "kind": "Kind", "probability": "Probability",
+    "file": "File", "flagged": "Flagged", "top": "Most likely class", "kind": "Kind", "probability": "Probability",
     "malignancy": "All malignant", "unknown": "None of the above", "certainty": "Certainty",
 }  # fmt: skip
 
@@ -125,6 +141,12 @@ def percent(p: float) -> str:
 def kind(answer: Answer, code: str) -> str:
     """Return the kind of a class in a word or two."""
     return PRECANCEROUS.get(code, KINDS[answer.kind(code)])
+
+
+def misses(sensitivity: float) -> str:
+    """Return the promised share of missed lesions, such as "1 in 10"."""
+    share = Fraction(1 - sensitivity).limit_denominator(100)
+    return f"{share.numerator} in {share.denominator}"
 
 
 def with_percent(answer: Answer, code: str) -> str:

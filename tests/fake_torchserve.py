@@ -35,6 +35,11 @@ CLASSES = {
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 # The model server's copy of every picture.
 PICTURE = base64.b64encode(cv2.imencode(".jpg", np.full((75, 100, 3), (80, 120, 200), np.uint8))[1]).decode()
+PROMISES = [
+    {"sensitivity": 0.8, "threshold": 0.6, "benign_flagged": 0.12},
+    {"sensitivity": 0.9, "threshold": 0.3, "benign_flagged": 0.27},
+    {"sensitivity": 0.99, "threshold": 0.02, "benign_flagged": 0.81},
+]
 TAKES = {"age": [0, 120], "sex": ["female", "male"], "site": ["anterior torso", "head/neck"]}
 
 
@@ -45,6 +50,7 @@ def answer_for(
     takes: dict[str, list] | None = None,
     details: dict[str, str] | None = None,
     converted: Sequence[str] = (),
+    promises: bool = True,
 ) -> dict[str, Any]:
     """Return the answer of schema 1 for these bytes and, if the model takes metadata, for these details."""
     digest = hashlib.sha256(image).hexdigest()
@@ -54,6 +60,7 @@ def answer_for(
     logits[rng.integers(8)] += 2.5
     p = np.exp(logits) / np.exp(logits).sum()
     probabilities = dict(zip(CLASSES, p.tolist(), strict=True))
+    malignant = sum(p for code, p in probabilities.items() if CLASSES[code][1])
     ranking = sorted(probabilities, key=probabilities.__getitem__, reverse=True)
     known = [code for code in ranking if code != "UNK"]
     target = known[0] if target in (None, "UNK") else target
@@ -81,6 +88,8 @@ def answer_for(
             code: {"name": name, "malignant": malignant, "description": description}
             for code, (name, malignant, description) in CLASSES.items()
         },
+        "suspicion": {"malignant": malignant, "promises": PROMISES, "sensitivity": 0.9, "melanoma": None}
+        | ({"melanoma": {"melanoma": probabilities["MEL"], "promises": PROMISES}} if promises else {"promises": []}),
         "uncertainty": {
             "entropy": float(-(p * np.log(p)).sum()),
             "conformal_set": [code for code in known if probabilities[code] > 0.08],

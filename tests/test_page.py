@@ -20,7 +20,7 @@ from streamlit.testing.v1 import AppTest
 from streamlit_app import charts, heatmap, html_blocks, many_pictures, pictures, wording
 from streamlit_app.client import ServingError
 from streamlit_app.readings import Reading, Upload
-from tests.fake_torchserve import CLASSES, NOWHERE, PICTURE, TAKES, answer_for, parse
+from tests.fake_torchserve import CLASSES, NOWHERE, PICTURE, PROMISES, TAKES, answer_for, parse
 
 pytest_plugins = ["tests.fixtures_page"]
 FOLDER = Path(__file__).parent.parent / "streamlit_app"
@@ -77,6 +77,27 @@ class TestWords:
         assert "Not malignant" not in block
         assert "(MEL, BCC, SCC)" in block
         assert (wording.certainty(answer)[0] == "not recognised") == (code == "UNK")
+
+    @pytest.mark.parametrize(
+        ("sensitivity", "headline", "sentences"),
+        [
+            (0.8, "Not flagged", ("at most 1 in 5 malignant", "flags 12 in 100 other", "can still be malignant")),
+            (0.9, "Flagged as suspicious", ("at most 1 in 10 malignant", "flags 27 in 100 other")),
+            (None, "Flagged as suspicious", ("at most 1 in 10 malignant",)),
+        ],
+    )
+    def test_the_alarm_states_its_promise_and_price(self, sensitivity, headline, sentences):
+        melanoma = {"melanoma": 0.1, "promises": PROMISES}
+        suspicion = {"malignant": 0.4, "promises": PROMISES, "sensitivity": 0.9, "melanoma": melanoma}
+        block = html_blocks.alarm(parse(suspicion=suspicion), sensitivity)
+        assert all(words in block for words in (headline, *sentences, "Melanoma by itself: not flagged"))
+
+    @pytest.mark.parametrize("suspicion", [None, {"malignant": 0.4, "promises": []}])
+    def test_a_model_without_promise_says_so(self, suspicion):
+        answer = parse(suspicion=suspicion)
+        assert "promises no sensitivity" in html_blocks.alarm(answer, 0.9)
+        assert answer.is_flagged(0.9) is None
+        assert "flagged" not in html_blocks.counts([Reading(Upload.of("a", b"1"), answer)], 0.9)
 
     @pytest.mark.parametrize(
         ("codes", "level", "text"),
@@ -147,6 +168,7 @@ class TestTable:
         first, second = self.rows(self.GOOD, self.REFUSED)
         assert {code: float(first[code]) for code in CLASSES} == self.GOOD.answer.probabilities
         assert first["file"].startswith("'=")
+        assert (first["promised_sensitivity"], first["flagged"]) == ("0.9", str(self.GOOD.answer.is_flagged(0.9)))
         assert (first["version"], first["problem"]) == ("3", "")
         assert (second["file"], second["problem"], second["MEL"]) == ("ä,\n.jpg", "'@SUM(1)", "")
         assert "age" not in first
@@ -182,6 +204,11 @@ def read(page: AppTest, *files: tuple[str, bytes]) -> str:
     return text(page)
 
 
+def heat_class(page: AppTest):
+    """Return the list of classes that the heatmap can explain."""
+    return next(box for box in page.selectbox if box.label == wording.HEAT_TARGET)
+
+
 def text(page: AppTest) -> str:
     assert not page.exception, page.exception
     return "\n".join(block.body for block in page.get("html"))
@@ -211,17 +238,17 @@ class TestApp:
 
     def test_a_class_is_requested_once_and_the_slider_sends_nothing(self, page, server, jpegs):
         read(page, ("lesion.jpg", jpegs[0]))
-        page.selectbox[0].set_value("DF").run()
+        heat_class(page).set_value("DF").run()
         assert "Evidence for Dermatofibroma" in text(page)
         page.slider[0].set_value(20).run()
-        page.selectbox[0].set_value("").run()
-        page.selectbox[0].set_value("DF").run()
+        heat_class(page).set_value("").run()
+        heat_class(page).set_value("DF").run()
         assert server.targets == [None, "DF"]
 
     def test_a_class_without_heatmap(self, page, server, jpegs):
         server.refuse_target = "DF"
         read(page, ("lesion.jpg", jpegs[0]))
-        page.selectbox[0].set_value("DF").run()
+        heat_class(page).set_value("DF").run()
         assert "There is no heatmap for this class" in text(page)
         assert "not trained on DF" in text(page)
         assert len(page.get("image")) == 2, "the first heatmap stays"
@@ -284,7 +311,7 @@ class TestApp:
     def test_a_new_model_between_two_requests(self, page, server, jpegs):
         read(page, ("lesion.jpg", jpegs[0]))
         server.version = "4"
-        page.selectbox[0].set_value("DF").run()
+        heat_class(page).set_value("DF").run()
         assert "skin_vit version 4" in text(page)
         assert "Evidence for Dermatofibroma" in text(page)
 
@@ -292,18 +319,18 @@ class TestApp:
         server.takes = TAKES
         before = read(page, ("0.jpg", jpegs[0]), ("1.jpg", jpegs[1]))
         assert "Fields you leave empty are not used." in before
-        sex, site = page.selectbox[0], page.selectbox[1]
+        _, sex, site, _ = page.selectbox
         assert (sex.label, sex.options, site.label) == ("Sex", ["not given", "female", "male"], "Site")
         page.number_input[0].set_value(71).run()
-        page.selectbox[1].set_value("head/neck").run()
+        page.selectbox[2].set_value("head/neck").run()
         assert server.details == [{}, {}, {"age": "71"}, {"age": "71", "site": "head/neck"}], "not for the other"
         top = answer_for(jpegs[0], takes=TAKES, details=server.details[-1])["prediction"]["name"]
         assert f"<h2>{top}" in text(page)
         assert f"Evidence for {top}" in text(page)
         assert text(page) != before
-        assert (page.number_input[0].value, page.selectbox[1].value) == (71, "head/neck")
+        assert (page.number_input[0].value, page.selectbox[2].value) == (71, "head/neck")
         page.number_input[0].set_value(None).run()
-        page.selectbox[1].set_value("").run()
+        page.selectbox[2].set_value("").run()
         assert text(page) == before
         assert len(server.details) == 5, "answers are remembered"
 

@@ -196,6 +196,17 @@ def test_another_class_and_opacity(page, server, files):
     assert server.targets == [None, "DF"], "moving the slider sent a request"
 
 
+def test_the_alarm_leads_and_its_promise_can_be_changed(page, server, files):
+    upload(page, files["mel"])
+    alarm = page.locator(".sl-alarm")
+    expect(alarm).to_contain_text("Set to miss at most 1 in 10 malignant lesions.")
+    assert alarm.bounding_box()["y"] < page.locator(".sl-verdict").bounding_box()["y"]
+    choose(page, "Miss at most", "1 in 100")
+    expect(alarm).to_contain_text("Flagged as suspicious")
+    expect(alarm).to_contain_text("also flags 81 in 100 other lesions")
+    assert server.targets == [None], "another promise sent a request"
+
+
 def test_many_pictures_and_their_csv(page, files, tmp_path):
     upload(page, files["mel"], files["nv"], files[Path(HOSTILE).stem], files["notes"])
     expect(page.locator(".sl-counts")).to_contain_text("3 read")

@@ -67,7 +67,8 @@ def test_the_answer_follows_the_contract(predictor, sample_images):
     [answer] = predictor.predict([sample_images[0]])
     body = json.loads(json.dumps(answer.to_dict(), allow_nan=False))
     assert list(body) == [
-        "schema", "model", "prediction", "probabilities", "classes", "suspicion", "uncertainty", "gradcam", "image", "disclaimer",
+        "schema", "model", "prediction", "probabilities", "classes", "suspicion", "uncertainty", "gradcam", "image",
+        "disclaimer",
     ]  # fmt: skip
     assert list(body["probabilities"]) == list(CODES)
     assert sum(body["probabilities"].values()) == pytest.approx(1, abs=1e-9)

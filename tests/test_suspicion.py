@@ -97,7 +97,7 @@ def test_without_a_choice_the_promise_is_nine_in_ten_or_the_highest():
     assert alarm.promise(0.95).sensitivity == 0.95
     assert alarm.promise(0.99) is None
     assert replace(alarm, promises=promises[:2]).promise().sensitivity == 0.85
-    assert Suspicion(0.05, replace(alarm, promises=()).promise()).flagged is None
+    assert Suspicion(0.05, alarm, replace(alarm, promises=()).promise()).flagged is None
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +115,10 @@ def test_the_answer_says_whether_the_lesion_is_suspicious_and_at_what_price(pred
     assert {key: suspicion[key] for key in ("flagged", "threshold", "sensitivity", "benign_flagged")} == {
         "flagged": True, "threshold": 0.0, "sensitivity": 0.9, "benign_flagged": 0.4
     }  # fmt: skip
+    assert [promise["sensitivity"] for promise in suspicion["promises"]] == [0.8, 0.9]
     assert suspicion["melanoma"] == {
         "melanoma": suspicion["melanoma"]["melanoma"],
-        "flagged": None, "threshold": None, "sensitivity": None, "benign_flagged": None,
+        "flagged": None, "threshold": None, "sensitivity": None, "benign_flagged": None, "promises": [],
     }  # fmt: skip
 
 

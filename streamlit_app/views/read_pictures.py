@@ -83,11 +83,12 @@ def show_problems(results: list[Reading]) -> None:
 
 def choose(answered: list[Reading], results: list[Reading]) -> Reading:
     """Draw the table of many pictures and return the selected one."""
+    sensitivity = st.session_state.get("sensitivity")
     with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-        st.html(html_blocks.counts(results), width="content")
+        st.html(html_blocks.counts(results, sensitivity), width="content")
         st.download_button(
-            wording.DOWNLOAD, many_pictures.to_csv(results), "skin_lesions.csv", "text/csv", on_click="ignore",
-            icon=":material/download:",
+            wording.DOWNLOAD, many_pictures.to_csv(results, sensitivity), "skin_lesions.csv", "text/csv",
+            on_click="ignore", icon=":material/download:",
         )  # fmt: skip
     columns: dict[str, Any] = {
         many_pictures.PICTURE: st.column_config.ImageColumn("", width=THUMBNAIL_WIDTH),
@@ -101,8 +102,8 @@ def choose(answered: list[Reading], results: list[Reading]) -> Reading:
         (r.upload.name, thumbnail(r.upload.sha256, r.answer.image.picture_jpeg), r.answer) for r in answered if r.answer
     ]
     event = st.dataframe(
-        many_pictures.overview(rows), key="overview", hide_index=True, row_height=ROW_HEIGHT, on_select="rerun",
-        selection_mode="single-row-required", column_config=columns, alt=wording.TABLE_ALT,
+        many_pictures.overview(rows, sensitivity), key="overview", hide_index=True, row_height=ROW_HEIGHT,
+        on_select="rerun", selection_mode="single-row-required", column_config=columns, alt=wording.TABLE_ALT,
     )  # fmt: skip
     selected = event.selection.rows
     return answered[selected[0] if selected and selected[0] < len(answered) else 0]
@@ -112,6 +113,7 @@ def show_reading(reading: Reading, readings: Readings) -> None:
     """Draw the answer for one picture."""
     answer = reading.answer
     assert answer is not None, "only answered readings are shown"
+    show_alarm(answer)
     st.html(html_blocks.verdict(answer, reading.upload.name))
     if answer.model.takes:
         patient_details(reading.upload, answer)
@@ -126,6 +128,17 @@ def show_reading(reading: Reading, readings: Readings) -> None:
     with st.expander(wording.GLOSSARY):
         st.html(html_blocks.glossary(answer))
     st.html(html_blocks.provenance(answer, setting("MLFLOW_PUBLIC_URL")))
+
+
+def show_alarm(answer: Answer) -> None:
+    """Draw whether the lesion is suspicious, and the control of the promised sensitivity."""
+    with st.container(key="alarm", horizontal=True, vertical_alignment="center"):
+        st.html(html_blocks.alarm(answer, st.session_state.get("sensitivity")))
+        if answer.suspicion and answer.suspicion.promises:
+            choices = [promise.sensitivity for promise in answer.suspicion.promises]
+            if st.session_state.get("sensitivity") not in choices:
+                st.session_state.sensitivity = answer.suspicion.sensitivity
+            st.selectbox(wording.SENSITIVITY_LABEL, choices, key="sensitivity", format_func=wording.misses, width=140)
 
 
 def patient_details(upload: Upload, answer: Answer) -> None:
