@@ -38,7 +38,7 @@ def build_backbone(
     Args:
         architecture: a timm model name, such as "vit_small_patch16_224" or "efficientnet_b0".
         num_classes: number of logits.
-        image_size: input side in pixels; vision transformers are built for it.
+        image_size: input side in pixels; most transformers are built for it.
         pretrained: first weights under timm's names, of the architecture or of the model in PRETRAINED_STEMS.
         options: keyword arguments for timm, and two of this project. `stem` replaces a vision transformer's patch
             projection, which helps when training from scratch on little data: "conv" by stride-2 convolutions (Xiao et
@@ -56,7 +56,8 @@ def build_backbone(
             raise BackboneError(f"timm has no model named {architecture!r}. Similar names: {', '.join(similar)}.")
         raise BackboneError(f"timm has no model named {architecture!r}. timm.list_models() lists them all.")
     arguments = dict(options or {})
-    if timm.models.model_entrypoint(architecture).__module__.startswith("timm.models.vision_transformer"):
+    pretrained_cfg: Any = timm.get_pretrained_cfg(architecture)
+    if pretrained_cfg.fixed_input_size:  # timm's sign of a model that takes `img_size`
         arguments["img_size"] = image_size
     hidden, stem = arguments.pop("head_hidden", []), arguments.pop("stem", "patch")
     if stem not in STEMS:

@@ -1,30 +1,31 @@
 """Logits and Grad-CAM in one pass: the backward of Grad-CAM written out as forward operations.
 
 Grad-CAM (Selvaraju et al. 2017) weighs the channels of an activation map by the mean gradient of the target logit and
-keeps the positive part. For the supported backbones that gradient is short enough to write down, so the map costs
-little more than the forward pass, needs no autograd, and exports in one graph:
+keeps the positive part. The activation map is the network's last feature map. Where its gradient is short enough to
+write down, Grad-CAM costs little more than the forward pass, needs no autograd, and exports in one graph:
 
-* global average pooling and a linear head (ResNet, EfficientNet, EfficientNetV2): the gradient is the head's row,
-  divided by the number of cells (the equality with CAM of Zhou et al. 2016 is in Selvaraju et al., appendix A);
-* vision transformer with average pooling: the activation is the last block's output, whose gradient is the same for
-  every patch;
+* average pooling, at most a layer norm, and a linear layer (most convolutional networks, Swin, averaging vision
+  transformers): the gradient is the same in all cells, namely the linear layer's row, led back through the norm and
+  divided by the number of cells (without a norm this is CAM of Zhou et al. 2016; Selvaraju et al., appendix A);
 * vision transformer with a class token: the activation is `blocks[-1].norm1`, the last place where patches still
   influence the class token. Only the class token's query runs through the last block, and as only the patch mean of
   the gradient is needed, the backward through keys and values collapses to two products of a vector with a matrix.
 
-Other backbones (query-key norm, attention pooling, hidden layers in the head, ...) use `AutogradGradCam`, which gives
-the same numbers through autograd, is slower, and cannot be exported.
+All other backbones (hidden layers in the head, attention pooling, rotary positions with a class token, ...) use
+`AutogradGradCam`, which is slower and cannot be exported. `grad_cam` chooses by comparing numbers, not by a list of
+architectures.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, SelectAdaptivePool2d
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from handlers.backbone import fuse, is_vision_transformer
+from handlers.backbone import BackboneError, fuse, is_vision_transformer
 
 
 class GradCam(nn.Module):
@@ -41,60 +42,29 @@ class GradCam(nn.Module):
         super().__init__()
         self.backbone: Any = backbone  # timm's classes have attributes that nn.Module does not declare
 
-    def _resolve(self, logits: Tensor, target: Tensor) -> Tensor:
-        return torch.where(target < 0, logits.argmax(-1), target)
+    def _logits(self, features: Tensor, metadata: Tensor | None) -> Tensor:
+        return fuse(self.backbone, self.backbone.get_classifier()(features), metadata)
+
+    def _row(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the gradient of the target's logit at the features (N, D)."""
+        return F.embedding(_resolve(logits, target), self.backbone.get_classifier().weight)
 
 
-class PooledConvGradCam(GradCam):
-    """Convolutional backbones: feature map, global average pooling, linear head."""
+class PooledGradCam(GradCam):
+    """Backbones that average their last feature map, normalise the mean by `norm` if they have one, and classify it."""
 
-    @staticmethod
-    def supports(backbone: Any) -> bool:
-        """Return whether average pooling feeds one linear layer directly (unlike in MobileNetV3)."""
-        pool, head = getattr(backbone, "global_pool", None), backbone.get_classifier()
-        return (
-            isinstance(pool, SelectAdaptivePool2d)
-            and pool.pool_type in ("avg", "fast")
-            and isinstance(head, nn.Linear)
-            and head.in_features == backbone.num_features
-        )
+    def __init__(self, backbone: nn.Module, norm: nn.LayerNorm | None) -> None:
+        super().__init__(backbone)
+        self.norm = norm
 
     def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        features = self.backbone.forward_features(images)
-        pooled = self.backbone.forward_head(features, pre_logits=True)
-        logits = fuse(self.backbone, self.backbone.get_classifier()(pooled), metadata)
-        weight = F.embedding(self._resolve(logits, target), self.backbone.get_classifier().weight)
-        cells = features.shape[2] * features.shape[3]
-        return logits, torch.relu(torch.einsum("nchw,nc->nhw", features, weight / cells)), pooled
-
-
-class AveragedVitGradCam(GradCam):
-    """Vision transformers that average their patch tokens, then normalise and classify."""
-
-    @staticmethod
-    def supports(backbone: Any) -> bool:
-        """Return whether it has average pooling, at most a norm after it (timm's fc_norm), and a linear head."""
-        return (
-            is_vision_transformer(backbone)
-            and backbone.global_pool == "avg"
-            and backbone.attn_pool is None
-            and not backbone.pool_include_prefix
-            and isinstance(backbone.norm, nn.Identity)
-            and isinstance(backbone.fc_norm, nn.LayerNorm | nn.Identity)
-            and isinstance(backbone.head, nn.Linear)
-        )
-
-    def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        vit = self.backbone
-        patches = vit.forward_features(images)[:, vit.num_prefix_tokens :]
-        pooled = patches.mean(1)
-        features = vit.fc_norm(pooled)
-        logits = fuse(vit, vit.head(features), metadata)
-        gradient = F.embedding(self._resolve(logits, target), vit.head.weight)
-        if isinstance(vit.fc_norm, nn.LayerNorm):
-            gradient = _layer_norm_backward(gradient, pooled, vit.fc_norm)
-        weight = gradient / patches.shape[1]
-        return logits, _token_map(patches, weight, vit), features
+        activation = self.backbone.forward_features(images)
+        features = self.backbone.forward_head(activation, pre_logits=True)
+        logits = self._logits(features, metadata)
+        cells, gradient = feature_cells(self.backbone, activation), self._row(logits, target)
+        if self.norm is not None:
+            gradient = _layer_norm_backward(gradient, cells.mean((1, 2)), self.norm)
+        return logits, _weighted(cells, gradient / (cells.shape[1] * cells.shape[2])), features
 
 
 class ClassTokenVitGradCam(GradCam):
@@ -102,27 +72,12 @@ class ClassTokenVitGradCam(GradCam):
 
     @staticmethod
     def supports(backbone: Any) -> bool:
-        """Return whether it has timm's plain pre-norm blocks and attention, class token pooling and a linear head."""
+        """Return whether the last block has the parts that `forward` reads; `grad_cam` compares the numbers."""
         if not (is_vision_transformer(backbone) and backbone.global_pool == "token"):
             return False
         block = backbone.blocks[-1]
-        attention: Any = getattr(block, "attn", None)
-        return (
-            (type(block), type(attention)) == (Block, Attention)
-            and attention.attn_dim == block.norm1.normalized_shape[0]
-            and attention.gate is None
-            and isinstance(attention.q_norm, nn.Identity)
-            and isinstance(attention.k_norm, nn.Identity)
-            and isinstance(attention.norm, nn.Identity)
-            and isinstance(block.norm1, nn.LayerNorm)
-            and isinstance(block.norm2, nn.LayerNorm)
-            and isinstance(block.mlp.act, nn.GELU)
-            and isinstance(block.mlp.norm, nn.Identity)
-            and isinstance(backbone.norm, nn.LayerNorm)
-            and isinstance(backbone.fc_norm, nn.Identity)
-            and isinstance(backbone.head, nn.Linear)
-            and backbone.cls_token is not None
-        )
+        parts = (type(block), type(getattr(block, "attn", None)), type(getattr(block, "mlp", None)))
+        return parts == (Block, Attention, Mlp) and isinstance(block.mlp.act, nn.GELU)
 
     def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         vit = self.backbone
@@ -147,11 +102,10 @@ class ClassTokenVitGradCam(GradCam):
         hidden = mlp.fc1(block.norm2(after_attention))
         after_mlp = after_attention + scale2 * mlp.fc2(mlp.act(hidden))
         features = vit.norm(after_mlp)
-        logits = fuse(vit, vit.head(features), metadata)
+        logits = self._logits(features, metadata)
 
         # Backward, from the target logit to the mean over patches of the gradient at `normed`.
-        gradient = F.embedding(self._resolve(logits, target), vit.head.weight)
-        gradient = _layer_norm_backward(gradient, after_mlp, vit.norm)
+        gradient = _layer_norm_backward(self._row(logits, target), after_mlp, vit.norm)
         through_mlp = _gelu_backward((gradient * scale2) @ mlp.fc2.weight, hidden, mlp.act) @ mlp.fc1.weight
         gradient = gradient + _layer_norm_backward(through_mlp, after_attention, block.norm2)
         output = ((gradient * scale1) @ attention.proj.weight).unflatten(-1, (heads, 1, width))  # at weights @ value
@@ -161,20 +115,45 @@ class ClassTokenVitGradCam(GradCam):
         mean_at_value = (weights[..., first:].mean(-1, keepdim=True) * output).flatten(1)
         mean_at_key = (at_scores[..., first:].mean(-1, keepdim=True) * query).flatten(1)
         weight = mean_at_value @ value_weight + mean_at_key @ key_weight  # (N, D)
-        return logits, _token_map(normed[:, first:], weight, vit), features
+        return logits, _weighted(feature_cells(vit, normed), weight), features
+
+
+class TappedBackbone(nn.Module):
+    """A backbone from images to logits, in the form that the grad-cam package takes.
+
+    A hook on `layer` reads the last feature map. If only the class token is classified, patches of the output of
+    `forward_features` influence nothing, so `layer` is the last place where they do.
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tap = nn.Identity()
+        class_token = getattr(backbone, "global_pool", None) == "token"
+        self.layer: nn.Module = backbone.blocks[-1].norm1 if class_token else self.tap
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.backbone.get_classifier()(self.features(images))
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the input of the classifier (N, D)."""
+        features: Tensor = self.backbone.forward_head(self.tap(self.backbone.forward_features(images)), pre_logits=True)
+        return features
+
+    def channels_first(self, activation: Tensor) -> Tensor:
+        """Return the output of `layer` as (N, C, h, w): the package's reshape_transform."""
+        return feature_cells(self.backbone, activation).movedim(-1, 1)
 
 
 class AutogradGradCam(GradCam):
-    """Any backbone whose last feature map or tokens are known, through autograd; the reference for the other classes.
-
-    Raises ValueError at construction for an unknown backbone.
-    """
+    """Any backbone, through autograd; the reference for the other classes."""
 
     exportable = False
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)
-        self.layer = target_layer(backbone)
+        self.tapped = TappedBackbone(backbone)
 
     def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         kept: list[Tensor] = []
@@ -188,46 +167,81 @@ class AutogradGradCam(GradCam):
                 kept.append(output.detach().requires_grad_(True))
                 return kept[0]
 
-            hook = self.layer.register_forward_hook(keep)
+            hook = self.tapped.layer.register_forward_hook(keep)
             try:
-                features = self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
-                logits = fuse(self.backbone, self.backbone.get_classifier()(features), metadata)
+                features = self.tapped.features(images)
             finally:
                 hook.remove()
-            classes = self._resolve(logits, target)
+            logits = self._logits(features, metadata)
+            classes = _resolve(logits, target)
             (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept[0])
-        activation, logits, features = kept[0].detach(), logits.detach(), features.detach()
-        if activation.ndim == 3:
-            first = getattr(self.backbone, "num_prefix_tokens", 0)
-            return logits, _token_map(activation[:, first:], gradient[:, first:].mean(1), self.backbone), features
-        return logits, torch.relu(torch.einsum("nchw,nc->nhw", activation, gradient.mean((2, 3)))), features
+        weight = feature_cells(self.backbone, gradient).mean((1, 2))
+        cells = feature_cells(self.backbone, kept[0].detach())
+        return logits.detach(), _weighted(cells, weight), features.detach()
 
 
-def grad_cam(backbone: nn.Module) -> GradCam:
-    """Return the fastest exact Grad-CAM module for a backbone in eval mode."""
-    for kind in (ClassTokenVitGradCam, AveragedVitGradCam, PooledConvGradCam):
-        if kind.supports(backbone):
-            return kind(backbone)
-    return AutogradGradCam(backbone)
+def grad_cam(backbone: Any, image_size: int) -> GradCam:
+    """Return the fastest Grad-CAM module that is exact for a backbone in eval mode, by its answers to random images.
 
-
-def target_layer(backbone: Any) -> nn.Module:
-    """Return the layer whose activation Grad-CAM uses, as the grad-cam package expects it.
-
-    Raises ValueError for a backbone of unknown shape.
+    Raises:
+        BackboneError: the classifier is not one linear layer.
     """
-    if is_vision_transformer(backbone):
-        return backbone.blocks[-1] if backbone.global_pool == "avg" else backbone.blocks[-1].norm1
-    if hasattr(backbone, "layer4"):  # ResNet
-        return backbone.layer4
-    if hasattr(backbone, "conv_head") and hasattr(backbone, "bn2"):  # EfficientNet: convolution, norm with activation
-        return backbone.bn2
-    raise ValueError(f"Grad-CAM does not support {type(backbone).__name__}: its last feature layer is not known.")
+    if isinstance(backbone.get_classifier(), nn.Sequential):  # hidden layers: head_hidden
+        return AutogradGradCam(backbone)
+    if not isinstance(backbone.get_classifier(), nn.Linear):
+        raise BackboneError(
+            f"{backbone.default_cfg['architecture']} does not end in one linear layer. Choose another architecture."
+        )
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    reference, target = AutogradGradCam(backbone), torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        _, expected, features = reference(images, target)
+        mean = feature_cells(backbone, backbone.forward_features(images)).mean((1, 2))
+        if _close(mean, features):
+            return PooledGradCam(backbone, None)
+        norms = [module for module in backbone.modules() if isinstance(module, nn.LayerNorm)]
+        for norm in reversed(norms):
+            if norm.normalized_shape == mean.shape[1:] and _close(_layer_norm(mean, norm), features):
+                return PooledGradCam(backbone, norm)
+        if ClassTokenVitGradCam.supports(backbone):
+            candidate = ClassTokenVitGradCam(backbone)
+            _, maps, own_features = candidate(images, target)
+            if _close(maps, expected) and _close(own_features, features):
+                return candidate
+    return reference
 
 
-def _token_map(patches: Tensor, weight: Tensor, vit: Any) -> Tensor:
-    height, width = vit.patch_embed.grid_size
-    return torch.relu((patches @ weight[:, :, None]).squeeze(-1)).reshape(-1, height, width)
+def feature_cells(backbone: Any, activation: Tensor) -> Tensor:
+    """Return a feature map (N, C, h, w) or (N, h, w, C), or tokens (N, L, C) of a square grid, as (N, h, w, C).
+
+    Class and register tokens, which stand first, are left out.
+    """
+    if activation.ndim == 4:
+        return activation.movedim(1, -1) if activation.shape[1] == backbone.num_features else activation
+    tokens = activation.shape[1]
+    prefix = getattr(backbone, "num_prefix_tokens", tokens - math.isqrt(tokens) ** 2)
+    side = math.isqrt(tokens - prefix)
+    return activation[:, prefix:].unflatten(1, (side, side))
+
+
+def _weighted(cells: Tensor, weight: Tensor) -> Tensor:
+    """Return the positive part of the sum of the channels of cells (N, h, w, C) by weight (N, C)."""
+    return torch.relu(torch.einsum("nhwc,nc->nhw", cells, weight))
+
+
+def _resolve(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.where(target < 0, logits.argmax(-1), target)
+
+
+def _close(tensor: Tensor, expected: Tensor) -> bool:
+    if tensor.shape != expected.shape:
+        return False
+    return torch.allclose(tensor, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def _layer_norm(inputs: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Normalise inputs (N, D) by a norm that may be made for feature maps, like timm's LayerNorm2d."""
+    return F.layer_norm(inputs, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _layer_scale(module: Any) -> Tensor | float:

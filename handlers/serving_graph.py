@@ -18,7 +18,7 @@ class ServingModule(nn.Module):
 
     def __init__(self, backbone: nn.Module, preprocessing: Preprocessing, weights: Weights) -> None:
         super().__init__()
-        self.cam = grad_cam(backbone.eval())
+        self.cam = grad_cam(backbone.eval(), preprocessing.image_size)
         scale, offset = preprocessing.standardisation
         self.scale, self.offset = (nn.Buffer(torch.tensor(each)[:, None, None]) for each in (scale, offset))
         self.origin, self.basis = (None if t is None else nn.Buffer(t) for t in (weights.origin, weights.basis))

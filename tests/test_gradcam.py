@@ -1,119 +1,123 @@
-"""Grad-CAM as forward operations agrees with autograd and with the grad-cam package on every supported shape."""
+"""Grad-CAM as forward operations agrees with autograd and with the grad-cam package for every family of backbones."""
 
 import pytest
 import torch
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-from handlers.backbone import SplitAttention, split_attention
-from handlers.gradcam import (
-    AutogradGradCam,
-    AveragedVitGradCam,
-    ClassTokenVitGradCam,
-    PooledConvGradCam,
-    grad_cam,
-    target_layer,
-)
-from tests.models import ARCHITECTURE, OPTIONS, tiny_backbone
+from handlers.backbone import BackboneError, SplitAttention, build_backbone, split_attention
+from handlers.gradcam import AutogradGradCam, ClassTokenVitGradCam, PooledGradCam, TappedBackbone, grad_cam
+from tests.models import ARCHITECTURE, OPTIONS, tiny_backbone, tiny_bundle
 
 # The same layers, fewer and narrower.
 SMALL = {"channel_multiplier": 0.5, "depth_multiplier": 0.3}
+SHALLOW = {"depths": (1, 1, 1, 1)}
+CONVNEXT = {**SHALLOW, "dims": (8, 16, 32, 64)}
+SWIN = {**SHALLOW, "embed_dim": 16, "num_heads": (1, 2, 4, 8)}
+# Architecture, options, Grad-CAM, and whether split_attention changes it.
 CASES = {
-    "vit": (ARCHITECTURE, OPTIONS, ClassTokenVitGradCam),
-    "vit-conv-stem": (ARCHITECTURE, {**OPTIONS, "stem": "conv"}, ClassTokenVitGradCam),
-    "vit-resnet-stem": (ARCHITECTURE, {**OPTIONS, "stem": "resnet"}, ClassTokenVitGradCam),
-    "vit-efficientnet-stem": (ARCHITECTURE, {**OPTIONS, "stem": "efficientnet_lite0"}, ClassTokenVitGradCam),
-    "vit-layer-scale": (ARCHITECTURE, {**OPTIONS, "init_values": 0.3}, ClassTokenVitGradCam),
-    "vit-no-qkv-bias": (ARCHITECTURE, {**OPTIONS, "qkv_bias": False}, ClassTokenVitGradCam),
-    "vit-registers": (ARCHITECTURE, {**OPTIONS, "reg_tokens": 2}, ClassTokenVitGradCam),
-    "vit-average-pooling": (ARCHITECTURE, {**OPTIONS, "global_pool": "avg"}, AveragedVitGradCam),
-    "vit-average-no-class-token": (
-        ARCHITECTURE,
-        {**OPTIONS, "global_pool": "avg", "class_token": False},
-        AveragedVitGradCam,
-    ),
-    "vit-query-key-norm": (ARCHITECTURE, {**OPTIONS, "qk_norm": True}, AutogradGradCam),
-    "resnet18": ("resnet18", {}, PooledConvGradCam),
-    "efficientnet_b0": ("efficientnet_b0", {}, PooledConvGradCam),
-    "efficientnetv2_s": ("tf_efficientnetv2_s", SMALL, PooledConvGradCam),
+    "vit": (ARCHITECTURE, OPTIONS, ClassTokenVitGradCam, True),
+    "vit-conv-stem": (ARCHITECTURE, {**OPTIONS, "stem": "conv"}, ClassTokenVitGradCam, True),
+    "vit-resnet-stem": (ARCHITECTURE, {**OPTIONS, "stem": "resnet"}, ClassTokenVitGradCam, True),
+    "vit-efficientnet-stem": (ARCHITECTURE, {**OPTIONS, "stem": "efficientnet_lite0"}, ClassTokenVitGradCam, True),
+    "vit-layer-scale": (ARCHITECTURE, {**OPTIONS, "init_values": 0.3}, ClassTokenVitGradCam, True),
+    "vit-no-qkv-bias": (ARCHITECTURE, {**OPTIONS, "qkv_bias": False}, ClassTokenVitGradCam, True),
+    "vit-registers": (ARCHITECTURE, {**OPTIONS, "reg_tokens": 2}, ClassTokenVitGradCam, True),
+    "vit-average-pooling": (ARCHITECTURE, {**OPTIONS, "global_pool": "avg"}, PooledGradCam, True),
+    "vit-no-class-token": (ARCHITECTURE, {**OPTIONS, "global_pool": "avg", "class_token": False}, PooledGradCam, True),
+    "vit-attention-pooling": (ARCHITECTURE, {**OPTIONS, "global_pool": "map"}, AutogradGradCam, True),
+    "vit-query-key-norm": (ARCHITECTURE, {**OPTIONS, "qk_norm": True}, AutogradGradCam, False),
+    "deit": ("deit_tiny_patch16_224", OPTIONS, ClassTokenVitGradCam, True),
+    "dinov2": ("vit_small_patch14_dinov2", OPTIONS, ClassTokenVitGradCam, True),
+    "dinov3": ("vit_small_patch16_dinov3", OPTIONS, PooledGradCam, False),
+    "eva02": ("eva02_tiny_patch14_224", OPTIONS, PooledGradCam, False),
+    "eva02-class-token": ("eva02_tiny_patch14_224", {**OPTIONS, "global_pool": "token"}, AutogradGradCam, False),
+    "beit": ("beit_base_patch16_224", {**OPTIONS, "global_pool": "token"}, AutogradGradCam, False),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN, PooledGradCam, False),
+    "swinv2": ("swinv2_tiny_window8_256", SWIN, PooledGradCam, False),
+    "mixer": ("mixer_s32_224", {}, PooledGradCam, False),
+    "convnext": ("convnext_tiny", CONVNEXT, PooledGradCam, False),
+    "convnextv2": ("convnextv2_tiny", CONVNEXT, PooledGradCam, False),
+    "densenet": ("densenet121", {"block_config": (1, 1, 1, 1)}, PooledGradCam, False),
+    "regnetx": ("regnetx_002", {}, PooledGradCam, False),
+    "regnety": ("regnety_002", {}, PooledGradCam, False),
+    "resnet18": ("resnet18", {}, PooledGradCam, False),
+    "efficientnet_b0": ("efficientnet_b0", {}, PooledGradCam, False),
+    "efficientnetv2_s": ("tf_efficientnetv2_s", SMALL, PooledGradCam, False),
+    "efficientnet_lite0": ("tf_efficientnet_lite0", {}, PooledGradCam, False),
+    "mobilenetv3": ("mobilenetv3_small_050", {}, AutogradGradCam, False),
+    "mobilenetv4": ("mobilenetv4_conv_small_035", {}, AutogradGradCam, False),
+    "mobilenetv4-hybrid": ("mobilenetv4_hybrid_medium_075", {}, AutogradGradCam, False),
 }
 
 
 @pytest.fixture(params=CASES)
 def case(request):
-    architecture, options, kind = CASES[request.param]
-    backbone = tiny_backbone(architecture=architecture, options=options)
+    architecture, options, kind, _ = CASES[request.param]
+    size = 56 if "patch14" in architecture else 64
+    backbone = tiny_backbone(architecture=architecture, options=options, image_size=size)
     torch.manual_seed(1)
-    return backbone, kind, torch.randn(3, 3, 64, 64), torch.tensor([-1, 4, 0])
-
-
-def test_agrees_with_autograd(case):
-    backbone, kind, images, target = case
-    module = grad_cam(backbone)
-    assert type(module) is kind
-    with torch.inference_mode():
-        logits, maps, features = module(images, target)
-        expected_logits = backbone(images)
-    _, expected, expected_features = AutogradGradCam(backbone)(images, target)
-    assert torch.allclose(features, expected_features, atol=1e-5 * float(expected_features.abs().max()) + 1e-6)
-    with torch.inference_mode():
-        assert torch.allclose(backbone.get_classifier()(features), logits, atol=1e-5)
-    assert torch.allclose(logits, expected_logits, atol=1e-5 * float(expected_logits.abs().max()) + 1e-6)
-    assert float((maps - expected).abs().max() / expected.max()) < 1e-4
-    assert (maps >= 0).all()
+    return backbone, kind, torch.randn(3, 3, size, size), torch.tensor([-1, 4, 0])
 
 
 # The package turns the logits it takes gradients of into floats.
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")
-def test_agrees_with_the_grad_cam_package(case):
-    backbone, _, images, target = case
-    logits, maps, _ = grad_cam(backbone)(images, target)
-    wanted = torch.where(target < 0, logits.argmax(1), target)
+def test_agrees_with_autograd_and_with_the_grad_cam_package(case):
+    backbone, kind, images, target = case
+    module = grad_cam(backbone, images.shape[-1])
+    assert type(module) is kind
+    with torch.inference_mode():
+        logits, maps, features = module(images, target)
+        expected_logits = backbone(images)
+        assert torch.allclose(backbone.get_classifier()(features), logits, atol=1e-5)
+    assert torch.allclose(logits, expected_logits, atol=1e-5 * float(expected_logits.abs().max()) + 1e-6)
+    assert (maps >= 0).all()
 
-    def to_grid(tokens):
-        patches = tokens[:, backbone.num_prefix_tokens :]
-        return patches.unflatten(1, backbone.patch_embed.grid_size).permute(0, 3, 1, 2)
-
-    transform = to_grid if hasattr(backbone, "patch_embed") else None
-    with GradCAM(backbone, [target_layer(backbone)], reshape_transform=transform) as reference:
-        # The package enlarges its map to the image; a map of the same size keeps the comparison exact.
-        reference.get_target_width_height = lambda images: (maps.shape[2], maps.shape[1])
-        expected = torch.tensor(reference(images, [ClassifierOutputTarget(int(index)) for index in wanted]))
-    # The package scales each map to [0, 1].
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    assert float(((maps - low) / (high - low + 1e-7) - expected).abs().max()) < 1e-3
-
-
-def test_the_map_follows_the_target_class(case):
-    backbone, _, images, _ = case
-    module = grad_cam(backbone)
-    maps = [module(images, torch.full((3,), index))[1] for index in range(8)]
-    assert len({tuple(some.flatten().tolist()) for some in maps}) > 2
-
-
-def test_autograd_leaves_no_hook_and_no_gradient(case):
-    backbone, _, images, target = case
-    AutogradGradCam(backbone)(images, target)
-    assert not target_layer(backbone)._forward_hooks
+    reference = AutogradGradCam(backbone)
+    _, expected, expected_features = reference(images, target)
+    assert torch.allclose(features, expected_features, atol=1e-5 * float(expected_features.abs().max()) + 1e-6)
+    assert float((maps - expected).abs().max() / expected.max()) < 1e-4
+    assert not reference.tapped.layer._forward_hooks
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
+    targets = [ClassifierOutputTarget(int(index)) for index in torch.where(target < 0, logits.argmax(1), target)]
+    tapped = TappedBackbone(backbone)
+    with GradCAM(tapped, [tapped.layer], reshape_transform=tapped.channels_first) as package:
+        # The package enlarges its map to the image; a map of the same size keeps the comparison exact.
+        package.get_target_width_height = lambda images: (maps.shape[2], maps.shape[1])
+        scaled = torch.tensor(package(images, targets))
+    # The package scales each map to [0, 1].
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    assert float(((maps - low) / (high - low + 1e-7) - scaled).abs().max()) < 1e-3
 
-def test_an_unknown_backbone_is_refused_with_its_name():
-    with pytest.raises(ValueError, match="MlpMixer"):
-        grad_cam(tiny_backbone(architecture="mixer_s32_224", options={"img_size": 64}))
+    of_each_class = [module(images, torch.full((3,), index))[1].flatten().tolist() for index in range(8)]
+    assert len({tuple(values) for values in of_each_class}) > 2
 
 
-def test_attention_by_three_products_changes_nothing(case):
-    backbone, kind, images, target = case
+@pytest.mark.parametrize("name", ["convnext", "swin"])  # a norm before the classifier, channels last
+def test_pooled_networks_are_exported(name, tmp_path):
+    architecture, options, _, _ = CASES[name]
+    assert tiny_bundle(tmp_path / "bundle", architecture=architecture, options=options).config.runtime == "openvino"
+
+
+def test_a_backbone_with_two_classifiers_is_refused():
+    backbone = build_backbone("deit_tiny_distilled_patch16_224", 8, 64, options=OPTIONS)
+    with pytest.raises(BackboneError, match="deit_tiny_distilled_patch16_224 does not end in one linear layer"):
+        grad_cam(backbone.eval(), 64)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("vit", "dei", "din"))])
+def test_attention_by_three_products_changes_nothing(name):
+    architecture, options, _, plain = CASES[name]
+    backbone = tiny_backbone(architecture=architecture, options=options, image_size=112)
+    images, target = torch.randn(3, 3, 112, 112), torch.tensor([-1, 4, 0])
     with torch.no_grad():
-        before = grad_cam(backbone)(images, target)
+        before = grad_cam(backbone, 112)(images, target)
         split_attention(backbone)
-        after = grad_cam(backbone)(images, target)
-    for one, other in zip(before, after, strict=True):
-        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)
-    attention = [block.attn for block in getattr(backbone, "blocks", []) if hasattr(block, "attn")]
-    split = [isinstance(one, SplitAttention) for one in attention]
-    assert split == ([True, False] if kind in (ClassTokenVitGradCam, AveragedVitGradCam) else [False] * len(split))
-    if any(split):
+        after = grad_cam(backbone, 112)(images, target)
+    for tensor, expected in zip(after, before, strict=True):
+        torch.testing.assert_close(tensor, expected, atol=1e-5, rtol=1e-4)
+    assert [isinstance(block.attn, SplitAttention) for block in backbone.blocks] == [plain, False]
+    if plain:
         with pytest.raises(ValueError, match="no mask"):
-            attention[0](torch.zeros(1, 4, 48), is_causal=True)
+            backbone.blocks[0].attn(torch.zeros(1, 4, 48), is_causal=True)

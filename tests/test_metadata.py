@@ -27,7 +27,7 @@ from handlers.backbone import MetadataHead, build_backbone
 from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, seal
 from handlers.completion import _check_golden
 from handlers.files import write_json
-from handlers.gradcam import AutogradGradCam, grad_cam, target_layer
+from handlers.gradcam import AutogradGradCam, TappedBackbone, grad_cam
 from handlers.metadata import FIELDS, SEXES, SITES, Metadata, MetadataError
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
@@ -150,7 +150,7 @@ CAMS = {
 
 def test_a_heatmap_by_autograd_takes_metadata_in_serving(tmp_path, sample_images):
     bundle = tiny_bundle(tmp_path / "bundle", options={**OPTIONS, "qk_norm": True}, metadata=ALL)
-    assert isinstance(grad_cam(serving_module(bundle).cam.backbone), AutogradGradCam)
+    assert isinstance(serving_module(bundle).cam, AutogradGradCam)
     [answer] = Predictor(bundle, runtime="torch").predict([Request(sample_images[0], metadata={"sex": "male"})])
     assert answer.metadata["sex"] == "male" and answer.grid
 
@@ -164,21 +164,17 @@ def test_the_heatmap_equals_that_of_autograd_on_the_fused_logits(name):
     informed = torch.tensor(np.stack([ALL.encode(v) for v in (VALUES, {"sex": "female"}, VALUES, {})]))
     with torch.no_grad():
         backbone.metadata_head.logits.weight.mul_(5)  # so that the metadata decides
-    logits, maps, _ = grad_cam(backbone)(images, target, informed)
+    logits, maps, _ = grad_cam(backbone, 64)(images, target, informed)
     alone, maps_alone, _ = AutogradGradCam(backbone)(images, target)
     wanted = torch.where(target < 0, logits.argmax(1), target)
 
-    kept = []
-    hook = target_layer(backbone).register_forward_hook(lambda module, inputs, output: kept.append(output))
-    fused = backbone(images) + backbone.metadata_head(informed)  # what is tested, by hand
-    hook.remove()
+    kept, tapped = [], TappedBackbone(backbone)
+    tapped.layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    fused = tapped(images) + backbone.metadata_head(informed)  # what is tested, by hand
     (gradient,) = torch.autograd.grad(fused.gather(1, wanted[:, None]).sum(), kept[0])
-    activation, fused, maps, maps_alone = (tensor.detach() for tensor in (kept[0], fused, maps, maps_alone))
-    if activation.ndim == 3:
-        first = backbone.num_prefix_tokens
-        expected = (activation[:, first:] @ gradient[:, first:].mean(1)[:, :, None]).relu().reshape(maps.shape)
-    else:
-        expected = torch.einsum("nchw,nc->nhw", activation, gradient.mean((2, 3))).relu()
+    activation, weight = tapped.channels_first(kept[0]), tapped.channels_first(gradient).mean((2, 3))
+    expected = torch.einsum("nchw,nc->nhw", activation, weight).relu().detach()
+    fused, maps, maps_alone = (tensor.detach() for tensor in (fused, maps, maps_alone))
     torch.testing.assert_close(logits.detach(), fused, atol=1e-4, rtol=1e-4)
     assert float((maps - expected).abs().max() / expected.max()) < 1e-4
     torch.testing.assert_close(logits[3].detach(), alone[3], atol=1e-5, rtol=1e-4)

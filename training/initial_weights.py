@@ -69,7 +69,11 @@ class InitialWeights:
             new_heads = [model.default_cfg["classifier"], "metadata_head"]
         elif (inputs or Metadata()) != config.metadata:
             new_heads = ["metadata_head"]
-        kept = {name: weight for name, weight in weights.items() if name.partition(".")[0] not in new_heads}
+        kept = {
+            name: weight
+            for name, weight in weights.items()
+            if not name.startswith(tuple(f"{head}." for head in new_heads))
+        }
         new_heads = [head for head in heads_of(model) if head in new_heads]
         try:
             load_weights(model, kept, new_heads)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms import v2
 
-from handlers.backbone import BackboneError, build_backbone
-from handlers.gradcam import grad_cam
+from handlers.backbone import build_backbone
 from training.config import AugmentationSettings, ConfigError, LossSettings, ModelSettings, OptimizationSettings
 from training.losses import ClassificationLoss, class_weights
 from training.pretrained import PretrainedWeights
@@ -63,19 +62,6 @@ def make_model(settings: ModelSettings, classes: int, pretrained: PretrainedWeig
         settings.options,
         len(settings.metadata_inputs.columns),
     )
-
-
-def check_explainable(model: nn.Module, settings: ModelSettings) -> None:
-    """Explain an empty image, so that a network without Grad-CAM is refused before training. Raises BackboneError."""
-    image = torch.zeros(1, 3, settings.image_size, settings.image_size)
-    try:
-        with torch.no_grad():
-            grad_cam(model.eval())(image, torch.tensor([-1]))
-    except Exception as error:  # timm's models fail in many ways
-        raise BackboneError(
-            f"Grad-CAM cannot explain {settings.architecture} ({type(error).__name__}: {str(error)[:200]}); choose a "
-            "vision transformer, ResNet, EfficientNet or EfficientNetV2 of timm."
-        ) from error
 
 
 def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.optim.Optimizer:
@@ -152,8 +138,8 @@ def set_trainable(model: nn.Module, heads: Collection[str] = (), frozen_stages: 
 def heads_of(model: nn.Module) -> list[str]:
     """Return the names of the classifier and of the metadata head, if the model has one."""
     backbone: Any = model
-    names = (backbone.default_cfg["classifier"], "metadata_head")
-    return [name for name in names if hasattr(backbone, name)]
+    modules = dict(backbone.named_modules())
+    return [name for name in (backbone.default_cfg["classifier"], "metadata_head") if name in modules]
 
 
 def make_mix(settings: AugmentationSettings, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

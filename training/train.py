@@ -21,6 +21,7 @@ from handlers.errors import UserError
 from handlers.taxonomy import UNKNOWN
 from mlflow_tracking.command_line import console, progress_bar, run
 from mlflow_tracking.runs import Tracker, choose_store, code_revision
+from training.backbone_check import check_backbone
 from training.checkpoints import BEST, LAST, TrainingState, find, load, save
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
 from training.data.augmentation import Augment
@@ -35,7 +36,6 @@ from training.losses import prior_logits
 from training.pretrained import find_pretrained
 from training.recipe import (
     attention_kernel,
-    check_explainable,
     choose_device,
     heads_of,
     learning_rate,
@@ -67,6 +67,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         torch.set_num_threads(config.threads)
 
     # ---- data, and a network with its first weights
+    check_backbone(config)
     frame = open_manifest(config, resumed=checkpoint is not None)
     interruption.watch()  # only now: the making of a manifest never calls `check`
     classes = classes_to_learn(frame, config.manifest, config.outliers)
@@ -193,7 +194,6 @@ def first_weights(
         pretrained = find_pretrained(architecture, config.pretrained_file)
         console.print(f"Pretrained weights: {pretrained.origin}")
     model = make_model(config, len(classes), pretrained)
-    check_explainable(model, config)
     heads = checkpoint["heads"] if checkpoint else heads_of(model)
     if initial and (new_heads := initial.put_into(model, classes, config.metadata_inputs)):
         heads = new_heads

@@ -21,6 +21,7 @@ from handlers.files import write_json
 from handlers.receipt import SEEN_SPLITS
 from handlers.serving_graph import serving_module
 from mlflow_tracking.command_line import console, run
+from training.backbone_check import nearest_size
 from training.checkpoints import LAST, load
 from training.config import PRESETS, ROOT, load_config
 from training.data.image_cache import build_cache
@@ -57,13 +58,14 @@ def small_manifest(data: Path, out: Path) -> Path:
 
 
 def train(preset: str, manifest: Path, folder: Path, size: int) -> dict[str, Any]:
-    """Train a preset unless `folder` has its bundle; return validation loss by epoch and seconds an epoch.
+    """Return validation loss by epoch and seconds an epoch; train first, at about `size` pixels, if there is no bundle.
 
     Raises:
         CheckError: the training failed.
         CheckpointError: the last checkpoint of the folder cannot be read.
     """
     if not (folder / "bundle").is_dir():
+        size = nearest_size(load_config(preset, [f"image_size={size}", f"cache_size={size}"])) or size
         settings = [f"manifest={manifest}", f"image_size={size}", f"cache_size={size}", f"output={folder}", *SETTINGS]
         command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", preset, *settings]
         if subprocess.run(command, check=False).returncode:
@@ -80,20 +82,14 @@ def gradcam_difference(bundle: Bundle, rows: pd.DataFrame, cache: Path) -> float
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    from handlers.gradcam import target_layer
+    from handlers.gradcam import TappedBackbone
 
     module = serving_module(bundle)
-    backbone: Any = module.cam.backbone
+    tapped = TappedBackbone(module.cam.backbone)
     pixels = torch.tensor(np.asarray(build_cache(rows, bundle.config.preprocessing, cache)))
     images = module.images(pixels)
     logits, maps, _ = (tensor.detach() for tensor in module.cam(images, torch.full((len(images),), -1)))
-
-    def to_grid(tokens: torch.Tensor) -> torch.Tensor:
-        patches = tokens[:, backbone.num_prefix_tokens :]
-        return patches.unflatten(1, backbone.patch_embed.grid_size).permute(0, 3, 1, 2)
-
-    transform = to_grid if hasattr(backbone, "patch_embed") else None
-    with GradCAM(backbone, [target_layer(backbone)], reshape_transform=transform) as reference:
+    with GradCAM(tapped, [tapped.layer], reshape_transform=tapped.channels_first) as reference:
         # The package enlarges its map to the image; a map of the same size keeps the comparison exact.
         reference.get_target_width_height = lambda images: (maps.shape[2], maps.shape[1])
         expected = torch.tensor(reference(images, [ClassifierOutputTarget(int(k)) for k in logits.argmax(1)]))

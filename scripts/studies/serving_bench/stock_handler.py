@@ -20,7 +20,7 @@ from torchvision import transforms
 from ts.torch_handler.base_handler import BaseHandler
 
 from handlers.bundle import Bundle
-from handlers.gradcam import target_layer
+from handlers.gradcam import TappedBackbone
 from handlers.serving_graph import serving_module
 
 
@@ -32,7 +32,7 @@ class StockHandler(BaseHandler):
         bundle = Bundle.load(Path(context.model_yaml_config["handler"]["bundle"]))
         preprocessing = bundle.config.preprocessing
         self.size, self.classes = preprocessing.image_size, bundle.config.classes
-        self.backbone: Any = serving_module(bundle).cam.backbone.float().eval()
+        self.backbone = TappedBackbone(serving_module(bundle).cam.backbone.float()).eval()
         self.transform = transforms.Compose(
             [
                 transforms.Resize((self.size, self.size), transforms.InterpolationMode.BICUBIC),
@@ -40,13 +40,8 @@ class StockHandler(BaseHandler):
                 transforms.Normalize(preprocessing.mean, preprocessing.std),
             ]
         )
-        to_grid = self._to_grid if hasattr(self.backbone, "patch_embed") else None
-        self.grad_cam = GradCAM(self.backbone, [target_layer(self.backbone)], reshape_transform=to_grid)
+        self.grad_cam = GradCAM(self.backbone, [self.backbone.layer], reshape_transform=self.backbone.channels_first)
         self.context, self.manifest, self.initialized = context, context.manifest, True
-
-    def _to_grid(self, tokens: Tensor) -> Tensor:
-        patches = tokens[:, self.backbone.num_prefix_tokens :]
-        return patches.unflatten(1, self.backbone.patch_embed.grid_size).permute(0, 3, 1, 2)
 
     def preprocess(self, data: list[dict[str, Any]]) -> Tensor:
         """The forms of a batch to the network's input (N, 3, S, S)."""
