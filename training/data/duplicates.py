@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import cv2
@@ -34,6 +35,12 @@ ORIENTATIONS = 8
 _THUMBNAIL = 64
 _DETAIL_SIGMA = 2.0
 _MIN_SHARED_SKIN = 0.15  # share of the thumbnail in which both pictures show skin
+# Every eighth row and its neighbour: 16 of 64, which mirroring and turning map onto themselves.
+_SPARSE = np.arange(_THUMBNAIL).reshape(-1, 8)[:, [0, 7]].ravel()
+_MIN_SPARSE_CORRELATION = 0.5
+_PARTS = [np.uint64(sum(1 << bit for bit in range(part, 64, 12))) for part in range(12)]
+_KEYS = [a | b for third in range(3) for a, b in combinations(_PARTS[third::3], 2)]
+_BLOCK = 1 << 16  # comparisons at a time, which stay in the processor's cache
 _DARK = 0.35  # darker than this share of the bright parts, and connected to the border: the frame
 
 
@@ -95,10 +102,16 @@ def near_duplicates(thumbnails: NDArray[np.uint8]) -> tuple[NDArray[np.int64], N
     """
     hashes = _oriented_hashes(thumbnails)
     candidates = [candidate_pairs(hashes[:, 0], hashes[:, orientation]) for orientation in range(ORIENTATIONS)]
-    details = _Details(thumbnails, np.unique(np.concatenate(candidates)))
+    # Most candidates are other photographs, and a sixteenth of the pixels tells them apart.
+    sparse = _Details(thumbnails, candidates, _SPARSE)
+    candidates = [
+        pairs[sparse.correlations(pairs, orientation, _MIN_SHARED_SKIN / 3) >= _MIN_SPARSE_CORRELATION]
+        for orientation, pairs in enumerate(candidates)
+    ]
+    details = _Details(thumbnails, candidates, np.arange(_THUMBNAIL))
     best: dict[tuple[int, int], float] = {}
     for orientation, pairs in enumerate(candidates):
-        correlations = details.correlations(pairs, orientation)
+        correlations = details.correlations(pairs, orientation, _MIN_SHARED_SKIN)
         certain = correlations >= MIN_DETAIL_CORRELATION
         for (i, j), correlation in zip(pairs[certain].tolist(), correlations[certain].tolist(), strict=True):
             best[i, j] = max(best.get((i, j), 0.0), correlation)
@@ -106,22 +119,33 @@ def near_duplicates(thumbnails: NDArray[np.uint8]) -> tuple[NDArray[np.int64], N
     return np.array(order, dtype=np.int64).reshape(-1, 2), np.array([best[pair] for pair in order], dtype=np.float32)
 
 
-def candidate_pairs(
-    first: NDArray[np.uint64], second: NDArray[np.uint64], radius: int = HASH_RADIUS
-) -> NDArray[np.int64]:
-    """Return all pairs (i < j) where first[i] and second[j] differ in at most `radius` bits: int64 (P, 2), sorted.
+def candidate_pairs(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return all pairs (i < j) where first[i] and second[j] differ in at most HASH_RADIUS bits: int64 (P, 2), sorted.
 
-    Compares all with all in blocks by population count, which is exact for every radius.
+    The 64 bits are dealt into 12 parts. Hashes that differ in 8 bits agree in 4 parts or more, and of any 4 parts, two
+    lie in the same third of the 12. So only hashes that agree in two parts of a third are compared, which is exact.
     """
-
-    def compare(start: int) -> NDArray[np.int64]:
-        i, j = np.nonzero(np.bitwise_count(first[start : start + 512, None] ^ second[None, start:]) <= radius)
-        later = i < j
-        return np.stack([i[later], j[later]], axis=1) + start
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        blocks = list(pool.map(compare, range(0, len(first), 512)))
-    return np.concatenate(blocks) if blocks else np.empty((0, 2), dtype=np.int64)
+        found = list(pool.map(lambda key: _agreeing_pairs(first, second, key), _KEYS))
+    pairs = np.unique(np.concatenate(found))
+    return np.stack(np.divmod(pairs, max(1, len(second))), axis=1)
+
+
+def _agreeing_pairs(first: NDArray[np.uint64], second: NDArray[np.uint64], key: np.uint64) -> NDArray[np.int64]:
+    """Return pairs within the radius whose bits under `key` are the same, as i * len(second) + j."""
+    rows, columns = np.argsort(first & key), np.argsort(second & key)
+    _, starts, sizes = np.unique((first & key)[rows], return_index=True, return_counts=True)
+    sorted_keys, pairs = (second & key)[columns], [np.empty(0, dtype=np.int64)]
+    lows = np.searchsorted(sorted_keys, (first & key)[rows[starts]], "left")
+    highs = np.searchsorted(sorted_keys, (first & key)[rows[starts]], "right")
+    for start, size, low, high in zip(starts, sizes, lows, highs, strict=True):
+        right = columns[low:high]
+        for left in _blocks(size, max(1, _BLOCK // max(1, len(right)))):
+            members = rows[start : start + size][left]
+            i, j = np.nonzero(np.bitwise_count(first[members, None] ^ second[None, right]) <= HASH_RADIUS)
+            later = members[i] < right[j]
+            pairs.append(members[i[later]] * len(second) + right[j[later]])
+    return np.concatenate(pairs)
 
 
 def orient(pictures: NDArray[np.generic], orientation: int) -> NDArray[np.generic]:
@@ -152,20 +176,27 @@ class _Details:
     Without the frame, because dark round frames of one camera are alike to any measure of the whole picture.
     """
 
-    def __init__(self, thumbnails: NDArray[np.uint8], indices: NDArray[np.int64]) -> None:
+    def __init__(
+        self, thumbnails: NDArray[np.uint8], candidates: list[NDArray[np.int64]], places: NDArray[np.int64]
+    ) -> None:
+        """Compute the details of all images in the candidates, at some rows and the same columns."""
+        indices = np.unique(np.concatenate(candidates))
         self.row = np.full(len(thumbnails), -1)
         self.row[indices] = np.arange(len(indices))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            details = list(pool.map(lambda index: _detail(thumbnails[index]), indices))
-        self.values = np.stack(details) if details else np.empty((0, _THUMBNAIL, _THUMBNAIL), np.float16)
+            details = list(pool.map(lambda index: _detail(thumbnails[index])[np.ix_(places, places)], indices))
+        self.values = np.stack(details) if details else np.empty((0, len(places), len(places)), np.float16)
 
-    def correlations(self, pairs: NDArray[np.int64], orientation: int) -> NDArray[np.float32]:
-        """Return the correlation of each pair's details, the second picture oriented: (P,)."""
+    def correlations(self, pairs: NDArray[np.int64], orientation: int, least_shared: float) -> NDArray[np.float32]:
+        """Return the correlation of each pair's details, the second picture oriented: (P,).
+
+        It is -1 for pairs that share less than this share of the pixels.
+        """
         correlations = np.zeros(len(pairs), dtype=np.float32)
         for rows in _blocks(len(pairs)):
             first = self.values[self.row[pairs[rows, 0]]].astype(np.float32)
             second = orient(self.values[self.row[pairs[rows, 1]]], orientation).astype(np.float32)
-            correlations[rows] = _correlation(first, second)
+            correlations[rows] = _correlation(first, second, least_shared)
         return correlations
 
 
@@ -181,8 +212,10 @@ def _detail(grey: NDArray[np.uint8]) -> NDArray[np.float16]:
     return np.where(skin, grey - blurred, np.nan).astype(np.float16)
 
 
-def _correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return Pearson's correlation of two batches of detail (P, 64, 64) over the skin that both show: (P,)."""
+def _correlation(
+    first: NDArray[np.float32], second: NDArray[np.float32], least_shared: float
+) -> NDArray[np.float32]:
+    """Return Pearson's correlation of two batches of detail (P, S, S) over the skin that both show: (P,)."""
     shared = ~(np.isnan(first) | np.isnan(second))
     count = shared.sum(axis=(1, 2))
     x, y = (np.where(shared, values, 0).reshape(len(first), -1) for values in (first, second))
@@ -191,11 +224,11 @@ def _correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDA
     covariance = np.einsum("ij,ij->i", x, y) / n - mean_x * mean_y
     variances = (np.einsum("ij,ij->i", x, x) / n - mean_x**2) * (np.einsum("ij,ij->i", y, y) / n - mean_y**2)
     correlation = covariance / np.sqrt(np.maximum(variances, 1e-6))
-    return np.where(count >= _MIN_SHARED_SKIN * _THUMBNAIL**2, correlation, -1.0)
+    return np.where(count >= least_shared * first[0].size, correlation, -1.0)
 
 
-def _blocks(size: int) -> Iterator[slice]:
-    return (slice(start, start + 1024) for start in range(0, size, 1024))
+def _blocks(size: int, length: int = 1024) -> Iterator[slice]:
+    return (slice(start, start + length) for start in range(0, size, length))
 
 
 def hash_text(phash: int) -> str:
