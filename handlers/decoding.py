@@ -1,6 +1,6 @@
 """Decoding: untrusted bytes to an upright RGB picture, with every limit on its size and shape.
 
-The steps: count the bytes, detect the format from the first bytes (handlers/image_formats.py), check the structure
+The steps: detect the format from the first bytes (handlers/image_formats.py), check the structure
 (handlers/file_limits.py), check the header, decode the pixels, scale deep samples (handlers/sample_depth.py), convert
 the colours to sRGB (handlers/colour.py), turn the picture upright.
 """
@@ -33,8 +33,6 @@ from handlers.sample_depth import (
 )
 from handlers.tiff_pages import pages_to_read
 
-# Dermoscopes and phones write 1 to 15 MB; an uncompressed BMP of 8 megapixels has 24 MB.
-MAX_BYTES = 32 * 1024 * 1024
 MIN_SIDE = 16
 # Beyond a panorama's shape the squashed input no longer resembles a lesion.
 MAX_ASPECT_RATIO = 8.0
@@ -77,7 +75,7 @@ class DecodedImage:
     converted: tuple[str, ...] = ()
 
 
-def decode(data: bytes, min_side: int | None = None, max_bytes: int | None = MAX_BYTES) -> DecodedImage:
+def decode(data: bytes, min_side: int | None = None) -> DecodedImage:
     """Decode untrusted bytes to an upright RGB image.
 
     EXIF orientation is applied (XMP's is not, as in browsers), transparency is laid on white, samples of 10 to 16 bits
@@ -87,17 +85,12 @@ def decode(data: bytes, min_side: int | None = None, max_bytes: int | None = MAX
         data: the file as received.
         min_side: if given, the picture may be decoded at reduced scale: a JPEG at 1/2, 1/4 or 1/8 as long as its
             shorter side keeps this many pixels, others down to SHRINK_SIDE.
-        max_bytes: the limit for uploads; None for local files, which have none.
 
     Raises:
-        ImageError: 413 for too many bytes or pixels, 415 for another kind of file, 400 for a damaged or unusable one.
+        ImageError: 413 for too many pixels, 415 for another kind of file, 400 for a damaged or unusable one.
     """
     if not data:
         raise ImageError(400, "empty_image", "The request holds no image. Send the bytes of one picture.")
-    if max_bytes is not None and len(data) > max_bytes:
-        raise ImageError(
-            413, "image_too_large", f"The image has {len(data):,} bytes; the limit is {max_bytes:,} bytes."
-        )
     format_ = image_format(data)
     digest = hashlib.sha256(data).hexdigest()
     if format_ == "DICOM":

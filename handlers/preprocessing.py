@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from handlers.decoding import MAX_BYTES, DecodedImage, decode
+from handlers.decoding import DecodedImage, decode
 from handlers.errors import ImageError
 
 # Grey levels of 255. Photographs of plain skin have a spread of several levels.
@@ -43,12 +43,9 @@ class Preprocessing:
         scale = [1 / (255 * std) for std in self.std]
         return scale, [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
 
-    def __call__(self, data: bytes, max_bytes: int | None = MAX_BYTES) -> tuple[np.ndarray, DecodedImage]:
-        """Decode and resize. Returns uint8 (S, S, 3) and the decoded picture. Raises ImageError.
-
-        `max_bytes` is the limit for uploads; None for local files, which have none.
-        """
-        decoded = decode(data, self.image_size, max_bytes)
+    def __call__(self, data: bytes) -> tuple[np.ndarray, DecodedImage]:
+        """Decode and resize. Returns uint8 (S, S, 3) and the decoded picture. Raises ImageError."""
+        decoded = decode(data, self.image_size)
         pixels = self.resize(decoded.image)
         _check_content(pixels, decoded.image)
         return pixels, decoded

@@ -8,11 +8,14 @@ import base64
 import binascii
 from typing import Any
 
-from handlers.decoding import MAX_BYTES
 from handlers.errors import ImageError
+from handlers.image_formats import image_format
 from handlers.metadata import FIELDS
 from handlers.request import Request, RequestError
 
+# Dermoscopes and phones write 1 to 15 MB. Files without compression may have 50 megapixels of three bytes.
+MAX_BYTES, MAX_UNCOMPRESSED_BYTES = 32 << 20, 150 << 20
+UNCOMPRESSED = ("BMP", "TIFF", "DICOM")
 IMAGE_FIELDS = ("data", "file", "image")
 OPTIONS = ("gradcam", "target", "tta", "picture", "sensitivity", *FIELDS)
 # Characters. A refusal quotes the value, and a response larger than TorchServe's max_response_size kills the worker.
@@ -67,8 +70,6 @@ def _from_json(fields: dict[str, Any]) -> dict[str, Any]:
     for name in IMAGE_FIELDS:
         if name in fields:
             encoded = fields[name]
-            if len(encoded) > MAX_BYTES * 4 // 3 + 4:
-                raise ImageError(413, "image_too_large", f"The image is larger than the limit of {MAX_BYTES:,} bytes.")
             try:
                 fields[name] = base64.b64decode(encoded, validate=True)
             except (binascii.Error, ValueError) as error:
@@ -92,7 +93,14 @@ def _take_image(fields: dict[str, Any]) -> bytes:
         raise ImageError(
             415, "unsupported_media_type", f"The field {names[0]!r} holds text. Send the image's bytes as a file."
         )
-    return bytes(image)
+    image = bytes(image)
+    if len(image) > MAX_BYTES:
+        limit = MAX_UNCOMPRESSED_BYTES if image_format(image) in UNCOMPRESSED else MAX_BYTES
+        if len(image) > limit:
+            raise ImageError(
+                413, "image_too_large", f"The image has {len(image):,} bytes; the limit is {limit:,} bytes."
+            )
+    return image
 
 
 def _text(name: str, value: Any) -> str:

@@ -124,7 +124,7 @@ def test_the_proxy_passes_predictions_and_nothing_else(stack, image):
         damaged = client.post("/predictions/skin_vit", files={"data": ("x.jpg", b"no image")})
         assert damaged.status_code == 415
         assert damaged.json()["error"]["code"]
-        too_large = client.post("/predictions/skin_vit", content=b"x" * (45 << 20))
+        too_large = client.post("/predictions/skin_vit", content=b"x" * (152 << 20))
         assert too_large.status_code == 413
         assert too_large.json()["code"] == 413
         assert client.post("/predictions/nothing", content=image).status_code == 404

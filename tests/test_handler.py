@@ -117,6 +117,9 @@ def test_explanations_come_with_the_overlay(ask, sample_images):
     ("row", "status", "code", "words"),
     [
         ({"body": bytearray(b"")}, 400, "empty_image", "no image"),
+        ({"body": bytearray(b"\xff\xd8\xff" + bytes(32 << 20))}, 413, "image_too_large", "33,554,432 bytes"),
+        ({"body": bytearray(b"BM" + bytes(150 << 20))}, 413, "image_too_large", "157,286,400 bytes"),
+        ({"body": bytearray(b"BM" + bytes(33 << 20))}, 400, "invalid_image", "damaged"),
         ({"body": bytearray(b"{'broken json")}, 415, "unsupported_media_type", "looks like JSON"),
         ({"body": "some text"}, 415, "unsupported_media_type", "text"),
         ({"data": "some text"}, 415, "unsupported_media_type", "holds text"),

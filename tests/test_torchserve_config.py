@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from handlers.decoding import MAX_BYTES
+from handlers.request_parsing import MAX_BYTES, MAX_UNCOMPRESSED_BYTES
 from handlers.files import file_sha256
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.ledger import Entry, Ledger
@@ -170,7 +170,9 @@ def test_render_config_needs_only_the_standard_library():
 
 def test_the_largest_allowed_image_fits_into_a_request():
     template = properties(FOLDER / "config.properties")
-    assert int(template["max_request_size"]) > MAX_BYTES * 4 / 3 + 4096, "in base64, with the options beside it"
+    largest = max(MAX_BYTES * 4 / 3, MAX_UNCOMPRESSED_BYTES)  # in base64 or as a form, with the options beside it
+    assert int(template["max_request_size"]) > largest + 4096
+    assert f"client_max_body_size {template['max_request_size']};" in (ROOT / "containers/nginx.conf").read_text()
 
 
 def test_the_model_config_is_what_the_handler_and_torchserve_expect():

@@ -266,10 +266,10 @@ def heads(data: bytes) -> Items:
         yield Item(
             "heads", f"Content-Length: {length}", Call(data, (OCTETS, ("Content-Length", length))), BROKEN | LARGE
         )
-    yield Item("heads", "44 MiB and a byte", Call(data, (OCTETS, ("Content-Length", "46137345"))), LARGE)
-    yield Item("heads", "21 MiB", Call(data + bytes(21 << 20), (OCTETS,)), LARGE)
-    yield Item("heads", "45 MiB", Call(data + bytes(45 << 20), (OCTETS,)), LARGE)
-    yield Item("heads", "28 MB of base64", as_json({"image": "A" * (28_000_000)}), LARGE)
+    yield Item("heads", "151 MiB and a byte", Call(data, (OCTETS, ("Content-Length", "158334977"))), LARGE)
+    yield Item("heads", "33 MiB", Call(data + bytes(33 << 20), (OCTETS,)), LARGE)
+    yield Item("heads", "152 MiB", Call(data + bytes(152 << 20), (OCTETS,)), LARGE)
+    yield Item("heads", "48 MB of base64", as_json({"image": "/9j/" * (12_000_000)}), LARGE)
 
 
 def addresses(data: bytes) -> Items:

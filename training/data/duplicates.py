@@ -69,7 +69,7 @@ def read_image(path: Path) -> ImageDigest | str:
 def describe(data: bytes) -> ImageDigest:
     """Decode a file's bytes and describe them. Raises ImageError."""
     # Hash and thumbnail need no more than twice the thumbnail's side.
-    decoded = decode(data, min_side=2 * _THUMBNAIL, max_bytes=None)
+    decoded = decode(data, min_side=2 * _THUMBNAIL)
     grey = decoded.image.convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
     phash = int.from_bytes(np.packbits(imagehash.phash(grey).hash).tobytes())
     return ImageDigest(decoded.sha256, decoded.width, decoded.height, phash, np.asarray(grey))

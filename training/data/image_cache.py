@@ -90,7 +90,7 @@ def _fill(
     def decode(row: int) -> None:
         file = Path(paths[row])
         try:
-            pixels[row], decoded = preprocessing(file.read_bytes(), max_bytes=None)
+            pixels[row], decoded = preprocessing(file.read_bytes())
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}). Run prepare_data.py again.") from error
         except ImageError as error:
