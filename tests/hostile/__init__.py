@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from functools import cache
 
-from tests.hostile import images, requests
+from tests.hostile import images, newer, requests
 from tests.hostile.requests import Item
 from training.data.synthetic import CLASSES, draw_lesion
 
@@ -35,14 +35,20 @@ def corpus(seed: int, size: int, pictures: Sequence[bytes] = ()) -> list[Item]:
     originals = list(pictures) or [photograph(number) for number in range(8)]
     data = originals[0]
     items = [
-        *requests.files(rng, "odd", images.odd(data)), *requests.files(rng, "refused", images.refused(data)),
+        *requests.files(rng, "odd", images.odd(data)), *requests.files(rng, "newer", newer.newer(data)),
+        *requests.files(rng, "refused", images.refused(data)),
         *requests.files(rng, "foreign", images.foreign(data)), *requests.json_bodies(data), *requests.options(data),
         *requests.forms(data), *requests.broken_forms(data), *requests.heads(data), *requests.addresses(data),
     ]  # fmt: skip
     if len(items) > size:
         return rng.sample(items, size)
-    sources = [images.sources(original) for original in originals]
-    damaged = (images.damaged(rng, source) for source in itertools.cycle(sources))
-    items += itertools.islice(requests.files(rng, "damaged", damaged), size - len(items))
+    # A quarter of the damaged files each: older formats, AVIF, HEIC, DICOM.
+    sources = [
+        (name, newer.sources(original, name) if name else images.sources(original))
+        for original in originals
+        for name in ("", *newer.FORMATS)
+    ]
+    for name, source in itertools.islice(itertools.cycle(sources), size - len(items)):
+        items += requests.files(rng, f"damaged {name}".strip(), iter([images.damaged(rng, source)]))
     rng.shuffle(items)
     return items
