@@ -1,8 +1,8 @@
 """Prepare the registry's database for this MLflow: mlflow_server.sh runs this before each start of the server.
 
-A SQLite database of an older MLflow is copied and upgraded. A database of a newer MLflow, and another kind of database
-of an older one, is refused: exit code 1 and one sentence on stderr. `make up` shows the lines that begin with PREFIX or
-REFUSED.
+A database of an older MLflow is backed up and upgraded: SQLite's file is copied, Postgres' tables are copied into a
+schema of their own. A database of a newer MLflow, and an older one of another kind, is refused: exit code 1 and one
+sentence on stderr. `make up` shows the lines that begin with PREFIX or REFUSED.
 
 Few imports, because the script runs at each start, and in MLflow's image.
 """
@@ -17,8 +17,12 @@ import time
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from handlers.errors import UserError
+
+if TYPE_CHECKING:
+    import sqlalchemy
 
 PREFIX = "Registry database: "
 REFUSED = "Registry database refused: "
@@ -48,7 +52,7 @@ def prepare(uri: str) -> None:
     import sqlalchemy
 
     try:
-        engine = sqlalchemy.create_engine(uri)
+        engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
         if engine.dialect.name == "sqlite" and not Path(engine.url.database or "").is_file():
             return
         with engine.connect() as connection:
@@ -67,19 +71,47 @@ def prepare(uri: str) -> None:
             f"{shown} was made by a newer MLflow than {version('mlflow')}: its schema {current} is unknown here. "
             "Update this project, or name another folder in STACK_STATE."
         )
-    if engine.dialect.name != "sqlite":
+    stamp = f"{current}.{time.strftime('%Y%m%d-%H%M%S')}"
+    if engine.dialect.name == "sqlite":
+        upgrade_sqlite(Path(engine.url.database or ""), uri, stamp)
+    elif engine.dialect.name == "postgresql":
+        upgrade_postgres(engine, uri, f"mlflow.{stamp}")
+    else:
         raise DatabaseError(
-            f"{shown} was made by an MLflow older than {version('mlflow')}. Back it up and run `mlflow db upgrade`; "
-            "docs/docker.md shows both commands."
+            f"{shown} was made by an MLflow older than {version('mlflow')}. Back it up and run `mlflow db upgrade`."
         )
-    upgrade(Path(engine.url.database or ""), uri, current)
 
 
-def upgrade(path: Path, uri: str, revision: str) -> None:
+def upgrade_postgres(engine: "sqlalchemy.Engine", uri: str, schema: str) -> None:
+    """Copy all tables of a Postgres database into a new schema, and upgrade them. Raises DatabaseError."""
+    import sqlalchemy
+    from mlflow.db import commands
+
+    shown = engine.url.render_as_string(hide_password=True)
+    try:
+        with engine.begin() as connection:
+            connection.execute(sqlalchemy.text(f'CREATE SCHEMA "{schema}"'))
+            for table in sqlalchemy.inspect(connection).get_table_names():
+                connection.execute(sqlalchemy.text(f'CREATE TABLE "{schema}"."{table}" AS TABLE "{table}"'))
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        reason = str(error).partition("\n")[0]
+        raise DatabaseError(f"{shown} cannot be backed up ({reason}). Let its user create schemas.") from error
+    say(f"{shown} was made by an older MLflow. It is upgraded to {version('mlflow')}; the backup is schema {schema}.")
+    try:
+        commands.main(["upgrade", uri], standalone_mode=False)
+    except Exception as error:  # Postgres has undone the changes: they are one transaction
+        with engine.begin() as connection:
+            connection.execute(sqlalchemy.text(f'DROP SCHEMA "{schema}" CASCADE'))
+        reason = str(error).partition("\n")[0]
+        raise DatabaseError(f"{shown} could not be upgraded ({reason}). It is as it was before.") from error
+    say(f"{shown} is upgraded.")
+
+
+def upgrade_sqlite(path: Path, uri: str, stamp: str) -> None:
     """Back up and upgrade a SQLite database; restore it if the upgrade fails. Raises DatabaseError."""
     from mlflow.db import commands
 
-    backup = path.with_name(f"{path.name}.{revision}.{time.strftime('%Y%m%d-%H%M%S')}")
+    backup = path.with_name(f"{path.name}.{stamp}")
     try:
         with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(backup)) as target:
             source.backup(target)

@@ -17,6 +17,7 @@ from streamlit_app.answer_schema import Answer, PromoterState
 
 PARALLEL = 4  # requests at a time: fills TorchServe's batches without filling its queue
 CONNECT_SECONDS, READ_SECONDS = 3.0, 30.0
+SEND_BYTES_PER_SECOND = 5e6  # the whole body must be sent within the timeout for connecting
 BUSY_WAITS = (0.3, 0.7, 1.5)  # seconds before each retry
 BUSY = (503, 507)  # queue full or worker restarting; worker died during the request
 FAILED = 500  # from TorchServe: the worker died. From the handler: the model failed on this picture.
@@ -92,7 +93,9 @@ class PredictionClient:
         # Always a form: a raw body that is no picture may be taken for JSON.
         url = f"{self.url}/predictions/{self.model}"
         files = {"data": ("image", image, "application/octet-stream")}
-        return self.session.post(url, data=fields, files=files, timeout=self.timeouts, allow_redirects=False)
+        connect, read = self.timeouts
+        timeouts = (connect + len(image) / SEND_BYTES_PER_SECOND, read)
+        return self.session.post(url, data=fields, files=files, timeout=timeouts, allow_redirects=False)
 
     def _translate(self, error: requests.RequestException) -> ServingError:
         if isinstance(error, requests.ConnectionError):

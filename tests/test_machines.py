@@ -1,13 +1,17 @@
 """Other machines: line ends of Windows, spaces, other locales, file systems without sockets."""
 
 import errno
+import gc
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from handlers.bundle import Bundle
 from mlflow_tracking import registry_database
 from mlflow_tracking.registry import HEAD_TAG, Registry
 from mlflow_tracking.settings import MODEL_NAME, ROOT, Settings, takes_sockets
+from scripts.local_processes import free_ports
 from scripts.promote import no_champion
 from scripts.register_model import is_empty
 from tests.live import mlflow_server
@@ -53,18 +58,15 @@ def test_the_shipped_bundle_of_such_a_clone_is_intact(windows_clone):
 REVISION = "1b5f0d9ad7c1"  # the schema of MLflow 3.10
 
 
-@pytest.fixture
-def older_database(tmp_path) -> Path:
-    """The database of MLflow 3.10, with a version that is champion."""
+def make_older(uri: str) -> None:
+    """Make the tables of MLflow 3.10, with a version that is champion."""
     import mlflow.store.db.utils as mlflow_database
     from alembic import command
     from mlflow.store.tracking.dbmodels.initial_models import Base
 
-    path = tmp_path / "state" / "mlflow.db"
-    path.parent.mkdir()
-    engine = sqlalchemy.create_engine(f"sqlite:///{path}")
+    engine = sqlalchemy.create_engine(uri)
     Base.metadata.create_all(engine)
-    command.upgrade(mlflow_database._get_alembic_config(str(engine.url)), REVISION)
+    command.upgrade(mlflow_database._get_alembic_config(uri), REVISION)
     with engine.begin() as connection:
         for statement in (
             "INSERT INTO registered_models (name, workspace, creation_time, last_updated_time) "
@@ -77,7 +79,35 @@ def older_database(tmp_path) -> Path:
         ):
             connection.execute(sqlalchemy.text(statement))
     engine.dispose()
+
+
+@pytest.fixture
+def older_database(tmp_path) -> Path:
+    path = tmp_path / "state" / "mlflow.db"
+    path.parent.mkdir()
+    make_older(f"sqlite:///{path}")
     return path
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """The address of a Postgres server of this test's own, whose programs refuse to run as root."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.skip("Postgres is not installed")
+    [port] = free_ports(1)
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.getuid() == 0 else []
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        shutil.chown(folder, 65534) if user else None
+        data, server = f"{folder}/data", [*user, programs[-1] / "pg_ctl", "-D", f"{folder}/data", "-w"]
+        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+        run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL, env={"HOME": folder}, cwd=folder)
+        run([*user, programs[-1] / "initdb", "-D", data, "-U", "mlflow", "-A", "trust", "-E", "UTF8"])
+        run([*server, "-l", f"{folder}/log", "-o", options, "start"])
+        try:
+            yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+        finally:
+            run([*server, "-m", "immediate", "stop"])
 
 
 def schema(path: Path) -> str:
@@ -120,6 +150,38 @@ def test_a_failed_upgrade_restores_the_database(older_database, capfd, monkeypat
     assert "No space left on device" in lines[-1] and "It was restored from mlflow.db." in lines[-1]
     with closing(sqlite3.connect(older_database)) as database:
         assert database.execute("SELECT version FROM model_versions").fetchall() == [(1,)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # MLflow's connections
+def test_a_postgres_database_of_an_older_mlflow_is_backed_up_and_upgraded(postgres, capfd, monkeypatch):
+    make_older(postgres)
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", postgres)
+    engine = sqlalchemy.create_engine(postgres)
+
+    def rows(statement: str) -> list[tuple]:
+        with engine.begin() as connection:
+            return [tuple(row) for row in connection.execute(sqlalchemy.text(statement))]
+
+    revision, backups = (
+        "SELECT version_num FROM alembic_version",
+        "SELECT nspname FROM pg_namespace WHERE nspname ~ 'mlflow'",
+    )
+    with engine.begin() as connection:  # the last step of the upgrade will fail
+        connection.execute(sqlalchemy.text("CREATE TABLE scheduler_leases (x INT)"))
+    assert registry_database.main() == 1
+    assert "could not be upgraded" in capfd.readouterr().err
+    assert (rows(revision), rows(backups)) == ([(REVISION,)], [])
+
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DROP TABLE scheduler_leases"))
+    assert registry_database.main() == 0
+    [(backup,)] = rows(backups)
+    assert f"the backup is schema {backup}" in capfd.readouterr().err
+    assert rows(revision) == [(registry_database.schemas()[1],)]
+    assert rows(f'SELECT version_num FROM "{backup}".alembic_version') == [(REVISION,)]
+    assert rows(f'SELECT alias FROM "{backup}".registered_model_aliases') == [("champion",)]
+    engine.dispose()
+    gc.collect()  # while the warning is ignored
 
 
 def test_the_database_of_a_newer_mlflow_is_refused_unchanged(older_database, capfd, monkeypatch):
