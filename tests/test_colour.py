@@ -11,6 +11,7 @@ from handlers.errors import InvalidImage
 from tests.hostile.colours import SRGB, STORED, WIDE, profile
 from tests.hostile.images import chunk, encode
 
+
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
     """Smooth colours of skin and lesion."""

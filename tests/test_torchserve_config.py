@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from handlers.request_parsing import MAX_BYTES, MAX_UNCOMPRESSED_BYTES
 from handlers.files import file_sha256
+from handlers.request_parsing import MAX_BYTES, MAX_UNCOMPRESSED_BYTES
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.ledger import Entry, Ledger
 from mlflow_tracking.settings import ROOT, Settings

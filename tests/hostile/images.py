@@ -278,7 +278,9 @@ def bombs(data: bytes) -> Cases:
     progressive = encode(Image.new("L", (7000, 7000)), "JPEG", progressive=True)
     yield Case("progressive jpeg of 10,000 scans", more_scans(progressive, 10_000), BROKEN)
     yield Case("jpeg of two million segments", jpeg[:2] + b"\xff\xe1\0\x02" * 2_000_000 + jpeg[2:], BROKEN)
-    yield Case("jpeg of 34 MiB of comments", jpeg[:2] + (b"\xff\xfe\xff\xff" + bytes(65533)) * 540 + jpeg[2:], OK | LARGE)
+    yield Case(
+        "jpeg of 34 MiB of comments", jpeg[:2] + (b"\xff\xfe\xff\xff" + bytes(65533)) * 540 + jpeg[2:], OK | LARGE
+    )
     exif = b"\xff\xe1\0\xd0Exif\0\0" + bytes(200)
     yield Case("jpeg of 90,000 segments of Exif", jpeg[:2] + exif * 90_000 + jpeg[2:], BROKEN)
     tiles = tiff(4000, 5000, t322=1, t323=1, t324=(1, 20_000_000, 200))

@@ -212,9 +212,7 @@ def _detail(grey: NDArray[np.uint8]) -> NDArray[np.float16]:
     return np.where(skin, grey - blurred, np.nan).astype(np.float16)
 
 
-def _correlation(
-    first: NDArray[np.float32], second: NDArray[np.float32], least_shared: float
-) -> NDArray[np.float32]:
+def _correlation(first: NDArray[np.float32], second: NDArray[np.float32], least_shared: float) -> NDArray[np.float32]:
     """Return Pearson's correlation of two batches of detail (P, S, S) over the skin that both show: (P,)."""
     shared = ~(np.isnan(first) | np.isnan(second))
     count = shared.sum(axis=(1, 2))
