@@ -72,7 +72,7 @@ class MelanomaSuspicion(BaseModel):
     promises: list[AlarmPromise] = []
 
 
-class Suspicion(BaseModel):
+class AnswerSuspicion(BaseModel):
     """The share of the malignant classes among the eight diagnoses, and the promises of the alarms."""
 
     malignant: Probability
@@ -109,7 +109,7 @@ class Answer(BaseModel):
     model: ServedModel
     probabilities: dict[str, Probability] = Field(min_length=2)
     classes: dict[str, ExplainedClass]
-    suspicion: Suspicion | None = None
+    suspicion: AnswerSuspicion | None = None
     uncertainty: AnswerUncertainty
     gradcam: HeatGrid
     metadata: dict[str, float | str | None] = {}
