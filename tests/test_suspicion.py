@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,9 @@ from handlers.request import Request, RequestError
 from handlers.suspicion import Alarm, Promise, Suspicion
 from tests.models import tiny_bundle
 from training.evaluation.calibration_fit import fit_calibration
+from training.evaluation.figures import operating_figure
 from training.evaluation.suspicion_fit import SENSITIVITIES, fit_alarm, risk_threshold
+from training.evaluation.suspicion_report import suspicion_report
 
 CLASSES = ("MEL", "NV", "BCC")
 
@@ -98,6 +101,25 @@ def test_without_a_choice_the_promise_is_nine_in_ten_or_the_highest():
     assert alarm.promise(0.99) is None
     assert replace(alarm, promises=promises[:2]).promise().sensitivity == 0.85
     assert Suspicion(0.05, alarm, replace(alarm, promises=()).promise()).flagged is None
+
+
+def test_the_report_counts_lesions_by_source():
+    """Two melanomas of three images in all: one is flagged in one of two images, the other in its only one."""
+    labels = ["MEL", "MEL", "MEL", "NV", "NV", "UNK"] * 10
+    lesions = [f"{name}{turn}" for turn in range(10) for name in ("a", "a", "b", "c", "d", "e")]
+    rows = pd.DataFrame({"label": labels, "lesion_id": lesions, "source": "ham"})
+    shares = np.array([0.9, 0.1, 0.9, 0.2, 0.6, 0.9] * 10)
+    report = suspicion_report(rows, Alarm(("MEL",), 60, (Promise(0.9, 0.5, 0.2),)), shares, 200)
+    figures = report["sources"]["ham"]
+    assert (figures["lesions"], figures["other_lesions"]) == (20, 20)
+    [promise] = figures["promises"]
+    assert (promise["sensitivity"], promise["benign_flagged"]) == (0.75, 0.5)
+    assert promise["sensitivity_95"][0] < 0.75 < promise["sensitivity_95"][1]
+    curve = figures["curve"]
+    assert (curve["sensitivity"][0], curve["benign_flagged"][0]) == (1.0, 1.0)
+    assert sorted(curve["sensitivity"], reverse=True) == curve["sensitivity"]
+    assert report["sources"]["all sources"] == figures
+    assert len(operating_figure(report).axes[0].lines) == 5
 
 
 @pytest.fixture(scope="module")

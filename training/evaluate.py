@@ -25,6 +25,7 @@ from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.receipt import read_receipt
 from handlers.request import Request
+from handlers.suspicion import MALIGNANT, MELANOMA
 from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking.command_line import console, progress_bar, run
 from mlflow_tracking.runs import log_evaluation
@@ -37,6 +38,7 @@ from training.evaluation.figures import (
     class_bars_figure,
     confusion_figure,
     examples_figure,
+    operating_figure,
     precision_recall_figure,
     reliability_figure,
     risk_coverage_figure,
@@ -44,6 +46,7 @@ from training.evaluation.figures import (
 )
 from training.evaluation.isic_scoring import write_submission
 from training.evaluation.leakage import check_overlap
+from training.evaluation.suspicion_report import suspicion_report
 
 BATCH = 32
 THUMBNAIL = 256  # side of the example sheet's pictures in pixels
@@ -129,7 +132,23 @@ def evaluate(rows: pd.DataFrame, predictions: Sequence[Prediction], resamples: i
     has_sets = predictions[0].conformal_set is not None
     sets = [prediction.conformal_set or [] for prediction in predictions] if has_sets else None
     report = build_report(rows["label"].tolist(), probabilities, sets, rows["lesion_id"].tolist(), resamples)
-    return report | {"slices": slices(rows, probabilities, resamples)}
+    report |= {"slices": slices(rows, probabilities, resamples, sets)}
+    return report | {"suspicion": suspicions(rows, predictions, resamples)}
+
+
+def suspicions(rows: pd.DataFrame, predictions: Sequence[Prediction], resamples: int) -> dict[str, Any]:
+    """Return the report of each alarm of the bundle that promises something."""
+    answers = {
+        MALIGNANT: [prediction.malignant for prediction in predictions],
+        MELANOMA: [prediction.melanoma for prediction in predictions],
+    }
+    reports = {}
+    for name, suspicions in answers.items():
+        present = [suspicion for suspicion in suspicions if suspicion is not None]
+        if present and present[0].alarm.promises:
+            shares = np.array([suspicion.share for suspicion in present])
+            reports[name] = suspicion_report(rows, present[0].alarm, shares, resamples)
+    return reports
 
 
 def diagrams(rows: pd.DataFrame, predictions: Sequence[Prediction], report: dict[str, Any]) -> dict[str, Figure]:
@@ -144,6 +163,7 @@ def diagrams(rows: pd.DataFrame, predictions: Sequence[Prediction], report: dict
         "reliability.png": reliability_figure(labels, eight),
         "classes.png": class_bars_figure(report["per_class"], report["per_class_intervals_95"]),
         "risk_coverage.png": risk_coverage_figure(labels, eight),
+        **{f"alarm_{name}.png": operating_figure(suspicion) for name, suspicion in report["suspicion"].items()},
     }
 
 
@@ -205,8 +225,9 @@ def main(
 
     Writes metrics.json (figures with 95 % intervals by bootstrap over lesions, by class, source, site, sex and age),
     report.txt, and pictures: confusion matrix, ROC and precision-recall curves, reliability diagram, bars by class,
-    risk against coverage, and a sheet of right and wrong examples with heatmaps. They are also logged to the MLflow run
-    that made the bundle, if the store (MLFLOW_TRACKING_URI, or the stack's server) has it.
+    risk against coverage, the alarm's operating curve by source, and a sheet of right and wrong examples with
+    heatmaps. They are also logged to the MLflow run that made the bundle, if the store (MLFLOW_TRACKING_URI, or the
+    stack's server) has it.
 
     The bundle's receipt is used to refuse images, lesions and near-duplicates that the model was made from.
     """

@@ -166,8 +166,15 @@ def _flat(report: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
-def slices(rows: pd.DataFrame, probabilities: Probabilities, resamples: int = 0) -> dict[str, Any]:
-    """Compute SLICE_METRICS by source, site, sex and age, over the known lesions: {column: {value: figures}}.
+def slices(
+    rows: pd.DataFrame,
+    probabilities: Probabilities,
+    resamples: int = 0,
+    sets: Sequence[Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """Compute figures by source, site, sex and age, over the known lesions: {column: {value: figures}}.
+
+    The figures are SLICE_METRICS, and for conformal sets their coverage by lesion and their mean size.
 
     Slices differ in how common and how difficult their classes are, so a gap between two is not yet a bias.
 
@@ -175,10 +182,12 @@ def slices(rows: pd.DataFrame, probabilities: Probabilities, resamples: int = 0)
         rows: of a manifest, from training.data.manifest.read_manifest.
         probabilities: (N, 9) in taxonomy order, in the rows' order.
         resamples: of the bootstrap over the lesions of each slice.
+        sets: the conformal set of each image; None if the model has none.
     """
     is_known = rows["label"].isin(KNOWN_CODES).to_numpy()
     rows, eight = rows[is_known].reset_index(drop=True), conditional(np.asarray(probabilities)[is_known])
     truth = np.array([KNOWN_CODES.index(label) for label in rows["label"]])
+    chosen_sets = [] if sets is None else [chosen for chosen, lesion in zip(sets, is_known, strict=True) if lesion]
     columns = {name: rows[name].where(rows[name] != "", "not recorded") for name in ("source", "site", "sex")}
     columns["age"] = rows["age"].map(_age_band)
     table: dict[str, Any] = {}
@@ -187,7 +196,10 @@ def slices(rows: pd.DataFrame, probabilities: Probabilities, resamples: int = 0)
         for value in sorted(set(cells), key=lambda text: slice_order(column, text)):
             chosen = np.flatnonzero(cells == value)
             lesions = rows["lesion_id"].to_numpy()[chosen]
-            table[column][value] = _slice_figures(truth[chosen], eight[chosen], lesions, resamples)
+            figures = _slice_figures(truth[chosen], eight[chosen], lesions, resamples)
+            if sets is not None and len(chosen) >= MIN_SLICE:
+                figures |= _slice_sets(rows.iloc[chosen], [chosen_sets[row] for row in chosen])
+            table[column][value] = figures
     return table
 
 
@@ -206,6 +218,13 @@ def _slice_figures(truth: Indices, eight: Probabilities, lesions: NDArray[Any], 
         defined = [name for name in SLICE_METRICS if figures[name] is not None]
         figures["intervals_95"] = metrics.bootstrap(truth, eight, lesions, resamples, metrics=defined)
     return figures
+
+
+def _slice_sets(rows: pd.DataFrame, sets: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return the share of lesions whose sets all contain the true class, and the mean size of the sets."""
+    covered = pd.Series([label in chosen for label, chosen in zip(rows["label"], sets, strict=True)])
+    by_lesion = covered.groupby(rows["lesion_id"].to_numpy()).all()
+    return {"coverage_by_lesion": float(by_lesion.mean()), "mean_set_size": float(np.mean([len(s) for s in sets]))}
 
 
 def slice_order(column: str, value: str) -> tuple[int, str]:

@@ -111,6 +111,29 @@ def class_bars_figure(table: Mapping[str, Any], intervals: Mapping[str, Any]) ->
     return figure
 
 
+def operating_figure(report: Mapping[str, Any]) -> Figure:
+    """Draw the sensitivity of an alarm against its price, by source, with the promises as points.
+
+    Args:
+        report: from training.evaluation.suspicion_report.
+    """
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for index, (source, figures) in enumerate(report["sources"].items()):
+        curve, promises = figures["curve"], figures["promises"]
+        style = {"color": "black", "linewidth": 2} if index == 0 else {"linewidth": 1}
+        label = f"{source} ({figures['lesions']} of {figures['lesions'] + figures['other_lesions']} lesions)"
+        [line] = axes.plot(curve["benign_flagged"], curve["sensitivity"], label=label, **style)
+        points = [(p["benign_flagged"], p["sensitivity"]) for p in promises]
+        axes.plot(*zip(*points, strict=True), linestyle="", marker="o", markersize=4, color=line.get_color())
+    for promise in next(iter(report["sources"].values()))["promises"]:
+        axes.axhline(promise["promised"], color=GREY, linewidth=0.5, linestyle=":")
+    axes.set(xlabel="share of other lesions flagged", ylabel="sensitivity", xlim=(0, 1), ylim=(0.5, 1.01))
+    axes.set_title(f"Alarm for {', '.join(report['codes'])}: points are the promises", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
 def risk_coverage_figure(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> Figure:
     """Draw the error rate among the most confident share of the images against this share."""
     coverage, risk = risk_coverage(labels, probabilities)
