@@ -68,14 +68,13 @@ environment() {
     fi
 
     # Compile now, once: otherwise each part compiles at its first start, or, with PYTHONDONTWRITEBYTECODE, at every start.
-    local uv=.venv/bin/uv options=(--compile-bytecode) cache
-    # uv fails without a folder for its cache, such as in a home that cannot be written.
-    cache=${UV_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/uv}
-    { mkdir -p "$cache" && [ -w "$cache" ]; } 2>/dev/null || export UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1
+    local uv=.venv/bin/uv options=(--compile-bytecode)
     rm -f $stamp
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep -m 1 -o '^uv==[^ ;]*' requirements/all.txt)" \
         || die "pip could not install uv. Its messages are above."
     export VIRTUAL_ENV=$here/.venv
+    # uv fails without a folder for its cache, as in a home that cannot be written.
+    mkdir -p "$($uv cache dir)" 2>/dev/null && [ -w "$($uv cache dir)" ] || export UV_NO_CACHE=1
     # uv does not read pip's settings, where a private index is usually set.
     if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
         index=${PIP_INDEX_URL:-$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)}

@@ -17,7 +17,7 @@ import pytest
 from tests.compose import copy_of_the_repository
 from tests.conftest import ROOT
 
-TOOLS = ["bash", "env", "cat", "cksum", "awk", "dirname", "rm", "grep", "head"]
+TOOLS = ["bash", "env", "cat", "chmod", "cksum", "cp", "awk", "dirname", "mkdir", "rm", "grep", "head"]
 
 
 @pytest.fixture
@@ -97,6 +97,20 @@ def test_a_finished_environment_is_left_alone(clone):
     (clone / "pyproject.toml").write_text("changed")
     shutil.rmtree(clone.parent / "bin")
     assert_sentence(setup(clone), "Python 3.11 or 3.12 is required")
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_home_that_cannot_be_written_has_no_cache(clone, writable):
+    home = clone.parent if writable else Path("/dev/null")
+    uv = f'#!/bin/sh\n[ "$1" = cache ] && echo {home}/uv && exit\necho "$UV_NO_CACHE" > "{clone}/no_cache"\n'
+    (clone / "uv").write_text(uv)
+    (clone / "uv").chmod(0o755)
+    python = """case "$*" in
+        "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp uv .venv/bin/uv;;
+        -c*print*) echo 3.11;;
+    esac"""
+    assert setup(clone, python3_11=python, df=PLENTY).returncode == 0
+    assert (clone / "no_cache").read_text() == ("\n" if writable else "1\n")
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def test_render_config_needs_only_the_standard_library():
 
 def test_the_largest_allowed_image_fits_into_a_request():
     template = properties(FOLDER / "config.properties")
-    largest = max(MAX_BYTES * 4 / 3, MAX_UNCOMPRESSED_BYTES)  # in base64 or as a form, with the options beside it
+    largest = max(MAX_BYTES * 4 / 3, MAX_UNCOMPRESSED_BYTES)  # in base64 or as a form, with the options
     assert int(template["max_request_size"]) > largest + 4096
     assert f"client_max_body_size {template['max_request_size']};" in (ROOT / "containers/nginx.conf").read_text()
 

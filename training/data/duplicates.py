@@ -126,9 +126,8 @@ def candidate_pairs(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> ND
     lie in the same third of the 12. So only hashes that agree in two parts of a third are compared, which is exact.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda key: _agreeing_pairs(first, second, key), _KEYS))
-    pairs = np.unique(np.concatenate(found))
-    return np.stack(np.divmod(pairs, max(1, len(second))), axis=1)
+        pairs = list(pool.map(lambda key: _agreeing_pairs(first, second, key), _KEYS))
+    return np.stack(np.divmod(np.unique(np.concatenate(pairs)), max(1, len(second))), axis=1)
 
 
 def _agreeing_pairs(first: NDArray[np.uint64], second: NDArray[np.uint64], key: np.uint64) -> NDArray[np.int64]:
