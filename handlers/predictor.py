@@ -23,7 +23,7 @@ from handlers.overlay import SHOWN_MIN_SIDE, overlay, picture_jpeg
 from handlers.prediction import Prediction
 from handlers.request import Request
 from handlers.runtimes import golden_difference, start_runtime
-from handlers.taxonomy import CODES
+from handlers.taxonomy import CODES, UNKNOWN
 from handlers.test_time_augmentation import AveragedOutputs, averaged_outputs
 
 # Pictures decoded at a time: each may hold 150 MB of pixels, and four are decoded faster than any processor predicts.
@@ -113,11 +113,12 @@ class Predictor:
 
     def _infer(self, accepted: list["_Accepted"]) -> AveragedOutputs:
         classes, requests = self.config.classes, [item.request for item in accepted]
+        lesion_classes = len(classes) - (UNKNOWN in classes)
         # UNK has no logit unless the model was trained on it; its map is that of the top class.
         targets = np.array([classes.index(r.target) if r.target in classes else -1 for r in requests])
         metadata = np.stack([self.config.metadata.encode(r.metadata or {}) for r in requests])
         pictures = [item.pixels for item in accepted]
-        return averaged_outputs(self._run, pictures, [r.tta for r in requests], targets, metadata)
+        return averaged_outputs(self._run, pictures, [r.tta for r in requests], targets, metadata, lesion_classes)
 
     def _run(self, *inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Run the runtime, one call at a time: parallel calls would swap their answers."""

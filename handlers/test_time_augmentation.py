@@ -23,18 +23,20 @@ def averaged_outputs(
     augmented: Sequence[bool],
     targets: np.ndarray,
     metadata: np.ndarray,
+    lesion_classes: int,
 ) -> AveragedOutputs:
     """Run R pictures in one call, averaging logits and residuals over the views of those that are `augmented`.
 
-    A map is that of the picture as sent. Only if the views change a picture's top class is the graph run again for
-    its map.
+    A map is that of the picture as sent. The graph is run again for a map if the views change a picture's top class,
+    or if UNK has the largest logit: people want to see the evidence for a diagnosis.
 
     Args:
         run: a runtime (handlers.runtimes.Runtime).
         pictures: uint8 (S, S, 3) each.
         augmented: True for pictures to be averaged over VIEWS.
-        targets: class indices (R,) for the maps; -1 for the top class.
+        targets: class indices (R,) for the maps; -1 for the top class other than UNK.
         metadata: encoded metadata (R, D).
+        lesion_classes: number of classes other than UNK, which come first.
     """
     views = [
         [picture[view] for view in (VIEWS if several else VIEWS[:1])]
@@ -47,7 +49,7 @@ def averaged_outputs(
     logits = np.add.reduceat(row_logits, starts) / np.array(counts)[:, None]
     residuals = np.add.reduceat(row_residuals, starts) / np.array(counts)
     maps = np.array(row_maps[starts])
-    final = np.where(targets < 0, logits.argmax(1), targets)
+    final = np.where(targets < 0, logits[:, :lesion_classes].argmax(1), targets)
     mapped = np.where(targets < 0, row_logits[starts].argmax(1), targets)
     changed = np.flatnonzero(mapped != final)
     if len(changed):

@@ -6,6 +6,10 @@ import torch
 from scipy.special import softmax
 
 from handlers.calibration import Calibration
+from handlers.predictor import Predictor
+from handlers.request import Request
+from handlers.taxonomy import CODES
+from tests.models import tiny_bundle
 from training.data.outliers import Outliers, bare_skin, blank, page
 from training.data.synthetic import draw_lesion
 from training.evaluation.calibration_fit import fit_calibration
@@ -75,3 +79,19 @@ def test_validation_leaves_unk_out():
     figures = validation_figures(labels, logits, CLASSES)
     known = labels < 2
     assert figures == validation_figures(labels[known], logits[known][:, :2], CLASSES[:2])
+
+
+def test_the_heatmap_shows_a_diagnosis_even_if_unk_is_first(tmp_path, drawn_image):
+    """The head's bias makes UNK first for every picture; its own map is drawn on request."""
+    bundle = tiny_bundle(tmp_path / "bundle", classes=CODES)
+    predictor = Predictor(bundle, runtime="torch")
+    backbone = predictor.runtime.module.cam.backbone
+    with torch.no_grad():
+        backbone.get_classifier().bias[-1] += 8
+    image = drawn_image("MEL", 1)
+    plain, unknown = predictor.predict([Request(image), Request(image, target="UNK")])
+    best = max(CODES[:-1], key=plain.probabilities.__getitem__)
+    [chosen] = predictor.predict([Request(image, target=best)])
+    assert plain.code == "UNK"
+    assert (plain.target, unknown.target) == (best, "UNK")
+    assert plain.grid == chosen.grid != unknown.grid
