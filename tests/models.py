@@ -17,6 +17,7 @@ from handlers.files import write_json
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
 from handlers.receipt import Receipt
+from handlers.suspicion import Alarm, Promise
 from handlers.taxonomy import KNOWN_CODES
 from handlers.unknown_class import Rejection
 from mlflow_tracking.settings import MODEL_NAME
@@ -89,7 +90,8 @@ def _exported(
 ) -> Bundle:
     inputs, network = metadata or Metadata(), json.loads(options)
     rejection = Rejection(threshold=1.0, scale=0.5, residual_weight=residual_weight)
-    calibration = Calibration(0.7, rejection, Conformal(0.9, dict.fromkeys(KNOWN_CODES, 0.8)))
+    alarm = Alarm(("MEL", "BCC", "SCC"), 60, (Promise(0.9, 0.3, 0.2),))
+    calibration = Calibration(0.7, rejection, Conformal(0.9, dict.fromkeys(KNOWN_CODES, 0.8)), alarm)
     evidence = {"dataset_fingerprint": "sha256:test", "metrics": {"balanced_accuracy": 0.125}}
     config = BundleConfig(
         MODEL_NAME, architecture, network, classes, Preprocessing(IMAGE_SIZE), calibration, evidence, metadata=inputs

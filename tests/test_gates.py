@@ -100,6 +100,11 @@ def blind_to_melanoma(case):
     case.server.models = {version: {"MEL": answer(MEL=0.3, NV=0.6)} for version in "12"}
 
 
+def silent_alarm(case):
+    """Melanoma is first, but the share of malignant classes stays below the alarm's threshold of 0.3."""
+    case.server.models["2"] = {"MEL": answer(MEL=0.27, NV=0.26, BKL=0.25, DF=0.17, BCC=0.005, SCC=0.005)}
+
+
 def unsure(case):
     case.server.models["2"] = {code: answer(**{code: 0.4}) for code in CODES}
 
@@ -128,6 +133,7 @@ FAULTS = {
     slow: "latency",
     inferior: "balanced accuracy",
     blind_to_melanoma: "melanoma sensitivity",
+    silent_alarm: "alarm",
     unsure: "calibration",
     knows_all: "unknown detection",
     cries_wolf: "malignant calls",
@@ -234,7 +240,14 @@ def no_champion(case):
     case.candidate.champion = None
 
 
+def no_promise(case):
+    config = case.candidate.bundle.config
+    config = replace(config, calibration=replace(config.calibration, malignant=None))
+    case.candidate.bundle = replace(case.candidate.bundle, config=config)
+
+
 LACKS = [
+    (no_promise, "alarm", "The bundle promises no sensitivity."),
     (no_melanomas, "melanoma sensitivity", "The set has 0 melanomas; at least 20 are needed."),
     (no_champion, "balanced accuracy", "It is 1.000, and no other version serves yet to compare with."),
 ]

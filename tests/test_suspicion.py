@@ -153,7 +153,9 @@ def test_another_promise_can_be_chosen_and_unknown_ones_are_refused(predictor, d
 
 
 def test_a_model_without_alarm_answers_without_suspicion(tmp_path, drawn_image):
-    plain = Predictor(tiny_bundle(tmp_path / "bundle"), runtime="torch")
+    bundle = tiny_bundle(tmp_path / "bundle")
+    calibration = replace(bundle.config.calibration, malignant=None)
+    plain = Predictor(replace(bundle, config=replace(bundle.config, calibration=calibration)), runtime="torch")
     answer, refused = plain.predict([Request(drawn_image("NV", 1)), Request(drawn_image("NV", 1), sensitivity=0.9)])
     assert answer.to_dict()["suspicion"] is None
     assert "promises no sensitivity" in str(refused)

@@ -30,6 +30,7 @@ from mlflow_tracking.promotion.gates.identity import (
     RegistrationGate,
 )
 from mlflow_tracking.promotion.gates.quality import (
+    AlarmGate,
     BalancedAccuracyGate,
     CalibrationGate,
     MalignantCallsGate,
@@ -48,6 +49,7 @@ GATES: tuple[type[Gate], ...] = (
     LatencyGate,
     BalancedAccuracyGate,
     MelanomaSensitivityGate,
+    AlarmGate,
     CalibrationGate,
     UnknownDetectionGate,
     MalignantCallsGate,

@@ -63,6 +63,48 @@ class MelanomaSensitivityGate(SetGate):
         return self.verdict(recall >= self.floor, reason, sensitivity=recall, melanomas=number, floor=self.floor)
 
 
+class AlarmGate(SetGate):
+    """The bundle's alarm keeps its promised sensitivity on the set, and does not flag too many other lesions.
+
+    The promise is kept if it lies below the upper end of the one-sided 95 % interval of the sensitivity, a bootstrap
+    over lesions.
+    """
+
+    name: ClassVar[str] = "alarm"
+
+    ceiling: float = Field(0.6, ge=0, le=1)
+    lesions: int = Field(20, ge=1)
+    resamples: int = Field(2000, ge=100)
+
+    def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
+        """Compare with promise and ceiling; `not evaluated` without a promise or enough lesions to be found."""
+        alarm = candidate.bundle.config.calibration.malignant
+        promise = alarm.promise() if alarm else None
+        if alarm is None or promise is None:
+            return self.skipped("The bundle promises no sensitivity.")
+        nine = candidate.answers.probabilities
+        eight = nine[:, :UNK] / np.maximum(1 - nine[:, [UNK]], 1e-9)  # UNK takes no part in the alarm
+        flagged = alarm.share(eight, CODES[:UNK]) >= promise.threshold
+        positive = np.isin(evaluation.labels, [CODES.index(code) for code in alarm.codes])
+        kept = lesion_means(flagged, evaluation.lesions, positive)
+        price = lesion_means(flagged, evaluation.lesions, ~positive & (evaluation.labels != UNK))
+        if len(kept) < self.lesions or not len(price):
+            return self.skipped(
+                f"The set has {len(kept)} lesions of {', '.join(alarm.codes)} and {len(price)} others; it needs "
+                f"{self.lesions} of the first and one other."
+            )
+        rng = np.random.default_rng(0)
+        draws = [float(rng.choice(kept, len(kept)).mean()) for _ in range(self.resamples)]
+        upper, sensitivity, cost = float(np.quantile(draws, 0.95)), float(kept.mean()), float(price.mean())
+        reason = (
+            f"It flags {sensitivity:.3f} of {len(kept)} malignant lesions (at most {upper:.3f}, 95 %) and promises "
+            f"{promise.sensitivity:g}. It flags {cost:.3f} of the others; the ceiling is {self.ceiling:g}."
+        )
+        figures = {"sensitivity": sensitivity, "upper_95": upper, "promise": promise.sensitivity}
+        passed = upper >= promise.sensitivity and cost <= self.ceiling
+        return self.verdict(passed, reason, **figures, benign_flagged=cost, ceiling=self.ceiling)
+
+
 class CalibrationGate(SetGate):
     """The expected calibration error (15 bins) of the served probabilities is within the ceiling."""
 
@@ -113,6 +155,16 @@ class MalignantCallsGate(SetGate):
         share = float(candidate.answers.malignant[unknown].mean())
         reason = f"{share:.3f} of {number} pictures of UNK are called malignant; the ceiling is {self.ceiling:g}."
         return self.verdict(share <= self.ceiling, reason, share=share, images=number, ceiling=self.ceiling)
+
+
+def lesion_means(
+    flagged: NDArray[np.bool_], lesions: NDArray[np.int64], chosen: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Return the share of flagged pictures of each lesion among the chosen pictures."""
+    if not chosen.any():
+        return np.empty(0)
+    _, lesion = np.unique(lesions[chosen], return_inverse=True)
+    return np.asarray(np.bincount(lesion, flagged[chosen]) / np.bincount(lesion))
 
 
 def lower_difference(
