@@ -129,8 +129,14 @@ class TappedBackbone(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.tap = nn.Identity()
-        class_token = getattr(backbone, "global_pool", None) == "token"
-        self.layer: nn.Module = backbone.blocks[-1].norm1 if class_token else self.tap
+        self.layer: nn.Module = self.tap
+        if getattr(backbone, "global_pool", None) == "token":
+            if not hasattr(backbone, "blocks"):
+                raise BackboneError(
+                    f"{backbone.default_cfg['architecture']} classifies its class token, but no layer is known where "
+                    "patches still influence it. Choose another architecture."
+                )
+            self.layer = backbone.blocks[-1].norm1
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.backbone.get_classifier()(self.features(images))
@@ -193,20 +199,19 @@ def grad_cam(backbone: Any, image_size: int) -> GradCam:
             f"{backbone.default_cfg['architecture']} does not end in one linear layer. Choose another architecture."
         )
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    reference, target = AutogradGradCam(backbone), torch.zeros(2, dtype=torch.int64)
     with torch.no_grad():
-        _, expected, features = reference(images, target)
-        mean = feature_cells(backbone, backbone.forward_features(images)).mean((1, 2))
-        if _close(mean, features):
-            return PooledGradCam(backbone, None)
+        activation = backbone.forward_features(images)
+        features = backbone.forward_head(activation, pre_logits=True)
+        mean = feature_cells(backbone, activation).mean((1, 2))
         norms = [module for module in backbone.modules() if isinstance(module, nn.LayerNorm)]
-        for norm in reversed(norms):
-            if norm.normalized_shape == mean.shape[1:] and _close(_layer_norm(mean, norm), features):
+        for norm in [None, *reversed(norms)]:
+            if _close(_normalise(mean, norm), features):
                 return PooledGradCam(backbone, norm)
+        reference, target = AutogradGradCam(backbone), torch.zeros(2, dtype=torch.int64)
+        expected = reference(images, target)
         if ClassTokenVitGradCam.supports(backbone):
             candidate = ClassTokenVitGradCam(backbone)
-            _, maps, own_features = candidate(images, target)
-            if _close(maps, expected) and _close(own_features, features):
+            if all(map(_close, candidate(images, target), expected)):
                 return candidate
     return reference
 
@@ -239,8 +244,10 @@ def _close(tensor: Tensor, expected: Tensor) -> bool:
     return torch.allclose(tensor, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def _layer_norm(inputs: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Normalise inputs (N, D) by a norm that may be made for feature maps, like timm's LayerNorm2d."""
+def _normalise(inputs: Tensor, norm: nn.LayerNorm | None) -> Tensor:
+    """Normalise inputs (N, D) by a norm of their width, which may be made for feature maps, like timm's LayerNorm2d."""
+    if norm is None or norm.normalized_shape != inputs.shape[1:]:
+        return inputs
     return F.layer_norm(inputs, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 

@@ -43,7 +43,7 @@ def test_other_sizes_than_the_pretrained_are_taken(architecture, size):
     ("architecture", "settings", "reason"),
     [
         ("deit_tiny_distilled_patch16_224", [], "does not end in one linear layer"),
-        ("coat_lite_tiny", [], "Grad-CAM cannot explain coat_lite_tiny"),
+        ("coat_lite_tiny", [], "coat_lite_tiny classifies its class token, but no layer is known"),
         ("resnet18", ["depth=3"], "resnet18 cannot be built with"),
         ("vit_tiny_patch16_224", ["image_size=225"], "Use image_size=224"),
     ],

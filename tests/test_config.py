@@ -76,7 +76,6 @@ def test_wrong_values_are_refused(override, message):
 
 
 def test_contradictory_settings_are_refused():
-    assert "cache_size=64 is smaller than image_size=128" in refusal("cache_size=64", "image_size=128")
     assert "pretrained=false" in refusal("stem=conv", "pretrained=true")
     assert "add pretrained=false" in refusal("initial_bundle=runs/NAME/bundle", "pretrained=true")
     assert "mix_probability below 1" in refusal("metadata=[age]", "mixup_alpha=1", "mix_probability=1")

@@ -52,7 +52,7 @@ class DataSettings(_Group):
     manifest: str = Field(str(ROOT / "data" / "manifest.csv"), description="the data set, written by prepare_data.py")
     data_dir: str = Field(str(ROOT / "data"), description="folder of images that a missing manifest is made from")
     cache_dir: str = Field("", description="folder of resized images; empty: `cache` next to the manifest")
-    cache_size: Count = Field(0, description="side of the cached training images; 0: image_size")
+    cache_size: Count = Field(0, description="side of the cached training images, at least image_size")
 
 
 class ModelSettings(_Group):
@@ -220,10 +220,6 @@ class TrainConfig(AugmentationSettings, LossSettings, OptimizationSettings, Mode
             raise ValueError("pretrained_file is read only with pretrained=true; add it.")
         if self.initial_bundle and self.pretrained:
             raise ValueError("initial_bundle and pretrained=true both name initial weights; add pretrained=false.")
-        if 0 < self.cache_size < self.image_size:
-            raise ValueError(
-                f"cache_size={self.cache_size} is smaller than image_size={self.image_size}; use cache_size=0 or more."
-            )
         if self.metadata and (self.mixup_alpha or self.cutmix_alpha) and self.mix_probability == 1:
             raise ValueError("Mixed images have no metadata to learn from; use mix_probability below 1.")
         return self

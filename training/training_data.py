@@ -97,7 +97,7 @@ def load_splits(
 
 def training_preprocessing(config: TrainConfig) -> Preprocessing:
     """Return how training images are resized for the cache: to the input's size, or larger for random crops."""
-    return Preprocessing(config.cache_size or config.image_size)
+    return Preprocessing(max(config.cache_size, config.image_size))
 
 
 def check_metadata(frame: pd.DataFrame, inputs: Metadata) -> None:
