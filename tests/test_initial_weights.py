@@ -67,6 +67,19 @@ def test_positions_are_resampled(initial):
     assert torch.allclose(larger.pos_embed[0, 1:].mean(0), original[0, 1:].mean(0), atol=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_other_families_start_from_their_bundles_too(tmp_path):
+    """Swin's relative positions depend on the image size, and its classifier is `head.fc`."""
+    options = {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 4, 8)}
+    network = {"architecture": "swin_tiny_patch4_window7_224", "options": options}
+    start = InitialWeights.read(tiny_bundle(tmp_path / "bundle", **network).path)
+    larger, original = tiny_backbone(classes=3, seed=1, image_size=96, **network), tiny_backbone(**network)
+    assert start.put_into(larger, ("MEL", "NV", "BCC")) == ["head.fc"]
+    assert larger.head.fc.weight.shape == (3, 128)
+    assert torch.allclose(larger.patch_embed.proj.weight, original.patch_embed.proj.weight, atol=1e-2)
+
+
 @pytest.mark.parametrize("classes", [("MEL", "NV", "BCC"), "the same in another order"])
 def test_other_classes_get_a_new_head(initial, classes):
     classes = classes if isinstance(classes, tuple) else initial.bundle.config.classes[::-1]

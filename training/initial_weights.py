@@ -1,14 +1,13 @@
 """Start training from the weights of a bundle: at another image size, for other classes, on other data."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from handlers.backbone import is_vision_transformer
 from handlers.bundle import Bundle, BundleError
 from handlers.metadata import Metadata
 from handlers.receipt import Receipt, image_identities, overlap, read_receipt
@@ -49,7 +48,7 @@ class InitialWeights:
         return {"digest": self.bundle.digest, "receipt": self.receipt.to_dict()}
 
     def put_into(self, backbone: nn.Module, classes: tuple[str, ...], inputs: Metadata | None = None) -> list[str]:
-        """Load the weights, with a transformer's positions resampled to the backbone's grid.
+        """Load the weights, with a transformer's positions resampled to the backbone's grid of patches.
 
         Returns:
             The heads that keep their random weights, because `classes` or metadata `inputs` differ from the bundle's.
@@ -59,10 +58,8 @@ class InitialWeights:
         """
         model: Any = backbone
         config, weights = self.bundle.config, read_weights(self.bundle).network
-        if is_vision_transformer(model) and "pos_embed" in weights and model.pos_embed is not None:
-            prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-            grid = list(model.patch_embed.grid_size)
-            weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], grid, num_prefix_tokens=prefix)
+        if convert := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
+            weights = convert(weights, model)  # timm's own way to resample positions
 
         new_heads = []
         if classes != config.classes:
