@@ -69,6 +69,7 @@ def test_positions_are_resampled(initial):
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
 def test_other_families_start_from_their_bundles_too(tmp_path):
     """Swin's relative positions depend on the image size, and its classifier is `head.fc`."""
     options = {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 4, 8)}
