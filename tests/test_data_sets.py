@@ -91,7 +91,7 @@ CASES = {
         "2,melanoma (in situ),5,back,male,excision,NEL/Nel3.jpg,NEL/Nel4.jpg\n"
         "3,lentigo,5,back,male,excision,NEL/Nel5.jpg,NEL/Nel6.jpg\n",
         [f"images/NEL/Nel{n}.jpg" for n in range(1, 7)],
-        {"Nel2": "NV", "Nel4": "MEL"},
+        {"Nel2": "NV", "Nel4": "MEL", "Nel6": "UNK"},
     ),
     "pad_ufes_20": (
         "patient_id,lesion_id,age,gender,region,diagnostic,img_id,biopsed\nPAT_1,10,55,FEMALE,NECK,NEV,PAT_1_10_1.png,True\n"
@@ -141,8 +141,8 @@ def test_patients_age_and_site(build):
 
 @pytest.mark.parametrize(
     ("name", "clinical", "images"),
-    [("isic2024", None, 2), ("isic2024", True, 2), ("pad_ufes_20", None, 3), ("derm7pt", None, 2), ("derm7pt", True, 4),
-     ("derm7pt", False, 2)],
+    [("isic2024", None, 2), ("isic2024", True, 2), ("pad_ufes_20", None, 3), ("derm7pt", None, 3), ("derm7pt", True, 6),
+     ("derm7pt", False, 3)],
 )  # fmt: skip
 def test_pictures_that_are_no_dermoscopy(build, name, clinical, images):
     frame, report = build("metadata.csv", *CASES[name][:2], clinical=clinical)

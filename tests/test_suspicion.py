@@ -78,6 +78,17 @@ def test_each_source_keeps_the_promise():
     assert costs == sorted(costs)
 
 
+def test_a_source_with_few_lesions_neither_lowers_thresholds_nor_breaks_their_order():
+    logits, labels = sample(1200, 5)
+    sources = np.where(np.arange(1200) < 20, "small", "large")
+    logits[:20] = 3 * np.eye(3)[1]  # every lesion of the small source looks benign
+    alarm = fit_calibration(logits, labels, CLASSES, sources=sources).malignant
+    alone = fit_calibration(logits, labels, CLASSES).malignant
+    assert alarm.promise(0.9).threshold == pytest.approx(alone.promise(0.9).threshold, rel=0.2)
+    thresholds = [promise.threshold for promise in alarm.promises]
+    assert thresholds == sorted(thresholds, reverse=True)
+
+
 def test_promises_need_enough_lesions():
     labels = np.where(np.arange(200) < 12, 0, 1)  # 12 melanomas: 1 / 13 > 0.05
     alarm = fit_alarm([np.eye(3)[labels]], labels, CLASSES, ("MEL",), np.arange(200))

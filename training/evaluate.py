@@ -148,7 +148,7 @@ def suspicions(rows: pd.DataFrame, predictions: Sequence[Prediction], resamples:
         if present and present[0].alarm.promises:
             shares = np.array([suspicion.share for suspicion in present])
             reports[name] = suspicion_report(rows, present[0].alarm, shares, resamples)
-    return reports
+    return {name: report for name, report in reports.items() if report["sources"]}  # else there are too few lesions
 
 
 def diagrams(rows: pd.DataFrame, predictions: Sequence[Prediction], report: dict[str, Any]) -> dict[str, Figure]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from handlers.suspicion import Alarm, Promise
 
+MIN_LESIONS = 30  # to be found in a source, for a promise that holds in this source by itself
 SENSITIVITIES = (0.8, 0.85, 0.9, 0.95, 0.97, 0.99)
 
 
@@ -26,8 +27,9 @@ def fit_alarm(
 ) -> Alarm:
     """Fit the promises for the classes `codes`.
 
-    A promise holds for all sources together, and in each source with enough lesions for it: its threshold is the lowest
-    of theirs. Without that, a source that the network finds harder would pay for the others.
+    A promise holds for all sources together, and in each source with MIN_LESIONS: its threshold is the lowest of
+    theirs. Without that, a source that the network finds harder would pay for the others. A higher promise never has a
+    higher threshold than a lower one.
 
     Args:
         variants: probabilities (N, K) of the calibration split's images; two for a model that takes metadata, with and
@@ -42,13 +44,15 @@ def fit_alarm(
     share = np.where(positive, np.min(shares, axis=0), np.max(shares, axis=0))
     groups = [positive]
     if sources is not None:
-        groups += [positive & (sources == source) for source in np.unique(sources[positive])]
-    promises = []
+        by_source = [positive & (sources == source) for source in np.unique(sources[positive])]
+        groups += [group for group in by_source if len(np.unique(lesions[group])) >= MIN_LESIONS]
+    promises: list[Promise] = []
     for sensitivity in SENSITIVITIES:
         thresholds = [risk_threshold(share[group], lesions[group], 1 - sensitivity) for group in groups]
         if thresholds[0] is None:
             continue
-        threshold = min(value for value in thresholds if value is not None)
+        earlier = promises[-1].threshold if promises else 1.0
+        threshold = min(earlier, *(value for value in thresholds if value is not None))
         flagged = pd.Series(share[~positive] >= threshold).groupby(lesions[~positive]).mean()
         promises.append(Promise(sensitivity, threshold, float(flagged.mean()) if len(flagged) else None))
     return Alarm(tuple(codes), len(np.unique(lesions[positive])), tuple(promises))
