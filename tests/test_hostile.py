@@ -217,7 +217,7 @@ def test_bombs_are_refused_quickly(serving, sample_images):
     print(f"\nbombs: memory at most {growth:+.0f} MB, the slowest {slowest[1]} with {slowest[0]:.1f} s")
     assert not wrong, "\n".join(wrong)
     assert slowest[0] < 30, "TorchServe ends a worker that takes 60 s"
-    assert growth < 400, "unpacked, the least of them has more"
+    assert growth < 500, "bodies of 34 MiB come and go; unpacked, some would have gigabytes"
 
 
 @pytest.mark.live
