@@ -6,15 +6,20 @@ Every case has a few rows in the publisher's columns, and pictures where the pub
 import io
 import tarfile
 import zipfile
+from collections import Counter
 
 import pytest
 
 from handlers.errors import UserError
+from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import CODES
 from tests.datasets import isic2019_truth, picture, save, write
+from tests.hostile import dicom
 from training.data.data_sets import ROLES, data_sets
+from training.data.image_cache import build_cache
 from training.data.manifest import read_manifest
 from training.data.preparation import build_manifest
+from training.data.synthetic import draw_lesion
 
 ARCHIVE = (
     "isic_id,attribution,copyright_license,age_approx,anatom_site_general,diagnosis_1,diagnosis_2,diagnosis_3,"
@@ -228,6 +233,23 @@ def archive_zip(path):
         archive.writestr("a.txt", "x")
 
 
+def test_dicom_files_are_pictures_with_any_name(tmp_path):
+    """As in serving. A DICOM file of another kind, here without a picture, is reported and left out."""
+    data = tmp_path / "data"
+    for code, folder in (("MEL", "melanoma"), ("NV", "nevus")):
+        for seed in range(4):
+            path = data / folder / (f"{code}{seed}.dcm" if seed else f"{code}{seed}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(dicom.forms(draw_lesion(seed, code, size=(96, 96)))["RGB"])
+    (data / "nevus" / "broken.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    report = build_manifest([data], tmp_path / "m.csv")
+    frame = read_manifest(tmp_path / "m.csv")
+    assert Counter(frame["label"]) == {"MEL": 4, "NV": 4}
+    assert "broken.dcm" in str(report)
+    pixels = build_cache(frame, Preprocessing(32), tmp_path / "cache")
+    assert pixels.std(axis=(1, 2, 3)).min() > 5
+
+
 def archive_tar(path):
     with tarfile.open(path, "w") as archive:
         archive.addfile(tarfile.TarInfo("a"))
@@ -239,10 +261,9 @@ def archive_tar(path):
         ("images.zip", archive_zip, "archive: 1"),
         ("images.tar", archive_tar, "archive: 1"),
         ("train-image.hdf5", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n"), "HDF5: 1"),
-        ("lesion", lambda path: path.write_bytes(b"\0" * 128 + b"DICM"), "DICOM: 1"),
     ],
 )
-def test_a_folder_of_archives_dicom_or_hdf5_is_refused_with_their_names(tmp_path, name, make, kind):
+def test_a_folder_of_archives_or_hdf5_is_refused_with_their_names(tmp_path, name, make, kind):
     data = tmp_path / "data"
     write(data / "metadata.csv", CASES["isic2020"][0])
     make(data / name)

@@ -39,7 +39,7 @@ def scan(root: Path, faults: Faults) -> tuple[list[Path], list[Path]]:
     """Return the pictures and the tables below a folder, links followed.
 
     Raises:
-        SourceError: the folder is missing, no folder, cannot be listed, or has only archives, DICOM or HDF5 files.
+        SourceError: the folder is missing, no folder, cannot be listed, or has only archives or HDF5 files.
     """
     if not root.exists():
         raise SourceError(f"There is no {root}. Give the folder that holds the data set.")
@@ -65,13 +65,13 @@ def scan(root: Path, faults: Faults) -> tuple[list[Path], list[Path]]:
         kinds = ", ".join(f"{kind}: {len(paths):,}" for kind, paths in sorted(containers.items()))
         raise SourceError(
             f"{root} has no pictures, but other files ({kinds}), such as {min(min(containers.values()))}. Unpack "
-            "archives, and convert DICOM and HDF5 files to PNG."
+            "archives, and convert HDF5 files to PNG."
         )
     return images, tables
 
 
 def _kind(path: Path) -> str:
-    """Return "picture", "archive", "DICOM", "HDF5" or "" by a file's first bytes."""
+    """Return "picture", "archive", "HDF5" or "" by a file's first bytes."""
     if path.suffix.casefold() in _OTHER_ENDINGS:
         return ""
     try:
@@ -79,10 +79,8 @@ def _kind(path: Path) -> str:
             head = file.read(262)
     except OSError:
         return ""
-    if head.startswith(_PICTURES) or head[8:12] == b"WEBP" or head[4:8] == b"ftyp":
+    if head.startswith(_PICTURES) or head[8:12] == b"WEBP" or head[4:8] == b"ftyp" or head[128:132] == b"DICM":
         return "picture"
-    if head[128:132] == b"DICM":
-        return "DICOM"
     if head[257:262] == b"ustar":
         return "archive"
     return next((kind for start, kind in _CONTAINERS.items() if head.startswith(start)), "")
