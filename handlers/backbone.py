@@ -87,6 +87,8 @@ def _create(
     except (TypeError, AssertionError) as error:
         raise BackboneError(f"{architecture} cannot be built with {arguments}: {error}.") from error
     except RuntimeError as error:
+        if not pretrained:
+            raise
         raise BackboneError(f"The pretrained weights do not fit {architecture}: {str(error)[:200]}.") from error
 
 

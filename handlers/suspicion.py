@@ -52,9 +52,10 @@ class Alarm:
         None if there are no promises, or none of this sensitivity.
         """
         by_sensitivity = {promise.sensitivity: promise for promise in self.promises}
-        if sensitivity is not None or not by_sensitivity:
-            return by_sensitivity.get(sensitivity or 0.0)
-        return by_sensitivity.get(DEFAULT_SENSITIVITY, self.promises[-1])
+        if sensitivity is not None:
+            return by_sensitivity.get(sensitivity)
+        highest = self.promises[-1] if self.promises else None
+        return by_sensitivity.get(DEFAULT_SENSITIVITY, highest)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Alarm":

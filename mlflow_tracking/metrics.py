@@ -283,6 +283,18 @@ def interval(draws: Sequence[float] | NDArray[np.float64]) -> tuple[float, float
     return float(np.nanquantile(draws, 0.025)), float(np.nanquantile(draws, 0.975))
 
 
+def group_means(values: ArrayLike, groups: ArrayLike) -> NDArray[np.float64]:
+    """Return the mean of the values (N,) of each group, in the order of the sorted groups; empty without values."""
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    return np.asarray(np.bincount(member, np.asarray(values, np.float64)) / np.maximum(np.bincount(member), 1))
+
+
+def bootstrap_means(values: NDArray[np.float64], resamples: int, seed: int = 0) -> NDArray[np.float64]:
+    """Return the means (resamples,) of bootstrap samples of independent values (N,)."""
+    rng = np.random.default_rng(seed)
+    return np.array([rng.choice(values, len(values)).mean() for _ in range(resamples)])
+
+
 def report(
     labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str], groups: ArrayLike, resamples: int = 0
 ) -> dict[str, Any]:

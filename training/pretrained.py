@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -93,8 +92,11 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise PretrainedError(f"There is no file {path}; set pretrained_file to a .safetensors or .pth file.")
     content: Any
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
-    except (SafetensorError, Exception) as error:  # torch, zipfile and pickle each have their own errors
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, torch, zipfile and pickle each have their own errors
         raise PretrainedError(
             f"{path} cannot be read as weights ({type(error).__name__}). Save the network's state dict in it."
         ) from error
@@ -104,10 +106,6 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise PretrainedError(f"{path} holds more than tensors. Save the network's state dict alone in it.")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
-
-
-def _load_tensors(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def match_names(weights: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:

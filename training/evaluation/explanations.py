@@ -20,6 +20,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from handlers.bundle import Bundle, BundleError
+from handlers.calibration import split_logits
 from handlers.files import write_json
 from handlers.runtimes import TorchRuntime
 from mlflow_tracking.command_line import console, run
@@ -43,7 +44,7 @@ BLUR = 0.08  # sigma of the blur of hidden cells, as a share of the side: it kee
 
 
 def check_heatmaps(bundle: Bundle, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-    """Make all three checks on pixels (N, S, S, 3), with each image explained for its own top class.
+    """Make all three checks on pixels (N, S, S, 3), with each image explained for its own top diagnosis.
 
     Returns `randomised` {shuffled part: mean rank correlation with the true maps}, `deletion` {order: mean probability
     of the top class after 0, 1, ..., STEPS tenths are hidden}, `deletion_area` (their means), `border` (share of the
@@ -55,8 +56,9 @@ def check_heatmaps(bundle: Bundle, pixels: NDArray[np.uint8]) -> dict[str, Any]:
     """
     rng = np.random.default_rng(SEED)
     runtime = TorchRuntime(bundle)
-    logits, maps = _run(runtime, pixels, np.full(len(pixels), -1))
-    targets = logits.argmax(1)
+    logits, _ = _run(runtime, pixels, np.full(len(pixels), -1))
+    targets = split_logits(logits, bundle.config.classes)[0].argmax(1)  # as served: a diagnosis, never UNK
+    _, maps = _run(runtime, pixels, targets)
     full = maps.max((1, 2)) > 0
     if not full.any():
         raise BundleError(
@@ -132,7 +134,8 @@ def _deletion(
     for step in range(STEPS + 1):
         hidden = (fine < step * cells / STEPS)[..., None]
         logits, _ = _run(runtime, np.where(hidden, blurred, pixels), targets)
-        probabilities = bundle.config.calibration.known_probabilities(logits)
+        lesion_logits, _ = split_logits(logits, bundle.config.classes)
+        probabilities = bundle.config.calibration.known_probabilities(lesion_logits)
         curve.append(float(probabilities[np.arange(len(targets)), targets].mean()))
     return curve
 

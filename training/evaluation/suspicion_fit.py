@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from handlers.suspicion import Alarm, Promise
+from mlflow_tracking import metrics
 
 MIN_LESIONS = 30  # to be found in a source, for a promise that holds in this source by itself
 SENSITIVITIES = (0.8, 0.85, 0.9, 0.95, 0.97, 0.99)
@@ -53,7 +53,7 @@ def fit_alarm(
             continue
         earlier = promises[-1].threshold if promises else 1.0
         threshold = min(earlier, *(value for value in thresholds if value is not None))
-        flagged = pd.Series(share[~positive] >= threshold).groupby(lesions[~positive]).mean()
+        flagged = metrics.group_means(share[~positive] >= threshold, lesions[~positive])
         promises.append(Promise(sensitivity, threshold, float(flagged.mean()) if len(flagged) else None))
     return Alarm(tuple(codes), len(np.unique(lesions[positive])), tuple(promises))
 

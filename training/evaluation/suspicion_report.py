@@ -1,6 +1,5 @@
 """How well the alarm keeps its promises on new lesions: by source, with its price and its operating curve."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ def _source_figures(
 ) -> dict[str, Any]:
     def rates(chosen: NDArray[np.bool_], threshold: float) -> NDArray[np.float64]:
         """Return the share of each lesion's images that are flagged."""
-        return np.asarray(pd.Series(shares[chosen] >= threshold).groupby(lesions[chosen]).mean(), np.float64)
+        return metrics.group_means(shares[chosen] >= threshold, lesions[chosen])
 
     promises = []
     for promise in alarm.promises:
@@ -67,8 +66,8 @@ def _source_figures(
         }
         if resamples:
             figures |= {
-                "sensitivity_95": mean_interval(kept, resamples),
-                "benign_flagged_95": mean_interval(price, resamples),
+                "sensitivity_95": metrics.interval(metrics.bootstrap_means(kept, resamples)),
+                "benign_flagged_95": metrics.interval(metrics.bootstrap_means(price, resamples)),
             }
         promises.append(figures)
     thresholds = np.quantile(shares[positive | others], np.linspace(0, 1, CURVE_POINTS))
@@ -81,10 +80,3 @@ def _source_figures(
             "sensitivity": [float(rates(positive, threshold).mean()) for threshold in thresholds],
         },
     }
-
-
-def mean_interval(values: Sequence[float] | NDArray[np.float64], resamples: int) -> tuple[float, float]:
-    """Return the middle 95 % of the means of bootstrap samples of independent values."""
-    rng = np.random.default_rng(0)
-    chosen = np.asarray(values)
-    return metrics.interval([float(rng.choice(chosen, len(chosen)).mean()) for _ in range(resamples)])

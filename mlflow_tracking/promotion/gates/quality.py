@@ -86,16 +86,15 @@ class AlarmGate(SetGate):
         eight = nine[:, :UNK] / np.maximum(1 - nine[:, [UNK]], 1e-9)  # UNK takes no part in the alarm
         flagged = alarm.share(eight, CODES[:UNK]) >= promise.threshold
         positive = np.isin(evaluation.labels, [CODES.index(code) for code in alarm.codes])
-        kept = lesion_means(flagged, evaluation.lesions, positive)
-        price = lesion_means(flagged, evaluation.lesions, ~positive & (evaluation.labels != UNK))
+        others = ~positive & (evaluation.labels != UNK)
+        kept, price = (metrics.group_means(flagged[rows], evaluation.lesions[rows]) for rows in (positive, others))
         if len(kept) < self.lesions or not len(price):
             return self.skipped(
                 f"The set has {len(kept)} lesions of {', '.join(alarm.codes)} and {len(price)} others; it needs "
                 f"{self.lesions} of the first and one other."
             )
-        rng = np.random.default_rng(0)
-        draws = [float(rng.choice(kept, len(kept)).mean()) for _ in range(self.resamples)]
-        upper, sensitivity, cost = float(np.quantile(draws, 0.95)), float(kept.mean()), float(price.mean())
+        upper = float(np.quantile(metrics.bootstrap_means(kept, self.resamples), 0.95))
+        sensitivity, cost = float(kept.mean()), float(price.mean())
         reason = (
             f"It flags {sensitivity:.3f} of {len(kept)} malignant lesions (at most {upper:.3f}, 95 %) and promises "
             f"{promise.sensitivity:g}. It flags {cost:.3f} of the others; the ceiling is {self.ceiling:g}."
@@ -155,16 +154,6 @@ class MalignantCallsGate(SetGate):
         share = float(candidate.answers.malignant[unknown].mean())
         reason = f"{share:.3f} of {number} pictures of UNK are called malignant; the ceiling is {self.ceiling:g}."
         return self.verdict(share <= self.ceiling, reason, share=share, images=number, ceiling=self.ceiling)
-
-
-def lesion_means(
-    flagged: NDArray[np.bool_], lesions: NDArray[np.int64], chosen: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Return the share of flagged pictures of each lesion among the chosen pictures."""
-    if not chosen.any():
-        return np.empty(0)
-    _, lesion = np.unique(lesions[chosen], return_inverse=True)
-    return np.asarray(np.bincount(lesion, flagged[chosen]) / np.bincount(lesion))
 
 
 def lower_difference(
