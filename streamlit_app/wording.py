@@ -71,7 +71,10 @@ NOT_FLAGGED_CAUTION = "A lesion that is not flagged can still be malignant. A do
 FLAGGED_CAUTION = "Most flagged lesions are benign. A doctor decides."
 MELANOMA_FLAGGED = "Melanoma by itself: flagged"
 MELANOMA_NOT_FLAGGED = "Melanoma by itself: not flagged"
-NO_ALARM = "**No alarm.** This model promises no sensitivity for malignant lesions, and its first class is no alarm."
+NO_ALARM = (
+    "**Suspicious or not: unknown.** This model promises no sensitivity for malignant lesions. A benign class rules "
+    "nothing out."
+)
 SENSITIVITY_LABEL = "Miss at most"
 
 # Many pictures
