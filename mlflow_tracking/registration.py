@@ -7,7 +7,7 @@ from pathlib import Path
 
 import handlers
 from handlers.bundle import Bundle
-from handlers.completion import complete
+from handlers.graph_export import complete
 from mlflow_tracking.registry import BUNDLE_ARTIFACT, Registration, Registry, RegistryError
 from mlflow_tracking.settings import MODEL_NAME
 from mlflow_tracking.version_card import description, requirements, signature_types, tags

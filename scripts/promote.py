@@ -29,9 +29,9 @@ from mlflow_tracking.promotion.locks import LOCK_SECONDS, StoreBusy, lock
 from mlflow_tracking.promotion.plan import Actual
 from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler, create_reconciler
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
-from mlflow_tracking.promotion.torchserve_client import TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable, check_alias
 from mlflow_tracking.settings import MODEL_NAME, Settings
+from mlflow_tracking.torchserve_client import TorchServeError, TorchServeUnavailable
 
 EXAMPLES = (
     "python scripts/promote.py to 3                    # champion is version 3",

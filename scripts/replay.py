@@ -17,9 +17,9 @@ from mlflow_tracking.promotion.gates.judgement_report import write_replay
 from mlflow_tracking.promotion.locks import LOCK_SECONDS, lock
 from mlflow_tracking.promotion.observe import Observer
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.torchserve_client import TorchServe
 from mlflow_tracking.registry import Registry, RegistryError
 from mlflow_tracking.settings import Settings
+from mlflow_tracking.torchserve_client import TorchServe
 
 REPLAY = "replay"  # the report's folder among the challenger's artifacts
 

@@ -1,6 +1,6 @@
 """The whole stack on one machine, without containers: `make up`, `make down` and `make status` call this.
 
-`up` stays in the foreground and runs supervisord (scripts/supervision.py). Each process ends with its parent, so
+`up` stays in the foreground and runs supervisord (scripts/supervisord.py). Each process ends with its parent, so
 nothing is left when `up` or supervisord is killed.
 """
 
@@ -29,9 +29,9 @@ from mlflow_tracking.command_line import command_group, console, errors, run, ta
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.locks import check_free
 from mlflow_tracking.settings import MODEL_NAME, ROOT, SHIPPED, Settings
-from scripts import local_processes
+from scripts import child_processes
 from scripts.registry_news import RegistryNews, RegistryRefused
-from scripts.supervision import PARTS, Supervision
+from scripts.supervisord import PARTS, Supervisord
 
 PATIENCE = 240  # seconds for a step; the first start derives the model's graph
 NEEDED_GB = 1  # of disk
@@ -183,7 +183,7 @@ def show_log(log: Path) -> None:
 class Start:
     """The wait until every part answers, the registry has a model, and a prediction is answered."""
 
-    def __init__(self, settings: StackSettings, supervision: Supervision, stopping: threading.Event) -> None:
+    def __init__(self, settings: StackSettings, supervision: Supervisord, stopping: threading.Event) -> None:
         self.settings, self.supervision, self.stopping = settings, supervision, stopping
         self.began = time.monotonic()
         self.news: RegistryNews | None = RegistryNews(settings.log("mlflow"))  # None once the database is refused
@@ -207,7 +207,7 @@ class Start:
         """Give the shipped model to an empty registry."""
         environment, log = self.settings.environment(), self.settings.log("register")
         empty = champion(self.settings) is None
-        process = local_processes.start([sys.executable, *REGISTER], environment, log, cwd=ROOT) if empty else None
+        process = child_processes.start([sys.executable, *REGISTER], environment, log, cwd=ROOT) if empty else None
 
         def check() -> str | None:
             code = process.poll() if process else 0
@@ -248,7 +248,7 @@ class Start:
                 raise StackError(f"{part.title} cannot start: it stopped four times. The end of its log is above.")
 
 
-def watch(settings: StackSettings, supervision: Supervision, stopping: threading.Event) -> None:
+def watch(settings: StackSettings, supervision: Supervisord, stopping: threading.Event) -> None:
     """Until `stopping` is set, report restarts, and restart supervisord as it restarts the parts."""
     pids: dict[str, int] = {}
     while not stopping.wait(1):
@@ -278,7 +278,7 @@ def up() -> None:
         check_machine(settings)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: stopping.set())
-        supervision = Supervision(settings.run_dir)
+        supervision = Supervisord(settings.run_dir)
         supervision.start(settings.environment())
         try:
             Start(settings, supervision, stopping).run()
@@ -292,7 +292,7 @@ def up() -> None:
                 watch(settings, supervision, stopping)
         finally:
             with console.status("Stopping …"):
-                local_processes.end(supervision.process)
+                child_processes.end(supervision.process)
         console.print("Stopped. Runs and models stay; `make up` continues with them.")
 
 
@@ -315,7 +315,7 @@ def down() -> None:
 @app.command()
 def status() -> None:
     """Show the state, the uptime and the address of each part. The exit code is 1 unless all are running."""
-    supervision = Supervision(load_settings().run_dir)
+    supervision = Supervisord(load_settings().run_dir)
     if not (states := supervision.states()):
         raise StackError("The stack is not running. `make up` starts it.")
     os.environ |= supervision.environment()  # its ports may not be those of this shell

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from scripts.local_processes import free_ports
+from scripts.child_processes import free_ports
 from tests.conftest import ROOT
 from tests.waiting import eventually
 

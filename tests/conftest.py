@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts import local_processes
-from scripts.local_processes import free_ports
+from scripts import child_processes
+from scripts.child_processes import free_ports
 
 ROOT = Path(__file__).parent.parent
 PORTS = ["MLFLOW_PORT", "TORCHSERVE_PORT", "TORCHSERVE_METRICS_PORT", "PROMOTER_PORT", "STREAMLIT_PORT"]
@@ -112,7 +112,7 @@ class Stack:
         began = time.monotonic()
         log = self.folder / "up.log"
         log.unlink(missing_ok=True)
-        self.process = local_processes.start([sys.executable, "scripts/stack.py", "up"], self.env, log, cwd=ROOT)
+        self.process = child_processes.start([sys.executable, "scripts/stack.py", "up"], self.env, log, cwd=ROOT)
         while "is ready" not in self.output:
             assert self.process.poll() is None, f"the stack did not start:\n{self.output}"
             assert time.monotonic() - began < START_SECONDS, f"no start in {START_SECONDS} s:\n{self.output}"

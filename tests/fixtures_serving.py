@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from handlers.bundle import Bundle
-from handlers.completion import complete
+from handlers.graph_export import complete
 from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
 from tests.conftest import ROOT

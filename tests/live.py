@@ -22,8 +22,8 @@ from mlflow_tracking.promotion.reconcile import Pass, Reconciler, create_reconci
 from mlflow_tracking.registration import register
 from mlflow_tracking.registry import Registry
 from mlflow_tracking.settings import Settings
-from scripts import local_processes
-from scripts.local_processes import free_ports
+from scripts import child_processes
+from scripts.child_processes import free_ports
 from tests.conftest import ROOT
 
 START_SECONDS = 120  # two busy cores
@@ -44,7 +44,7 @@ class Server:
     process: subprocess.Popen[bytes] = field(init=False)
 
     def start(self) -> "Server":
-        self.process = local_processes.start([self.script], os.environ | self.env, self.log, cwd="/")
+        self.process = child_processes.start([self.script], os.environ | self.env, self.log, cwd="/")
         end = time.monotonic() + START_SECONDS
         while not self.healthy():
             assert self.process.poll() is None, f"{self.script} ended:\n{self.text()}"

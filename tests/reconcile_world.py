@@ -19,8 +19,8 @@ from mlflow_tracking.promotion.gates.identity import GoldenParityGate
 from mlflow_tracking.promotion.ledger import Ledger
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
-from mlflow_tracking.promotion.torchserve_client import ServedVersion, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable
+from mlflow_tracking.torchserve_client import ServedVersion, TorchServeError, TorchServeUnavailable
 
 
 class Killed(BaseException):

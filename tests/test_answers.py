@@ -12,11 +12,11 @@ import pytest
 
 from handlers.errors import UserError
 from handlers.taxonomy import CODES
-from mlflow_tracking.metrics import balanced_accuracy
+from mlflow_tracking.classification_metrics import balanced_accuracy
 from mlflow_tracking.promotion.answers import Answers
 from mlflow_tracking.promotion.comparison import compare, replay_folder
 from mlflow_tracking.promotion.gates.judgement_report import write_replay
-from mlflow_tracking.promotion.torchserve_client import TorchServeError
+from mlflow_tracking.torchserve_client import TorchServeError
 from tests.gates_world import CHAMPION, answer, patch
 
 pytest_plugins = ["tests.fixtures_gates"]
@@ -73,7 +73,7 @@ def test_each_picture_is_asked_once_and_an_interrupted_run_resumes(case):
 
 
 def test_passing_errors_are_retried_and_others_are_raised(case, monkeypatch):
-    monkeypatch.setattr("mlflow_tracking.promotion.torchserve_client.RETRY_WAITS", (0.0, 0.0))
+    monkeypatch.setattr("mlflow_tracking.torchserve_client.RETRY_WAITS", (0.0, 0.0))
     case.server.fail = [503, 507]
     assert len(case.candidate.answers.top) == len(case.candidate.evaluation)
     case.server.fail = [503] * 6
@@ -103,7 +103,7 @@ def test_a_replay_lists_files_that_are_no_pictures(case, tmp_path, monkeypatch):
     assert "not a picture" in table["refused"]["notes.png"]
     write_replay(tmp_path, "1", "2", {"clinic": table})
     assert "notes.png</code> was left out: This is not a picture" in (tmp_path / "report.html").read_text()
-    monkeypatch.setattr("mlflow_tracking.promotion.torchserve_client.RETRY_WAITS", (0.0, 0.0))
+    monkeypatch.setattr("mlflow_tracking.torchserve_client.RETRY_WAITS", (0.0, 0.0))
     case.server.fail = [500] * 9
     with pytest.raises(TorchServeError, match="busy"):
         replay_folder(case.server, folder, CHAMPION, case.candidate.release)

@@ -10,12 +10,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from handlers import completion
+from handlers import graph_export
 from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, seal
 from handlers.calibration import Calibration, Conformal
-from handlers.completion import complete
 from handlers.errors import UserError
 from handlers.files import new_folder
+from handlers.graph_export import complete
 from handlers.predictor import Predictor
 from handlers.taxonomy import CODES
 from handlers.unknown_class import Rejection
@@ -139,7 +139,7 @@ def test_an_unknown_runtime_or_precision_is_refused(slim, options, message):
 
 
 def test_a_graph_that_disagrees_is_refused_and_leaves_nothing(slim, tmp_path, monkeypatch):
-    monkeypatch.setattr(completion, "PROBABILITY_TOLERANCE", -1.0)
+    monkeypatch.setattr(graph_export, "PROBABILITY_TOLERANCE", -1.0)
     with pytest.raises(BundleError, match="disagrees"):
         complete(slim, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -206,7 +206,7 @@ def test_a_failing_export_is_logged_and_served_by_torch(slim, tmp_path, monkeypa
     def fail(*_):
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(completion, "export_graph", fail)
+    monkeypatch.setattr(graph_export, "export_graph", fail)
     bundle = complete(slim, tmp_path / "bundle")
     assert (bundle.config.runtime, bundle.has_graph) == ("torch", False)
     assert "torch will serve it, more slowly: no such operation" in caplog.text

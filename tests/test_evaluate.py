@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from handlers.taxonomy import CODES
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 from tests.commands import invoke
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest

@@ -18,14 +18,14 @@ from handlers.errors import ImageError
 from handlers.metadata import Metadata
 from handlers.predictor import Predictor
 from handlers.taxonomy import CODES
-from mlflow_tracking.metrics import balanced_accuracy
+from mlflow_tracking.classification_metrics import balanced_accuracy
 from mlflow_tracking.promotion.answers import Answers
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates import behaviour, identity
 from mlflow_tracking.promotion.gates.base import Outcome
 from mlflow_tracking.promotion.gates.judge import GATES, Judgement
 from mlflow_tracking.promotion.gates.quality import lower_difference
-from mlflow_tracking.promotion.torchserve_client import TorchServeError
+from mlflow_tracking.torchserve_client import TorchServeError
 from tests.gates_world import SIGNATURE, answer, receipt, resealed
 from tests.models import tiny_bundle
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_model_fails_golden_parity(case, tmp_path, monke
 
 
 def test_a_worker_that_dies_over_golden_pictures_costs_the_candidate_nothing(case, monkeypatch):
-    monkeypatch.setattr("mlflow_tracking.promotion.torchserve_client.RETRY_WAITS", (0.0, 0.0))
+    monkeypatch.setattr("mlflow_tracking.torchserve_client.RETRY_WAITS", (0.0, 0.0))
     gate = case.gates["golden parity"]
     case.server.fail = [507, 500]
     assert gate.evaluate(case.candidate).passed

@@ -21,7 +21,7 @@ from handlers.bundle import Bundle
 from mlflow_tracking import registry_database
 from mlflow_tracking.registry import HEAD_TAG, Registry
 from mlflow_tracking.settings import MODEL_NAME, ROOT, Settings, takes_sockets
-from scripts.local_processes import free_ports
+from scripts.child_processes import free_ports
 from scripts.promote import no_champion
 from scripts.register_model import is_empty
 from tests.live import mlflow_server

@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 
 from handlers.backbone import MetadataHead, build_backbone
 from handlers.bundle import CONFIG, WEIGHTS, Bundle, BundleError, seal
-from handlers.completion import _check_golden
 from handlers.files import write_json
 from handlers.gradcam import AutogradGradCam, TappedBackbone, grad_cam
+from handlers.graph_export import _check_golden
 from handlers.metadata import FIELDS, SEXES, SITES, Metadata, MetadataError
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor

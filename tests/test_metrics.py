@@ -20,7 +20,7 @@ from sklearn.metrics import (
 )
 
 from handlers.taxonomy import CODES, KNOWN_CODES
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 from training.evaluation.evaluation_report import MIN_SLICE, build_report, conditional, headline, slices
 
 # Four images, three classes: right, right, wrong (0 for 1), right.

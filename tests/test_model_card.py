@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from handlers.bundle import Bundle
-from handlers.completion import complete
+from handlers.graph_export import complete
 from handlers.metadata import FIELDS
 from handlers.predictor import Predictor
 from handlers.receipt import SEEN_SPLITS, read_receipt

@@ -22,7 +22,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from mlflow_tracking.registry import Registry
-from scripts.local_processes import free_ports
+from scripts.child_processes import free_ports
 from tests.live import Promotion, mlflow_server, torchserve_server
 
 pytest_plugins = ["tests.fixtures_registry"]

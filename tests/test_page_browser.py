@@ -21,7 +21,7 @@ import httpx
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
-from scripts import local_processes
+from scripts import child_processes
 from tests.chromium import chromium
 from tests.fake_torchserve import CLASSES, NOWHERE, TAKES, answer_for
 from tests.waiting import eventually
@@ -45,15 +45,15 @@ def streamlit(folder: Path, script: str, torchserve: str) -> Iterator[str]:
     """Run `streamlit run` as a user types it, and yield its address."""
     env = os.environ | {"TORCHSERVE_URL": torchserve, "PROMOTER_URL": NOWHERE, "MLFLOW_PUBLIC_URL": MLFLOW}
     env.pop("PYTHONPATH", None)  # the project is installed; the page must not need its root on the path
-    [port] = local_processes.free_ports(1)
+    [port] = child_processes.free_ports(1)
     command = [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port)]
-    process = local_processes.start(command, env, Path(os.devnull), folder)
+    process = child_processes.start(command, env, Path(os.devnull), folder)
     address = f"http://127.0.0.1:{port}"
     try:
         eventually(lambda: httpx.get(f"{address}/_stcore/health").is_success, state=process.poll)
         yield address
     finally:
-        local_processes.end(process)
+        child_processes.end(process)
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,22 @@ import httpx
 import pytest
 
 from handlers.errors import UsageError
-from mlflow_tracking.promotion import ledger, locks, service, torchserve_client, workers
+from mlflow_tracking import torchserve_client
+from mlflow_tracking.promotion import ledger, locks, service, workers
 from mlflow_tracking.promotion.locks import StoreBusy
 from mlflow_tracking.promotion.plan import Action, Actual, Desired, NotYet, Release, Step, StepFailed
 from mlflow_tracking.promotion.reconcile import Pass
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
-from mlflow_tracking.promotion.torchserve_client import (
+from mlflow_tracking.settings import Settings
+from mlflow_tracking.torchserve_client import (
     RETRY_WAITS,
     ServedVersion,
     TorchServe,
     TorchServeError,
     with_retries,
 )
-from mlflow_tracking.settings import Settings
 from scripts import promote, replay
-from scripts.local_processes import free_ports
+from scripts.child_processes import free_ports
 from tests.conftest import Stack
 from tests.processes import running
 from tests.reconcile_world import World

@@ -29,7 +29,7 @@ from handlers.metadata import FIELDS, Metadata
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.registration import register
 from mlflow_tracking.registry import Registry
-from scripts.local_processes import free_ports
+from scripts.child_processes import free_ports
 from tests.conftest import ROOT
 from tests.live import NOWHERE, Promotion, clients, run_script, torchserve_server, variant
 from tests.models import tiny_bundle

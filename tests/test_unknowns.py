@@ -14,7 +14,7 @@ import pytest
 from scipy.special import logsumexp, softmax
 
 from handlers.predictor import Predictor
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 from mlflow_tracking.command_line import run
 from scripts.studies import unknowns, unknowns_report
 from scripts.studies.detectors import DETECTORS, DetectorInputs

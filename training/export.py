@@ -24,8 +24,8 @@ from handlers.bundle import (
     BundleConfig,
     seal,
 )
-from handlers.completion import seal_with_graph
 from handlers.files import new_folder, write_json
+from handlers.graph_export import seal_with_graph
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.preprocessing import fingerprint

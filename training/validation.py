@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from handlers.taxonomy import UNKNOWN
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 
 
 def validation_figures(

@@ -22,7 +22,7 @@ from handlers.taxonomy import CODES, MALIGNANT
 from mlflow_tracking.digests import short
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, with_retries
+from mlflow_tracking.torchserve_client import TorchServe, TorchServeError, with_retries
 
 # Enough to keep a worker busy, but the champion's requests do not wait behind a long queue.
 PARALLEL = 2

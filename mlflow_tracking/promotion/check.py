@@ -15,9 +15,9 @@ from mlflow_tracking.promotion.gates.base import Candidate, Outcome
 from mlflow_tracking.promotion.gates.judge import Judge, Judgement
 from mlflow_tracking.promotion.observe import Observer
 from mlflow_tracking.promotion.plan import Actual, Loaded, Refused, Release, StepFailed
-from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
 from mlflow_tracking.promotion.workers import Workers
 from mlflow_tracking.registry import Registry
+from mlflow_tracking.torchserve_client import TorchServe, TorchServeError
 
 # How long a check waits for the champion's worker to come back. Without a champion to compare with, the candidate
 # would pass as the first version of all.

@@ -10,11 +10,11 @@ import numpy as np
 from handlers.decoding import SHRINK_SIDE, decode
 from handlers.errors import ImageError, UserError
 from handlers.taxonomy import CODES
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 from mlflow_tracking.promotion.answers import PARALLEL, Answers, ask
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
+from mlflow_tracking.torchserve_client import TorchServe, TorchServeError
 
 MAX_FLIPS = 20  # flips that are listed by name
 

@@ -16,9 +16,9 @@ from mlflow_tracking.promotion.gates.judge import Judge
 from mlflow_tracking.promotion.ledger import Entry
 from mlflow_tracking.promotion.observe import Observer
 from mlflow_tracking.promotion.plan import Action, Actual, Refused, Release, Step, StepFailed
-from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
 from mlflow_tracking.promotion.workers import Workers
 from mlflow_tracking.registry import Registry
+from mlflow_tracking.torchserve_client import TorchServe, TorchServeError
 
 JUDGEMENTS = "judgements"  # folder in the model store: judgements, and the answers behind them
 

@@ -8,8 +8,8 @@ from mlflow_tracking.digests import DIGEST
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.ledger import Verifier
 from mlflow_tracking.promotion.plan import Actual, Desired, Loaded, NotYet, Release, Step
-from mlflow_tracking.promotion.torchserve_client import TorchServe
 from mlflow_tracking.registry import ALIASES, RegisteredVersion, Registry, RegistryUnavailable
+from mlflow_tracking.torchserve_client import TorchServe
 
 RECHECK_SECONDS = 1.0  # between two looks at the aliases during a long step
 

@@ -17,9 +17,9 @@ from mlflow_tracking.promotion.locks import lock
 from mlflow_tracking.promotion.observe import AliasWatch, desired_state, release_of
 from mlflow_tracking.promotion.outbox import Outbox
 from mlflow_tracking.promotion.plan import Action, Actual, Desired, NotYet, Refused, Release, Step, StepFailed, plan
-from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings
+from mlflow_tracking.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 
 # How a step may end; Executor.run raises nothing else.
 STEP_ERRORS = (NotYet, Refused, StepFailed, RegistryError, RegistryUnavailable, TorchServeUnavailable)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mlflow_tracking.promotion.ledger import Entry
 from mlflow_tracking.promotion.plan import Loaded, NotYet, StepFailed
-from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError
+from mlflow_tracking.torchserve_client import TorchServe, TorchServeError
 
 STARTUP_SECONDS = 120.0  # TorchServe's default for startupTimeout
 # How long a pass waits for a starting worker before it reads the aliases again.

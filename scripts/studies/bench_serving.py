@@ -25,9 +25,9 @@ import typer
 from handlers.backbone import build_backbone
 from handlers.bundle import Bundle, BundleConfig
 from handlers.calibration import Calibration
-from handlers.completion import complete
 from handlers.errors import UserError
 from handlers.files import atomic_file
+from handlers.graph_export import complete
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.preprocessing import Preprocessing

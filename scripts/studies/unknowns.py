@@ -28,7 +28,7 @@ from handlers.preprocessing import Preprocessing
 from handlers.request import Request
 from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT, UNKNOWN
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 from mlflow_tracking.command_line import console, run
 from scripts.studies.detectors import DETECTORS, DetectorInputs
 from scripts.studies.far_images import far_images

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handlers.taxonomy import KNOWN_CODES
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 from scripts.studies.detectors import DETECTORS
 
 SERVED = "vim"  # the detector that training/finish.py puts into a bundle

@@ -1,7 +1,7 @@
 """From predictions to one report of figures: known classes, as served, unknown diseases, conformal sets, slices.
 
 Training reports its own logits at the end; training/evaluate.py reports a bundle's answers, as served. Formulas are in
-mlflow_tracking/metrics.py. Free of torch.
+mlflow_tracking/classification_metrics.py. Free of torch.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from handlers.errors import UserError
 from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT, UNKNOWN
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 
 MIN_SLICE = 30  # smaller slices get no figures
 SLICE_METRICS = ("accuracy", "balanced_accuracy", "macro_auc", "ece")

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from mlflow_tracking.metrics import (
+from mlflow_tracking.classification_metrics import (
     area_under_risk_coverage,
     area_under_roc,
     expected_calibration_error,
@@ -90,7 +90,7 @@ def class_bars_figure(table: Mapping[str, Any], intervals: Mapping[str, Any]) ->
     """Draw recall, precision and specificity of each class as bars, with their 95 % intervals.
 
     Args:
-        table: `per_class` of mlflow_tracking.metrics.report.
+        table: `per_class` of mlflow_tracking.classification_metrics.report.
         intervals: its `per_class_intervals_95`, or empty.
     """
     codes = [code for code, figures in table.items() if figures["support"]]

@@ -19,7 +19,7 @@ from handlers.errors import ImageError
 from handlers.files import write_json
 from handlers.predictor import Predictor
 from handlers.taxonomy import CODES, KNOWN_CODES
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 from mlflow_tracking.command_line import console, progress_bar, run
 from training.data.manifest import ManifestError, fingerprint
 from training.data.synthetic import draw_lesion

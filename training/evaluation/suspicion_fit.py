@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handlers.suspicion import Alarm, Promise
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 
 MIN_LESIONS = 30  # to be found in a source, for a promise that holds in this source by itself
 SENSITIVITIES = (0.8, 0.85, 0.9, 0.95, 0.97, 0.99)

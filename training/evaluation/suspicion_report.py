@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from handlers.suspicion import Alarm
 from handlers.taxonomy import UNKNOWN
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 
 MIN_LESIONS = 10  # sources with fewer lesions to be found get no figures
 CURVE_POINTS = 101

@@ -18,7 +18,7 @@ from handlers.bundle import Bundle
 from mlflow_tracking.promotion.answers import AnswerBook, Answers
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.promotion.torchserve_client import TorchServe
+from mlflow_tracking.torchserve_client import TorchServe
 from mlflow_tracking.version_card import Signature
 
 NO_SET = "No evaluation set is frozen. Freeze one with prepare_data.py --freeze-eval."

@@ -15,7 +15,7 @@ from handlers.receipt import image_identities, overlap, read_receipt
 from mlflow_tracking.promotion.answers import ask_one
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
-from mlflow_tracking.promotion.torchserve_client import TorchServeError
+from mlflow_tracking.torchserve_client import TorchServeError
 from mlflow_tracking.version_card import signature_types
 
 LOCAL_TOLERANCE = 1e-3

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from handlers.taxonomy import CODES, UNKNOWN
-from mlflow_tracking import metrics
+from mlflow_tracking import classification_metrics as metrics
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, SetGate, Verdict
 
@@ -112,7 +112,7 @@ class CalibrationGate(SetGate):
     ceiling: float = Field(0.1, gt=0, le=1)
 
     def judge(self, candidate: Candidate, evaluation: EvaluationSet) -> Verdict:
-        """Compare mlflow_tracking.metrics.expected_calibration_error with the ceiling."""
+        """Compare mlflow_tracking.classification_metrics.expected_calibration_error with the ceiling."""
         error = metrics.expected_calibration_error(evaluation.labels, candidate.answers.probabilities)
         reason = f"The expected calibration error is {error:.3f}; the ceiling is {self.ceiling:g}."
         return self.verdict(error <= self.ceiling, reason, error=error, ceiling=self.ceiling)

@@ -24,9 +24,9 @@ from ts.context import Context, RequestProcessor
 
 from handlers.backbone import split_attention
 from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, Bundle, seal
-from handlers.completion import export_graph
 from handlers.decoding import decode
 from handlers.errors import UserError
+from handlers.graph_export import export_graph
 from handlers.overlay import SHOWN_MIN_SIDE, overlay
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor

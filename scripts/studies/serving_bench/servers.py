@@ -14,9 +14,9 @@ import yaml
 from handlers.bundle import Bundle
 from handlers.errors import UserError
 from mlflow_tracking.promotion import archive
-from mlflow_tracking.promotion.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from mlflow_tracking.settings import MODEL_NAME, ROOT
-from scripts import local_processes
+from mlflow_tracking.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
+from scripts import child_processes
 
 PATH = f"/predictions/{MODEL_NAME}"
 START_SECONDS = 180
@@ -75,14 +75,14 @@ def _folder(config: dict[str, object]) -> Iterator[Path]:
 @contextmanager
 def _torchserve(folder: Path, archive_name: str) -> Iterator[int]:
     """Run TorchServe with one archive of `folder`/store, and end it with the block."""
-    port, metrics = local_processes.free_ports(2)
+    port, metrics = child_processes.free_ports(2)
     # Only the archive's configuration sets the threads.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "PYTHONPATH"))}
     env |= {"STACK_STATE": str(folder), "MODEL_STORE": str(folder / "store"), "TORCHSERVE_RUN_DIR": str(folder / "run")}
     env |= {"TORCHSERVE_PORT": str(port), "TORCHSERVE_METRICS_PORT": str(metrics), "TORCHSERVE_HOST": "127.0.0.1"}
     env["TORCHSERVE_MANAGEMENT"] = ""
     log = folder / "torchserve.log"
-    process = local_processes.start([ROOT / "torchserve" / "start_torchserve.sh"], env, log)
+    process = child_processes.start([ROOT / "torchserve" / "start_torchserve.sh"], env, log)
     try:
         with closing(TorchServe(f"http://127.0.0.1:{port}", f"unix:{folder}/run/management.sock")) as client:
             end = time.monotonic() + START_SECONDS
@@ -93,7 +93,7 @@ def _torchserve(folder: Path, archive_name: str) -> Iterator[int]:
                 time.sleep(0.1)
         yield port
     finally:
-        local_processes.end(process, 5)
+        child_processes.end(process, 5)
 
 
 def _ready(client: TorchServe, archive_name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The parts of the stack without containers, and supervisord, which starts them and restarts a dead one."""
+"""supervisord starts, restarts and stops the parts of the stack without containers, and rotates their logs."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
 from mlflow_tracking.settings import MODEL_NAME, ROOT
-from scripts import local_processes
+from scripts import child_processes
 
 UNANSWERED = (OSError, HTTPException, xmlrpc.client.Error)  # by a supervisord that starts, stops or is busy
 
@@ -54,7 +54,7 @@ logfile_maxbytes = 5MB
 """
 PROGRAM = """
 [program:{name}]
-command = python -S -m scripts.local_processes {command}
+command = python -S -m scripts.child_processes {command}
 startsecs = 3
 autorestart = true
 stopasgroup = true
@@ -65,7 +65,7 @@ stdout_logfile_maxbytes = 5MB
 """
 
 
-class Supervision:
+class Supervisord:
     """The supervisord of one stack. `run_dir` holds its configuration and its control socket."""
 
     process: subprocess.Popen[bytes]  # once started here
@@ -80,7 +80,7 @@ class Supervision:
         (self.run_dir / "supervisord.conf").write_text(text)
         (self.run_dir / "control.sock").unlink(missing_ok=True)  # of a supervisord that was killed
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", f"{self.run_dir}/supervisord.conf"]
-        self.process = local_processes.start(command, environment, cwd=ROOT)
+        self.process = child_processes.start(command, environment, cwd=ROOT)
 
     @property
     def _interface(self) -> Any:

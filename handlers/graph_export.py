@@ -1,4 +1,4 @@
-"""Completion: derive a bundle's serving graph from its weights, and check it against the golden answers."""
+"""Derive a bundle's serving graph from its weights, and check it against the golden answers."""
 
 import logging
 import shutil
