@@ -95,7 +95,7 @@ def chart_heading(answer: Answer) -> str:
 
 def uncertainty(answer: Answer) -> str:
     """Return the cards below the chart: certainty, likely classes, and the ninth class."""
-    _, headline, sentence = wording.certainty(answer)
+    headline, sentence = wording.certainty_text(answer)
     cards = [(headline, f"<p>{escape(sentence)}</p>")]
     conformal_set, level = answer.uncertainty.conformal_set, answer.uncertainty.confidence_level
     if conformal_set is not None and level is not None:

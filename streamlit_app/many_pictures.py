@@ -8,6 +8,7 @@ import pandas as pd
 
 from streamlit_app import wording
 from streamlit_app.answer_schema import METADATA, UNKNOWN, Answer
+from streamlit_app.certainty import certainty
 from streamlit_app.readings import Reading
 
 PICTURE = "picture"
@@ -28,7 +29,7 @@ def overview(answers: Sequence[tuple[str, str | None, Answer]], sensitivity: flo
             "probability": 100 * answer.probabilities[answer.ranking[0]],
             "malignancy": 100 * answer.malignancy,
             "unknown": 100 * answer.probabilities.get(UNKNOWN, 0.0),
-            "certainty": wording.certainty(answer)[0],
+            "certainty": certainty(answer),
         }
         for name, thumbnail, answer in answers
     )

@@ -3,10 +3,10 @@
 The names and descriptions of the classes and the reasons for a refusal come from the model server.
 """
 
-import math
 from fractions import Fraction
 
-from streamlit_app.answer_schema import UNKNOWN, Answer, ClassKind, PromoterState
+from streamlit_app.answer_schema import Answer, ClassKind, PromoterState
+from streamlit_app.certainty import certainty, equal_choices
 from streamlit_app.client import ProblemKind
 
 PAGE_TITLE = "Skin lesion reader"
@@ -154,27 +154,24 @@ def with_percent(answer: Answer, code: str) -> str:
     return f"{answer.classes[code].name} ({percent(answer.probabilities[code])})"
 
 
-def certainty(answer: Answer) -> tuple[str, str, str]:
-    """Return the model's certainty as a word, a headline and a sentence.
-
-    exp(entropy), the perplexity, is the number of equally likely classes with the same entropy.
-    """
-    if answer.ranking[0] == UNKNOWN:
+def certainty_text(answer: Answer) -> tuple[str, str]:
+    """Return the model's certainty as a headline and a sentence."""
+    level = certainty(answer)
+    if level == "not recognised":
         return (
-            "not recognised",
             "The model does not recognise this picture",
             "The other eight probabilities mean little here. The model also fails to recognise a few pictures of "
             "lesions that it knows.",
         )
-    entropy = answer.uncertainty.entropy
-    choices = math.exp(entropy)
     first, second = (answer.classes[code].name for code in answer.ranking[:2])
+    sentences = {
+        "high": f"Nearly all of the probability is on {first}.",
+        "medium": f"The model leans towards {first}, followed by {second}.",
+        "low": "The probability is spread over several classes.",
+    }
+    choices, entropy = equal_choices(answer), answer.uncertainty.entropy
     measure = f"An even choice among {choices:.1f} classes has the same entropy ({entropy:.2f} nats)."
-    if choices < 1.5:
-        return "high", "Certainty: high", f"Nearly all of the probability is on {first}. {measure}"
-    if choices < 3:
-        return "medium", "Certainty: medium", f"The model leans towards {first}, followed by {second}. {measure}"
-    return "low", "Certainty: low", f"The probability is spread over several classes. {measure}"
+    return f"Certainty: {level}", f"{sentences[level]} {measure}"
 
 
 def deployment(state: PromoterState) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 from streamlit.testing.v1 import AppTest
 
 from streamlit_app import charts, heatmap, html_blocks, many_pictures, pictures, wording
+from streamlit_app.certainty import certainty
 from streamlit_app.client import ServingError
 from streamlit_app.readings import Reading, Upload
 from tests.fake_torchserve import CLASSES, NOWHERE, PICTURE, PROMISES, TAKES, answer_for, parse
@@ -67,7 +68,7 @@ class TestWords:
 
     @pytest.mark.parametrize(("entropy", "word"), [(0.1, "high"), (0.8, "medium"), (1.8, "low")])
     def test_certainty(self, entropy, word):
-        assert wording.certainty(parse(uncertainty={"entropy": entropy}))[0] == word
+        assert certainty(parse(uncertainty={"entropy": entropy})) == word
 
     @pytest.mark.parametrize(("code", "tag"), [("UNK", "No known class"), ("AK", "Precancerous"), ("MEL", "Malignant")])
     def test_no_dangerous_class_is_called_benign(self, code, tag):
@@ -76,7 +77,7 @@ class TestWords:
         assert f">{tag}<" in block
         assert "Not malignant" not in block
         assert "(MEL, BCC, SCC)" in block
-        assert (wording.certainty(answer)[0] == "not recognised") == (code == "UNK")
+        assert (certainty(answer) == "not recognised") == (code == "UNK")
 
     @pytest.mark.parametrize(
         ("sensitivity", "headline", "sentences"),
