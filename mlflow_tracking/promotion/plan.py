@@ -208,16 +208,11 @@ class _Draft:
     def _free_number(self, old: Release) -> None:
         """Retire a release of another registry, because TorchServe holds one model under one version number.
 
-        If it is the default, another approved release answers in the meantime. Without one there is a gap of seconds.
+        If it is the default, nothing answers until the new release is loaded.
         """
-        if self.default == old.version:
-            others = [held for version, held in self.loaded.items() if version != old.version]
-            stand_in = next((held.release for held in others if held.ready and held.release in self.approved), None)
-            if stand_in is not None:
-                self.serve(stand_in)
-            else:
-                for held in others:  # TorchServe refuses to drop the default while other versions are loaded
-                    self.retire(held.release)
+        if self.default == old.version:  # TorchServe refuses to drop the default while other versions are loaded
+            for held in [held for held in self.loaded.values() if held.release != old]:
+                self.retire(held.release)
         self.retire(old)
 
     def check(self, release: Release, again: bool = False) -> None:

@@ -1,8 +1,7 @@
 """Published detectors of unknown classes, from a network's features and logits; unknowns.py compares them.
 
 Every detector is fitted on images of known lesions and returns one number per image, high for unknown ones. They use
-the logits (`max_softmax` to `standardised_logit`), the features (`mahalanobis`, `relative_mahalanobis`, `knn`), or both
-(`react`, `grad_norm`, `vim`).
+the logits (`max_softmax`, `max_logit`, `energy`), the features (`mahalanobis`), or both (`react`, `vim`).
 """
 
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from training.evaluation.unknown_class_fit import KnownLesions, fit_known_space
 
 Array = NDArray[np.float64]
 
-NEIGHBOURS = 50  # Sun et al. 2022 take 50 to 1000, growing with the size of the training set
 REACT_PERCENTILE = 90  # Sun, Guo & Li 2021
 RIDGE = 1e-3  # of the mean variance, added to covariances: few images, many features
 
@@ -47,30 +45,10 @@ def energy(lesions: KnownLesions) -> Score:
     return lambda out: -logsumexp(out.logits, axis=1)
 
 
-def standardised_logit(lesions: KnownLesions) -> Score:
-    """The largest logit, standardised among known images predicted as the same class (Jung et al. 2021)."""
-    top, value = lesions.logits.argmax(1), lesions.logits.max(1)
-    classes = lesions.logits.shape[1]
-    chosen = [value[top == k] if (top == k).sum() > 1 else value for k in range(classes)]
-    mean, deviation = np.array([v.mean() for v in chosen]), np.array([v.std() + 1e-6 for v in chosen])
-
-    def score(out: DetectorInputs) -> Array:
-        predicted = out.logits.argmax(1)
-        return -(out.logits.max(1) - mean[predicted]) / deviation[predicted]
-
-    return score
-
-
 def react(lesions: KnownLesions) -> Score:
     """The energy with features clipped at a high percentile of the known images' (Sun, Guo & Li 2021)."""
     limit = np.percentile(lesions.features, REACT_PERCENTILE)
     return lambda out: -logsumexp(np.minimum(out.features, limit) @ lesions.weight.T + lesions.bias, axis=1)
-
-
-def grad_norm(lesions: KnownLesions) -> Score:
-    """The norm of the gradient at the head of the divergence from a uniform answer, negative (Huang et al. 2021)."""
-    classes = lesions.weight.shape[0]
-    return lambda out: -np.abs(out.features).sum(1) * np.abs(1 / classes - softmax(out.logits, axis=1)).sum(1)
 
 
 def mahalanobis(lesions: KnownLesions) -> Score:
@@ -80,26 +58,6 @@ def mahalanobis(lesions: KnownLesions) -> Score:
     centred = features - means[np.searchsorted(np.unique(labels), labels)]
     precision = _precision(centred)
     return lambda out: np.min([_squared(out.features - mean, precision) for mean in means], axis=0)
-
-
-def relative_mahalanobis(lesions: KnownLesions) -> Score:
-    """The Mahalanobis distance less that to the mean of all known images (Ren et al. 2021)."""
-    features = lesions.features
-    mean, by_class = features.mean(0), mahalanobis(lesions)
-    precision = _precision(features - mean)
-    return lambda out: by_class(out) - _squared(out.features - mean, precision)
-
-
-def knn(lesions: KnownLesions) -> Score:
-    """The distance to the NEIGHBOURS-th nearest known image, features of unit length (Sun et al. 2022)."""
-    bank = _unit(lesions.features)
-    k = min(NEIGHBOURS, len(bank)) - 1
-
-    def score(out: DetectorInputs) -> Array:
-        squared = 2 - 2 * _unit(out.features) @ bank.T
-        return np.sqrt(np.maximum(np.partition(squared, k, axis=1)[:, k], 0))
-
-    return score
 
 
 def vim(lesions: KnownLesions) -> Score:
@@ -112,12 +70,8 @@ def vim(lesions: KnownLesions) -> Score:
 
 
 DETECTORS: dict[str, Callable[[KnownLesions], Score]] = {
-    fit.__name__: fit
-    for fit in (
-        max_softmax, max_logit, energy, standardised_logit, react, grad_norm, vim,
-        mahalanobis, relative_mahalanobis, knn,
-    )
-}  # fmt: skip
+    fit.__name__: fit for fit in (max_softmax, max_logit, energy, react, mahalanobis, vim)
+}
 
 
 def _precision(centred: Array) -> Array:
@@ -128,7 +82,3 @@ def _precision(centred: Array) -> Array:
 
 def _squared(difference: Array, precision: Array) -> Array:
     return np.einsum("nd,de,ne->n", difference, precision, difference, optimize=True)
-
-
-def _unit(features: Array) -> Array:
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
