@@ -1,7 +1,7 @@
-"""Each layout is recognised by its tables and folders, and odd rows, files and names cost nothing but themselves.
+"""Each layout is recognised by its tables and folders. An odd row, file or name is left out alone.
 
 Tables describe an ISIC image wherever it lies, and other names only inside their own data set. `build_manifest` stops
-only if nothing usable is there, with one sentence. tests/test_data_sets.py has the public data sets.
+only without any usable image, with one sentence. tests/test_data_sets.py has the public data sets.
 """
 
 import json
@@ -164,7 +164,7 @@ def test_class_folders(tmp_path, build):
 
 
 @pytest.mark.parametrize("folder", ["Train", "Test"])
-def test_a_part_of_class_folders_can_be_given_alone(tmp_path, build, folder):
+def test_one_part_of_class_folders_is_a_data_folder(tmp_path, build, folder):
     data = class_folders(tmp_path / "nine", {f"{folder}/nevus/{number}.jpg": number for number in range(3)})
     frame = build(data / folder)
     assert len(frame) == 3
@@ -172,7 +172,7 @@ def test_a_part_of_class_folders_can_be_given_alone(tmp_path, build, folder):
     assert (set(frame["split"]) == {"test"}) == (folder == "Test")
 
 
-def test_the_name_of_the_whole_collection_is_no_class(tmp_path, build):
+def test_the_name_of_a_collection_is_not_a_class(tmp_path, build):
     data = ham10000(tmp_path / "melanoma", ["HAM_1,ISIC_0000001,nv,,,,"])
     save(data / "images" / "unlisted.jpg", 2)
     assert list(build(data)["label"]) == ["NV"]
@@ -190,7 +190,7 @@ def test_all_data_sets_below_one_folder(tmp_path, build):
     assert list(frame["source"]) == ["ham10000", "folder", "folder"]
 
 
-def test_tables_of_different_data_sets_do_not_speak_of_each_others_files(tmp_path, build):
+def test_a_table_does_not_describe_the_files_of_another_data_set(tmp_path, build):
     for name, label, lesion in (("a", "MEL", "1"), ("b", "NV", "1")):
         write(tmp_path / name / "labels.csv", f"image,label,lesion_id\n1.jpg,{label},{lesion}\n")
         save(tmp_path / name / "1.jpg", ord(name))
@@ -200,14 +200,14 @@ def test_tables_of_different_data_sets_do_not_speak_of_each_others_files(tmp_pat
     assert all(lesion.startswith("1@") for lesion in frame["lesion_id"])
 
 
-def test_tables_in_one_folder_speak_of_the_same_lesions(tmp_path, build):
+def test_tables_of_one_folder_describe_the_same_lesions(tmp_path, build):
     for name, label in (("first", "MEL"), ("second", "NV")):
         write(tmp_path / "mine" / f"{name}.csv", f"image,label,lesion_id\n{name}.jpg,{label},1\n")
         save(tmp_path / "mine" / f"{name}.jpg", len(name))
     assert list(build(tmp_path / "mine")["lesion_id"]) == ["1", "1"]
 
 
-def test_labels_beside_their_images_in_another_folder(tmp_path, build):
+def test_a_table_describes_images_in_a_folder_next_to_it(tmp_path, build):
     write(tmp_path / "mine" / "csv" / "labels.csv", "image,label\n1.jpg,MEL\n")
     save(tmp_path / "mine" / "images" / "1.jpg", 1)
     assert list(build(tmp_path / "mine")["label"]) == ["MEL"]
@@ -272,7 +272,7 @@ def test_isic_id(name, identifier):
         pytest.param(lambda text: text.replace("scalp", "sc\xe4lp").encode("latin-1"), id="not UTF-8"),
     ],
 )
-def test_a_table_written_another_way_says_the_same(tmp_path, build, change):
+def test_a_table_in_another_spelling_is_read_alike(tmp_path, build, change):
     data = ham10000(
         tmp_path / "ham",
         ["HAM_1,ISIC_0000001,bkl,histo,80.0,male,back", "HAM_1,ISIC_0000002,bkl,histo,80.0,male,back",
@@ -298,7 +298,7 @@ def test_truth_with_added_and_renamed_columns(tmp_path, build):
     assert list(build(data)["label"]) == ["MEL", "NV"]
 
 
-def test_rows_and_images_without_each_other(tmp_path, build):
+def test_rows_without_images_and_images_without_rows(tmp_path, build):
     data = ham10000(tmp_path / "ham", ["HAM_1,ISIC_0000001,nv,,,,", "HAM_2,ISIC_0000002,nv,,,,"])
     (data / "images" / "ISIC_0000002.jpg").unlink()
     save(data / "images" / "ISIC_0000003.jpg", 3)
@@ -316,14 +316,14 @@ def test_unknown_diagnoses_and_class_folders(tmp_path, build):
     assert count(build.report["dropped"], "without a diagnosis") == 1
 
 
-def test_a_folder_does_not_overrule_a_diagnosis_that_we_do_not_know(tmp_path, build):
+def test_a_folder_does_not_overrule_an_unknown_diagnosis(tmp_path, build):
     data = class_folders(tmp_path / "mine", {"nevus/1.jpg": 1, "nevus/2.jpg": 2, "nevus/3.jpg": 3, "nevus/4.jpg": 4})
     write(data / "labels.csv", "image,label\n1.jpg,wart\n2.jpg,\n3.jpg,unknown\n")
     assert list(build(data).index) == ["2", "3", "4"], "a blank says nothing"
     assert count(build.report["dropped"], "diagnosis or class folder is unknown") == 1
 
 
-def test_folders_in_a_rows_name_count(tmp_path, build):
+def test_a_row_may_name_its_folder(tmp_path, build):
     """patient1/1.jpg is missing: its row is not about another patient's 1.jpg."""
     data = tmp_path / "clinic"
     save(data / "patient2" / "1.jpg", 2)
@@ -382,7 +382,7 @@ def test_a_table_that_cannot_be_read(tmp_path, build):
     assert "cannot be read" in build.report["ignored_tables"][str(data / "gone.csv")]
 
 
-def test_odd_rows_cost_only_themselves(tmp_path, build):
+def test_odd_rows_are_left_out_alone(tmp_path, build):
     data = class_folders(
         tmp_path / "mine", {f"{number}.jpg": number for number in range(6)} | {"a/7.jpg": 7, "b/7.jpg": 8}
     )
@@ -415,7 +415,7 @@ def test_truth_rows_that_name_no_single_class(tmp_path, build):
     assert count(build.report["notes"], "does not name exactly one class") == 2
 
 
-def test_what_archives_and_file_systems_leave_behind(tmp_path, build):
+def test_files_of_archives_and_file_systems_are_ignored(tmp_path, build):
     data = class_folders(tmp_path / "nine", {"Train/nevus/1.jpg": 1})
     for junk in ("Train/nevus/._1.jpg", "Train/nevus/.DS_Store", "__MACOSX/Train/nevus/1.jpg", "Train/nevus/Thumbs.db"):
         write(data / junk, b"junk")
@@ -424,7 +424,7 @@ def test_what_archives_and_file_systems_leave_behind(tmp_path, build):
     assert not build.report["dropped"]
 
 
-def test_links_count_as_what_they_lead_to(tmp_path, build):
+def test_links_are_followed(tmp_path, build):
     """Data sets are often links into one pool: each place a link stands in is heard."""
     pool = [save(tmp_path / "pool" / f"{number}.jpg", number) for number in range(3)]
     data = tmp_path / "nine"
@@ -453,7 +453,7 @@ def test_file_name_that_is_not_text(tmp_path, build):
 # Faults that stop it
 
 
-def test_folders_may_overlap_whichever_is_named_first(tmp_path, build):
+def test_folders_may_overlap_in_any_order(tmp_path, build):
     data = class_folders(tmp_path / "data", {"nine/nevus/ISIC_0000001.jpg": 1, "nine/melanoma/ISIC_0000002.jpg": 2})
     csv = isic2019_truth(data / "csv" / "truth.csv", {"ISIC_0000001": "NV"}).parent
     for directories in ((data, csv), (csv, data), (data / "nine" / "nevus", data), (data, data, csv, csv)):

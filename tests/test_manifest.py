@@ -420,14 +420,17 @@ def test_types_and_hashes(tmp_path, build):
     ("change", "sentence"),
     [
         (lambda frame: frame.drop(columns=["phash", "sex"]), "lacks the column sex, phash"),
-        (lambda frame: frame.assign(label=["NV", "MELANOMA"]), "line 3: label is 'MELANOMA'"),
-        (lambda frame: frame.assign(split="dev"), "line 2: split is 'dev'"),
-        (lambda frame: frame.assign(source="web"), "source is 'web'"),
-        (lambda frame: frame.assign(lesion_id=["", "x"]), "lesion_id is ''"),
-        (lambda frame: frame.assign(sha256="abc"), "sha256 is 'abc'"),
-        (lambda frame: frame.assign(phash="xyz"), "phash is 'xyz'"),
-        (lambda frame: frame.assign(age="old"), "age is 'old'"),
-        (lambda frame: frame.assign(image_id="same"), "line 3: image_id is 'same'"),
+        (
+            lambda frame: frame.assign(label=["NV", "MELANOMA"]),
+            "Line 3 of m.csv has the wrong label 'MELANOMA'. The column label holds one of MEL",
+        ),
+        (lambda frame: frame.assign(split="dev"), "Line 2 of m.csv has the wrong split 'dev'"),
+        (lambda frame: frame.assign(source="web"), "wrong source 'web'"),
+        (lambda frame: frame.assign(lesion_id=["", "x"]), "wrong lesion_id ''"),
+        (lambda frame: frame.assign(sha256="abc"), "wrong sha256 'abc'"),
+        (lambda frame: frame.assign(phash="xyz"), "wrong phash 'xyz'"),
+        (lambda frame: frame.assign(age="old"), "wrong age 'old'"),
+        (lambda frame: frame.assign(image_id="same"), "Line 3 of m.csv has the wrong image_id 'same'"),
         (lambda frame: frame.assign(lesion_id="same", split=["train", "test"]), "the lesion same into several splits"),
         (lambda frame: frame.assign(patient_id="p", split=["train", "test"]), "the patient p into several splits"),
         (lambda frame: frame.iloc[:0], "no rows"),
@@ -438,8 +441,9 @@ def test_a_manifest_that_was_tampered_with(tmp_path, change, sentence):
     path = tmp_path / "m.csv"
     build_manifest([class_folders(tmp_path / "x", {"nevus/1.jpg": 1, "melanoma/2.jpg": 2})], path)
     change(pd.read_csv(path, dtype=str, keep_default_na=False)).to_csv(path, index=False)
-    with pytest.raises(ManifestError, match=re.escape(sentence)):
+    with pytest.raises(ManifestError) as error:
         read_manifest(path)
+    assert sentence in str(error.value).replace(f"{tmp_path}/", "")
 
 
 def test_a_manifest_with_a_comma_too_many_in_each_row(tmp_path):

@@ -1,4 +1,4 @@
-"""Metadata: age, sex and site besides the picture.
+"""Metadata: a picture's age, sex and site.
 
 Encoding: each value has its own place, a missing value is zeros, and a wrong value is refused in one sentence.
 Network: missing metadata add exactly nothing, and the heatmap equals autograd's on the fused logits. A model learns
@@ -95,9 +95,9 @@ def test_missing_values(missing):
     assert ALL.parse(dict.fromkeys(FIELDS, missing)) == dict.fromkeys(FIELDS)
 
 
-@pytest.mark.parametrize(("given_", "years"), [("55", 55), (" 55.5 ", 55.5), (0, 0), (120.0, 120), (np.float64(7), 7)])
-def test_ages(given_, years):
-    assert ALL.parse({"age": given_})["age"] == years
+@pytest.mark.parametrize(("text", "years"), [("55", 55), (" 55.5 ", 55.5), (0, 0), (120.0, 120), (np.float64(7), 7)])
+def test_ages(text, years):
+    assert ALL.parse({"age": text})["age"] == years
 
 
 HOSTILE_AGES = [
@@ -166,12 +166,12 @@ def test_the_heatmap_equals_that_of_autograd_on_the_fused_logits(name):
         backbone.metadata_head.logits.weight.mul_(5)  # so that the metadata decides
     logits, maps, _ = grad_cam(backbone, 64)(images, target, informed)
     alone, maps_alone, _ = AutogradGradCam(backbone)(images, target)
-    wanted = torch.where(target < 0, logits.argmax(1), target)
+    target_classes = torch.where(target < 0, logits.argmax(1), target)
 
     kept, tapped = [], TappedBackbone(backbone)
     tapped.layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
     fused = tapped(images) + backbone.metadata_head(informed)  # what is tested, by hand
-    (gradient,) = torch.autograd.grad(fused.gather(1, wanted[:, None]).sum(), kept[0])
+    (gradient,) = torch.autograd.grad(fused.gather(1, target_classes[:, None]).sum(), kept[0])
     activation, weight = tapped.channels_first(kept[0]), tapped.channels_first(gradient).mean((2, 3))
     expected = torch.einsum("nchw,nc->nhw", activation, weight).relu().detach()
     fused, maps, maps_alone = (tensor.detach() for tensor in (fused, maps, maps_alone))

@@ -52,16 +52,8 @@ def read_manifest(path: str | Path) -> pd.DataFrame:
     if frame.empty:
         raise ManifestError(f"{path} has no rows. Run prepare_data.py again.")
 
-    _check_values(path, frame, "label", frame["label"].isin(CODES), f"must be one of {', '.join(CODES)}")
-    _check_values(path, frame, "split", frame["split"].isin(SPLITS), f"must be one of {', '.join(SPLITS)}")
-    sources = source_names()
-    _check_values(path, frame, "source", frame["source"].isin(sources), f"must be one of {', '.join(sources)}")
-    _check_values(path, frame, "lesion_id", frame["lesion_id"] != "", "must not be blank")
-    _check_values(path, frame, "sha256", frame["sha256"].str.fullmatch("[0-9a-f]{64}"), "must be 64 hex digits")
-    _check_values(path, frame, "phash", frame["phash"].str.fullmatch("[0-9a-f]{16}"), "must be 16 hex digits")
-    _check_values(path, frame, "image_id", ~frame["image_id"].duplicated(), "must be unique")
     age = pd.to_numeric(frame["age"], errors="coerce")
-    _check_values(path, frame, "age", age.notna() | (frame["age"] == ""), "must be a number or blank")
+    _check_values(path, frame, age)
     frame["age"] = age
     if lesion := _divided(frame, "lesion_id"):
         raise ManifestError(f"{path} puts the lesion {lesion} into several splits. Run prepare_data.py again.")
@@ -133,7 +125,23 @@ def _divided(frame: pd.DataFrame, column: str) -> str:
     return str(several[0]) if len(several) else ""
 
 
-def _check_values(path: Path, frame: pd.DataFrame, column: str, good: "pd.Series[bool]", rule: str) -> None:
-    if not good.all():
-        line = int(np.argmin(good.to_numpy()))
-        raise ManifestError(f"{path}, line {line + 2}: {column} is {frame[column].iloc[line]!r}, but {rule}.")
+def _check_values(path: Path, frame: pd.DataFrame, age: "pd.Series[float]") -> None:
+    """Raise ManifestError for the first wrong value of a column; `age` is NaN where it is no number."""
+    classes, splits, sources = ", ".join(CODES), ", ".join(SPLITS), ", ".join(source_names())
+    checks: list[tuple[str, pd.Series[bool], str]] = [
+        ("label", frame["label"].isin(CODES), f"The column label holds one of {classes}."),
+        ("split", frame["split"].isin(SPLITS), f"The column split holds one of {splits}."),
+        ("source", frame["source"].isin(source_names()), f"The column source holds one of {sources}."),
+        ("lesion_id", frame["lesion_id"] != "", "The column lesion_id is never blank."),
+        ("sha256", frame["sha256"].str.fullmatch("[0-9a-f]{64}"), "The column sha256 holds 64 hex digits."),
+        ("phash", frame["phash"].str.fullmatch("[0-9a-f]{16}"), "The column phash holds 16 hex digits."),
+        ("image_id", ~frame["image_id"].duplicated(), "Each image_id occurs once."),
+        ("age", age.notna() | (frame["age"] == ""), "The column age holds a number, or is blank."),
+    ]
+    for column, good, rule in checks:
+        if not good.all():
+            row = int(np.argmin(good.to_numpy()))
+            value = frame[column].iloc[row]
+            raise ManifestError(
+                f"Line {row + 2} of {path} has the wrong {column} {value!r}. {rule} Run prepare_data.py again."
+            )
