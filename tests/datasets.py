@@ -45,3 +45,9 @@ def class_folders(root: Path, images: dict[str, int]) -> Path:
     for path, seed in images.items():
         save(root / path, seed)
     return root
+
+
+def count(part: dict, words: str) -> int:
+    """Return how often the report counts a kind whose name holds `words`. Every kind has an example."""
+    assert all(entry["examples"] for entry in part.values())
+    return sum(entry["count"] for kind, entry in part.items() if words in kind)

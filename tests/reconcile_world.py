@@ -1,4 +1,4 @@
-"""Stand-ins for MLflow and TorchServe that fail on demand, around a real store and ledger (tests/test_reconcile.py)."""
+"""Stand-ins for MLflow and TorchServe that fail on demand, around a real store and ledger."""
 
 import copy
 import json

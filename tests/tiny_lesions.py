@@ -58,3 +58,8 @@ def tiny_manifest(folder: Path, splits: dict[str, int] | None = None, size: tupl
     manifest = folder / "manifest.csv"
     write_manifest(manifest, pd.DataFrame(rows))
     return manifest
+
+
+def printed(calls, text):
+    """Whether a recorded call of the console holds the text."""
+    return any(name == "print" and text in str(args[0]) for name, args in calls)
