@@ -1,8 +1,9 @@
 """The JSON that the page receives, checked: TorchServe's answer (schema 1) and the promoter's status."""
 
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import AliasPath, Base64Bytes, BaseModel, Field, field_validator, model_validator
+from pydantic import AliasPath, Base64Bytes, BaseModel, Field, PrivateAttr, field_validator, model_validator
 
 UNKNOWN = "UNK"  # the ninth class: none of the above
 METADATA = ("age", "sex", "site")  # the patient's details that a model may take
@@ -115,12 +116,18 @@ class Answer(BaseModel):
     metadata: dict[str, float | str | None] = {}
     image: ReadImage = ReadImage()
     disclaimer: str
+    _received: datetime = PrivateAttr(default_factory=lambda: datetime.now(UTC))
 
     @model_validator(mode="after")
     def _explains_its_codes(self) -> "Answer":
         if missing := {*self.probabilities, self.gradcam.target} - set(self.classes):
             raise ValueError(f"No explanation of {', '.join(sorted(missing))}.")
         return self
+
+    @property
+    def received(self) -> datetime:
+        """The time at which the page received the answer, UTC."""
+        return self._received
 
     @property
     def ranking(self) -> list[str]:

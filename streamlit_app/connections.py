@@ -2,8 +2,10 @@
 
 import streamlit as st
 
+from streamlit_app import example_pictures
 from streamlit_app.answer_schema import PromoterState
 from streamlit_app.client import PredictionClient, promoter_state, setting
+from streamlit_app.readings import Upload
 
 STATE_SECONDS = 5  # the oldest state that the page shows
 
@@ -12,6 +14,12 @@ STATE_SECONDS = 5  # the oldest state that the page shows
 def prediction_client() -> PredictionClient:
     """Return the client of the model server, with one pool of connections."""
     return PredictionClient(setting("TORCHSERVE_URL"))
+
+
+@st.cache_resource(show_spinner=False)
+def examples() -> list[Upload]:
+    """Return the example pictures."""
+    return example_pictures.uploads()
 
 
 @st.cache_data(ttl=STATE_SECONDS, show_spinner=False)

@@ -8,6 +8,7 @@ from PIL import Image
 
 # Evenly rising lightness; skin has none of its greens and blues.
 COLOURS: list[str] = plotly.colors.sequential.Viridis
+DEFAULT_OPACITY = 0.6
 CLEAR, FULL = 0.08, 0.58  # heat up to which the picture stays clear, and from which the colour has its full opacity
 
 

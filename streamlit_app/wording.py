@@ -30,6 +30,14 @@ FEATURES = [  # icon of the Material Symbols that Streamlit ships, heading, text
     ("balance", "A measure of certainty", "A rating in plain words and a short list of likely classes."),
 ]
 
+# Examples
+EXAMPLES_HEADING = "No picture at hand?"
+EXAMPLES_TEXT = "Try an example. These pictures are **drawn, not real**: they show how the page works, nothing more."
+EXAMPLE_ALT = "{title}, not real"
+EXAMPLES_READ_ALL = "Read all three"
+EXAMPLES_SHOWN = "**Drawn, not real.** The answer shows how the page works and says nothing about the model."
+EXAMPLES_CLOSE = "Close the examples"
+
 # Answer
 TOP_CLASS, TOP_PROBABILITY = "Most likely class", "probability"
 TOP_CLASS_CAUTION = (
@@ -76,6 +84,17 @@ NO_ALARM = (
     "nothing out."
 )
 SENSITIVITY_LABEL = "Miss at most"
+
+# Report
+REPORT, REPORT_OF_ALL, REPORT_FILE = "Report", "Report of all", "skin_lesion_report.html"
+REPORT_HELP = "One HTML file with pictures, probabilities and the model’s version. Open it and print it."
+REPORT_NOTE = "Note"
+REPORT_NOTE_LABEL = "Note for the report"
+REPORT_NOTE_HINT = "Optional. It appears in your report only."
+REPORT_TITLE = "Skin lesion reader: report"
+REPORT_WRITTEN, REPORT_READ = "Written {time}.", "Read {time}."
+REPORT_DIGEST, REPORT_PICTURE = "Model digest", "Picture file’s SHA-256"
+REPORT_DISCLAIMER = "Research use only. Not a medical device; not for diagnosis or treatment decisions."
 
 # Many pictures
 TOO_MANY = "You chose {count} pictures. The page reads the first {limit}."

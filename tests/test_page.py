@@ -234,6 +234,22 @@ class TestApp:
         assert not page.number_input, "this model takes no details"
         assert server.targets == [None]
 
+    def test_examples_are_read_by_one_click_and_called_drawn(self, page, server):
+        next(button for button in page.button if button.label == "Drawn nevus").click().run()
+        assert '<span class="sl-file">drawn_nevus_not_real.jpg' in text(page)
+        assert "<b>Drawn, not real.</b>" in text(page)
+        next(button for button in page.button if button.label == "Close the examples").click().run()
+        assert "Research use only." in text(page)
+        next(button for button in page.button if button.label == "Read all three").click().run()
+        assert "<b>3</b> read" in text(page)
+        assert server.targets == [None] * 3, "the nevus is remembered"
+
+    def test_an_upload_replaces_the_examples(self, page, jpegs):
+        next(button for button in page.button if button.label == "Drawn nevus").click().run()
+        assert "lesion.jpg" in read(page, ("lesion.jpg", jpegs[0]))
+        assert "drawn_nevus" not in text(page)
+        assert "not real" not in text(page)
+
     def test_bytes_decide_and_not_the_file_name(self, page, jpegs):
         assert "<b>4</b> read" in read(page, *((name, jpegs[0]) for name in ("a.jfif", "b.JPE", "photo", "d.gif")))
 
@@ -259,7 +275,7 @@ class TestApp:
         assert list(page.dataframe[0].value["file"]) == ["0.jpg", "1.jpg", "2.jpg"]
         assert "<b>3</b> read" in blocks
         assert '<span class="sl-file">0.jpg' in blocks
-        assert len(page.get("download_button")) == 1
+        assert [button.label for button in page.get("download_button")] == ["Download as CSV", "Report of all"]
 
     def test_a_refused_picture_among_others(self, page, jpegs):
         blocks = read(page, ("good.jpg", jpegs[0]), (HOSTILE, b"no picture"))

@@ -227,6 +227,38 @@ def test_many_pictures_and_their_csv(page, files, tmp_path):
     assert page.locator("img[src=x]").count() == 0
 
 
+def test_an_example_and_its_report(page, tmp_path):
+    page.get_by_role("button", name="Drawn melanoma", exact=True).click()
+    expect(page.get_by_role("note").filter(has_text="Drawn, not real.")).to_be_visible()
+    expect(page.locator(".sl-verdict")).to_contain_text("drawn_melanoma_not_real.jpg")
+    note = page.get_by_label("Note for the report")
+    note.fill("case <b>17</b>")
+    note.press("Enter")
+    settle(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Report", exact=True).click()
+    assert download.value.suggested_filename == "skin_lesion_report.html"
+    download.value.save_as(tmp_path / "report.html")
+    # From a string, as the test's windows may request nothing but this machine's addresses.
+    page.goto("about:blank")
+    page.set_content((tmp_path / "report.html").read_text(encoding="utf-8"))
+    expect(page.get_by_text("Note: case <b>17</b>")).to_be_visible()
+    expect(page.get_by_text("Not a medical device; not for diagnosis")).to_be_visible()
+    sizes = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+    assert len(sizes) == 2
+    assert min(sizes) > 0, "a picture is missing"
+    page.emulate_media(media="print")
+    for name, size in WINDOWS.items():
+        page.set_viewport_size(size)
+        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "the report scrolls sideways"
+        if folder := os.environ.get("SCREENSHOT_DIR"):
+            page.screenshot(path=Path(folder) / f"report-{name}.png", full_page=True)
+    if folder:
+        page.pdf(path=Path(folder) / "report.pdf", format="A4")
+    page.emulate_media(media="screen")
+    page.set_viewport_size(WINDOWS["wide"])
+
+
 def test_patient_details_stay_with_their_picture(page, server, files):
     server.takes = TAKES
     upload(page, files["mel"], files["nv"])

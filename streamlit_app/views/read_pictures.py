@@ -1,24 +1,37 @@
-"""Read pictures: upload, the answer for each picture, its heatmap, and the table and CSV of many."""
+"""Read pictures: upload or examples, the answer for each picture, its heatmap, its report, and the table of many."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import streamlit as st
 
-from streamlit_app import charts, connections, heatmap, html_blocks, many_pictures, pictures, wording
+from streamlit_app import (
+    charts,
+    connections,
+    example_pictures,
+    heatmap,
+    html_blocks,
+    many_pictures,
+    pictures,
+    report,
+    wording,
+)
 from streamlit_app.answer_schema import UNKNOWN, Answer
 from streamlit_app.client import PICTURE_PROBLEMS, ServingError, setting
 from streamlit_app.readings import Reading, Readings, Upload
 
+NOTE_LENGTH = 500  # characters
 MAX_PICTURES = 50  # at a time: what a table shows well and one session may hold in memory
-DEFAULT_OPACITY = 60  # percent
-ROW_HEIGHT, THUMBNAIL_WIDTH = 52, 76  # pixels
+ROW_HEIGHT, THUMBNAIL_WIDTH, EXAMPLE_WIDTH = 52, 76, 190  # pixels
 
 
 def read_pictures() -> None:
     """Draw this part of the page, from the upload down to the model that answered."""
     uploads = chosen_uploads()
     if not uploads:
+        offer_examples()
         st.html(html_blocks.FEATURES)
         return
     readings: Readings = st.session_state.setdefault("readings", Readings())
@@ -29,6 +42,25 @@ def read_pictures() -> None:
     answered = [reading for reading in results if reading.answer]
     if answered:
         show_reading(choose(answered, results) if len(uploads) > 1 else answered[0], readings)
+        offer_report(results)
+
+
+def offer_examples() -> None:
+    """Draw the examples, each with a button that reads it."""
+
+    def choose_examples(examples: Sequence[Upload]) -> None:
+        st.session_state.examples = examples
+
+    examples = connections.examples()
+    with st.container(key="examples"):
+        st.html(html_blocks.EXAMPLES)
+        with st.container(key="example-cards", horizontal=True, horizontal_alignment="center"):
+            for example in examples:
+                with st.container(width=EXAMPLE_WIDTH):
+                    name = example_pictures.title(example)
+                    st.image(example.image, width="stretch", alt=wording.EXAMPLE_ALT.format(title=name))
+                    st.button(name, key=example.name, on_click=choose_examples, args=([example],), width="stretch")
+        st.button(wording.EXAMPLES_READ_ALL, on_click=choose_examples, args=(examples,), type="tertiary")
 
 
 def chosen_uploads() -> list[Upload]:
@@ -47,12 +79,19 @@ def chosen_uploads() -> list[Upload]:
             files = st.file_uploader(
                 wording.UPLOAD_LABEL, accept_multiple_files=True, key="files", label_visibility="collapsed"
             )
-        if not files:
+        if files:
+            st.session_state.pop("examples", None)
+        examples: Sequence[Upload] = st.session_state.get("examples", ())
+        if examples:
+            with invitation.container(key="examples-shown", horizontal=True, vertical_alignment="center"):
+                st.html(html_blocks.EXAMPLES_SHOWN)
+                st.button(wording.EXAMPLES_CLOSE, on_click=lambda: st.session_state.pop("examples"))
+        elif not files:
             invitation.html(html_blocks.UPLOAD_INVITATION)
     if len(files) > MAX_PICTURES:
         st.warning(wording.TOO_MANY.format(count=len(files), limit=MAX_PICTURES), icon=":material/filter_list:")
     earlier: dict[str, Upload] = st.session_state.get("uploads", {})
-    uploads = {
+    uploads = {example.sha256: example for example in examples} | {
         file.file_id: earlier.get(file.file_id) or Upload.of(file.name, file.getvalue())
         for file in files[:MAX_PICTURES]
     }
@@ -130,6 +169,20 @@ def show_reading(reading: Reading, readings: Readings) -> None:
     st.html(html_blocks.provenance(answer, setting("MLFLOW_PUBLIC_URL")))
 
 
+def offer_report(results: list[Reading]) -> None:
+    """Draw the field for a note and the button that downloads the report of all pictures shown."""
+    with st.container(key="report", horizontal=True, vertical_alignment="bottom"):
+        note = st.text_input(
+            wording.REPORT_NOTE_LABEL, max_chars=NOTE_LENGTH, key="note", placeholder=wording.REPORT_NOTE_HINT,
+        )  # fmt: skip
+        sensitivity, mlflow = st.session_state.get("sensitivity"), setting("MLFLOW_PUBLIC_URL")
+        st.download_button(
+            wording.REPORT if len(results) == 1 else wording.REPORT_OF_ALL,
+            lambda: report.render(results, datetime.now(UTC), mlflow, note, sensitivity),
+            wording.REPORT_FILE, "text/html", on_click="ignore", icon=":material/print:", help=wording.REPORT_HELP,
+        )  # fmt: skip
+
+
 def show_alarm(answer: Answer) -> None:
     """Draw whether the lesion is suspicious, and the control of the promised sensitivity."""
     with st.container(key="alarm", horizontal=True, vertical_alignment="center"):
@@ -186,7 +239,12 @@ def show_heatmap(upload: Upload, answer: Answer, readings: Readings) -> None:
         wording.HEAT_TARGET, ["", *(code for code in answer.ranking if code != UNKNOWN)], key=f"target-{upload.sha256}",
         format_func=lambda code: wording.with_percent(answer, code) if code else wording.HEAT_DEFAULT,
     )  # fmt: skip
-    opacity = opacity_column.slider(wording.HEAT_OPACITY, 0, 100, DEFAULT_OPACITY, format="%d %%", key="opacity") / 100
+    opacity = (
+        opacity_column.slider(
+            wording.HEAT_OPACITY, 0, 100, round(100 * heatmap.DEFAULT_OPACITY), format="%d %%", key="opacity"
+        )
+        / 100
+    )
     heat = answer.gradcam
     if target:
         try:
