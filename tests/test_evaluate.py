@@ -19,14 +19,15 @@ from tests.commands import invoke
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import evaluate
-from training.data.manifest import fingerprint, read_manifest
+from training.data.manifest import fingerprint, read_manifest, write_manifest
 from training.data.synthetic import draw_lesion
 from training.evaluation import isic_scoring
-from training.evaluation.leakage import manifest_receipt
+from training.evaluation.evaluation_report import weakest_slice
+from training.evaluation.leakage import manifest_receipt, seen_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 PICTURES = {"confusion.png", "roc.png", "precision_recall.png", "reliability.png", "classes.png", "risk_coverage.png",
-            "examples.png"}  # fmt: skip
+            "examples.png", "errors.png"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,63 @@ def test_images_that_the_model_was_made_from_are_refused(bundle, manifest, tmp_p
     assert code == 1
     assert "were seen in training" in output
     assert not (tmp_path / "out").exists()
+
+
+def test_two_bundles_are_compared_on_images_that_neither_has_seen(bundle, manifest, tmp_path):
+    frame = read_manifest(manifest)
+    tests = frame["split"] == "test"
+    seen = frame[tests].iloc[:4]
+    known = seen.assign(split="train")
+    other = tiny_bundle(tmp_path / "other", seed=7, receipt=manifest_receipt(known, fingerprint(known))).path
+    args = ["--data", manifest, "--bundle", bundle, "--bootstrap", 20, "--out", tmp_path / "out"]
+    code, output = invoke(evaluate.main, *args, "--against", other)
+    assert code == 0, output
+    table = json.loads((tmp_path / "out" / "metrics.json").read_text())["against"]
+    assert table["bundle"] != json.loads((tmp_path / "out" / "metrics.json").read_text())["bundle"]
+    lesions = set(seen["lesion_id"])
+    left = frame[tests & ~frame["lesion_id"].isin(lesions)]
+    assert table["all"]["images"] == int(tests.sum()) - table["seen_by_it"] <= len(left)
+    assert f"Compared on {table['all']['images']} images" in output
+
+    apart = tmp_path / "apart.csv"  # the other bundle's figures are what an evaluation of it alone gives
+    write_manifest(apart, frame[tests & ~frame["image_id"].isin(seen_images(other, frame[tests]))])
+    args = ["--data", apart, "--bootstrap", 0, "--bundle", other, "--out", tmp_path / "alone"]
+    assert invoke(evaluate.main, *args)[0] == 0
+    alone = json.loads((tmp_path / "alone" / "metrics.json").read_text())
+    for name, row in table["all"].items():
+        if name in alone["summary"]:
+            assert row["against"] == pytest.approx(alone["summary"][name])
+            assert row["value"] - row["against"] == pytest.approx(row["difference"])
+            assert row["interval_95"][0] <= row["interval_95"][1]
+
+
+def test_a_bundle_differs_from_itself_by_nothing(bundle, manifest, tmp_path):
+    args = ["--data", manifest, "--bundle", bundle, "--against", bundle, "--bootstrap", 5, "--out", tmp_path]
+    assert invoke(evaluate.main, *args)[0] == 0
+    table = json.loads((tmp_path / "metrics.json").read_text())["against"]["all"]
+    assert {"accuracy", "conformal_coverage", "melanoma_recall"} <= set(table)
+    for name, row in table.items():
+        if name != "images":
+            assert (row["difference"], row["interval_95"]) == (0, [0, 0])
+
+
+def test_a_bundle_that_has_seen_all_images_is_not_compared(bundle, manifest, tmp_path):
+    frame = read_manifest(manifest).assign(split="train")
+    other = tiny_bundle(tmp_path / "other", receipt=manifest_receipt(frame, fingerprint(frame))).path
+    args = ["--data", manifest, "--bundle", bundle, "--against", other, "--out", tmp_path / "out"]
+    code, output = invoke(evaluate.main, *args)
+    assert code == 1
+    assert "was made from all images of known lesions here" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_weakest_slice_is_named():
+    slices = {
+        "source": {"A": {"images": 50, "macro_auc": 0.9}, "B": {"images": 40, "macro_auc": 0.7}, "C": {"images": 3}},
+        "sex": {"female": {"images": 90, "macro_auc": 0.8}, "male": {"images": 40, "macro_auc": None}},
+    }
+    assert weakest_slice(slices) == {"column": "source", "value": "B", "images": 40, "macro_auc": 0.7}
+    assert weakest_slice({"source": {"C": {"images": 3}}}) is None
 
 
 def test_images_that_the_model_was_made_from_may_be_allowed(bundle, manifest, tmp_path):

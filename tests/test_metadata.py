@@ -32,6 +32,7 @@ from training.data.batches import encode_rows, withhold
 from training.data.image_cache import DataError
 from training.data.manifest import read_manifest
 from training.evaluation.calibration_fit import fit_calibration
+from training.evaluation.served_predictions import predict_rows
 from training.recipe import heads_of, make_optimizer, set_trainable
 from training.training_data import load_splits
 
@@ -282,7 +283,7 @@ def test_a_model_learns_classes_that_only_the_site_separates(trained):
 def test_evaluation_uses_the_manifests_metadata(trained):
     rows, _ = evaluate.open_rows(trained.manifest, "test", trained.run)
     predictor = Predictor(trained.bundle, precision="f32")
-    answers, alone = evaluate.predict_rows(predictor, rows), evaluate.predict_rows(predictor, rows, picture_alone=True)
+    answers, alone = predict_rows(predictor, rows), predict_rows(predictor, rows, picture_alone=True)
     right, right_alone = (np.mean([a.code == label for a, label in zip(some, rows["label"], strict=True)])
                           for some in (answers, alone))  # fmt: skip
     assert right > right_alone + 0.1

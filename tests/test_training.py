@@ -21,6 +21,7 @@ from tests.tiny_lesions import printed, tiny_manifest
 from training import checkpoints, evaluate, finish, train
 from training.config import load_config
 from training.data.image_cache import DataError
+from training.evaluation.served_predictions import predict_rows
 from training.interruption import Interrupted
 
 pytest_plugins = ["tests.fixtures_training"]
@@ -240,7 +241,7 @@ def test_served_figures_equal_those_of_training(tmp_path, monkeypatch, calls):
     bundle = Bundle.load(tmp_path / "run" / "bundle")
     assert bundle.config.calibration.rejection.residual_weight > 0
     rows, _ = evaluate.open_rows(manifest, "test", tmp_path)
-    served = evaluate.evaluate(rows, evaluate.predict_rows(Predictor(bundle), rows), 0)
+    served = evaluate.evaluate(rows, predict_rows(Predictor(bundle), rows), 0)
     reports = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert served["summary"]["nll"] == pytest.approx(reports["test"]["summary"]["nll"], abs=0.02)
     assert served["rejected"] == pytest.approx(reports["test"]["rejected"], abs=1.5 / 40)

@@ -3,7 +3,6 @@
 The images go through handlers.predictor from their bytes on, exactly as in serving.
 """
 
-import io
 import re
 import shutil
 import tempfile
@@ -15,8 +14,6 @@ import numpy as np
 import pandas as pd
 import typer
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
 from rich.table import Table
 from sklearn.metrics import classification_report
 
@@ -24,7 +21,6 @@ from handlers.files import write_json
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.receipt import read_receipt
-from handlers.request import Request
 from handlers.suspicion import MALIGNANT, MELANOMA
 from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking.command_line import console, progress_bar, run
@@ -32,12 +28,13 @@ from mlflow_tracking.runs import log_evaluation
 from mlflow_tracking.settings import Settings
 from training.data.manifest import ManifestError, fingerprint, read_manifest
 from training.data.preparation import build_manifest
+from training.evaluation.bundle_comparison import compare_bundles
 from training.evaluation.command_options import AllowOverlapOption, BundleOption, OutOption
-from training.evaluation.evaluation_report import build_report, conditional, headline, slices
+from training.evaluation.evaluation_report import build_report, conditional, headline, slices, weakest_slice
+from training.evaluation.example_sheets import costliest_errors, examples
 from training.evaluation.figures import (
     class_bars_figure,
     confusion_figure,
-    examples_figure,
     operating_figure,
     precision_recall_figure,
     reliability_figure,
@@ -45,12 +42,20 @@ from training.evaluation.figures import (
     roc_figure,
 )
 from training.evaluation.isic_scoring import write_submission
-from training.evaluation.leakage import check_overlap
+from training.evaluation.leakage import check_overlap, seen_images
+from training.evaluation.served_predictions import conformal_sets, nine_probabilities, predict_rows
 from training.evaluation.suspicion_report import suspicion_report
 
-BATCH = 32
-THUMBNAIL = 256  # side of the example sheet's pictures in pixels
 ALL = "all"
+# Columns of the printed table by source, and the figures of a slice that they show.
+SOURCE_FIGURES = {
+    "accuracy": "accuracy",
+    "balanced accuracy": "balanced_accuracy",
+    "macro AUC": "macro_auc",
+    "calibration error": "ece",
+    "coverage by lesion": "coverage_by_lesion",
+    "mean set size": "mean_set_size",
+}
 
 
 def open_rows(data: Path, split: str | None, folder: Path) -> tuple[pd.DataFrame, str]:
@@ -88,52 +93,34 @@ def run_prefix(data: Path, is_own: bool, split: str, tta: bool, picture_alone: b
     return "_".join(["evaluation", *words, split, *(name for name, is_set in options.items() if is_set)])
 
 
-def predict_rows(
-    predictor: Predictor, rows: pd.DataFrame, tta: bool = False, picture_alone: bool = False
-) -> list[Prediction]:
-    """Predict every row's image, without heatmap, with the row's metadata unless `picture_alone`.
+def evaluate(rows: pd.DataFrame, predictions: Sequence[Prediction], resamples: int = 1000) -> dict[str, Any]:
+    """Return the report (training.evaluation.evaluation_report) with its slices and its alarms."""
+    probabilities, sets = nine_probabilities(predictions), conformal_sets(predictions)
+    report = build_report(rows["label"].tolist(), probabilities, sets, rows["lesion_id"].tolist(), resamples)
+    by_slice = slices(rows, probabilities, resamples, sets)
+    report |= {"slices": by_slice, "weakest_slice": weakest_slice(by_slice)}
+    return report | {"suspicion": suspicions(rows, predictions, resamples)}
+
+
+def compare(
+    rows: pd.DataFrame, predictions: Sequence[Prediction], against: Path, resamples: int, **options: bool
+) -> dict[str, Any]:
+    """Compare the predictions with those of the bundle `against`, on the rows that it was not made from.
+
+    Args:
+        options: of predict_rows.
 
     Raises:
-        ManifestError: an image cannot be read.
+        BundleError: the bundle is damaged or has no readable receipt.
+        ManifestError: no image of a known class is left, or one cannot be read.
     """
-    predictions: list[Prediction] = []
-    with progress_bar("evaluating") as progress:
-        for start in range(0, len(rows), BATCH):
-            batch = rows.iloc[start : start + BATCH]
-            predictions += _predict(predictor, batch, picture_alone, gradcam="none", tta=tta)
-            progress(len(predictions), len(rows))
-    return predictions
-
-
-def _predict(predictor: Predictor, rows: pd.DataFrame, picture_alone: bool, **options: Any) -> list[Prediction]:
-    inputs, requests = predictor.config.metadata, []
-    for path, row in zip(rows["path"], rows[list(inputs.fields)].to_dict("records"), strict=True):
-        try:
-            metadata = {} if picture_alone else inputs.understood(row)
-            requests.append(Request(Path(path).read_bytes(), metadata=metadata, **options))
-        except OSError as error:
-            raise ManifestError(f"{path} cannot be read ({error.strerror}); prepare the manifest again.") from error
-    predictions = []
-    for path, prediction in zip(rows["path"], predictor.predict(requests), strict=True):
-        if not isinstance(prediction, Prediction):
-            raise ManifestError(f"{path} cannot be evaluated. {prediction}")
-        predictions.append(prediction)
-    return predictions
-
-
-def nine_probabilities(predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-    """Return the probabilities of predictions, (N, 9) in taxonomy order."""
-    return np.array([[prediction.probabilities[code] for code in CODES] for prediction in predictions])
-
-
-def evaluate(rows: pd.DataFrame, predictions: Sequence[Prediction], resamples: int = 1000) -> dict[str, Any]:
-    """Return the report (training.evaluation.evaluation_report) with its slices."""
-    probabilities = nine_probabilities(predictions)
-    has_sets = predictions[0].conformal_set is not None
-    sets = [prediction.conformal_set or [] for prediction in predictions] if has_sets else None
-    report = build_report(rows["label"].tolist(), probabilities, sets, rows["lesion_id"].tolist(), resamples)
-    report |= {"slices": slices(rows, probabilities, resamples, sets)}
-    return report | {"suspicion": suspicions(rows, predictions, resamples)}
+    unseen = ~rows["image_id"].isin(seen_images(against, rows)).to_numpy()
+    if not (unseen & rows["label"].isin(KNOWN_CODES).to_numpy()).any():
+        raise ManifestError(f"{against} was made from all images of known lesions here; compare on other images.")
+    other, shared = Predictor.load(against), rows[unseen].reset_index(drop=True)
+    ours = [prediction for prediction, is_shared in zip(predictions, unseen, strict=True) if is_shared]
+    table = compare_bundles(shared, ours, predict_rows(other, shared, **options), resamples)
+    return {"bundle": other.bundle.digest, "seen_by_it": int((~unseen).sum()), **table}
 
 
 def suspicions(rows: pd.DataFrame, predictions: Sequence[Prediction], resamples: int) -> dict[str, Any]:
@@ -167,32 +154,6 @@ def diagrams(rows: pd.DataFrame, predictions: Sequence[Prediction], report: dict
     }
 
 
-def examples(
-    predictor: Predictor, rows: pd.DataFrame, predictions: Sequence[Prediction], picture_alone: bool = False
-) -> Figure:
-    """Show for each true class the surest right, the surest wrong, and the least sure prediction, with heatmaps."""
-    nine = nine_probabilities(predictions)
-    top, confidence = nine.argmax(1), nine.max(1)
-    truth = np.array([CODES.index(label) for label in rows["label"]])
-    sheet = []
-    for k in np.unique(truth):
-        mine, right = truth == k, top == k
-        candidates = [(mine & right, confidence), (mine & ~right, confidence), (mine, -confidence)]
-        places = [int(np.argmax(np.where(mask, score, -2))) if mask.any() else None for mask, score in candidates]
-        chosen = [place for place in places if place is not None]
-        explained = _predict(predictor, rows.iloc[chosen], picture_alone, gradcam="overlay")
-        by_place = dict(zip(chosen, explained, strict=True))
-        sheet.append((CODES[k], [None if place is None else _cell(by_place[place]) for place in places]))
-    return examples_figure(sheet)
-
-
-def _cell(prediction: Prediction) -> tuple[Image.Image, Image.Image, str]:
-    image, heatmap = prediction.image.image.copy(), Image.open(io.BytesIO(prediction.overlay_png or b""))
-    for picture in (image, heatmap):
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image, heatmap, f"{prediction.code} {prediction.probabilities[prediction.code]:.2f}"
-
-
 def report_text(rows: pd.DataFrame, predictions: Sequence[Prediction]) -> str:
     """Return scikit-learn's classification report over the codes that are true or predicted."""
     predicted = [prediction.code for prediction in predictions]
@@ -216,6 +177,12 @@ def main(
         bool, typer.Option("--picture-alone", help="Do not use the manifest's age, sex and site.")
     ] = False,
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of the lesions for the intervals; 0: none.")] = 1000,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another bundle, to be compared on the same images. Images that it was made from are left out."
+        ),
+    ] = None,
     submission: Annotated[
         Path | None, typer.Option(help="File for the probabilities in the format of the ISIC 2019 challenge.")
     ] = None,
@@ -223,11 +190,11 @@ def main(
 ) -> None:
     """Evaluate a bundle on images that it has not seen, as it would be served.
 
-    Writes metrics.json (figures with 95 % intervals by bootstrap over lesions, by class, source, site, sex and age),
-    report.txt, and pictures: confusion matrix, ROC and precision-recall curves, reliability diagram, bars by class,
-    risk against coverage, the alarm's operating curve by source, and a sheet of right and wrong examples with
-    heatmaps. They are also logged to the MLflow run that made the bundle, if the store (MLFLOW_TRACKING_URI, or the
-    stack's server) has it.
+    Writes metrics.json (figures with 95 % intervals by bootstrap over lesions, by class, source, site, sex and age;
+    with --against also the other bundle's and the differences), report.txt, and pictures: confusion matrix, ROC and
+    precision-recall curves, reliability diagram, bars by class, risk against coverage, the alarm's operating curve by
+    source, and sheets of right and wrong examples and of the costliest errors, with heatmaps. They are also logged to
+    the MLflow run that made the bundle, if the store (MLFLOW_TRACKING_URI, or the stack's server) has it.
 
     The bundle's receipt is used to refuse images, lesions and near-duplicates that the model was made from.
     """
@@ -238,8 +205,12 @@ def main(
         predictor = Predictor.load(bundle)
         predictions = predict_rows(predictor, rows, tta, picture_alone)
         report = evaluate(rows, predictions, bootstrap)
+        if against:
+            report["against"] = compare(rows, predictions, against, bootstrap, tta=tta, picture_alone=picture_alone)
         figures = diagrams(rows, predictions, report)
         figures["examples.png"] = examples(predictor, rows, predictions, picture_alone)
+        if errors := costliest_errors(predictor, rows, predictions, picture_alone):
+            figures["errors.png"] = errors
         shutil.copytree(temporary, out, dirs_exist_ok=True)  # the manifest made of a folder, after all refusals
 
     header = {
@@ -267,14 +238,48 @@ def main(
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the single figures with their intervals."""
+    """Print the figures by source and the weakest slice, the single figures, and the comparison with another bundle."""
+    console.print(_source_table(report["slices"]["source"]))
+    if weakest := report["weakest_slice"]:
+        console.print(
+            f"The weakest slice is {weakest['column']} {weakest['value']}: macro AUC {weakest['macro_auc']:.3f}."
+        )
     shown = Table("figure", "value", "95 % interval (bootstrap over lesions)")
     for name, value in headline(report).items():
-        low_high = report["intervals_95"].get(name)
-        interval = f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else ""
-        shown.add_row(name, "undefined" if value is None else f"{value:.3f}", interval)
+        shown.add_row(name, _number(value), _interval(report["intervals_95"].get(name)))
     console.print(f"{report['images']:,} images of {report['lesions']:,} lesions")
     console.print(shown)
+    if comparison := report.get("against"):
+        console.print(
+            f"Compared on {comparison['all']['images']:,} images; {comparison['seen_by_it']:,} others were seen by the "
+            "other bundle."
+        )
+        console.print(_comparison_table(comparison["all"]))
+
+
+def _source_table(sources: dict[str, Any]) -> Table:
+    shown = Table("source", "images", "lesions", *SOURCE_FIGURES)
+    for source, figures in sources.items():
+        cells = [_number(figures[key]) if key in figures else "" for key in SOURCE_FIGURES.values()]
+        shown.add_row(source, f"{figures['images']:,}", f"{figures['lesions']:,}", *cells)
+    return shown
+
+
+def _comparison_table(figures: dict[str, Any]) -> Table:
+    shown = Table("figure", "this bundle", "the other", "difference", "95 % interval (paired)")
+    for name, row in figures.items():
+        if name != "images":
+            values = (_number(row[key]) for key in ("value", "against", "difference"))
+            shown.add_row(name, *values, _interval(row.get("interval_95")))
+    return shown
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
 
 
 if __name__ == "__main__":
@@ -283,5 +288,6 @@ if __name__ == "__main__":
         examples=[
             "python training/evaluate.py --bundle model_store/skin_vit --data data/manifest.csv --out runs/evaluation",
             "python training/evaluate.py --bundle model_store/skin_vit --data my_clinic --tta --out runs/clinic",
+            "python training/evaluate.py --bundle RUN/bundle --against model_store/skin_vit --data my_clinic --out OUT",
         ],
     )

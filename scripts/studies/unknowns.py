@@ -37,10 +37,10 @@ from training.checkpoints import LAST, load
 from training.config import ROOT, ConfigError, TrainConfig, load_config
 from training.data.image_cache import build_cache
 from training.data.manifest import fingerprint, read_manifest, write_manifest
-from training.evaluate import nine_probabilities, predict_rows
 from training.evaluation.evaluation_report import unknown_figures
 from training.evaluation.leakage import check_overlap
 from training.evaluation.network_outputs import pooled
+from training.evaluation.served_predictions import nine_probabilities, predict_rows
 from training.evaluation.unknown_class_fit import KnownLesions
 
 BATCH = 128

@@ -227,6 +227,23 @@ def _slice_sets(rows: pd.DataFrame, sets: Sequence[Sequence[str]]) -> dict[str, 
     return {"coverage_by_lesion": float(by_lesion.mean()), "mean_set_size": float(np.mean([len(s) for s in sets]))}
 
 
+def weakest_slice(table: dict[str, Any]) -> dict[str, Any] | None:
+    """Return column, value and figures of the slice with the lowest macro AUC; None if no slice has one.
+
+    The macro AUC does not depend on how common the classes are, so it can be compared between slices.
+
+    Args:
+        table: from `slices`.
+    """
+    rated = [
+        {"column": column, "value": value, **figures}
+        for column, values in table.items()
+        for value, figures in values.items()
+        if figures.get("macro_auc") is not None
+    ]
+    return min(rated, key=lambda entry: entry["macro_auc"], default=None)
+
+
 def slice_order(column: str, value: str) -> tuple[int, str]:
     """Return the sort key of a slice within its column: age bands by age, "not recorded" last."""
     if value == "not recorded":

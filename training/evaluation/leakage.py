@@ -19,6 +19,15 @@ def manifest_receipt(frame: pd.DataFrame, dataset_fingerprint: str) -> Receipt:
     return make_receipt(splits, dataset_fingerprint)
 
 
+def seen_images(bundle: Path, rows: pd.DataFrame) -> set[str]:
+    """Return the image ids of a manifest's rows that the bundle has seen: image, lesion, patient or near-duplicate.
+
+    Raises BundleError if the bundle has no readable receipt.
+    """
+    seen = overlap(read_receipt(bundle), image_identities(rows))
+    return {*seen.same_image, *seen.same_lesion, *seen.same_patient, *seen.near}
+
+
 def check_overlap(bundle: Path, rows: pd.DataFrame, allowed: bool) -> dict[str, Any]:
     """Compare a manifest's rows with the bundle's receipt and return the counts for metrics.json.
 
