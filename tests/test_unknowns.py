@@ -18,6 +18,7 @@ from mlflow_tracking import classification_metrics as metrics
 from mlflow_tracking.command_line import run
 from scripts.studies import unknowns, unknowns_report
 from scripts.studies.detectors import DETECTORS, DetectorInputs
+from scripts.studies.extractor import StudyError
 from scripts.studies.far_images import SIDE, far_images
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
@@ -121,7 +122,7 @@ def test_a_held_out_class_is_in_no_training_split(tmp_path):
     fewer = unknowns.hold_out(frame, "MEL", most=5)
     training = fewer[fewer["split"] == "train"]
     assert training["label"].value_counts().to_dict() == {"NV": 5, "BCC": 5}
-    with pytest.raises(unknowns.StudyError, match="No image of DF can be held out"):
+    with pytest.raises(StudyError, match="No image of DF can be held out"):
         unknowns.hold_out(frame, "DF")
     assert (fewer["split"] == "calibration").sum() == (held["split"] == "calibration").sum()
 
@@ -218,9 +219,9 @@ def test_a_model_of_other_data_or_settings_is_refused(tmp_path):
 
     assert trained(frame).digest == sealed.digest
     for other in ({"most": 8}, {"preset": "demo_vit"}):
-        with pytest.raises(unknowns.StudyError, match="has a model of other data or settings"):
+        with pytest.raises(StudyError, match="has a model of other data or settings"):
             trained(frame, **other)
-    with pytest.raises(unknowns.StudyError, match="has a model of other data or settings"):
+    with pytest.raises(StudyError, match="has a model of other data or settings"):
         trained(frame.iloc[:-1])
     (folder / "last.pt").unlink()
     with pytest.raises(checkpoints.CheckpointError, match="There is no checkpoint"):

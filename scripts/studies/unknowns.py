@@ -15,22 +15,20 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 import pandas as pd
-import torch
 import typer
 from numpy.typing import NDArray
 
 from handlers.bundle import Bundle
-from handlers.errors import UserError
 from handlers.files import write_json
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.preprocessing import Preprocessing
 from handlers.request import Request
-from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT, UNKNOWN
 from mlflow_tracking import classification_metrics as metrics
 from mlflow_tracking.command_line import console, run
 from scripts.studies.detectors import DETECTORS, DetectorInputs
+from scripts.studies.extractor import Extractor, StudyError
 from scripts.studies.far_images import far_images
 from scripts.studies.unknowns_report import markdown, summarise
 from training.checkpoints import LAST, load
@@ -39,11 +37,9 @@ from training.data.image_cache import build_cache
 from training.data.manifest import fingerprint, read_manifest, write_manifest
 from training.evaluation.evaluation_report import unknown_figures
 from training.evaluation.leakage import check_overlap
-from training.evaluation.network_outputs import pooled
 from training.evaluation.served_predictions import nine_probabilities, predict_rows
 from training.evaluation.unknown_class_fit import KnownLesions
 
-BATCH = 128
 FAR_IMAGES = 40  # of each kind
 FALSE_ALARM = 0.05  # the share of known lesions that a threshold calls unknown, as in FPR at 95 %
 MIN_IMAGES = 30  # of a class to be held out
@@ -52,10 +48,6 @@ EXAMPLES = [
     "python scripts/studies/unknowns.py --data data/manifest.csv --out runs/unknowns --bundle model_store/skin_vit",
     "python scripts/studies/unknowns.py --data data/manifest.csv --out runs/unknowns --classes MEL --classes VASC",
 ]
-
-
-class StudyError(UserError):
-    """A class cannot be held out, or a model was not trained."""
 
 
 def hold_out(frame: pd.DataFrame, code: str, most: int = 0) -> pd.DataFrame:
@@ -109,27 +101,6 @@ def train_without(frame: pd.DataFrame, code: str, config: str, folder: Path, cac
 def _without_paths(config: TrainConfig) -> dict[str, Any]:
     """Return the settings without the folders."""
     return config.model_copy(update=dict.fromkeys(("manifest", "data_dir", "cache_dir", "output"), "")).to_dict()
-
-
-class Extractor:
-    """Compute features and logits of a bundle's network from pixels, uint8 (N, S, S, 3)."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        module = serving_module(bundle)
-        self.backbone, self.module = module.cam.backbone, module
-        head = self.backbone.get_classifier()
-        if not isinstance(head, torch.nn.Linear):
-            raise StudyError("Detectors need a head of one linear layer: choose a preset without head_hidden.")
-        self.weight, self.bias = (t.detach().double().numpy() for t in (head.weight, head.bias))
-
-    @torch.inference_mode()
-    def __call__(self, pixels: NDArray[np.uint8]) -> DetectorInputs:
-        features = []
-        for start in range(0, len(pixels), BATCH):
-            images = self.module.images(torch.tensor(pixels[start : start + BATCH]))
-            features.append(pooled(self.backbone, images).double().numpy())
-        joined = np.concatenate(features)
-        return DetectorInputs(joined, joined @ self.weight.T + self.bias)  # in fp64, as the detectors expect
 
 
 def draw_lesions(frame: pd.DataFrame) -> pd.DataFrame:
