@@ -20,6 +20,7 @@ from scripts.studies import unknowns, unknowns_report
 from scripts.studies.detectors import DETECTORS, DetectorInputs
 from scripts.studies.extractor import StudyError
 from scripts.studies.far_images import SIDE, far_images
+from scripts.studies.small_trainings import trained_bundle
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints
@@ -215,7 +216,8 @@ def test_a_model_of_other_data_or_settings_is_refused(tmp_path):
     checkpoints.save(folder / "last.pt", state)
 
     def trained(frame, preset="held_out", most=9):
-        return unknowns.train_without(frame, "MEL", preset, folder, tmp_path / "cache", most)
+        rows = unknowns.hold_out(frame, "MEL", most)
+        return trained_bundle(rows, preset, [], folder, tmp_path / "cache")
 
     assert trained(frame).digest == sealed.digest
     for other in ({"most": 8}, {"preset": "demo_vit"}):

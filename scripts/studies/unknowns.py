@@ -6,8 +6,6 @@ rest (training/configs/held_out.yaml), and the images of the class are its near 
 judged on the same features and logits.
 """
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,11 +28,11 @@ from mlflow_tracking.command_line import console, run
 from scripts.studies.detectors import DETECTORS, DetectorInputs
 from scripts.studies.extractor import Extractor, StudyError
 from scripts.studies.far_images import far_images
+from scripts.studies.small_trainings import trained_bundle
 from scripts.studies.unknowns_report import markdown, summarise
-from training.checkpoints import LAST, load
-from training.config import ROOT, ConfigError, TrainConfig, load_config
+from training.config import ConfigError, load_config
 from training.data.image_cache import build_cache
-from training.data.manifest import fingerprint, read_manifest, write_manifest
+from training.data.manifest import fingerprint, read_manifest
 from training.evaluation.evaluation_report import unknown_figures
 from training.evaluation.leakage import check_overlap
 from training.evaluation.served_predictions import nine_probabilities, predict_rows
@@ -70,37 +68,6 @@ def hold_out(frame: pd.DataFrame, code: str, most: int = 0) -> pd.DataFrame:
         training = frame[frame["split"] == "train"].sort_values("sha256")
         frame = frame.drop(training.index[training.groupby("label").cumcount() >= most])
     return frame.reset_index(drop=True)
-
-
-def train_without(frame: pd.DataFrame, code: str, config: str, folder: Path, cache: Path, most: int) -> Bundle:
-    """Return the bundle of a model that never saw `code`; train it unless `folder` has it.
-
-    Raises StudyError if the training fails, or if the folder has a model of other data or settings.
-    """
-    rows = hold_out(frame, code, most)
-    settings = [f"name=without_{code}", f"manifest={folder / 'manifest.csv'}", f"cache_dir={cache}"]
-    begun = (folder / LAST).is_file() or (folder / "bundle").is_dir()
-    if begun:
-        state = load(folder / LAST)
-        new, old = load_config(config, settings), load_config(base=state["config"])
-        if state["dataset_fingerprint"] != fingerprint(rows) or _without_paths(new) != _without_paths(old):
-            raise StudyError(
-                f"{folder} has a model of other data or settings. Delete it, or name another folder with --out."
-            )
-    if not (folder / "bundle").is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(folder / "manifest.csv", rows)
-        command = [sys.executable, str(ROOT / "training" / "train.py")]
-        command += ["--resume", str(folder)] if begun else ["--config", config, "--output", str(folder), *settings]
-        console.print(f"Training without {code}: {int((rows['split'] == 'train').sum()):,} images, {folder}.")
-        if subprocess.run(command, check=False).returncode:
-            raise StudyError(f"The training without {code} failed. Its messages are above, its files in {folder}.")
-    return Bundle.load(folder / "bundle")
-
-
-def _without_paths(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings without the folders."""
-    return config.model_copy(update=dict.fromkeys(("manifest", "data_dir", "cache_dir", "output"), "")).to_dict()
 
 
 def draw_lesions(frame: pd.DataFrame) -> pd.DataFrame:
@@ -227,7 +194,8 @@ def main(
     held_out, draws, drawn = {}, {}, draw_lesions(frame)
     for code in chosen:
         folder = out / f"without_{code}"
-        trained = train_without(frame, code, config, folder.resolve(), cache.resolve(), most)
+        rows, settings = hold_out(frame, code, most), [f"name=without_{code}"]
+        trained = trained_bundle(rows, config, settings, folder.resolve(), cache.resolve())
         held_out[code], draws[code] = judge(trained, read_manifest(folder / "manifest.csv"), far, cache, drawn)
         console.print(f"{code}: judged.")
     predictor = Predictor.load(bundle) if bundle else None
