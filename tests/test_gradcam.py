@@ -8,6 +8,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from handlers.backbone import BackboneError, SplitAttention, build_backbone, split_attention
 from handlers.gradcam import AutogradGradCam, ClassTokenVitGradCam, PooledGradCam, TappedBackbone, grad_cam
 from tests.models import ARCHITECTURE, OPTIONS, tiny_backbone, tiny_bundle
+from training.config import ModelSettings
 
 # The same layers, fewer and narrower.
 SMALL = {"channel_multiplier": 0.5, "depth_multiplier": 0.3}
@@ -45,6 +46,7 @@ CASES = {
     "efficientnet_b0": ("efficientnet_b0", {}, PooledGradCam, False),
     "efficientnetv2_s": ("tf_efficientnetv2_s", SMALL, PooledGradCam, False),
     "efficientnet_lite0": ("tf_efficientnet_lite0", {}, PooledGradCam, False),
+    "efficientnet_lite0-stride-16": ("tf_efficientnet_lite0", {"output_stride": 16}, PooledGradCam, False),
     "mobilenetv3": ("mobilenetv3_small_050", {}, AutogradGradCam, False),
     "mobilenetv4": ("mobilenetv4_conv_small_035", {}, AutogradGradCam, False),
     "mobilenetv4-hybrid": ("mobilenetv4_hybrid_medium_075", {}, AutogradGradCam, False),
@@ -98,6 +100,17 @@ def test_agrees_with_autograd_and_with_the_grad_cam_package(case):
 def test_pooled_networks_are_exported(name, tmp_path):
     architecture, options, _, _ = CASES[name]
     assert tiny_bundle(tmp_path / "bundle", architecture=architecture, options=options).config.runtime == "openvino"
+
+
+def test_a_smaller_output_stride_keeps_the_weights_and_doubles_the_grid():
+    settings = {"architecture": "tf_efficientnet_lite0", "image_size": 64, "symmetric_padding": True}
+    coarse, fine = (ModelSettings(**settings, output_stride=stride) for stride in (32, 16))
+    networks = [build_backbone(s.architecture, 8, s.image_size, options=s.options).eval() for s in (coarse, fine)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    maps = [network.forward_features(torch.ones(1, 3, 64, 64)) for network in networks]
+    assert [m.shape[-2:] for m in maps] == [(2, 2), (4, 4)]
+    # With symmetric padding, every second cell of the fine grid is a cell of the coarse one.
+    assert torch.allclose(maps[1][..., ::2, ::2], maps[0], atol=1e-4)
 
 
 def test_a_backbone_with_two_classifiers_is_refused():

@@ -77,6 +77,9 @@ class ModelSettings(_Group):
     symmetric_padding: bool = Field(
         False, description="for tf_ models: symmetric padding, which trains faster on CPUs, in place of TensorFlow's"
     )
+    output_stride: Literal[16, 32] = Field(
+        32, description="pixels between the cells of a convolutional network's last feature map, the heatmap's grid"
+    )
     drop_rate: Probability = Field(0.0, description="dropout before the head, and in its hidden layers")
     drop_path_rate: Probability = Field(0.0, description="stochastic depth")
     metadata: list[Literal["age", "sex", "site"]] = Field([], description="patient data that the model takes as input")
@@ -104,7 +107,8 @@ class ModelSettings(_Group):
             "stem": self.stem.removeprefix("patch"),
         }
         padding = {"pad_type": ""} if self.symmetric_padding else {}
-        return {key: value for key, value in values.items() if value} | padding
+        stride = {"output_stride": self.output_stride} if self.output_stride != 32 else {}
+        return {key: value for key, value in values.items() if value} | padding | stride
 
     @property
     def metadata_inputs(self) -> Metadata:
