@@ -4,6 +4,7 @@
 #   base ─┬─ prediction (torch, OpenVINO) ─┬─ torchserve
 #         │                                └─ promoter ── training
 #         ├─ mlflow
+#         ├─ monitor
 #         ├─ page
 #         └─ proxy
 #
@@ -17,7 +18,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 LANG=C.UTF-8
 RUN python3 -m venv --without-pip /opt/venv \
     && useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin app \
     && install -d /secrets \
-    && install -d -o app -g app -m 0700 /run/management /run/torchserve /app/runs /secrets/kept /secrets/mlflow \
+    && install -d -o app -g app -m 0700 /run/management /run/torchserve /app/runs /secrets/kept /secrets/mlflow /secrets/monitor \
     && install -d -o app -g app /app /var/lib/model_store /var/lib/minio /var/log/predictions \
         /secrets/postgres /secrets/minio /secrets/grafana
 WORKDIR /app
@@ -84,6 +85,20 @@ COPY --chown=app containers/healthcheck.py containers/make_secrets.py containers
 COPY --chown=app mlflow_tracking/mlflow_server.sh mlflow_tracking/registry_database.py mlflow_tracking/
 USER app
 ENTRYPOINT ["/app/mlflow_tracking/mlflow_server.sh"]
+
+FROM base AS monitor
+RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
+    --mount=type=bind,source=requirements/monitor.txt,target=/requirements/monitor.txt \
+    --mount=type=bind,source=containers/install.sh,target=/install.sh \
+    sh /install.sh monitor
+ENV PYTHONPATH=/app
+COPY --chown=app containers/healthcheck.py containers/
+COPY --chown=app handlers/ handlers/
+COPY --chown=app mlflow_tracking/ mlflow_tracking/
+COPY --chown=app monitoring/ monitoring/
+RUN python -m compileall -q .
+USER app
+CMD ["python", "-m", "monitoring.monitor_service"]
 
 FROM base AS page
 RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \

@@ -5,14 +5,14 @@ PY := .venv/bin/python
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11
 # Texts are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
-IMAGES := prediction torchserve promoter training mlflow page
+IMAGES := prediction torchserve promoter training mlflow monitor page
 # Unit tests run in parallel, one file at a time in each process; the live ones share one stack and run one after the other.
 PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-up: env ## start page, MLflow, TorchServe and promoter; Ctrl-C stops them
+up: env ## start page, MLflow, TorchServe, promoter and monitor; Ctrl-C stops them
 	@$(PY) scripts/stack.py up
 
 down: ## stop what `make up` started, from another terminal

@@ -26,6 +26,7 @@ KEPT = "kept/secrets.json"
 NAMES = {
     "POSTGRES_PASSWORD": 20,
     "MLFLOW_DATABASE_PASSWORD": 20,
+    "MONITOR_DATABASE_PASSWORD": 20,
     "MINIO_ROOT_USER": 10,
     "MINIO_ROOT_PASSWORD": 20,
     "MINIO_ACCESS_KEY": 10,
@@ -89,10 +90,11 @@ def choose(named: dict[str, str], kept: dict[str, str]) -> dict[str, str]:
 
 
 def files(value: dict[str, str]) -> dict[str, tuple[str, int]]:
-    """Return path below SECRETS: (content, mode). Only MLflow runs as the user that writes the files."""
+    """Return path below SECRETS: (content, mode). MLflow and the monitor run as the user that writes the files."""
     return {
         KEPT: (json.dumps(value), 0o600),
         "mlflow/pgpass": (f"*:*:*:mlflow:{value['MLFLOW_DATABASE_PASSWORD']}\n", 0o600),
+        "monitor/pgpass": (f"*:*:*:monitor:{value['MONITOR_DATABASE_PASSWORD']}\n", 0o600),
         "mlflow/aws": (
             "[default]\n"
             f"aws_access_key_id = {value['MINIO_ACCESS_KEY']}\n"
@@ -101,6 +103,7 @@ def files(value: dict[str, str]) -> dict[str, tuple[str, int]]:
         ),
         "postgres/postgres": (value["POSTGRES_PASSWORD"], 0o444),
         "postgres/mlflow": (value["MLFLOW_DATABASE_PASSWORD"], 0o444),
+        "postgres/monitor": (value["MONITOR_DATABASE_PASSWORD"], 0o444),
         "minio/config.env": (
             f'export MINIO_ROOT_USER="{value["MINIO_ROOT_USER"]}"\n'
             f'export MINIO_ROOT_PASSWORD="{value["MINIO_ROOT_PASSWORD"]}"\n',

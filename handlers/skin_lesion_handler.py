@@ -1,8 +1,9 @@
 """The TorchServe handler: batches of requests in, JSON and status codes out.
 
 A request is the image's bytes as the body, a multipart form, or JSON with the image in base64; docs/api.md has the
-contract. Every prediction is logged as one line, `prediction {...}`, which TorchServe writes to a file of its own
-(torchserve/log4j2.xml). It holds neither pixels nor names. Without LOG_PREDICTIONS in the environment there is no log.
+contract. Every prediction is logged as one line, `prediction {...}`, and every refusal as `refusal {...}`, which
+TorchServe writes to a file of its own (torchserve/log4j2.xml). They hold neither pixels nor names. Without
+LOG_PREDICTIONS in the environment there is no log.
 
 TorchServe uses the only class defined in this module, so keep it the only one.
 """
@@ -61,8 +62,14 @@ class SkinLesionHandler:
         if self.logs_predictions:
             milliseconds = round(1000 * (time.perf_counter() - began), 1)
             for index, answer in enumerate(answers):
+                request = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+                request |= {"request_id": context.get_request_id(index)}
                 if isinstance(answer, Prediction):
-                    log.info("prediction %s", _log_line(answer, context.get_request_id(index), milliseconds))
+                    log.info("prediction %s", _json(request | _prediction_fields(answer, milliseconds)))
+                else:
+                    version = context.manifest["model"]["modelVersion"]
+                    refusal = {"version": version, "code": answer.code, "status": answer.status}
+                    log.info("refusal %s", _json(request | refusal))
         return responses
 
     def _predict(self, requests: list[Request]) -> list[Prediction | ImageError]:
@@ -93,20 +100,26 @@ def _respond(answer: Prediction | ImageError, context: Any, index: int) -> bytes
         body: dict[str, Any] = {"error": {"code": answer.code, "message": str(answer)}}
     else:
         body = answer.to_dict()
-    return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+    return _json(body).encode()
 
 
-def _log_line(answer: Prediction, request_id: str | None, milliseconds: float) -> str:
-    """Return a prediction as JSON; `milliseconds` is the time of the whole batch, which each of its requests took."""
-    row = {
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "request_id": request_id,
+def _json(row: dict[str, Any]) -> str:
+    return json.dumps(row, separators=(",", ":"), ensure_ascii=False)
+
+
+def _prediction_fields(answer: Prediction, milliseconds: float) -> dict[str, Any]:
+    """Return what the log keeps of a prediction; `milliseconds` is the time of the whole batch, as for each request."""
+    return {
         "image_sha256": answer.image.sha256,
-        "told": [name for name, value in answer.metadata.items() if value is not None],
+        "metadata_sent": [name for name, value in answer.metadata.items() if value is not None],
         "model": answer.model["name"],
         "version": answer.model["version"],
         "digest": answer.model["digest"],
         "probabilities": {code: round(probability, 6) for code, probability in answer.probabilities.items()},
+        "entropy": round(answer.entropy, 6),
+        "set": answer.conformal_set,
+        "flagged": None if answer.malignant is None else answer.malignant.flagged,
+        "width": answer.image.width,
+        "height": answer.image.height,
         "milliseconds": milliseconds,
     }
-    return json.dumps(row, separators=(",", ":"))

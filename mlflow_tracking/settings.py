@@ -88,6 +88,10 @@ class Settings(BaseSettings):
     promoter_poll_seconds: float = Field(2.0, gt=0)
     promoter_gates: Path = Path("mlflow_tracking/gates.yaml")
     promoter_keep_archives: int = Field(3, ge=0)
+    monitor_host: str = "127.0.0.1"
+    monitor_port: int = Field(8084, ge=1, le=65535)
+    monitor_database: str = ""
+    monitor_keep_days: int = Field(90, ge=0)
 
     @classmethod
     def load(cls) -> Self:
@@ -157,10 +161,20 @@ class Settings(BaseSettings):
         return self.state / "evaluation"
 
     @property
+    def records_predictions(self) -> bool:
+        """Whether TorchServe writes a prediction log."""
+        return str(self.prediction_log) != "off"
+
+    @property
+    def monitor_database_url(self) -> str:
+        """The address of the monitor's database, by default SQLite in the state folder."""
+        return self.monitor_database or f"sqlite:///{self.state / 'monitor.db'}"
+
+    @property
     def prediction_logs(self) -> list[Path]:
         """TorchServe's prediction log and its earlier files, the newest first; absolute."""
         newest = ROOT / (self.prediction_log or self.state / "logs/predictions.jsonl")
-        older = sorted(newest.parent.glob(f"{newest.name}.*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        older = sorted(newest.parent.glob(f"{newest.name}.[1-9]"))  # TorchServe renames the newest to .1
         return [path for path in (newest, *older) if path.is_file()]
 
     @property

@@ -78,6 +78,7 @@ class StackSettings(Settings):
             "MLFLOW_PUBLIC_URL": self.mlflow_public_url or self.url("mlflow"),
             "TORCHSERVE_URL": self.url("torchserve"),
             "PROMOTER_URL": self.url("promoter"),
+            "MONITOR_URL": self.url("monitor"),
             "STREAMLIT_SERVER_PORT": str(self.streamlit_port),
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
             "PYTHONUNBUFFERED": "1",

@@ -33,6 +33,7 @@ PARTS = (
     Part("streamlit", "Page", "python -m streamlit run streamlit_app/app.py", "/_stcore/health"),
     Part("torchserve", "TorchServe", "bash torchserve/start_torchserve.sh", "/ping", f"/predictions/{MODEL_NAME}"),
     Part("promoter", "Promoter", "python -m mlflow_tracking.promotion.service", "/healthz", "/status"),
+    Part("monitor", "Monitor", "python -m monitoring.monitor_service", "/health", "/summary"),
 )
 HEAD = """\
 [unix_http_server]

@@ -23,7 +23,7 @@ from scripts import child_processes
 from scripts.child_processes import free_ports
 
 ROOT = Path(__file__).parent.parent
-PORTS = ["MLFLOW_PORT", "TORCHSERVE_PORT", "TORCHSERVE_METRICS_PORT", "PROMOTER_PORT", "STREAMLIT_PORT"]
+PORTS = ["MLFLOW_PORT", "TORCHSERVE_PORT", "TORCHSERVE_METRICS_PORT", "PROMOTER_PORT", "STREAMLIT_PORT", "MONITOR_PORT"]
 START_SECONDS = 540  # a first start takes one minute on two idle cores
 
 
@@ -78,7 +78,7 @@ class Stack:
     started_in: float = 0.0
 
     def __post_init__(self) -> None:
-        self.mlflow, self.torchserve, _, self.promoter, self.streamlit = (
+        self.mlflow, self.torchserve, _, self.promoter, self.streamlit, self.monitor = (
             f"http://127.0.0.1:{self.env[name]}" for name in PORTS
         )
 
@@ -92,6 +92,7 @@ class Stack:
             "MLFLOW_TRACKING_URI": stack.mlflow,
             "TORCHSERVE_URL": stack.torchserve,
             "PROMOTER_URL": stack.promoter,
+            "MONITOR_URL": stack.monitor,
             "MLFLOW_PUBLIC_URL": stack.mlflow,
             "TORCHSERVE_RUN_DIR": str(folder / "state" / "run"),
         }

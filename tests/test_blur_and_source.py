@@ -22,12 +22,12 @@ def test_a_picture_is_shrunk_and_never_enlarged(tmp_path, side, size):
     assert study.opened(str(tmp_path / "a.png"), side).size == size
 
 
-def test_a_source_that_colours_the_features_is_told_apart_and_noise_is_not():
+def test_a_source_that_colours_the_features_is_separability_and_noise_is_not():
     rng = np.random.default_rng(0)
     rows = pd.DataFrame({"source": np.repeat(["a", "b"], 60), "lesion_id": [f"l{i}" for i in range(120)]})
     noise = rng.normal(size=(120, 8))
-    assert study._told_apart(noise, rows) == pytest.approx(0.5, abs=0.15)
-    assert study._told_apart(noise + 3 * (rows["source"] == "b").to_numpy()[:, None], rows) > 0.95
+    assert study._separability(noise, rows) == pytest.approx(0.5, abs=0.15)
+    assert study._separability(noise + 3 * (rows["source"] == "b").to_numpy()[:, None], rows) > 0.95
 
 
 def test_the_study_measures_both(tmp_path, monkeypatch):

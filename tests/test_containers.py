@@ -27,7 +27,7 @@ import yaml
 from scripts.stack import REGISTER
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"handlers", "training", "mlflow_tracking", "streamlit_app", "scripts"}
+ROOMS = {"handlers", "monitoring", "training", "mlflow_tracking", "streamlit_app", "scripts"}
 # requirements/NAME.txt: the code that runs on it
 IMAGES = {
     "prediction": ["handlers/*.py"],
@@ -39,6 +39,12 @@ IMAGES = {
     ],
     "training": ["handlers/*.py", "training/**/*.py", "scripts/prepare_data.py", "scripts/register_model.py"],
     "mlflow": ["containers/*.py", "mlflow_tracking/registry_database.py"],
+    "monitor": [
+        "monitoring/**/*.py",
+        *(f"mlflow_tracking/{name}.py" for name in ("settings", "command_line", "version_card")),
+        *(f"mlflow_tracking/promotion/{name}.py" for name in ("audit", "plan")),
+        *(f"handlers/{name}.py" for name in ("errors", "taxonomy")),
+    ],
     "page": ["streamlit_app/**/*.py"],
 }
 
@@ -56,7 +62,7 @@ def script(name: str) -> ModuleType:
 def secrets(tmp_path, monkeypatch) -> ModuleType:
     """make_secrets.py with folders of its own."""
     module = script("make_secrets")
-    for name in ("kept", "mlflow", "postgres", "minio", "grafana"):
+    for name in ("kept", "mlflow", "monitor", "postgres", "minio", "grafana"):
         (tmp_path / "secrets" / name).mkdir(parents=True)
     monkeypatch.setattr(module, "SECRETS", tmp_path / "secrets")
     monkeypatch.setattr(module, "ENV_FILE", tmp_path / ".env")
@@ -211,7 +217,7 @@ def test_secrets_are_random_kept_and_private(secrets, capsys):
     assert all(secrets.ALLOWED.fullmatch(value) for value in first.values())
     assert first["MLFLOW_DATABASE_PASSWORD"] in (folder / "mlflow/pgpass").read_text()
     assert (folder / "postgres/mlflow").read_text() == first["MLFLOW_DATABASE_PASSWORD"]
-    for private in (secrets.KEPT, "mlflow/pgpass", "mlflow/aws"):  # libpq insists, for its own
+    for private in (secrets.KEPT, "mlflow/pgpass", "mlflow/aws", "monitor/pgpass"):  # libpq insists, for its own
         assert stat.S_IMODE((folder / private).stat().st_mode) == 0o600
     assert secrets.main() == 0
     assert json.loads((folder / secrets.KEPT).read_text()) == first

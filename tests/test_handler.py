@@ -155,7 +155,7 @@ def test_a_refused_request_does_not_affect_the_others(ask, sample_images, row, s
     assert words in refused[1]["error"]["message"]
 
 
-def test_a_prediction_is_one_line_for_the_log(folder, sample_images, monkeypatch, caplog):
+def test_a_prediction_and_a_refusal_are_one_line_each_for_the_log(folder, sample_images, monkeypatch, caplog):
     monkeypatch.setenv("LOG_PREDICTIONS", "1")
     handler = SkinLesionHandler()
     context = FakeContext(folder)
@@ -163,15 +163,23 @@ def test_a_prediction_is_one_line_for_the_log(folder, sample_images, monkeypatch
     with caplog.at_level("INFO"):
         _, answer = handler.handle([{"body": bytearray(b"bad")}, {"body": bytearray(sample_images[0])}], context)
     [line] = [record.message for record in caplog.records if record.message.startswith("prediction {")]
-    row, told = json.loads(line.removeprefix("prediction ")), json.loads(answer)
+    row, body = json.loads(line.removeprefix("prediction ")), json.loads(answer)
     assert row["request_id"] == "request-1"
-    assert row["image_sha256"] == told["image"]["sha256"]
-    assert (row["model"], row["version"], row["digest"]) == ("skin_vit", "3", told["model"]["digest"])
-    assert row["probabilities"] == pytest.approx(told["probabilities"], abs=1e-6)
+    assert row["image_sha256"] == body["image"]["sha256"]
+    assert (row["model"], row["version"], row["digest"]) == ("skin_vit", "3", body["model"]["digest"])
+    assert row["probabilities"] == pytest.approx(body["probabilities"], abs=1e-6)
     assert row["milliseconds"] > 0
     assert datetime.fromisoformat(row["time"]).tzinfo
-    assert row["told"] == []
-    assert len(row) == 9, "nothing else about the picture or its sender"
+    assert row["metadata_sent"] == []
+    assert (row["width"], row["height"]) == (body["image"]["width"], body["image"]["height"])
+    assert row["entropy"] == pytest.approx(body["uncertainty"]["entropy"], abs=1e-6)
+    assert row["set"] == body["uncertainty"]["conformal_set"]
+    assert row["flagged"] == (body["suspicion"] or {}).get("flagged")
+    assert len(row) == 14, "nothing else about the picture or its sender"
+    [line] = [record.message for record in caplog.records if record.message.startswith("refusal {")]
+    refusal = json.loads(line.removeprefix("refusal "))
+    assert datetime.fromisoformat(refusal.pop("time")).tzinfo
+    assert refusal == {"request_id": "request-0", "version": "3", "code": "unsupported_media_type", "status": 415}
 
     caplog.clear()
     monkeypatch.delenv("LOG_PREDICTIONS")
@@ -179,6 +187,7 @@ def test_a_prediction_is_one_line_for_the_log(folder, sample_images, monkeypatch
     silent.initialize(context)
     silent.handle([{"body": bytearray(sample_images[0])}], context)
     assert "prediction {" not in caplog.text
+    assert "refusal {" not in caplog.text
 
 
 def test_torch_uses_the_gpu_that_torchserve_assigns(folder, monkeypatch):

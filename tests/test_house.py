@@ -18,7 +18,16 @@ import pytest
 from tests.test_imports import imports
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("handlers", "mlflow_tracking", "training", "scripts", "streamlit_app", "torchserve", "containers")
+ROOMS = (
+    "handlers",
+    "mlflow_tracking",
+    "monitoring",
+    "training",
+    "scripts",
+    "streamlit_app",
+    "torchserve",
+    "containers",
+)
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 TEXTS = sorted(
     path

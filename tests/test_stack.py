@@ -121,10 +121,16 @@ def set_champion(stack, version: str) -> None:
 def test_all_parts_are_up_and_say_where(stack):
     done = stack.run("scripts/stack.py", "status")
     assert done.returncode == 0, done.stdout
-    for url in (stack.streamlit, stack.mlflow, f"{stack.torchserve}/predictions/skin_vit", stack.promoter):
+    for url in (
+        stack.streamlit,
+        stack.mlflow,
+        f"{stack.torchserve}/predictions/skin_vit",
+        stack.promoter,
+        stack.monitor,
+    ):
         assert url in stack.output
         assert url in done.stdout, "whole, to be copied"
-    assert done.stdout.count("running") == 4
+    assert done.stdout.count("running") == 5
     assert "not running" not in done.stdout
     print(f"first start: {stack.started_in:.0f} s")
 
@@ -166,6 +172,23 @@ def test_a_refused_image_is_told_in_the_contracts_shape(stack):
     response = httpx.post(f"{stack.torchserve}/predictions/skin_vit", content=b"no image", timeout=30)
     assert response.status_code in (400, 415)
     assert set(response.json()["error"]) >= {"code", "message"}
+
+
+def test_the_monitor_records_answers_and_refusals(stack, image):
+    answered = httpx.post(f"{stack.torchserve}/predictions/skin_vit", content=image, timeout=30)
+    refused = httpx.post(f"{stack.torchserve}/predictions/skin_vit", content=b"no image", timeout=30)
+
+    def newest() -> dict:
+        return httpx.get(f"{stack.monitor}/predictions", params={"limit": 1}).json()["predictions"][0]
+
+    row = eventually(lambda: newest()["request_id"] == answered.headers["X-Request-Id"] and newest())
+    assert row["image_sha256"] == answered.json()["image"]["sha256"]
+    assert row["probabilities"] == pytest.approx(answered.json()["probabilities"], abs=1e-6)
+    code = refused.json()["error"]["code"]
+    summary = eventually(
+        lambda: (body := httpx.get(f"{stack.monitor}/summary").json())["total"]["refusals_by_code"].get(code) and body
+    )
+    assert summary["serving"]["version"] == answered.json()["model"]["version"]
 
 
 def test_all_doors_give_the_same_probabilities(stack, sample_images, tmp_path):
@@ -285,6 +308,7 @@ def ready(stack, image: bytes) -> dict[str, Callable[[], object]]:
         "mlflow": lambda: httpx.get(f"{stack.mlflow}/health").is_success and versions(stack),
         "torchserve": lambda: answer(stack, image),
         "promoter": lambda: httpx.get(f"{stack.promoter}/healthz").is_success,
+        "monitor": lambda: httpx.get(f"{stack.monitor}/summary").is_success,
     }
 
 
@@ -295,6 +319,7 @@ def ready(stack, image: bytes) -> dict[str, Callable[[], object]]:
         pytest.param("mlflow server", "mlflow", marks=[pytest.mark.slow]),
         ("uvicorn", "mlflow"),
         ("promotion.service", "promoter"),
+        ("monitoring.monitor_service", "monitor"),
         pytest.param("model_service_worker", "torchserve", marks=[pytest.mark.slow]),  # tests/test_load.py
         ("org.pytorch.serve.ModelServer", "torchserve"),
         ("supervisor.supervisord", "torchserve"),
@@ -335,7 +360,7 @@ def test_the_registry_of_a_newer_mlflow_is_refused_and_torchserve_serves_on(stac
             assert sentence.endswith("Update this project, or name another folder in STACK_STATE.")
             assert answer(stack, image)["model"]["version"]
             done = stack.run("scripts/stack.py", "status")
-            assert (done.returncode, done.stdout.count("running"), done.stdout.count("stopped")) == (1, 3, 1)
+            assert (done.returncode, done.stdout.count("running"), done.stdout.count("stopped")) == (1, 4, 1)
         finally:
             database.execute("UPDATE alembic_version SET version_num = ?", [usual])
             database.commit()

@@ -133,7 +133,7 @@ def by_source(predictor: Predictor, rows: pd.DataFrame) -> dict[str, Any]:
     return {
         "sources": {str(name): int(count) for name, count in rows["source"].value_counts().items()},
         "chance": 1 / rows["source"].nunique(),
-        "balanced_accuracy": {name: _told_apart(values, rows) for name, values in inputs.items()},
+        "balanced_accuracy": {name: _separability(values, rows) for name, values in inputs.items()},
     }
 
 
@@ -141,7 +141,7 @@ def _pixels(rows: pd.DataFrame, preprocessing: Preprocessing, side: int) -> NDAr
     return np.stack([preprocessing.resize(opened(path, side)) for path in rows["path"]])
 
 
-def _told_apart(inputs: NDArray[np.float64], rows: pd.DataFrame) -> float:
+def _separability(inputs: NDArray[np.float64], rows: pd.DataFrame) -> float:
     model = LogisticRegression(C=REGULARISATION, class_weight="balanced", max_iter=2000)
     pipeline, folds = make_pipeline(StandardScaler(), model), StratifiedGroupKFold(FOLDS)
     predicted = cross_val_predict(pipeline, inputs, rows["source"], groups=rows["lesion_id"], cv=folds)

@@ -1,0 +1,165 @@
+"""The monitor's database: predictions, refusals, roll-ups, and how far each log file is read. SQLite or Postgres.
+
+A batch's rows, its roll-ups and its position are one transaction. Wherever the monitor is killed, the next one
+continues at the last position, and each request id is counted once.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic.config import Config
+from alembic.runtime.environment import EnvironmentContext
+from alembic.script import ScriptDirectory
+from alembic.util.exc import CommandError
+from sqlalchemy.dialects import postgresql, sqlite
+
+from handlers.errors import ServiceUnavailable, UserError
+from monitoring.log_reader import Batch
+from monitoring.rollups import MINUTE, Slot, roll_up
+from monitoring.tables import log_files, metadata, predictions, refusals, rollups
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+DELETED_AT_ONCE = 10_000  # so that a deletion does not hold up the reader
+IDS_AT_ONCE = 5_000  # SQLite takes 32,766 values in a statement, Postgres 65,535
+
+
+class StoreError(UserError):
+    """A database that this version cannot use."""
+
+
+class StoreUnavailable(ServiceUnavailable):
+    """The database does not answer."""
+
+
+class PredictionStore:
+    """The database at an address, such as sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            address = sa.make_url(url)
+            timeout = {"connect_timeout": 5} if address.get_backend_name() == "postgresql" else {"timeout": 30}
+            self.engine = sa.create_engine(address, pool_pre_ping=True, connect_args=timeout)
+        except (sa.exc.ArgumentError, ImportError):
+            raise StoreError(
+                "MONITOR_DATABASE is not usable: it must be sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME."
+            ) from None
+        if self.engine.dialect.name == "sqlite":
+            sa.event.listen(self.engine, "connect", _prepare_sqlite)
+            sa.event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+
+    @contextmanager
+    def connect(self) -> Iterator[sa.Connection]:
+        """A connection in a transaction. Raises StoreUnavailable if the database does not answer or has no tables."""
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        except sa.exc.DBAPIError as error:
+            reason = str(error.orig).splitlines()[:1]
+            raise StoreUnavailable(f"The monitor's database does not answer ({' '.join(reason)}).") from error
+
+    def migrate(self) -> None:
+        """Bring the tables to this version. Raises StoreError for a newer database, StoreUnavailable."""
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.set_main_option("path_separator", "os")
+        script = ScriptDirectory.from_config(config)
+        with (
+            self.connect() as connection,
+            EnvironmentContext(config, script, fn=lambda revision, _: script._upgrade_revs("head", revision)) as scope,
+        ):
+            scope.configure(connection=connection, target_metadata=metadata, transactional_ddl=True)
+            try:
+                with scope.begin_transaction():
+                    scope.run_migrations()
+            except CommandError:
+                raise StoreError(
+                    "A newer version of this project made the monitor's database. Update this project, or name "
+                    "another database in MONITOR_DATABASE."
+                ) from None
+
+    def positions(self) -> dict[str, int]:
+        """Return how many bytes of each log file are stored, by the file's fingerprint."""
+        with self.connect() as connection:
+            rows = connection.execute(sa.select(log_files.c.fingerprint, log_files.c.position))
+            return {row.fingerprint: row.position for row in rows}
+
+    def add(self, batch: Batch) -> int:
+        """Store a batch unless another monitor has stored it; return the number of new rows.
+
+        Raises StoreUnavailable, and then nothing of the batch is stored.
+        """
+        with self.connect() as connection:
+            if not self._move(connection, batch):
+                return 0
+            rows = {row["request_id"]: row for row in batch.rows}
+            refused = [row for row in rows.values() if "status" in row]
+            answered = [row for row in rows.values() if "status" not in row]
+            new = self._insert(connection, refusals, refused) + self._insert(connection, predictions, answered)
+            self._add_sums(connection, roll_up(new))
+            return len(new)
+
+    def _move(self, connection: sa.Connection, batch: Batch) -> bool:
+        """Move the position of a file, and return whether it was where the batch begins."""
+        if batch.begin is None:
+            values = {"fingerprint": batch.fingerprint, "position": batch.end, "unreadable": batch.unreadable}
+            return connection.execute(self._upsert(log_files).values(values).on_conflict_do_nothing()).rowcount == 1
+        here = (log_files.c.fingerprint == batch.fingerprint) & (log_files.c.position == batch.begin)
+        values = {"position": batch.end, "unreadable": log_files.c.unreadable + batch.unreadable}
+        return connection.execute(sa.update(log_files).where(here).values(values)).rowcount == 1
+
+    def _insert(self, connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Insert the rows whose request id is new, and return them."""
+        stored: set[str] = set()
+        for first in range(0, len(rows), IDS_AT_ONCE):
+            identifiers = [row["request_id"] for row in rows[first : first + IDS_AT_ONCE]]
+            stored |= set(
+                connection.execute(sa.select(table.c.request_id).where(table.c.request_id.in_(identifiers))).scalars()
+            )
+        new = [row for row in rows if row["request_id"] not in stored]
+        if new:
+            connection.execute(sa.insert(table), new)
+        return new
+
+    def _add_sums(self, connection: sa.Connection, sums: Mapping[Slot, Mapping[str, float]]) -> None:
+        for slot, added in sums.items():
+            key = (
+                (rollups.c.width == slot.width) & (rollups.c.start == slot.start) & (rollups.c.version == slot.version)
+            )
+            stored = connection.execute(sa.select(rollups.c.sums).where(key).with_for_update()).scalar() or {}
+            total = stored | {name: stored.get(name, 0) + value for name, value in added.items()}
+            insert = self._upsert(rollups).values(**slot._asdict(), sums=total)
+            connection.execute(
+                insert.on_conflict_do_update(index_elements=["width", "start", "version"], set_={"sums": total})
+            )
+
+    def _upsert(self, table: sa.Table) -> Any:
+        return (postgresql if self.engine.dialect.name == "postgresql" else sqlite).insert(table)
+
+    def prune(self, before: float) -> int:
+        """Delete rows and minutes older than `before`; return how many. Hours and totals stay."""
+        deleted = 0
+        for table, column in ((predictions, predictions.c.time), (refusals, refusals.c.time)):
+            old = sa.select(table.c.request_id).where(column < before).limit(DELETED_AT_ONCE)
+            while True:
+                with self.connect() as connection:
+                    count = connection.execute(sa.delete(table).where(table.c.request_id.in_(old))).rowcount
+                deleted += count
+                if count < DELETED_AT_ONCE:
+                    break
+        with self.connect() as connection:
+            minutes = (rollups.c.width == MINUTE) & (rollups.c.start < before)
+            deleted += connection.execute(sa.delete(rollups).where(minutes)).rowcount
+        return deleted
+
+
+def _prepare_sqlite(connection: Any, _: Any) -> None:
+    """Let readers work while the monitor writes, and put migrations into transactions, as SQLAlchemy then begins them.
+
+    A killed process loses no committed transaction.
+    """
+    connection.isolation_level = None
+    for pragma in ("journal_mode = WAL", "synchronous = NORMAL"):
+        connection.execute(f"PRAGMA {pragma}").close()

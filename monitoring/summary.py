@@ -1,0 +1,95 @@
+"""The answers of /summary, /predictions and /versions; docs/api.md shows them."""
+
+import time
+from collections import defaultdict
+from datetime import UTC, datetime
+from typing import Any
+
+from handlers.taxonomy import CODES
+from mlflow_tracking.promotion.audit import AuditLog
+from monitoring import queries
+from monitoring.prediction_store import PredictionStore
+from monitoring.rollups import HOUR, MINUTE, add, figures
+
+# The width of an interval in seconds: the shortest that gives no more than INTERVALS of them.
+WIDTHS = (60, 300, 900, 3600, 3 * 3600, 6 * 3600, 86400, 7 * 86400)
+INTERVALS = 120
+
+
+def stamp(seconds: float) -> str:
+    """Return a time in seconds since 1970 as ISO 8601."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def summary(store: PredictionStore, hours: float, version: str | None, minutes_kept: float) -> dict[str, Any]:
+    """Return the figures of the last hours: of all versions, of each, and by interval.
+
+    Args:
+        version: the only version that counts; None for all.
+        minutes_kept: how far back minutes are kept, in seconds. Earlier intervals are hours or longer.
+    """
+    now = time.time()
+    interval = next((width for width in WIDTHS if hours * 3600 / width <= INTERVALS), WIDTHS[-1])
+    if hours * 3600 > minutes_kept:
+        interval = max(interval, HOUR)
+    begin = int(now - hours * 3600) // interval * interval
+    intervals: defaultdict[int, dict[str, float]] = defaultdict(dict)
+    versions: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    total: dict[str, float] = {}
+    for slot, sums in queries.sums(store, MINUTE if interval < HOUR else HOUR, begin, version):
+        for counter in (intervals[slot.start // interval * interval], versions[slot.version], total):
+            add(counter, sums)
+    starts = range(begin, int(now) + 1, interval)
+    return {
+        "now": stamp(now),
+        "since": stamp(begin),
+        "hours": hours,
+        "version": version,
+        "interval_seconds": interval,
+        "total": figures(total),
+        "versions": {name: figures(versions[name]) for name in sorted(versions, key=_order)},
+        "intervals": [{"start": stamp(start), **figures(intervals[start])} for start in starts],
+    }
+
+
+def latest_predictions(store: PredictionStore, limit: int, version: str | None) -> list[dict[str, Any]]:
+    """Return the newest predictions, newest first, without the network's logits."""
+    rows = queries.latest(store, limit, version)
+    for row in rows:
+        row["time"] = stamp(row["time"])
+        row["probabilities"] = dict(zip(CODES, row["probabilities"], strict=True))
+        row["set"] = row.pop("likely_set")
+        del row["logits"]
+    return rows
+
+
+def serving(audit: AuditLog) -> dict[str, Any] | None:
+    """Return the version that serves, its digest and since when; None before the first deployment."""
+    event = audit.newest("serve")
+    return {"version": event.get("version"), "digest": event.get("digest"), "since": event["at"]} if event else None
+
+
+def version_line(store: PredictionStore, audit: AuditLog) -> dict[str, Any]:
+    """Return what happened to the versions, oldest first, and the predictions of each."""
+    hours, totals = queries.active_hours(store), queries.totals(store)
+    return {
+        "serving": serving(audit),
+        "versions": [
+            {
+                "version": version,
+                "first_hour": stamp(hours[version][0]),
+                "last_hour": stamp(hours[version][1]),
+                "predictions": int(totals.get(version, {}).get("predictions", 0)),
+            }
+            for version in sorted(hours, key=_order)
+        ],
+        "events": [
+            {name: value for name, value in row.items() if name not in ("before", "hash", "seq")}
+            for row in audit.rows()
+            if row.get("event", "prune") != "prune"  # damaged lines, and deleted archives
+        ],
+    }
+
+
+def _order(version: str) -> tuple[int, str]:
+    return (int(version) if version.isdigit() else -1, version)

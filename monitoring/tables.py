@@ -1,0 +1,52 @@
+"""The tables of the monitor's database; `migrations/` makes them."""
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+predictions = sa.Table(
+    "predictions",
+    metadata,
+    sa.Column("request_id", sa.String, primary_key=True),
+    sa.Column("time", sa.Float, nullable=False, index=True),  # seconds since 1970
+    sa.Column("version", sa.String, nullable=False),
+    sa.Column("image_sha256", sa.String, nullable=False, index=True),
+    sa.Column("model", sa.String, nullable=False),
+    sa.Column("digest", sa.String, nullable=False),
+    sa.Column("code", sa.String, nullable=False),
+    sa.Column("confidence", sa.Float, nullable=False),
+    sa.Column("entropy", sa.Float, nullable=False),
+    sa.Column("milliseconds", sa.Float, nullable=False),
+    sa.Column("flagged", sa.Boolean),
+    sa.Column("set_size", sa.Integer),
+    sa.Column("width", sa.Integer),
+    sa.Column("height", sa.Integer),
+    sa.Column("probabilities", sa.JSON(none_as_null=True), nullable=False),  # in the order of handlers.taxonomy.CODES
+    sa.Column("metadata_sent", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("likely_set", sa.JSON(none_as_null=True)),
+    sa.Column("picture", sa.JSON(none_as_null=True)),
+    sa.Column("logits", sa.JSON(none_as_null=True)),
+)
+refusals = sa.Table(
+    "refusals",
+    metadata,
+    sa.Column("request_id", sa.String, primary_key=True),
+    sa.Column("time", sa.Float, nullable=False, index=True),
+    sa.Column("version", sa.String, nullable=False),
+    sa.Column("code", sa.String, nullable=False),
+    sa.Column("status", sa.Integer, nullable=False),
+)
+rollups = sa.Table(
+    "rollups",
+    metadata,
+    sa.Column("width", sa.Integer, primary_key=True),
+    sa.Column("start", sa.BigInteger, primary_key=True),
+    sa.Column("version", sa.String, primary_key=True),
+    sa.Column("sums", sa.JSON(none_as_null=True), nullable=False),
+)
+log_files = sa.Table(
+    "log_files",
+    metadata,
+    sa.Column("fingerprint", sa.String, primary_key=True),
+    sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("unreadable", sa.BigInteger, nullable=False),
+)

@@ -1,0 +1,96 @@
+"""How many predictions does the monitor take in, and how long do its answers take then?"""
+
+import json
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from fastapi.testclient import TestClient
+from rich.table import Table
+
+from handlers.taxonomy import CODES
+from mlflow_tracking.command_line import console, progress_bar, run
+from mlflow_tracking.settings import Settings
+from monitoring.monitor import Monitor
+from monitoring.monitor_service import create_app
+
+PIECE = 50_000  # lines that are written before the monitor reads them
+DAYS = 30  # that the predictions are spread over
+QUESTIONS = ("/summary?hours=24", f"/summary?hours={24 * DAYS}", "/predictions?limit=50", "/versions", "/metrics")
+EXAMPLES = ["python scripts/studies/bench_monitor.py --predictions 1000000"]
+
+
+def lines(first: int, count: int, total: int, rng: np.random.Generator) -> bytes:
+    """Return lines as the handler writes them; the last of all `total` lines is of this moment."""
+    rows = []
+    now = time.time()
+    shares = rng.dirichlet(np.full(len(CODES), 0.3), count).round(6)
+    for number, probabilities in enumerate(shares.tolist(), start=first):
+        seconds = now - (total - number) * DAYS * 86400 / total
+        rows.append(
+            {
+                "time": datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds"),
+                "request_id": f"{number:032x}",
+                "image_sha256": f"{number:064x}",
+                "metadata_sent": [],
+                "model": "skin_vit",
+                "version": str(1 + 3 * number // total),
+                "digest": f"sha256:{number % 3:064x}",
+                "probabilities": dict(zip(CODES, probabilities, strict=True)),
+                "entropy": 1.0,
+                "set": ["NV", "MEL"],
+                "flagged": number % 3 == 0,
+                "width": 600,
+                "height": 450,
+                "milliseconds": float(rng.uniform(10, 60)),
+            }
+        )
+    return b"".join(json.dumps(row, separators=(",", ":")).encode() + b"\n" for row in rows)
+
+
+def main(
+    predictions: Annotated[int, typer.Option(min=1000, help="Number of predictions.")] = 100_000,
+) -> None:
+    """Write a prediction log, take it into a new SQLite database, and time the monitor's answers.
+
+    Only the monitor's work is timed, on one core; the machine should be idle.
+    """
+    rng, seconds, done = np.random.default_rng(0), 0.0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings.load().model_copy(
+            update={"stack_state": Path(folder), "monitor_database": "", "prediction_log": None}
+        )
+        monitor = Monitor(settings)
+        log = Path(folder) / "logs" / "predictions.jsonl"
+        log.parent.mkdir()
+        with progress_bar("predictions") as progress:
+            while done < predictions:
+                count = min(PIECE, predictions - done)
+                log.write_bytes(lines(done, count, predictions, rng))
+                began = time.perf_counter()
+                while monitor.step() == 0:
+                    pass
+                seconds += time.perf_counter() - began
+                done += count
+                progress(done, predictions)
+        size = (Path(folder) / "monitor.db").stat().st_size
+        console.print(
+            f"{predictions:,} predictions taken in at {predictions / seconds:,.0f} a second; "
+            f"{size / predictions:.0f} bytes of database each."
+        )
+        table = Table("question", "milliseconds")
+        with TestClient(create_app(monitor)) as client:
+            for question in QUESTIONS:
+                client.get(question)
+                began = time.perf_counter()
+                client.get(question).raise_for_status()
+                table.add_row(question, f"{1000 * (time.perf_counter() - began):.0f}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    run(main, examples=EXAMPLES)
