@@ -185,10 +185,12 @@ def test_the_monitor_records_answers_and_refusals(stack, image):
     assert row["image_sha256"] == answered.json()["image"]["sha256"]
     assert row["probabilities"] == pytest.approx(answered.json()["probabilities"], abs=1e-6)
     code = refused.json()["error"]["code"]
-    summary = eventually(
-        lambda: (body := httpx.get(f"{stack.monitor}/summary").json())["total"]["refusals_by_code"].get(code) and body
-    )
-    assert summary["serving"]["version"] == answered.json()["model"]["version"]
+
+    def summary() -> dict:
+        return httpx.get(f"{stack.monitor}/summary").json()
+
+    assert eventually(lambda: summary()["total"]["refusals_by_code"].get(code))
+    assert eventually(lambda: summary()["serving"])["version"] == answered.json()["model"]["version"]
 
 
 def test_all_doors_give_the_same_probabilities(stack, sample_images, tmp_path):
