@@ -2,20 +2,24 @@
 
     streamlit run streamlit_app/app.py
 
-Settings, all from the environment: TORCHSERVE_URL, PROMOTER_URL, MLFLOW_PUBLIC_URL.
+Settings, all from the environment: TORCHSERVE_URL, PROMOTER_URL, MONITOR_URL, MLFLOW_PUBLIC_URL.
 """
 
 from pathlib import Path
 
 import streamlit as st
 
-from streamlit_app import connections, html_blocks, wording
+from streamlit_app import connections, html_blocks, monitor_wording, wording
 from streamlit_app.client import setting
+from streamlit_app.views.monitoring import monitoring
 from streamlit_app.views.read_pictures import read_pictures
 
 HERE = Path(__file__).parent
 # A further part is a file in views/ and a line here.
-PARTS = [st.Page(read_pictures, title=wording.READ_PICTURES, icon=":material/image_search:", default=True)]
+PARTS = [
+    st.Page(read_pictures, title=wording.READ_PICTURES, icon=":material/image_search:", default=True),
+    st.Page(monitoring, title=monitor_wording.MONITORING, icon=":material/monitoring:"),
+]
 
 
 def sidebar() -> None:
@@ -37,9 +41,8 @@ st.html(HERE / "style.css")
 part = st.navigation(PARTS, position="hidden")  # Streamlit's own menus cover the masthead, or hide with the sidebar
 with st.container(key="masthead"):
     st.html(html_blocks.MASTHEAD)
-    if len(PARTS) > 1:
-        with st.container(key="parts", horizontal=True):
-            for link in PARTS:
-                st.page_link(link)
+    with st.container(key="parts", horizontal=True):
+        for link in PARTS:
+            st.page_link(link)
 sidebar()
 part.run()

@@ -159,6 +159,7 @@ def setting(name: str) -> str:
     defaults = {
         "TORCHSERVE_URL": "http://127.0.0.1:8080",
         "PROMOTER_URL": "http://127.0.0.1:8083",
+        "MONITOR_URL": "http://127.0.0.1:8084",
         "MLFLOW_PUBLIC_URL": "http://127.0.0.1:5001",
     }
     return os.environ.get(name) or defaults[name]

@@ -5,6 +5,7 @@ import streamlit as st
 from streamlit_app import example_pictures
 from streamlit_app.answer_schema import PromoterState
 from streamlit_app.client import PredictionClient, promoter_state, setting
+from streamlit_app.monitor_client import MonitorClient
 from streamlit_app.readings import Upload
 
 STATE_SECONDS = 5  # the oldest state that the page shows
@@ -14,6 +15,12 @@ STATE_SECONDS = 5  # the oldest state that the page shows
 def prediction_client() -> PredictionClient:
     """Return the client of the model server, with one pool of connections."""
     return PredictionClient(setting("TORCHSERVE_URL"))
+
+
+@st.cache_resource(show_spinner=False)
+def monitor_client() -> MonitorClient:
+    """Return the client of the monitor."""
+    return MonitorClient(setting("MONITOR_URL"))
 
 
 @st.cache_resource(show_spinner=False)

@@ -1,0 +1,55 @@
+"""Blocks of HTML of the part Monitoring. Text from the monitor is escaped here."""
+
+from datetime import datetime
+from html import escape
+
+from streamlit_app import monitor_wording as wording
+from streamlit_app.html_blocks import prose
+from streamlit_app.monitor_schema import Figures, Summary
+
+TITLE = f'<h1 class="sl-title">{wording.HEADING}</h1>'
+
+
+def cards(summary: Summary, now: datetime) -> str:
+    """Return the numbers at the top: what serves, and the figures of the whole period."""
+    total, serving = summary.total, summary.serving
+    if serving:
+        version = wording.VERSION.format(version=serving.version or wording.NO_VALUE)
+        first = (wording.SERVING, version, wording.SINCE.format(time=wording.since(serving.since, now)))
+    else:
+        first = (wording.SERVING, wording.SERVING_NOTHING, "")
+    size = total.mean_set_size
+    refused = wording.REFUSED_NOTE.format(refused=f"{total.refusals:,}", errors=f"{total.errors:,}")
+    latency = wording.LATENCY_NOTE.format(p95=wording.milliseconds(total.latency_ms.get("p95")))
+    sets = "" if size is None else wording.CERTAINTY_NOTE.format(size=f"{size:.1f}")
+    numbers = [
+        first,
+        (wording.PREDICTIONS, f"{total.predictions:,}", refused),
+        (wording.LATENCY, wording.milliseconds(total.latency_ms.get("p50")), latency),
+        (wording.FLAGGED, wording.share(total.flagged_share), wording.FLAGGED_NOTE),
+        (wording.UNKNOWN, wording.share(total.unknown_share), wording.UNKNOWN_NOTE),
+        (wording.CERTAINTY, wording.share(total.confidence), sets),
+    ]
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><p>{escape(note)}</p></div>"
+        for name, value, note in numbers
+    )
+    return f'<dl class="sl-cards">{items}</dl>'
+
+
+def refusals(total: Figures) -> str:
+    """Return the refused requests by code."""
+    if not total.refusals_by_code:
+        return f'<p class="sl-counts">{wording.REFUSALS_NONE}</p>'
+    ranked = sorted(total.refusals_by_code.items(), key=lambda item: -item[1])
+    rows = "".join(f"<li><code>{escape(code)}</code> <b>{count:,}</b></li>" for code, count in ranked)
+    return f'<ul class="sl-refusals">{rows}</ul>'
+
+
+def problem(title: str, text: str, detail: str = "", kind: str = "") -> str:
+    """Return why there are no figures, and what that means."""
+    mild = " sl-mild" if kind == "mild" else ""
+    small = f"<p><small>{escape(detail)}</small></p>" if detail else ""
+    return (
+        f'<section class="sl-problem{mild}" role="status"><h3>{escape(title)}</h3><p>{prose(text)}</p>{small}</section>'
+    )

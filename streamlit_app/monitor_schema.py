@@ -1,0 +1,100 @@
+"""The monitor's answers, checked before the page shows them. docs/operations.md describes them."""
+
+from datetime import datetime
+
+from pydantic import BaseModel
+
+Share = float | None
+
+
+class Figures(BaseModel):
+    """The figures of a period; a share or a percentile of nothing is None."""
+
+    predictions: int
+    refusals: int
+    errors: int
+    refusals_by_code: dict[str, int]
+    latency_ms: dict[str, float | None]
+    classes: dict[str, Share]
+    unknown_share: Share
+    flagged_share: Share
+    confidence: Share
+    entropy: float | None
+    set_sizes: dict[str, int]
+
+    @property
+    def mean_set_size(self) -> float | None:
+        """The mean number of likely classes; None without sets."""
+        sets = sum(self.set_sizes.values())
+        return sum(int(size) * count for size, count in self.set_sizes.items()) / sets if sets else None
+
+
+class Interval(Figures):
+    """The figures of an interval that begins at `start`."""
+
+    start: datetime
+
+
+class RecorderState(BaseModel):
+    """Whether predictions are recorded; `reason` says why not."""
+
+    recording: bool
+    database_up: bool
+    behind: int
+    reason: str
+    error: str
+
+
+class ServingVersion(BaseModel):
+    """The version that serves."""
+
+    version: str | None
+    since: datetime
+
+
+class Summary(BaseModel):
+    """The figures of the last hours: in total, by version, and by interval."""
+
+    state: RecorderState
+    serving: ServingVersion | None
+    interval_seconds: int
+    since: datetime
+    total: Figures
+    versions: dict[str, Figures]
+    intervals: list[Interval]
+
+
+class VersionEvent(BaseModel):
+    """A line of the promoter's audit log."""
+
+    at: datetime
+    event: str
+    by: str
+    version: str = ""
+    alias: str = ""
+    remark: str = ""
+    reason: str = ""
+
+
+class VersionHistory(BaseModel):
+    """What happened to the versions, oldest first."""
+
+    events: list[VersionEvent]
+
+
+class RecordedPrediction(BaseModel):
+    """One of the latest predictions."""
+
+    time: datetime
+    request_id: str
+    version: str
+    code: str
+    confidence: float
+    flagged: bool | None
+    milliseconds: float
+
+
+class LatestPredictions(BaseModel):
+    """The latest predictions, newest first."""
+
+    predictions: list[RecordedPrediction]

@@ -1,0 +1,93 @@
+"""Every sentence of the page's part Monitoring. Backticks mark code, asterisks bold text, {braces} values."""
+
+from datetime import UTC, datetime, timedelta
+
+MONITORING = "Monitoring"
+HEADING = "Monitoring"
+PERIODS = {"1 hour": 1, "24 hours": 24, "7 days": 168, "30 days": 720}
+DEFAULT_PERIOD = "24 hours"
+PERIOD_LABEL, VERSION_LABEL, ALL_VERSIONS = "Period", "Version", "all versions"
+
+# Cards: name, and the sentence below the number
+SERVING, SERVING_NOTHING = "Serving", "nothing yet"
+VERSION = "version {version}"
+SINCE = "since {time}"
+PREDICTIONS, REFUSED_NOTE = "Predictions", "{refused} refused, {errors} errors"
+LATENCY, LATENCY_NOTE = "Latency", "median; 95 % take at most {p95}"
+FLAGGED, FLAGGED_NOTE = "Flagged", "of the predictions, as suspicious"
+UNKNOWN, UNKNOWN_NOTE = "None of the above", "of the predictions have UNK first"
+CERTAINTY, CERTAINTY_NOTE = "Mean confidence", "{size} likely classes on average"
+NO_VALUE = "–"
+
+# Charts
+TRAFFIC = "Requests"
+ANSWERED, REFUSED, FAILED = "answered", "refused", "errors"
+LATENCY_CHART = "Latency in milliseconds"
+PERCENTILES = {"p50": "median", "p95": "95 %", "p99": "99 %"}
+CLASS_MIX = "Most probable classes"
+SHARES = "Shares of flagged and of UNK"
+FLAGGED_SHARE, UNKNOWN_SHARE = "flagged", "UNK first"
+
+# Tables
+EVENTS = "Versions"
+EVENTS_NONE = "No version was served, refused or rolled back yet."
+EVENT_COLUMNS = {"time": "Time", "event": "Event", "version": "Version", "by": "By", "remark": "Remark"}
+EVENT_NAMES = {
+    "serve": "serves",
+    "check": "passed the gates",
+    "check refused": "refused by the gates",
+    "alias moved": "alias {alias} moved to it",
+    "alias seen": "alias {alias} points at it",
+    "rollback": "rolled back to it",
+}
+REFUSALS = "Refused requests"
+REFUSALS_NONE = "None in this period."
+LATEST = "Latest predictions"
+LATEST_COLUMNS = {
+    "time": "Time",
+    "version": "Version",
+    "code": "Class",
+    "confidence": "Probability",
+    "flagged": "Flagged",
+    "milliseconds": "Milliseconds",
+    "request_id": "Request",
+}
+LINEAGE = "`python scripts/lineage.py REQUEST` shows the model, the data and the gates behind a prediction."
+
+# States
+RECORDING_OFF = "Predictions are not recorded"
+STARTING = "The monitor is starting"
+STARTING_TEXT = "The figures appear in a few seconds."
+EMPTY = "No predictions in this period"
+EMPTY_TEXT = "Read a picture, or choose a longer period. The figures refresh by themselves."
+AWAY = "The figures cannot be shown"
+AWAY_TEXT = "Predictions stay in the log and are counted as soon as the monitor works again."
+DATABASE_AWAY = "The monitor's database does not answer; the newest predictions are missing."
+BEHIND = "The monitor is {megabytes} MB behind the log; the newest predictions are missing."
+MONITOR_AWAY = "No monitor answers at {url}."
+MONITOR_UNREADABLE = "{url} does not answer as a monitor of this version does (status {status})."
+
+
+def local_time(time: datetime) -> str:
+    """Return a time as UTC, to the second."""
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def since(time: datetime, now: datetime) -> str:
+    """Return how long ago a time is: seconds to days."""
+    age = max(timedelta(0), now - time)
+    for seconds, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if age.total_seconds() >= seconds:
+            count = int(age.total_seconds() // seconds)
+            return f"{count} {unit}{'' if count == 1 else 's'} ago"
+    return "less than a minute ago"
+
+
+def milliseconds(value: float | None) -> str:
+    """Return a latency."""
+    return NO_VALUE if value is None else f"{value:.0f} ms"
+
+
+def share(value: float | None) -> str:
+    """Return a share in percent."""
+    return NO_VALUE if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,162 @@
+"""The page's part Monitoring, with a real monitor: figures, versions, predictions, and what it says without them."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import uvicorn
+from playwright.sync_api import expect
+from streamlit.testing.v1 import AppTest
+
+from mlflow_tracking.promotion.audit import AuditLog
+from monitoring.monitor import Monitor
+from monitoring.monitor_service import create_app
+from scripts.child_processes import free_ports
+from streamlit_app import connections
+from streamlit_app import monitor_wording as wording
+from streamlit_app.monitor_client import MonitorClient, MonitorError
+from tests.browser_page import ROOT, check, streamlit
+from tests.fake_torchserve import NOWHERE
+from tests.monitored_log import NOW, RotatedLog, many, refusal, settings_of
+from tests.waiting import eventually
+
+pytest_plugins = ["tests.fixtures_page", "tests.fixtures_browser"]
+
+
+@contextmanager
+def running_monitor(settings) -> Iterator[str]:
+    """The address of a monitor in a thread."""
+    [port] = free_ports(1)
+    server = uvicorn.Server(uvicorn.Config(create_app(Monitor(settings)), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+    """A monitor with two versions, a refused third one, and 200 predictions."""
+    state = tmp_path_factory.mktemp("state")
+    RotatedLog(state).write(many(120, NOW - 900) + many(80, NOW, version="2") + refusal("a", code="<b>invalid</b>"))
+    audit = AuditLog(state / "store")
+    for event, version in (("store", "1"), ("serve", "1"), ("check refused", "3"), ("serve", "2")):
+        audit.append(event, "promoter", version=version, digest=f"sha256:{version}", remark="because")
+    audit.append("alias seen", "promoter", alias="champion", version="2", digest="sha256:2")
+    with running_monitor(settings_of(state)) as url:
+        eventually(lambda: MonitorClient(url).summary(1, None).total.predictions == 200)
+        yield url
+
+
+def script() -> None:
+    from streamlit_app.views.monitoring import monitoring
+
+    monitoring()
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Return a function: the drawn part, for the monitor at an address."""
+
+    def draw(url: str) -> AppTest:
+        monkeypatch.setenv("MONITOR_URL", url)
+        connections.monitor_client.clear()
+        app = AppTest.from_function(script, default_timeout=60).run()
+        assert not app.exception
+        return app
+
+    return draw
+
+
+def blocks(app: AppTest) -> str:
+    return "".join(element.proto.body for element in app.get("html"))
+
+
+def test_it_shows_what_serves_the_figures_and_the_charts(shown, address):
+    app = shown(address)
+    text = blocks(app)
+    for expected in ("version 2", "<dd>200</dd>", "1 refused, 0 errors", wording.TRAFFIC, wording.CLASS_MIX):
+        assert expected in text
+    assert "&lt;b&gt;invalid&lt;/b&gt;" in text
+    assert "<b>invalid" not in text
+    assert len(app.get("plotly_chart")) == 4
+    events, latest = (table.value for table in app.dataframe)
+    assert list(events["Event"]) == ["alias champion points at it", "serves", "refused by the gates", "serves"]
+    assert list(latest["Request"])[:2] == ["2-0-79", "2-0-78"]
+
+
+def test_a_version_is_chosen_and_all_stay_on_offer(shown, address):
+    app = shown(address)
+    assert app.selectbox(key="version").options == [wording.ALL_VERSIONS, "1", "2"]
+    app.selectbox(key="version").select("1").run()
+    assert "<dd>120</dd>" in blocks(app)
+    assert set(app.dataframe[1].value["Version"]) == {"1"}
+    assert app.selectbox(key="version").options == [wording.ALL_VERSIONS, "1", "2"]
+
+
+def test_an_empty_period_says_what_to_do(shown, tmp_path):
+    with running_monitor(settings_of(tmp_path)) as url:
+        eventually(lambda: MonitorClient(url).summary(1, None))
+        text = blocks(shown(url))
+    assert wording.EMPTY in text
+    assert wording.SERVING_NOTHING in text
+
+
+def test_a_log_that_is_off_says_how_to_record(shown, tmp_path):
+    with running_monitor(settings_of(tmp_path, prediction_log="off")) as url:
+        eventually(lambda: MonitorClient(url).summary(1, None))
+        assert "Set PREDICTION_LOG to a file to record predictions." in blocks(shown(url))
+
+
+def test_a_monitor_that_is_away_is_a_sentence(shown):
+    text = blocks(shown(NOWHERE))
+    assert wording.AWAY in text
+    assert f"No monitor answers at {NOWHERE}." in text
+
+
+def test_a_database_that_is_away_is_a_sentence(shown, tmp_path):
+    settings = settings_of(tmp_path, monitor_database=f"sqlite:///{tmp_path / 'away' / 'monitor.db'}")
+    with running_monitor(settings) as url:
+        assert "The monitor&#x27;s database does not answer" in blocks(shown(url))
+
+
+def test_another_server_is_no_monitor(fake_server):
+    with pytest.raises(MonitorError, match="does not answer as a monitor of this version does"):
+        MonitorClient(fake_server.url).events()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(5, "less than a minute ago"), (60, "1 minute ago"), (7200, "2 hours ago"), (200_000, "2 days ago")],
+)
+def test_ages_are_words(seconds, words):
+    now = datetime.now(UTC)
+    assert wording.since(now - timedelta(seconds=seconds), now) == words
+
+
+@pytest.fixture(scope="module")
+def page_address(fake_server, address) -> Iterator[str]:
+    with streamlit(ROOT / "streamlit_app", "app.py", fake_server.url, address) as running:
+        yield running
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_fits_every_window_and_has_contrast(window, page_address, theme):
+    window.emulate_media(color_scheme=theme)
+    window.goto(page_address)
+    window.get_by_role("link", name=wording.MONITORING).click()
+    expect(window.locator(".sl-cards")).to_be_visible()
+    expect(window.locator(".js-plotly-plot")).to_have_count(4)
+    check(window, ["wide", "narrow"], "monitoring", theme)
+    window.get_by_text("1 hour", exact=True).click()
+    expect(window.locator(".sl-cards")).to_contain_text("200")
+    window.get_by_role("link", name="Read pictures").click()
+    expect(window.locator(".sl-steps")).to_be_visible()
