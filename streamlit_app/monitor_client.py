@@ -5,7 +5,6 @@ from typing import TypeVar
 import requests
 from pydantic import BaseModel, ValidationError
 
-from streamlit_app import monitor_wording as wording
 from streamlit_app.monitor_schema import LatestPredictions, RecordedPrediction, Summary, VersionEvent, VersionHistory
 
 TIMEOUTS = (1.0, 10.0)  # seconds to connect and to answer
@@ -42,11 +41,14 @@ class MonitorClient:
                 f"{self.url}/{path}", params=parameters, timeout=TIMEOUTS, allow_redirects=False
             )
         except requests.RequestException as error:
-            raise MonitorError(wording.MONITOR_AWAY.format(url=self.url)) from error
+            raise MonitorError(f"No monitor answers at {self.url}.") from error
         try:
             body = response.json()
             if not response.ok:
-                raise MonitorError(str(body["error"]["message"])[:300])
+                reason = str(body["error"]["message"])[:300]
+                raise MonitorError(f"The monitor has no figures. {reason}")
             return schema.model_validate(body)
         except (ValueError, KeyError, TypeError, ValidationError) as error:
-            raise MonitorError(wording.MONITOR_UNREADABLE.format(url=self.url, status=response.status_code)) from error
+            raise MonitorError(
+                f"{self.url} does not answer as a monitor of this version does (status {response.status_code})."
+            ) from error

@@ -64,8 +64,6 @@ AWAY = "The figures cannot be shown"
 AWAY_TEXT = "Predictions stay in the log and are counted as soon as the monitor works again."
 DATABASE_AWAY = "The monitor's database does not answer; the newest predictions are missing."
 BEHIND = "The monitor is {megabytes} MB behind the log; the newest predictions are missing."
-MONITOR_AWAY = "No monitor answers at {url}."
-MONITOR_UNREADABLE = "{url} does not answer as a monitor of this version does (status {status})."
 
 
 def local_time(time: datetime) -> str:
