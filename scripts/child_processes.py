@@ -1,7 +1,7 @@
 """Servers that a command or a test starts on this machine, and their end.
 
 Each runs in a process group of its own, and Linux ends it when its parent dies. `python -m scripts.child_processes
-COMMAND` runs one part of the stack (scripts/supervisord.py) in the group that supervisord gave it.
+COMMAND` runs one part of the stack (scripts/stack_parts.py) in the group that supervisord gave it.
 """
 
 import ctypes

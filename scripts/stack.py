@@ -1,6 +1,6 @@
 """The whole stack on one machine, without containers: `make up`, `make down` and `make status` call this.
 
-`up` stays in the foreground and runs supervisord (scripts/supervisord.py). Each process ends with its parent, so
+`up` stays in the foreground and runs supervisord (scripts/stack_parts.py). Each process ends with its parent, so
 nothing is left when `up` or supervisord is killed.
 """
 
@@ -31,7 +31,7 @@ from mlflow_tracking.promotion.locks import check_free
 from mlflow_tracking.settings import MODEL_NAME, ROOT, SHIPPED, Settings
 from scripts import child_processes
 from scripts.registry_news import RegistryNews, RegistryRefused
-from scripts.supervisord import PARTS, Supervisord
+from scripts.stack_parts import PARTS, Supervisord
 
 PATIENCE = 240  # seconds for a step; the first start derives the model's graph
 NEEDED_GB = 1  # of disk

@@ -1,4 +1,4 @@
-"""supervisord starts, restarts and stops the parts of the stack without containers, and rotates their logs."""
+"""The parts of the stack without containers. supervisord starts, restarts and stops them, and rotates their logs."""
 
 import subprocess
 import sys
