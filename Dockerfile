@@ -96,6 +96,7 @@ COPY --chown=app containers/healthcheck.py containers/
 COPY --chown=app handlers/ handlers/
 COPY --chown=app mlflow_tracking/ mlflow_tracking/
 COPY --chown=app monitoring/ monitoring/
+COPY --chown=app scripts/load_outcomes.py scripts/
 RUN python -m compileall -q .
 USER app
 CMD ["python", "-m", "monitoring.monitor_service"]

@@ -8,6 +8,8 @@ from typing import Any
 from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.audit import AuditLog
 from monitoring import queries
+from monitoring.outcomes import judged
+from monitoring.performance import estimated_accuracy, realised
 from monitoring.prediction_store import PredictionStore
 from monitoring.rollups import HOUR, MINUTE, add, figures
 
@@ -47,6 +49,10 @@ def summary(store: PredictionStore, hours: float, version: str | None, minutes_k
         "version": version,
         "interval_seconds": interval,
         "total": figures(total),
+        "performance": {
+            "estimated_accuracy": estimated_accuracy(total),
+            "realised": realised(judged(store, begin, version)),
+        },
         "versions": {name: figures(versions[name]) for name in sorted(versions, key=_order)},
         "intervals": [{"start": stamp(start), **figures(intervals[start])} for start in starts],
     }

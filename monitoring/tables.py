@@ -50,3 +50,19 @@ log_files = sa.Table(
     sa.Column("position", sa.BigInteger, nullable=False),
     sa.Column("unreadable", sa.BigInteger, nullable=False),
 )
+outcomes = sa.Table(
+    "outcomes",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("request_id", sa.String, nullable=False, index=True),
+    sa.Column("recorded", sa.Float, nullable=False),  # when the row was written, in seconds since 1970
+    sa.Column("reader", sa.String, nullable=False),  # who wrote it
+    sa.Column("diagnosis", sa.String, nullable=False),  # a code of handlers.taxonomy
+    # The prediction, which is deleted earlier.
+    sa.Column("image_sha256", sa.String, nullable=False),
+    sa.Column("version", sa.String, nullable=False),
+    sa.Column("digest", sa.String, nullable=False),
+    sa.Column("time", sa.Float, nullable=False),
+    sa.Column("flagged", sa.Boolean),
+    sa.Column("probabilities", sa.JSON(none_as_null=True), nullable=False),
+)

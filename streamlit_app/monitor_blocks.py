@@ -21,20 +21,31 @@ def cards(summary: Summary, now: datetime) -> str:
     size = total.mean_set_size
     refused = wording.REFUSED_NOTE.format(refused=f"{total.refusals:,}", errors=f"{total.errors:,}")
     latency = wording.LATENCY_NOTE.format(p95=wording.milliseconds(total.latency_ms.get("p95")))
-    sets = "" if size is None else wording.CERTAINTY_NOTE.format(size=f"{size:.1f}")
     numbers = [
         first,
         (wording.PREDICTIONS, f"{total.predictions:,}", refused),
         (wording.LATENCY, wording.milliseconds(total.latency_ms.get("p50")), latency),
         (wording.FLAGGED, wording.share(total.flagged_share), wording.FLAGGED_NOTE),
         (wording.UNKNOWN, wording.share(total.unknown_share), wording.UNKNOWN_NOTE),
-        (wording.CERTAINTY, wording.share(total.confidence), sets),
+        (wording.SETS, wording.NO_VALUE if size is None else f"{size:.1f}", wording.SETS_NOTE),
+        (wording.ESTIMATED, wording.share(summary.performance.estimated_accuracy), wording.ESTIMATED_NOTE),
+        (wording.REALISED, wording.share(summary.performance.realised.accuracy), _realised(summary)),
     ]
     items = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><p>{escape(note)}</p></div>"
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><p>{prose(note)}</p></div>"
         for name, value, note in numbers
     )
     return f'<dl class="sl-cards">{items}</dl>'
+
+
+def _realised(summary: Summary) -> str:
+    figures = summary.performance.realised
+    bounds = figures.intervals_95.get("accuracy")
+    if bounds is None:
+        return wording.REALISED_NOTHING
+    low, high = (wording.share(bound) for bound in bounds)
+    missed = wording.share(figures.malignant_missed)
+    return wording.REALISED_NOTE.format(low=low, high=high, outcomes=f"{figures.outcomes:,}", missed=missed)
 
 
 def refusals(total: Figures) -> str:

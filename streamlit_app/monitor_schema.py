@@ -52,6 +52,23 @@ class ServingVersion(BaseModel):
     since: datetime
 
 
+class Realised(BaseModel):
+    """The figures over predictions whose outcome is known; a figure without pictures is None."""
+
+    outcomes: int
+    accuracy: Share = None
+    balanced_accuracy: Share = None
+    malignant_missed: Share = None
+    intervals_95: dict[str, tuple[float, float]] = {}
+
+
+class Performance(BaseModel):
+    """The accuracy that the model expects of itself, and what outcomes say."""
+
+    estimated_accuracy: Share
+    realised: Realised
+
+
 class Summary(BaseModel):
     """The figures of the last hours: in total, by version, and by interval."""
 
@@ -60,6 +77,7 @@ class Summary(BaseModel):
     interval_seconds: int
     since: datetime
     total: Figures
+    performance: Performance
     versions: dict[str, Figures]
     intervals: list[Interval]
 

@@ -16,7 +16,10 @@ PREDICTIONS, REFUSED_NOTE = "Predictions", "{refused} refused, {errors} errors"
 LATENCY, LATENCY_NOTE = "Latency", "median; 95 % take at most {p95}"
 FLAGGED, FLAGGED_NOTE = "Flagged", "of the predictions, as suspicious"
 UNKNOWN, UNKNOWN_NOTE = "None of the above", "of the predictions have UNK first"
-CERTAINTY, CERTAINTY_NOTE = "Mean confidence", "{size} likely classes on average"
+SETS, SETS_NOTE = "Likely classes", "on average for a picture"
+ESTIMATED, ESTIMATED_NOTE = "Estimated accuracy", "if the model is calibrated for these pictures"
+REALISED, REALISED_NOTE = "Realised accuracy", "{low} to {high}; {outcomes} outcomes; {missed} of malignant missed"
+REALISED_NOTHING = "no outcomes yet; see `scripts/load_outcomes.py`"
 NO_VALUE = "–"
 
 # Charts

@@ -41,6 +41,7 @@ IMAGES = {
     "mlflow": ["containers/*.py", "mlflow_tracking/registry_database.py"],
     "monitor": [
         "monitoring/**/*.py",
+        "scripts/load_outcomes.py",
         *(f"mlflow_tracking/{name}.py" for name in ("settings", "command_line", "version_card")),
         *(f"mlflow_tracking/promotion/{name}.py" for name in ("audit", "plan")),
         *(f"handlers/{name}.py" for name in ("errors", "taxonomy")),

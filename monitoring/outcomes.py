@@ -1,0 +1,88 @@
+"""Outcomes: the true diagnoses of pictures that the model has answered, as pathology finds them months later.
+
+Rows are only appended, with reader and time. The newest row of a request counts. A row keeps what the model had
+answered, because predictions are deleted after MONITOR_KEEP_DAYS.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+
+from monitoring.prediction_store import IDS_AT_ONCE, PredictionStore
+from monitoring.tables import outcomes, predictions
+
+
+class PictureOutcome(NamedTuple):
+    """The true class (a code) of the picture of a request id or of an image file's SHA-256."""
+
+    key: str
+    diagnosis: str
+
+
+@dataclass
+class Recorded:
+    """What became of a table of outcomes; `unmatched` are keys without a prediction."""
+
+    new: int = 0
+    unchanged: int = 0
+    unmatched: list[str] = field(default_factory=list)
+
+
+def record(store: PredictionStore, table: Sequence[PictureOutcome], reader: str) -> Recorded:
+    """Append the outcomes of all predictions that they name, in one transaction. Raises StoreUnavailable.
+
+    A SHA-256 names all predictions of that picture. An outcome that is known already is not appended again.
+    """
+    recorded, now = Recorded(), time.time()
+    with store.connect() as connection:
+        for first in range(0, len(table), IDS_AT_ONCE):
+            piece = table[first : first + IDS_AT_ONCE]
+            matches = _matches(connection, [outcome.key for outcome in piece])
+            diagnoses = _newest(connection, {row["request_id"] for rows in matches.values() for row in rows})
+            rows = []
+            for outcome in piece:
+                if outcome.key not in matches:
+                    recorded.unmatched.append(outcome.key)
+                for prediction in matches.get(outcome.key, ()):
+                    if diagnoses.get(prediction["request_id"]) == outcome.diagnosis:
+                        recorded.unchanged += 1
+                        continue
+                    diagnoses[prediction["request_id"]] = outcome.diagnosis
+                    rows.append(prediction | {"recorded": now, "reader": reader, "diagnosis": outcome.diagnosis})
+            if rows:
+                connection.execute(sa.insert(outcomes), rows)
+            recorded.new += len(rows)
+    return recorded
+
+
+def _matches(connection: sa.Connection, keys: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the predictions of each key that has one: those still stored, or those of earlier outcomes."""
+    names = ("request_id", "image_sha256", "version", "digest", "time", "flagged", "probabilities")
+    matches: dict[str, dict[str, dict[str, Any]]] = {}
+    for source in (outcomes, predictions):
+        columns = [source.c[name] for name in names]
+        is_named = source.c.request_id.in_(keys) | source.c.image_sha256.in_(keys)
+        for row in connection.execute(sa.select(*columns).where(is_named)).mappings():
+            for key in (row["request_id"], row["image_sha256"]):
+                matches.setdefault(key, {})[row["request_id"]] = dict(row)
+    return {key: list(rows.values()) for key, rows in matches.items()}
+
+
+def _newest(connection: sa.Connection, requests: Iterable[str]) -> dict[str, str]:
+    """Return the newest diagnosis of each request that has one."""
+    query = sa.select(outcomes.c.request_id, outcomes.c.diagnosis).where(outcomes.c.request_id.in_(list(requests)))
+    return {row.request_id: row.diagnosis for row in connection.execute(query.order_by(outcomes.c.id))}
+
+
+def judged(store: PredictionStore, since: float, version: str | None = None) -> list[dict[str, Any]]:
+    """Return the newest outcome of each prediction made since then, oldest first. Raises StoreUnavailable."""
+    query = sa.select(outcomes).where(outcomes.c.time >= since)
+    if version is not None:
+        query = query.where(outcomes.c.version == version)
+    with store.connect() as connection:
+        rows = connection.execute(query.order_by(outcomes.c.id)).mappings().all()
+    newest = {row["request_id"]: dict(row) for row in rows}
+    return sorted(newest.values(), key=lambda row: row["time"])

@@ -1,0 +1,61 @@
+"""How good the answers are: estimated from the model's own confidence, and realised once outcomes are known."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from handlers.taxonomy import CODES, MALIGNANT, UNKNOWN
+from mlflow_tracking import classification_metrics as metrics
+from monitoring.rollups import figures
+
+RESAMPLES = 500
+Row = Mapping[str, Any]
+
+
+def estimated_accuracy(sums: Mapping[str, float]) -> float | None:
+    """Return the accuracy that the model expects of its own answers: the mean of the highest probabilities.
+
+    This holds as long as the probabilities are calibrated for the pictures that arrive (Guillory et al. 2021, "average
+    confidence"). None without predictions.
+
+    Args:
+        sums: of roll-ups (monitoring.rollups).
+    """
+    value: float | None = figures(sums)["confidence"]
+    return value
+
+
+def realised(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the figures over predictions with an outcome (monitoring.outcomes.judged), as served: UNK is an answer.
+
+    `malignant_missed` is the share of malignant lesions whose first class is not malignant, `flagged_malignant` and
+    `flagged_others` the shares that the alarm flagged. Intervals are 95 %, by bootstrap over pictures. A figure without
+    pictures is None.
+    """
+    if not rows:
+        return {"outcomes": 0}
+    truth = np.array([CODES.index(row["diagnosis"]) for row in rows])
+    nine = np.array([row["probabilities"] for row in rows], np.float64)
+    nine /= nine.sum(1, keepdims=True)  # the log rounds to six digits
+    top, pictures = nine.argmax(1), np.array([row["image_sha256"] for row in rows])
+    is_malignant = MALIGNANT[truth]
+    flagged = np.array([np.nan if row["flagged"] is None else row["flagged"] for row in rows], np.float64)
+    drawn = metrics.bootstrap(truth, nine, pictures, RESAMPLES, metrics=["accuracy", "balanced_accuracy"])
+    return {
+        "outcomes": len(rows),
+        "accuracy": metrics.accuracy(truth, nine),
+        "balanced_accuracy": metrics.balanced_accuracy(truth, nine),
+        "ece": metrics.expected_calibration_error(truth, nine),
+        "malignant_missed": _mean(~MALIGNANT[top[is_malignant]]),
+        "flagged_malignant": _mean(flagged[is_malignant]),
+        "flagged_others": _mean(flagged[~is_malignant & (truth != CODES.index(UNKNOWN))]),
+        "recall": {CODES[k]: float((top[truth == k] == k).mean()) for k in np.unique(truth)},
+        "intervals_95": {name: list(bounds) for name, bounds in drawn.items()},
+    }
+
+
+def _mean(values: Any) -> float | None:
+    values = np.asarray(values, np.float64)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None

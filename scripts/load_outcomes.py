@@ -1,0 +1,73 @@
+"""Give the monitor the true diagnoses of pictures that the model has answered."""
+
+import csv
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from handlers.errors import UserError
+from handlers.taxonomy import TAXONOMY
+from mlflow_tracking.command_line import console, run
+from mlflow_tracking.promotion.audit import person
+from mlflow_tracking.settings import Settings
+from monitoring.outcomes import PictureOutcome, record
+from monitoring.prediction_store import PredictionStore
+
+KEYS = ("request_id", "sha256")
+DIAGNOSES = {name.lower(): lesion.code for lesion in TAXONOMY for name in (lesion.code, lesion.name)}
+EXAMPLES = ["python scripts/load_outcomes.py pathology.csv", "python scripts/load_outcomes.py pathology.csv --by lab"]
+
+
+class OutcomesError(UserError):
+    """A table of outcomes that cannot be used."""
+
+
+def read_outcomes(path: Path) -> list[PictureOutcome]:
+    """Return the outcomes in a CSV file. Raises OutcomesError, which names the first wrong line."""
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise OutcomesError(f"{path} cannot be read as CSV ({error}).") from error
+    columns = [name for name in KEYS if rows and name in rows[0]]
+    if len(columns) != 1 or "diagnosis" not in rows[0]:
+        raise OutcomesError(f"{path} needs a column diagnosis and one of the columns request_id and sha256.")
+    outcomes = []
+    for line, row in enumerate(rows, start=2):
+        key, text = ((row[name] or "").strip() for name in (columns[0], "diagnosis"))
+        if not key or text.lower() not in DIAGNOSES:
+            codes = ", ".join(lesion.code for lesion in TAXONOMY)
+            raise OutcomesError(
+                f"Line {line} of {path} has the {columns[0]} {key!r} and the diagnosis {text!r}. Give both; a "
+                f"diagnosis is one of {codes}, or its English name."
+            )
+        outcomes.append(PictureOutcome(key.lower() if columns[0] == "sha256" else key, DIAGNOSES[text.lower()]))
+    return outcomes
+
+
+def main(
+    file: Annotated[
+        Path, typer.Argument(help="A CSV file with the columns diagnosis and request_id or sha256.", show_default=False)
+    ],
+    by: Annotated[str, typer.Option(help="Who found the diagnoses.", show_default="user@host")] = "",
+) -> None:
+    """Give the monitor the true diagnoses of pictures that the model has answered.
+
+    A picture is named by the request id of its prediction (the answer's header X-Request-Id) or by the SHA-256 of its
+    file (the answer's image.sha256). Rows are appended with reader and time; the newest row of a request counts. The
+    page's part Monitoring then shows the realised performance. Loading a file twice changes nothing.
+    """
+    outcomes = read_outcomes(file)
+    store = PredictionStore(Settings.load().monitor_database_url)
+    store.migrate()
+    recorded = record(store, outcomes, by or person())
+    console.print(f"{recorded.new:,} outcomes are new, {recorded.unchanged:,} were known.")
+    if recorded.unmatched:
+        console.print(
+            f"{len(recorded.unmatched):,} rows name no prediction that the monitor has, such as "
+            f"{recorded.unmatched[0]}."
+        )
+
+
+if __name__ == "__main__":
+    run(main, examples=EXAMPLES)
