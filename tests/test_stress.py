@@ -22,6 +22,7 @@ from tests.tiny_lesions import tiny_manifest
 from training.data.manifest import ManifestError, read_manifest
 from training.data.synthetic import draw_lesion
 from training.evaluation import explanations, stress
+from training.evaluation.lesion_masks import lesion_mask, pointing
 
 
 def receipt(**seen: tuple[str, ...]) -> Receipt:
@@ -174,6 +175,27 @@ def test_a_model_that_looks_at_a_corner_is_detected(bundle, monkeypatch):
     area = table["deletion_area"]
     assert area["hottest first"] < area["random"] < area["coldest first"]
     assert table["randomised"]["all"] == pytest.approx(1)  # the same map for any weights
+
+
+def test_the_mask_is_the_lesion_of_a_plain_picture():
+    skin = np.full((96, 96, 3), (225, 180, 160), np.uint8)
+    y, x = np.mgrid[:96, :96]
+    lesion = (y - 44) ** 2 + (x - 52) ** 2 < 20**2
+    picture = skin.copy()
+    picture[lesion] = (110, 70, 60)
+    mask = lesion_mask(picture)
+    assert (mask == lesion).mean() > 0.98
+    for unclear in (skin, np.roll(picture, 40, axis=1)):
+        assert lesion_mask(unclear) is None
+
+    heat = np.zeros((3, 4, 4), np.float32)
+    heat[0, 1, 2] = 1  # on the lesion
+    heat[1, 0, 0] = 1  # in the corner
+    heat[2] = 1  # nowhere in particular, but the picture is left out
+    figures = pointing(heat, np.stack([picture, picture, skin]))
+    assert (figures["images"], figures["hit"], figures["heat_inside"]) == (2, 0.5, 0.5)
+    assert 0 < figures["chance"] < 0.5
+    assert pointing(heat[2:], skin[None]) == {"images": 0}
 
 
 def test_shuffled_weights_give_another_map_and_leave_the_bundle_alone(bundle):

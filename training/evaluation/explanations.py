@@ -1,9 +1,9 @@
 """Check whether a model's heatmaps can be trusted.
 
-`python training/evaluation/explanations.py --bundle DIR --data MANIFEST --out DIR` makes three checks. Does the map
+`python training/evaluation/explanations.py --bundle DIR --data MANIFEST --out DIR` makes four checks. Does the map
 depend on what was learnt (Adebayo et al. 2018, "Sanity Checks for Saliency Maps")? Does hiding the marked cells change
-the prediction more than hiding others (deletion; Petsiuk et al. 2018, "RISE")? How much heat lies on the border of the
-picture, where there is rarely a lesion?
+the prediction more than hiding others (deletion; Petsiuk et al. 2018, "RISE")? Does the map point at the lesion? How
+much heat lies on the border of the picture, where there is rarely a lesion?
 """
 
 import tempfile
@@ -36,6 +36,7 @@ from training.evaluation.command_options import (
 )
 from training.evaluation.figures import deletion_figure
 from training.evaluation.leakage import check_overlap
+from training.evaluation.lesion_masks import pointing
 
 BATCH = 64
 SEED = 0  # of the shuffled weights and the random order
@@ -44,10 +45,11 @@ BLUR = 0.08  # sigma of the blur of hidden cells, as a share of the side: it kee
 
 
 def check_heatmaps(bundle: Bundle, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-    """Make all three checks on pixels (N, S, S, 3), with each image explained for its own top diagnosis.
+    """Make all checks on pixels (N, S, S, 3), with each image explained for its own top diagnosis.
 
     Returns `randomised` {shuffled part: mean rank correlation with the true maps}, `deletion` {order: mean probability
-    of the top class after 0, 1, ..., STEPS tenths are hidden}, `deletion_area` (their means), `border` (share of the
+    of the top class after 0, 1, ..., STEPS tenths are hidden}, `deletion_area` (their means), `pointing`
+    (training.evaluation.lesion_masks), `border` (share of the
     heat in the outermost cells), `border_cells` (their share of the grid), and `empty`: the share of images whose map
     is zero everywhere, which the other figures leave out.
 
@@ -84,6 +86,7 @@ def check_heatmaps(bundle: Bundle, pixels: NDArray[np.uint8]) -> dict[str, Any]:
         "randomised": randomised,
         "deletion": deletion,
         "deletion_area": {name: float(np.mean(curve)) for name, curve in deletion.items()},
+        "pointing": pointing(heat, kept),
         "border": float(share.mean()),
         "border_cells": float((~inner).mean()),
     }
@@ -148,7 +151,7 @@ def main(
     most: Annotated[int, typer.Option(min=1, help="Largest number of images; those with the smallest hashes.")] = 300,
     allow_overlap: AllowOverlapOption = False,
 ) -> None:
-    """Check a model's heatmaps: shuffled weights, deletion curves, heat on the border.
+    """Check a model's heatmaps: shuffled weights, deletion curves, the lesion, heat on the border.
 
     Writes explanations.json and the deletion curves. Images that the model was made from are refused.
     """
@@ -172,6 +175,11 @@ def show(table: dict[str, Any]) -> None:
         shown.add_row(f"rank correlation with the map after shuffling {part}", f"{value:.3f}")
     for name, value in table["deletion_area"].items():
         shown.add_row(f"mean probability while cells are hidden, {name}", f"{value:.3f}")
+    game = table["pointing"]
+    if game["images"]:
+        shown.add_row(f"hottest cell on the lesion, {game['images']} plain pictures", f"{game['hit']:.3f}")
+        shown.add_row("the same by chance", f"{game['chance']:.3f}")
+        shown.add_row("share of the heat on the lesion", f"{game['heat_inside']:.3f}")
     shown.add_row(
         f"share of the heat on the border ({table['border_cells']:.0%} of the cells)", f"{table['border']:.3f}"
     )
