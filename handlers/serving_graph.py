@@ -3,6 +3,9 @@
 OpenVINO's graph is exported from it, and TorchRuntime runs it directly. Import it inside functions, as it needs torch.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +15,23 @@ from handlers.gradcam import grad_cam
 from handlers.preprocessing import Preprocessing
 from handlers.weights import BASIS, Weights, load_weights, read_weights
 
+# TensorFlow pads more at the right and at the bottom. Its weights with symmetric padding (`pad_type`) look one pixel
+# further up and left in each of the five halvings, at its scale: 1 + 2 + 4 + 8 + 16 pixels of the picture.
+SYMMETRIC_SHIFT = 31
+LAST_STRIDE = 32  # of those networks, if `output_stride` does not say otherwise
+
 
 class ServingModule(nn.Module):
-    """A network in eval mode and fp32, from uint8 pixels to logits, Grad-CAM maps and residuals."""
+    """A network in eval mode and fp32, from uint8 pixels to logits, Grad-CAM maps and residuals.
 
-    def __init__(self, backbone: nn.Module, preprocessing: Preprocessing, weights: Weights) -> None:
+    `map_shift` is how many cells too far down and right the network's last feature map lies; the maps are moved back.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, preprocessing: Preprocessing, weights: Weights, map_shift: float = 0.0
+    ) -> None:
         super().__init__()
+        self.map_shift = map_shift
         self.cam = grad_cam(backbone.eval(), preprocessing.image_size)
         scale, offset = preprocessing.standardisation
         self.scale, self.offset = (nn.Buffer(torch.tensor(each)[:, None, None]) for each in (scale, offset))
@@ -30,11 +44,33 @@ class ServingModule(nn.Module):
     def forward(self, pixels: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (N, K), maps (N, h, w) and residuals (N,); arguments as for handlers.runtimes.Runtime."""
         logits, maps, features = self.cam(self.images(pixels), target, metadata)
+        if self.map_shift:
+            maps = moved_back(maps, self.map_shift)
         if self.basis is None:
             return logits, maps, torch.zeros_like(logits[:, 0])
         # No matrix product: its error in bf16, times the residual's weight, would move the ninth probability.
         outside = ((features - self.origin).unsqueeze(-1) * self.basis).sum(1)
         return logits, maps, (outside * outside).sum(-1).sqrt()
+
+
+def map_shift(options: Mapping[str, Any]) -> float:
+    """Return ServingModule's `map_shift` for a network with these options of handlers.backbone.build_backbone."""
+    if options.get("pad_type") != "":
+        return 0.0
+    stride = options.get("output_stride", LAST_STRIDE)
+    # A cell of a finer grid has its middle further up and left.
+    return float(SYMMETRIC_SHIFT - (LAST_STRIDE - stride) / 2) / stride
+
+
+def moved_back(maps: Tensor, cells: float) -> Tensor:
+    """Move maps (N, h, w) by a number of cells up and left, with linear interpolation; the last cells are repeated."""
+
+    def weights(count: int) -> Tensor:
+        """Return (count, count): how much of each old cell a new cell takes."""
+        place = (torch.arange(count, dtype=maps.dtype) + cells).clamp(max=count - 1)
+        return (1 - (place[:, None] - torch.arange(count, dtype=maps.dtype)).abs()).clamp(min=0)
+
+    return weights(maps.shape[1]) @ maps @ weights(maps.shape[2]).T
 
 
 def serving_module(bundle: Bundle) -> ServingModule:
@@ -62,4 +98,4 @@ def serving_module(bundle: Bundle) -> ServingModule:
         load_weights(backbone, weights.network)
     except ValueError as error:
         raise BundleError(f"The weights do not fit {config.architecture}: {error}.") from error
-    return ServingModule(backbone, config.preprocessing, weights).eval()
+    return ServingModule(backbone, config.preprocessing, weights, map_shift(config.options)).eval()

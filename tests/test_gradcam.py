@@ -7,6 +7,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from handlers.backbone import BackboneError, SplitAttention, build_backbone, split_attention
 from handlers.gradcam import AutogradGradCam, ClassTokenVitGradCam, PooledGradCam, TappedBackbone, grad_cam
+from handlers.serving_graph import map_shift, moved_back
 from tests.models import ARCHITECTURE, OPTIONS, tiny_backbone, tiny_bundle
 from training.config import ModelSettings
 
@@ -111,6 +112,23 @@ def test_a_smaller_output_stride_keeps_the_weights_and_doubles_the_grid():
     assert [m.shape[-2:] for m in maps] == [(2, 2), (4, 4)]
     # With symmetric padding, every second cell of the fine grid is a cell of the coarse one.
     assert torch.allclose(maps[1][..., ::2, ::2], maps[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(("stride", "cells"), [(32, 31 / 32), (16, 23 / 16)])
+def test_maps_of_symmetric_padding_are_moved_back(stride, cells):
+    settings = {"architecture": "tf_efficientnet_lite0", "image_size": 64, "output_stride": stride}
+    assert map_shift(ModelSettings(**settings).options) == 0
+    assert map_shift(ModelSettings(**settings, symmetric_padding=True).options) == cells
+
+
+def test_moving_back_interpolates_and_keeps_the_heat():
+    maps = torch.zeros(1, 4, 4)
+    maps[0, 2, 3] = 1
+    expected = torch.zeros(4, 4)
+    expected[0:2, 1] = 0.25  # by a cell and a half, up and left
+    expected[0:2, 2:] = 0.5  # the last column is repeated
+    assert torch.allclose(moved_back(maps, 1.5)[0], expected)
+    assert torch.allclose(moved_back(maps, 1.0)[0, :3, :3].nonzero(), torch.tensor([[1, 2]]))
 
 
 def test_a_backbone_with_two_classifiers_is_refused():
