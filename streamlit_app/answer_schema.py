@@ -7,7 +7,7 @@ from pydantic import AliasPath, Base64Bytes, BaseModel, Field, PrivateAttr, fiel
 
 UNKNOWN = "UNK"  # the ninth class: none of the above
 METADATA = ("age", "sex", "site")  # the patient's details that a model may take
-LARGEST_GRID = 256  # rows and columns of a heatmap; the shipped model sends 14 × 14
+LARGEST_GRID = 256  # rows and columns of a heatmap; the shipped model sends 10 × 10
 
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 ClassKind = Literal["malignant", "other", "unknown"]

@@ -195,6 +195,7 @@ def test_the_mask_is_the_lesion_of_a_plain_picture():
     figures = pointing(heat, np.stack([picture, picture, skin]))
     assert (figures["images"], figures["hit"], figures["heat_inside"]) == (2, 0.5, 0.5)
     assert 0 < figures["chance"] < 0.5
+    assert figures["centre"] == 1
     assert pointing(heat[2:], skin[None]) == {"images": 0}
 
 

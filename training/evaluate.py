@@ -23,7 +23,7 @@ from handlers.predictor import Predictor
 from handlers.receipt import read_receipt
 from handlers.suspicion import MALIGNANT, MELANOMA
 from handlers.taxonomy import CODES, KNOWN_CODES
-from mlflow_tracking.command_line import console, progress_bar, run
+from mlflow_tracking.command_line import console, progress_bar, run, table
 from mlflow_tracking.runs import log_evaluation
 from mlflow_tracking.settings import Settings
 from training.data.manifest import ManifestError, fingerprint, read_manifest
@@ -119,8 +119,8 @@ def compare(
         raise ManifestError(f"{against} was made from all images of known lesions here; compare on other images.")
     other, shared = Predictor.load(against), rows[unseen].reset_index(drop=True)
     ours = [prediction for prediction, is_shared in zip(predictions, unseen, strict=True) if is_shared]
-    table = compare_bundles(shared, ours, predict_rows(other, shared, **options), resamples)
-    return {"bundle": other.bundle.digest, "seen_by_it": int((~unseen).sum()), **table}
+    comparison = compare_bundles(shared, ours, predict_rows(other, shared, **options), resamples)
+    return {"bundle": other.bundle.digest, "seen_by_it": int((~unseen).sum()), **comparison}
 
 
 def suspicions(rows: pd.DataFrame, predictions: Sequence[Prediction], resamples: int) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def show(report: dict[str, Any]) -> None:
         console.print(
             f"The weakest slice is {weakest['column']} {weakest['value']}: macro AUC {weakest['macro_auc']:.3f}."
         )
-    shown = Table("figure", "value", "95 % interval (bootstrap over lesions)")
+    shown = table("", ["figure", "value", "95 % interval (bootstrap over lesions)"])
     for name, value in headline(report).items():
         shown.add_row(name, _number(value), _interval(report["intervals_95"].get(name)))
     console.print(f"{report['images']:,} images of {report['lesions']:,} lesions")
@@ -258,7 +258,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def _source_table(sources: dict[str, Any]) -> Table:
-    shown = Table("source", "images", "lesions", *SOURCE_FIGURES)
+    shown = table("", ["source", "images", "lesions", *SOURCE_FIGURES])
     for source, figures in sources.items():
         cells = [_number(figures[key]) if key in figures else "" for key in SOURCE_FIGURES.values()]
         shown.add_row(source, f"{figures['images']:,}", f"{figures['lesions']:,}", *cells)
@@ -266,7 +266,7 @@ def _source_table(sources: dict[str, Any]) -> Table:
 
 
 def _comparison_table(figures: dict[str, Any]) -> Table:
-    shown = Table("figure", "this bundle", "the other", "difference", "95 % interval (paired)")
+    shown = table("", ["figure", "this bundle", "the other", "difference", "95 % interval (paired)"])
     for name, row in figures.items():
         if name != "images":
             values = (_number(row[key]) for key in ("value", "against", "difference"))

@@ -9,18 +9,21 @@ import typer
 from handlers.bundle import Bundle
 from handlers.errors import UserError
 from handlers.files import atomic_file
+from handlers.suspicion import DEFAULT_SENSITIVITY
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking.command_line import console, run
 from mlflow_tracking.settings import SHIPPED
 from scripts.studies import unknowns_report
 from training.config import ROOT
 from training.evaluation import stress
-from training.evaluation.evaluation_report import headline, slice_order
+from training.evaluation.evaluation_report import SLICE_METRICS, headline, slice_order
 
 TEMPLATE = ROOT / "scripts" / "studies" / "model_card.template.md"
 CARD = ROOT / "MODEL_CARD.md"
 EVALUATION = ROOT / "docs" / "evaluation"
-PARTS = ("metrics", "with_metadata", "with_metadata_tta", "unknowns", "stress", "explanations")  # its JSON files
+# Its JSON files, of the shipped model; and the one of the model that was shipped before.
+PARTS = ("metrics", "tta", "unknowns", "stress", "explanations", "blur_and_source")
+FORMER = "former_explanations"
 FIGURES = {
     "accuracy": "accuracy",
     "balanced accuracy, 8 classes": "balanced_accuracy",
@@ -33,6 +36,14 @@ FIGURES = {
     "Brier score": "brier",
     "negative log-likelihood": "nll",
     "area under risk-coverage": "aurc",
+}
+# Figures of both models; those of UNK and of the alarm are not common to them.
+COMPARED = {name: key for name, key in FIGURES.items() if key != "aurc"} | {
+    "malignant called benign or UNK": "as_served_malignant_missed",
+    "melanoma recall": "melanoma_recall",
+    "melanoma specificity at 95 % sensitivity": "melanoma_specificity_at_95",
+    "coverage of the 90 % sets": "conformal_coverage",
+    "mean size of the sets": "conformal_mean_size",
 }
 CLASS_FIGURES = {
     "recall": "recall",
@@ -57,24 +68,34 @@ def render(bundle: Path = SHIPPED, evaluation: Path = EVALUATION) -> str:
     """
     loaded = Bundle.load(bundle)
     try:
-        tables = {name: json.loads((evaluation / f"{name}.json").read_text(encoding="utf-8")) for name in PARTS}
+        tables = {name: _read(evaluation, name) for name in PARTS}
         others = [f"{name}.json" for name, table in tables.items() if table["bundle"] != loaded.digest]
         if others:
             raise CardError(
                 f"{', '.join(others)} in {evaluation} describe another bundle than {bundle}. Evaluate this bundle; "
                 "--help lists the commands."
             )
-        return _fill(loaded, tables)
+        former = _read(evaluation, FORMER)
+        if former["bundle"] != tables["metrics"]["against"]["bundle"]:
+            raise CardError(
+                f"{FORMER}.json in {evaluation} and the comparison in metrics.json describe two former bundles. "
+                "Evaluate one; --help lists the commands."
+            )
+        return _fill(loaded, tables, former)
     except (KeyError, OSError, ValueError) as error:
         raise CardError(f"The evaluations in {evaluation} cannot be used ({error}). Run them again.") from error
 
 
-def _fill(loaded: Bundle, tables: dict[str, Any]) -> str:
+def _read(evaluation: Path, name: str) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((evaluation / f"{name}.json").read_text(encoding="utf-8"))
+    return table
+
+
+def _fill(loaded: Bundle, tables: dict[str, Any], former: dict[str, Any]) -> str:
     """Return the template with the figures of the tables."""
-    tta = tables["with_metadata_tta"]
-    config, test, held_out = loaded.config.to_dict(), tables["metrics"], tables["unknowns"]["held_out"]
-    melanoma = test["per_class"]["MEL"]
-    coverage = test["conformal"]["coverage_per_class"]
+    config, test, tta = loaded.config.to_dict(), tables["metrics"], tables["tta"]
+    held_out = tables["unknowns"]["held_out"]
+    alarm = test["suspicion"]["malignant"]
     return TEMPLATE.read_text(encoding="utf-8").format(
         bundle=config,
         evidence=config["evidence"],
@@ -83,31 +104,80 @@ def _fill(loaded: Bundle, tables: dict[str, Any]) -> str:
         megabytes=sum(file["bytes"] for file in loaded.files.values()) / 1e6,
         all_images=sum(config["evidence"]["images"].values()),
         test=test,
-        with_metadata=tables["with_metadata"],
-        figures=_figures(test, tables["with_metadata"]),
+        figures=_figures(test),
+        former=_former(test["against"]["all"]),
+        former_images=test["against"]["all"]["images"],
         mirrored={key: _with_interval(headline(tta)[key], tta["intervals_95"][key], 3) for key in FIGURES.values()},
         classes=_classes(test),
         slices=_slices(test["slices"]),
+        weakest=test["weakest_slice"],
         missed=1 - test["as_served"]["recall"]["MEL"],
-        alarms=1 - melanoma["specificity_at_95"],
+        alarm_codes=", ".join(alarm["codes"]),
+        promises=_promises(alarm["sources"]["all sources"]["promises"]),
+        alarm_sources=_alarm_sources(alarm["sources"]),
         level=config["calibration"]["conformal"]["confidence_level"],
-        coverage=", ".join(f"{code} {coverage[code]:.0%}" for code in KNOWN_CODES if code in coverage),
+        coverage=", ".join(f"{code} {share:.0%}" for code, share in _by_class(test["conformal"]["coverage_per_class"])),
         no_rejection=sum(table["called_malignant_by_all"] for table in held_out.values()) / len(held_out),
         unknowns=unknowns_report.markdown(tables["unknowns"]).strip(),
         stress=stress.markdown(tables["stress"]["faults"]).strip(),
+        sharpness=_sharpness(tables["blur_and_source"]["sharpness"]),
+        probe=tables["blur_and_source"]["source"]["balanced_accuracy"],
+        chance=tables["blur_and_source"]["source"]["chance"],
         explanations=tables["explanations"],
+        former_explanations=former,
     )
 
 
-def _figures(alone: dict[str, Any], with_metadata: dict[str, Any]) -> str:
-    """Return a row for each figure: value and interval by the picture alone and with metadata."""
-    lines = ["| figure | picture alone | 95 % interval | with age, sex and site | 95 % interval |", "| --- " * 5 + "|"]
+def _by_class(shares: dict[str, float]) -> list[tuple[str, float]]:
+    return [(code, shares[code]) for code in KNOWN_CODES if code in shares]
+
+
+def _figures(test: dict[str, Any]) -> str:
+    """Return a row for each figure: value and interval."""
+    lines = ["| figure | value | 95 % interval |", "| --- " * 3 + "|"]
     for name, key in FIGURES.items():
-        cells = []
-        for table in (alone, with_metadata):
-            low, high = table["intervals_95"][key]
-            cells += [f"{headline(table)[key]:.3f}", f"{low:.3f} to {high:.3f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        low, high = test["intervals_95"][key]
+        lines.append(f"| {name} | {headline(test)[key]:.3f} | {low:.3f} to {high:.3f} |")
+    return "\n".join(lines)
+
+
+def _former(comparison: dict[str, Any]) -> str:
+    """Return a row for each figure of this model and the former one on the same pictures."""
+    lines = ["| figure | this model | former model | difference | 95 % interval |", "| --- " * 5 + "|"]
+    for name, key in COMPARED.items():
+        row = comparison[key]
+        low, high = row["interval_95"]
+        figures = f"{row['value']:.3f} | {row['against']:.3f} | {row['difference']:+.3f}"
+        lines.append(f"| {name} | {figures} | {low:+.3f} to {high:+.3f} |")
+    return "\n".join(lines)
+
+
+def _promises(promises: list[dict[str, Any]]) -> str:
+    """Return a row for each promise of the alarm, over all sources."""
+    lines = ["| promised sensitivity | sensitivity on test | other lesions flagged |", "| --- " * 3 + "|"]
+    for row in promises:
+        kept = _with_interval(row["sensitivity"], row["sensitivity_95"])
+        price = _with_interval(row["benign_flagged"], row["benign_flagged_95"])
+        lines.append(f"| {row['promised']:.2f} | {kept} | {price} |")
+    return "\n".join(lines)
+
+
+def _alarm_sources(sources: dict[str, Any]) -> str:
+    """Return a row for each source: what the default promise keeps there, and its price."""
+    lines = ["| source | malignant lesions | others | sensitivity | others flagged |", "| --- " * 5 + "|"]
+    for source, figures in sources.items():
+        row = next(row for row in figures["promises"] if row["promised"] == DEFAULT_SENSITIVITY)
+        kept = _with_interval(row["sensitivity"], row["sensitivity_95"])
+        price = _with_interval(row["benign_flagged"], row["benign_flagged_95"])
+        lines.append(f"| {source} | {figures['lesions']} | {figures['other_lesions']} | {kept} | {price} |")
+    return "\n".join(lines)
+
+
+def _sharpness(table: dict[str, Any]) -> str:
+    lines = ["| shorter side in pixels | images | macro AUC | change | balanced accuracy |", "| --- " * 5 + "|"]
+    for side, row in sorted(table.items(), key=lambda item: int(item[0])):
+        figures = f"{row['macro_auc']:.3f} | {row['auc_change']:+.3f} | {row['balanced_accuracy']:.3f}"
+        lines.append(f"| {side} | {row['images']:,} | {figures} |")
     return "\n".join(lines)
 
 
@@ -125,14 +195,14 @@ def _classes(test: dict[str, Any]) -> str:
 
 
 def _slices(slices: dict[str, Any]) -> str:
-    lines = ["| slice | images | lesions | classes | accuracy | balanced accuracy | macro AUC | ECE |"]
-    lines.append("| --- " * 8 + "|")
+    names = ("slice", "images", "lesions", "classes", "accuracy", "balanced accuracy", "macro AUC", "ECE")
+    lines = [f"| {' | '.join(names)} | set coverage | set size |", "| --- " * 10 + "|"]
     for column in ("source", "site", "sex", "age"):
         values = slices[column]
         for value, entry in sorted(values.items(), key=lambda item: slice_order(column, item[0])):
             drawn = entry.get("intervals_95", {})
-            names = ("accuracy", "balanced_accuracy", "macro_auc", "ece")
-            cells = [_with_interval(entry.get(name), drawn.get(name)) for name in names]
+            cells = [_with_interval(entry.get(name), drawn.get(name)) for name in SLICE_METRICS]
+            cells += [_with_interval(entry.get(name), None) for name in ("coverage_by_lesion", "mean_set_size")]
             counts = f"{entry['images']} | {entry['lesions']} | {entry['classes']}"
             lines.append(f"| {column}: {value} | {counts} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -146,20 +216,21 @@ def _with_interval(value: float | None, interval: list[float] | None, digits: in
 
 
 SHIPPED_ON_MANIFEST = "--bundle model_store/skin_vit --data data/manifest.csv"
-EVALUATE = f"python training/evaluate.py {SHIPPED_ON_MANIFEST}"
 EXAMPLES = [
     "python scripts/studies/model_card.py",
-    "After another model was trained for shipping, first run:",
+    "After another model was trained for shipping, first keep the former bundle as FORMER and run:",
     "python training/export.py runs/NAME/bundle model_store/skin_vit",
-    f"{EVALUATE} --out reports/metadata",
-    "cp reports/metadata/metrics.json docs/evaluation/with_metadata.json",
-    f"{EVALUATE} --tta --out reports/tta",
-    "cp reports/tta/metrics.json docs/evaluation/with_metadata_tta.json",
-    f"{EVALUATE} --picture-alone --out docs/evaluation",
+    f"python training/evaluate.py {SHIPPED_ON_MANIFEST} --tta --out reports/tta",
+    "cp reports/tta/metrics.json docs/evaluation/tta.json",
+    f"python training/evaluate.py {SHIPPED_ON_MANIFEST} --against FORMER --out docs/evaluation",
     f"python training/evaluation/stress.py {SHIPPED_ON_MANIFEST} --out docs/evaluation",
     f"python training/evaluation/explanations.py {SHIPPED_ON_MANIFEST} --out docs/evaluation",
-    f"python scripts/studies/unknowns.py {SHIPPED_ON_MANIFEST} --out runs/unknowns",
+    "python training/evaluation/explanations.py --bundle FORMER --data data/manifest.csv --allow-overlap --out reports",
+    "cp reports/explanations.json docs/evaluation/former_explanations.json",
+    f"python scripts/studies/blur_and_source.py {SHIPPED_ON_MANIFEST} --out docs/evaluation",
+    f"python scripts/studies/unknowns.py {SHIPPED_ON_MANIFEST} --most 400 --out runs/unknowns",
     "cp runs/unknowns/unknowns.json docs/evaluation",
+    "rm docs/evaluation/examples.png docs/evaluation/errors.png  # pictures of patients",
 ]
 
 

@@ -178,7 +178,8 @@ def show(table: dict[str, Any]) -> None:
     game = table["pointing"]
     if game["images"]:
         shown.add_row(f"hottest cell on the lesion, {game['images']} plain pictures", f"{game['hit']:.3f}")
-        shown.add_row("the same by chance", f"{game['chance']:.3f}")
+        shown.add_row("a random cell on the lesion", f"{game['chance']:.3f}")
+        shown.add_row("the middle of the picture on the lesion", f"{game['centre']:.3f}")
         shown.add_row("share of the heat on the lesion", f"{game['heat_inside']:.3f}")
     shown.add_row(
         f"share of the heat on the border ({table['border_cells']:.0%} of the cells)", f"{table['border']:.3f}"

@@ -33,10 +33,11 @@ def lesion_mask(pixels: NDArray[np.uint8]) -> NDArray[np.bool_] | None:
 def pointing(heat: NDArray[np.float32], pixels: NDArray[np.uint8]) -> dict[str, float | int]:
     """Return how often the hottest cell of a map (N, h, w) lies on the lesion (the pointing game; Zhang et al. 2018).
 
-    Only plain pictures count: `images` of them. `hit` is the share whose hottest cell has its middle on the lesion,
-    `chance` the share of all cells' middles that lie there, and `heat_inside` the share of the heat there.
+    Only plain pictures count: `images` of them. `hit` is the share whose hottest cell has its middle on the lesion, and
+    `heat_inside` the share of the heat there. `chance` is the share of all cells' middles that lie there, and `centre`
+    the share of pictures whose middle lies there: what a map that ignores the picture would reach.
     """
-    hits, chances, inside = [], [], []
+    hits, chances, centres, inside = [], [], [], []
     for cells, picture in zip(heat, pixels, strict=True):
         mask = lesion_mask(picture)
         if mask is None:
@@ -45,6 +46,7 @@ def pointing(heat: NDArray[np.float32], pixels: NDArray[np.uint8]) -> dict[str, 
         on_lesion = mask[np.ix_(rows, columns)]
         hits.append(bool(on_lesion.flat[cells.argmax()]))
         chances.append(on_lesion.mean())
+        centres.append(bool(mask[len(mask) // 2, len(mask) // 2]))
         inside.append(cells[on_lesion].sum() / cells.sum())
     if not hits:
         return {"images": 0}
@@ -52,5 +54,6 @@ def pointing(heat: NDArray[np.float32], pixels: NDArray[np.uint8]) -> dict[str, 
         "images": len(hits),
         "hit": float(np.mean(hits)),
         "chance": float(np.mean(chances)),
+        "centre": float(np.mean(centres)),
         "heat_inside": float(np.mean(inside)),
     }
