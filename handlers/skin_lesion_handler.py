@@ -108,7 +108,7 @@ def _json(row: dict[str, Any]) -> str:
 
 
 def _prediction_fields(answer: Prediction, milliseconds: float) -> dict[str, Any]:
-    """Return what the log keeps of a prediction; `milliseconds` is the time of the whole batch, as for each request."""
+    """Return what the log keeps of a prediction. `milliseconds` is the time of the batch, the same for each request."""
     return {
         "image_sha256": answer.image.sha256,
         "metadata_sent": [name for name, value in answer.metadata.items() if value is not None],

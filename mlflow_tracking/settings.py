@@ -162,7 +162,7 @@ class Settings(BaseSettings):
 
     @property
     def records_predictions(self) -> bool:
-        """Whether TorchServe writes a prediction log."""
+        """True if TorchServe writes a prediction log."""
         return str(self.prediction_log) != "off"
 
     @property

@@ -1,1 +1,1 @@
-"""What happens after the answer: the monitor takes predictions and refusals from the prediction log into a database."""
+"""The monitor: it takes predictions and refusals from the prediction log into a database, and answers with figures."""

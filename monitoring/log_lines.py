@@ -5,7 +5,6 @@ read too. A line that does not fit is unreadable; it is counted and never stored
 """
 
 import math
-import re
 import time
 from datetime import datetime
 from typing import Annotated, Any
@@ -16,7 +15,6 @@ from handlers.taxonomy import CODES
 
 AHEAD_SECONDS = 86400  # a line with a later time comes from a wrong clock and would stay the newest for ever
 EARLIEST = datetime.fromisoformat("2020-01-01T00:00:00Z").timestamp()
-KIND = re.compile(rb"^(prediction|refusal) (?=\{)")  # log4j2.xml removes it from the file
 # Printable ASCII: Postgres refuses NUL, and no name needs more.
 Name = Annotated[str, StringConstraints(pattern=r"^[\x20-\x7e]*$", max_length=200)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -51,8 +49,6 @@ class PredictionLine(_Line):
     entropy: Number | None = None
     width: Size | None = None
     height: Size | None = None
-    picture: dict[Name, Number] | None = Field(default=None, max_length=64)
-    logits: list[Number] | None = Field(default=None, max_length=64)
 
 
 class RefusalLine(_Line):
@@ -69,7 +65,7 @@ def parse_line(line: bytes, fallback_id: str) -> dict[str, Any] | None:
     """
     kind = PredictionLine if b'"probabilities"' in line else RefusalLine
     try:
-        values = kind.model_validate_json(KIND.sub(b"", line))
+        values = kind.model_validate_json(line)
     except ValidationError:
         return None
     seconds = values.seconds

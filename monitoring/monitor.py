@@ -31,7 +31,7 @@ class Monitor:
         self._ready = False  # the tables are those of this version
         self._pruned = -PRUNE_SECONDS
         self._beat = time.monotonic()
-        self._behind = 0
+        self._positions: dict[str, int] = {}  # those last seen
 
     def run(self, stop: threading.Event) -> None:
         """Read until `stop` is set; no error ends the loop."""
@@ -46,8 +46,8 @@ class Monitor:
                 self.store.migrate()
                 self._ready = True
             rows = self._read()
-            if self._beat - self._pruned >= PRUNE_SECONDS:
-                self.store.prune(time.time() - self.settings.monitor_keep_days * DAY)
+            is_due = self._beat - self._pruned >= PRUNE_SECONDS
+            if is_due and not self.store.prune(time.time() - self.settings.monitor_keep_days * DAY):
                 self._pruned = self._beat
         except Exception as error:
             return self._failed(error)
@@ -59,13 +59,13 @@ class Monitor:
     def _read(self) -> int:
         """Store one batch of each file, oldest file first; return the number of lines."""
         lines, paths = 0, list(reversed(self.settings.prediction_logs))
-        for batch in read_batches(paths, positions := self.store.positions()):
+        self._positions = self.store.positions()
+        for batch in read_batches(paths, self._positions):
             self.store.add(batch)
-            positions[batch.fingerprint] = batch.end
+            self._positions[batch.fingerprint] = batch.end
             lines += len(batch.rows) + batch.unreadable
             if batch.unreadable:
                 log.warning("%d lines of the prediction log are unreadable and are left out.", batch.unreadable)
-        self._behind = bytes_behind(paths, positions)
         return lines
 
     def _failed(self, error: Exception) -> float:
@@ -78,7 +78,7 @@ class Monitor:
         return min(LONGEST_WAIT, 2.0 ** min(self.failures - 1, 16))
 
     def alive(self) -> bool:
-        """Whether the loop has moved lately."""
+        """Return whether the loop has moved lately."""
         return time.monotonic() - self._beat < ALIVE_SECONDS
 
     def state(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Monitor:
         return {
             "recording": on,
             "database_up": not self.error,
-            "behind": self._behind,
+            "behind": bytes_behind(self.settings.prediction_logs, self._positions),
             "reason": "" if on else "The prediction log is off. Set PREDICTION_LOG to a file to record predictions.",
             "error": self.error,
         }

@@ -10,6 +10,7 @@ from monitoring import queries
 from monitoring.prediction_store import PredictionStore
 from monitoring.rollups import HOUR, MINUTE, add, figures
 
+ERROR = "internal_error"  # the model failed; containers/alert_rules.yml
 # Gauges of the last hour, by version: name, key in `figures`, text.
 GAUGES = (
     ("unknown_share", "Share of predictions UNK in the last hour"),
@@ -31,6 +32,8 @@ def figure_metrics(store: PredictionStore) -> Iterator[Metric]:
     answered = CounterMetricFamily("monitor_predictions", "Predictions", labels=["version", "code"])
     refused = CounterMetricFamily("monitor_refusals", "Refused requests and errors", labels=["version", "code"])
     for version, sums in queries.totals(store).items():
+        # Prometheus sees no increase in a series that begins above zero.
+        sums = {f"refusal:{ERROR}": 0, **sums}
         for name, value in sums.items():
             kind, _, code = name.partition(":")
             if kind in ("code", "refusal"):

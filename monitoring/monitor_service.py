@@ -16,6 +16,7 @@ from mlflow_tracking.settings import Settings
 from monitoring import summary as answers
 from monitoring.monitor import DAY, Monitor
 from monitoring.monitor_metrics import figure_metrics, state_metrics
+from monitoring.performance import RealisedPerformance
 from monitoring.prediction_store import StoreUnavailable
 
 LONGEST_HOURS = 24 * 366 * 5
@@ -50,6 +51,7 @@ def create_app(monitor: Monitor) -> FastAPI:
         thread.join()
 
     app = FastAPI(title="Monitor", lifespan=loop, docs_url=None, redoc_url=None, openapi_url=None)
+    realised = RealisedPerformance(monitor.store)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(monitor))
 
@@ -66,7 +68,8 @@ def create_app(monitor: Monitor) -> FastAPI:
 
     @app.get("/summary")
     def summary(hours: Annotated[float, Query(gt=0, le=LONGEST_HOURS)] = 24, version: Version = None) -> dict[str, Any]:
-        figures = answers.summary(monitor.store, hours, version, monitor.settings.monitor_keep_days * DAY)
+        minute_history = monitor.settings.monitor_keep_days * DAY
+        figures = answers.summary(monitor.store, realised, hours, version, minute_history)
         return {"state": monitor.state(), "serving": answers.serving(monitor.audit), **figures}
 
     @app.get("/predictions")

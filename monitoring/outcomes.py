@@ -24,7 +24,7 @@ class PictureOutcome(NamedTuple):
 
 @dataclass
 class Recorded:
-    """What became of a table of outcomes; `unmatched` are keys without a prediction."""
+    """The numbers of outcomes that are new and that were there before, and the keys without a prediction."""
 
     new: int = 0
     unchanged: int = 0
@@ -37,7 +37,7 @@ def record(store: PredictionStore, table: Sequence[PictureOutcome], reader: str)
     A SHA-256 names all predictions of that picture. An outcome that is known already is not appended again.
     """
     recorded, now = Recorded(), time.time()
-    with store.connect() as connection:
+    with store.connect(writes=True) as connection:
         for first in range(0, len(table), IDS_AT_ONCE):
             piece = table[first : first + IDS_AT_ONCE]
             matches = _matches(connection, [outcome.key for outcome in piece])
@@ -73,13 +73,23 @@ def _matches(connection: sa.Connection, keys: Sequence[str]) -> dict[str, list[d
 
 def _newest(connection: sa.Connection, requests: Iterable[str]) -> dict[str, str]:
     """Return the newest diagnosis of each request that has one."""
-    query = sa.select(outcomes.c.request_id, outcomes.c.diagnosis).where(outcomes.c.request_id.in_(list(requests)))
-    return {row.request_id: row.diagnosis for row in connection.execute(query.order_by(outcomes.c.id))}
+    identifiers, diagnoses = list(requests), dict[str, str]()
+    for first in range(0, len(identifiers), IDS_AT_ONCE):
+        named = outcomes.c.request_id.in_(identifiers[first : first + IDS_AT_ONCE])
+        query = sa.select(outcomes.c.request_id, outcomes.c.diagnosis).where(named).order_by(outcomes.c.id)
+        diagnoses |= {row.request_id: row.diagnosis for row in connection.execute(query)}
+    return diagnoses
 
 
-def judged(store: PredictionStore, since: float, version: str | None = None) -> list[dict[str, Any]]:
-    """Return the newest outcome of each prediction made since then, oldest first. Raises StoreUnavailable."""
-    query = sa.select(outcomes).where(outcomes.c.time >= since)
+def newest_outcome(store: PredictionStore) -> int:
+    """Return a number that grows with every outcome. Raises StoreUnavailable."""
+    with store.connect() as connection:
+        return int(connection.execute(sa.select(sa.func.max(outcomes.c.id))).scalar() or 0)
+
+
+def judged(store: PredictionStore, version: str | None = None) -> list[dict[str, Any]]:
+    """Return the newest outcome of each prediction that has one, oldest prediction first. Raises StoreUnavailable."""
+    query = sa.select(outcomes)
     if version is not None:
         query = query.where(outcomes.c.version == version)
     with store.connect() as connection:

@@ -7,6 +7,8 @@ import numpy as np
 
 from handlers.taxonomy import CODES, MALIGNANT, UNKNOWN
 from mlflow_tracking import classification_metrics as metrics
+from monitoring.outcomes import judged, newest_outcome
+from monitoring.prediction_store import PredictionStore
 from monitoring.rollups import figures
 
 RESAMPLES = 500
@@ -53,6 +55,24 @@ def realised(rows: Sequence[Row]) -> dict[str, Any]:
         "recall": {CODES[k]: float((top[truth == k] == k).mean()) for k in np.unique(truth)},
         "intervals_95": {name: list(bounds) for name, bounds in drawn.items()},
     }
+
+
+class RealisedPerformance:
+    """The realised figures of a database, which are computed again only after a new outcome."""
+
+    def __init__(self, store: PredictionStore) -> None:
+        self.store = store
+        self._figures: dict[str | None, dict[str, Any]] = {}
+        self._newest = -1
+
+    def of(self, version: str | None) -> dict[str, Any]:
+        """Return `realised` over all outcomes of a version; None: of all versions. Raises StoreUnavailable."""
+        newest = newest_outcome(self.store)
+        if newest != self._newest:
+            self._figures, self._newest = {}, newest
+        if version not in self._figures:
+            self._figures[version] = realised(judged(self.store, version))
+        return self._figures[version]
 
 
 def _mean(values: Any) -> float | None:

@@ -22,7 +22,9 @@ from monitoring.rollups import MINUTE, Slot, roll_up
 from monitoring.tables import log_files, metadata, predictions, refusals, rollups
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-DELETED_AT_ONCE = 10_000  # so that a deletion does not hold up the reader
+DELETED_AT_ONCE = 10_000  # so that the monitor reads the log between two deletions
+# A server that stops answering must not stop the monitor.
+POSTGRES_TIMEOUTS = {"connect_timeout": 5, "tcp_user_timeout": 30_000, "options": "-c statement_timeout=30000"}
 IDS_AT_ONCE = 5_000  # SQLite takes 32,766 values in a statement, Postgres 65,535
 
 
@@ -40,7 +42,8 @@ class PredictionStore:
     def __init__(self, url: str) -> None:
         try:
             address = sa.make_url(url)
-            timeout = {"connect_timeout": 5} if address.get_backend_name() == "postgresql" else {"timeout": 30}
+            is_postgres = address.get_backend_name() == "postgresql"
+            timeout = POSTGRES_TIMEOUTS if is_postgres else {"timeout": 30}
             self.engine = sa.create_engine(address, pool_pre_ping=True, connect_args=timeout)
         except (sa.exc.ArgumentError, ImportError):
             raise StoreError(
@@ -48,15 +51,19 @@ class PredictionStore:
             ) from None
         if self.engine.dialect.name == "sqlite":
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
-            sa.event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+            sa.event.listen(self.engine, "begin", _begin_sqlite)
 
     @contextmanager
-    def connect(self) -> Iterator[sa.Connection]:
-        """A connection in a transaction. Raises StoreUnavailable if the database does not answer or has no tables."""
+    def connect(self, writes: bool = False) -> Iterator[sa.Connection]:
+        """A connection in a transaction. Raises StoreUnavailable if the database does not answer or has no tables.
+
+        Args:
+            writes: the transaction will write. Without it, SQLite refuses a write after another one's.
+        """
         try:
-            with self.engine.begin() as connection:
+            with self.engine.connect().execution_options(writes=writes) as connection, connection.begin():
                 yield connection
-        except sa.exc.DBAPIError as error:
+        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.ProgrammingError) as error:
             reason = str(error.orig).splitlines()[:1]
             raise StoreUnavailable(f"The monitor's database does not answer ({' '.join(reason)}).") from error
 
@@ -67,7 +74,7 @@ class PredictionStore:
         config.set_main_option("path_separator", "os")
         script = ScriptDirectory.from_config(config)
         with (
-            self.connect() as connection,
+            self.connect(writes=True) as connection,
             EnvironmentContext(config, script, fn=lambda revision, _: script._upgrade_revs("head", revision)) as scope,
         ):
             scope.configure(connection=connection, target_metadata=metadata, transactional_ddl=True)
@@ -91,7 +98,7 @@ class PredictionStore:
 
         Raises StoreUnavailable, and then nothing of the batch is stored.
         """
-        with self.connect() as connection:
+        with self.connect(writes=True) as connection:
             if not self._move(connection, batch):
                 return 0
             rows = {row["request_id"]: row for row in batch.rows}
@@ -138,21 +145,27 @@ class PredictionStore:
     def _upsert(self, table: sa.Table) -> Any:
         return (postgresql if self.engine.dialect.name == "postgresql" else sqlite).insert(table)
 
-    def prune(self, before: float) -> int:
-        """Delete rows and minutes older than `before`; return how many. Hours and totals stay."""
-        deleted = 0
-        for table, column in ((predictions, predictions.c.time), (refusals, refusals.c.time)):
-            old = sa.select(table.c.request_id).where(column < before).limit(DELETED_AT_ONCE)
-            while True:
-                with self.connect() as connection:
-                    count = connection.execute(sa.delete(table).where(table.c.request_id.in_(old))).rowcount
-                deleted += count
-                if count < DELETED_AT_ONCE:
-                    break
-        with self.connect() as connection:
+    def prune(self, before: float) -> bool:
+        """Delete rows and minutes older than `before`, at most DELETED_AT_ONCE of each; return whether some remain.
+
+        Hours and totals stay.
+        """
+        remaining = False
+        for table in (predictions, refusals):
+            old = sa.select(table.c.request_id).where(table.c.time < before).limit(DELETED_AT_ONCE)
+            with self.connect(writes=True) as connection:
+                count = connection.execute(sa.delete(table).where(table.c.request_id.in_(old))).rowcount
+            remaining |= count == DELETED_AT_ONCE
+        with self.connect(writes=True) as connection:
             minutes = (rollups.c.width == MINUTE) & (rollups.c.start < before)
-            deleted += connection.execute(sa.delete(rollups).where(minutes)).rowcount
-        return deleted
+            connection.execute(sa.delete(rollups).where(minutes))
+        return remaining
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    """Take the lock for writing at once: SQLite does not wait for it once a transaction has read."""
+    writes = connection.get_execution_options().get("writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:

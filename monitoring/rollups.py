@@ -15,7 +15,6 @@ MINUTE, HOUR, ALWAYS = 60, 3600, 0  # the width of a roll-up in seconds; ALWAYS 
 # A bin of latency is 5 % wide: percentiles are exact to 2.5 %.
 BIN = math.log(1.05)
 PERCENTILES = (50, 95, 99)
-PICTURE = "picture:"
 
 
 class Slot(NamedTuple):
@@ -58,17 +57,11 @@ def _prediction_sums(row: Mapping[str, Any]) -> dict[str, float]:
         sums |= {"judged": 1, "flagged": int(row["flagged"])}
     if row["set_size"] is not None:
         sums[f"set:{row['set_size']}"] = 1
-    if picture := row["picture"]:
-        sums["pictures"] = 1
-        sums |= {PICTURE + name: value for name, value in picture.items()}
     return sums
 
 
 def figures(sums: Mapping[str, float]) -> dict[str, Any]:
-    """Return the figures of a roll-up, or of several added; a share or mean of nothing is None. docs/api.md lists them.
-
-    `pictures` counts the lines with picture statistics; all their lines have the same statistics.
-    """
+    """Return the figures of one roll-up or of several added; docs/api.md lists them. A share of nothing is None."""
     predictions = sums.get("predictions", 0)
 
     def part(name: str, whole: float = predictions) -> float | None:
@@ -90,11 +83,6 @@ def figures(sums: Mapping[str, float]) -> dict[str, Any]:
         "confidence": part("confidence"),
         "entropy": part("entropy"),
         "set_sizes": count("set:"),
-        "picture": {
-            name.removeprefix(PICTURE): part(name, sums.get("pictures", 0))
-            for name in sorted(sums)
-            if name.startswith(PICTURE)
-        },
     }
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.audit import AuditLog
 from monitoring import queries
-from monitoring.outcomes import judged
-from monitoring.performance import estimated_accuracy, realised
+from monitoring.performance import RealisedPerformance, estimated_accuracy
 from monitoring.prediction_store import PredictionStore
 from monitoring.rollups import HOUR, MINUTE, add, figures
 
@@ -23,16 +22,19 @@ def stamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
-def summary(store: PredictionStore, hours: float, version: str | None, minutes_kept: float) -> dict[str, Any]:
+def summary(
+    store: PredictionStore, realised: RealisedPerformance, hours: float, version: str | None, minute_history: float
+) -> dict[str, Any]:
     """Return the figures of the last hours: of all versions, of each, and by interval.
 
     Args:
         version: the only version that counts; None for all.
-        minutes_kept: how far back minutes are kept, in seconds. Earlier intervals are hours or longer.
+        realised: of the store; over all outcomes, because pathology comes months later.
+        minute_history: the seconds for which minutes are kept. Earlier intervals are hours or longer.
     """
     now = time.time()
     interval = next((width for width in WIDTHS if hours * 3600 / width <= INTERVALS), WIDTHS[-1])
-    if hours * 3600 > minutes_kept:
+    if hours * 3600 > minute_history:
         interval = max(interval, HOUR)
     begin = int(now - hours * 3600) // interval * interval
     intervals: defaultdict[int, dict[str, float]] = defaultdict(dict)
@@ -51,7 +53,7 @@ def summary(store: PredictionStore, hours: float, version: str | None, minutes_k
         "total": figures(total),
         "performance": {
             "estimated_accuracy": estimated_accuracy(total),
-            "realised": realised(judged(store, begin, version)),
+            "realised": realised.of(version),
         },
         "versions": {name: figures(versions[name]) for name in sorted(versions, key=_order)},
         "intervals": [{"start": stamp(start), **figures(intervals[start])} for start in starts],
@@ -59,13 +61,12 @@ def summary(store: PredictionStore, hours: float, version: str | None, minutes_k
 
 
 def latest_predictions(store: PredictionStore, limit: int, version: str | None) -> list[dict[str, Any]]:
-    """Return the newest predictions, newest first, without the network's logits."""
+    """Return the newest predictions, newest first."""
     rows = queries.latest(store, limit, version)
     for row in rows:
         row["time"] = stamp(row["time"])
         row["probabilities"] = dict(zip(CODES, row["probabilities"], strict=True))
         row["set"] = row.pop("likely_set")
-        del row["logits"]
     return rows
 
 

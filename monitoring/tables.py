@@ -23,8 +23,6 @@ predictions = sa.Table(
     sa.Column("probabilities", sa.JSON(none_as_null=True), nullable=False),  # in the order of handlers.taxonomy.CODES
     sa.Column("metadata_sent", sa.JSON(none_as_null=True), nullable=False),
     sa.Column("likely_set", sa.JSON(none_as_null=True)),
-    sa.Column("picture", sa.JSON(none_as_null=True)),
-    sa.Column("logits", sa.JSON(none_as_null=True)),
 )
 refusals = sa.Table(
     "refusals",

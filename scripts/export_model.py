@@ -183,10 +183,11 @@ def describe(bundle: Bundle, file: str, names: Sequence[str]) -> dict[str, Any]:
         "metadata": asdict(config.metadata),
         "calibration": asdict(config.calibration),
         "probabilities": [
-            "known = softmax(logits / temperature)",
-            "familiarity = logsumexp(logits) - residual_weight * residual",
+            "lesions = the logits without that of UNK; outlier = the logit of UNK, or 0 if UNK is not in `classes`",
+            "known = softmax(lesions / temperature)",
+            "familiarity = logsumexp(lesions) - outlier - residual_weight * residual",
             "unknown = 1 / (1 + exp((familiarity - threshold) / scale)), with threshold and scale of `rejection`",
-            "the nine probabilities: known * (1 - unknown) in the order of `classes`, and UNK = unknown",
+            "the nine probabilities: known * (1 - unknown) in the order of `classes` without UNK, and UNK = unknown",
         ],
         "disclaimer": "Research use only. Not a medical device.",
     }

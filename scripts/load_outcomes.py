@@ -1,6 +1,7 @@
 """Give the monitor the true diagnoses of pictures that the model has answered."""
 
 import csv
+import io
 from pathlib import Path
 from typing import Annotated
 
@@ -26,14 +27,18 @@ class OutcomesError(UserError):
 def read_outcomes(path: Path) -> list[PictureOutcome]:
     """Return the outcomes in a CSV file. Raises OutcomesError, which names the first wrong line."""
     try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True))
+        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), skipinitialspace=True)
+        rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise OutcomesError(f"{path} cannot be read as CSV ({error}).") from error
-    columns = [name for name in KEYS if rows and name in rows[0]]
-    if len(columns) != 1 or "diagnosis" not in rows[0]:
+    names = reader.fieldnames or ()
+    columns = [name for name in KEYS if name in names]
+    if len(columns) != 1 or "diagnosis" not in names:
         raise OutcomesError(f"{path} needs a column diagnosis and one of the columns request_id and sha256.")
+    if not rows:
+        raise OutcomesError(f"{path} has a header and no rows; add the diagnoses.")
     outcomes = []
-    for line, row in enumerate(rows, start=2):
+    for line, row in rows:
         key, text = ((row[name] or "").strip() for name in (columns[0], "diagnosis"))
         if not key or text.lower() not in DIAGNOSES:
             codes = ", ".join(lesion.code for lesion in TAXONOMY)

@@ -1,4 +1,4 @@
-"""The monitor's answers, checked before the page shows them. docs/operations.md describes them."""
+"""The monitor's answers, checked before the page shows them. docs/api.md describes them."""
 
 from datetime import datetime
 
@@ -18,8 +18,6 @@ class Figures(BaseModel):
     classes: dict[str, Share]
     unknown_share: Share
     flagged_share: Share
-    confidence: Share
-    entropy: float | None
     set_sizes: dict[str, int]
 
     @property
@@ -36,13 +34,12 @@ class Interval(Figures):
 
 
 class RecorderState(BaseModel):
-    """Whether predictions are recorded; `reason` says why not."""
+    """The state of the record; `reason` says why nothing is recorded."""
 
     recording: bool
     database_up: bool
     behind: int
     reason: str
-    error: str
 
 
 class ServingVersion(BaseModel):
@@ -57,7 +54,6 @@ class Realised(BaseModel):
 
     outcomes: int
     accuracy: Share = None
-    balanced_accuracy: Share = None
     malignant_missed: Share = None
     intervals_95: dict[str, tuple[float, float]] = {}
 
@@ -74,8 +70,6 @@ class Summary(BaseModel):
 
     state: RecorderState
     serving: ServingVersion | None
-    interval_seconds: int
-    since: datetime
     total: Figures
     performance: Performance
     versions: dict[str, Figures]

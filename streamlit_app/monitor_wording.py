@@ -18,8 +18,8 @@ FLAGGED, FLAGGED_NOTE = "Flagged", "of the predictions, as suspicious"
 UNKNOWN, UNKNOWN_NOTE = "None of the above", "of the predictions have UNK first"
 SETS, SETS_NOTE = "Likely classes", "on average for a picture"
 ESTIMATED, ESTIMATED_NOTE = "Estimated accuracy", "if the model is calibrated for these pictures"
-REALISED, REALISED_NOTE = "Realised accuracy", "{low} to {high}; {outcomes} outcomes; {missed} of malignant missed"
-REALISED_NOTHING = "no outcomes yet; see `scripts/load_outcomes.py`"
+REALISED, REALISED_NOTE = "Realised accuracy", "{low} to {high}; all {outcomes} outcomes; {missed} of malignant missed"
+REALISED_NOTHING = "no outcomes yet; `scripts/load_outcomes.py` loads them"
 NO_VALUE = "–"
 
 # Charts
@@ -32,6 +32,7 @@ SHARES = "Shares of flagged and of UNK"
 FLAGGED_SHARE, UNKNOWN_SHARE = "flagged", "UNK first"
 
 # Tables
+ALIAS_REMOVED = "alias {alias} removed"
 EVENTS = "Versions"
 EVENTS_NONE = "No version was served, refused or rolled back yet."
 EVENT_COLUMNS = {"time": "Time", "event": "Event", "version": "Version", "by": "By", "remark": "Remark"}
@@ -39,9 +40,9 @@ EVENT_NAMES = {
     "serve": "serves",
     "check": "passed the gates",
     "check refused": "refused by the gates",
-    "alias moved": "alias {alias} moved to it",
-    "alias seen": "alias {alias} points at it",
-    "rollback": "rolled back to it",
+    "alias moved": "alias {alias} moved here",
+    "alias seen": "alias {alias} seen here",
+    "rollback": "target of a roll-back",
 }
 REFUSALS = "Refused requests"
 REFUSALS_NONE = "None in this period."
@@ -59,8 +60,6 @@ LINEAGE = "`python scripts/lineage.py REQUEST` shows the model, the data and the
 
 # States
 RECORDING_OFF = "Predictions are not recorded"
-STARTING = "The monitor is starting"
-STARTING_TEXT = "The figures appear in a few seconds."
 EMPTY = "No predictions in this period"
 EMPTY_TEXT = "Read a picture, or choose a longer period. The figures refresh by themselves."
 AWAY = "The figures cannot be shown"

@@ -173,7 +173,7 @@ def test_old_rows_are_deleted_and_their_hours_stay(tmp_path):
     monitor = Monitor(settings_of(tmp_path, monitor_keep_days=30))
     RotatedLog(tmp_path).write(prediction("old", NOW - 40 * DAY) + prediction("new", NOW - 20 * DAY))
     drain(monitor)
-    monitor.store.prune(time.time() - 30 * DAY)
+    assert monitor.store.prune(time.time() - 30 * DAY) is False
     assert stored_ids(monitor.store) == ["new"]
     assert figures(queries.totals(monitor.store)["1"])["predictions"] == 2
     with monitor.store.connect() as connection:

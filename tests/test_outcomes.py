@@ -1,5 +1,7 @@
 """Outcomes: true diagnoses from a CSV file, appended once, kept longer than predictions, and turned into figures."""
 
+import threading
+
 import numpy as np
 import pytest
 import sqlalchemy as sa
@@ -7,7 +9,7 @@ import sqlalchemy as sa
 from handlers.taxonomy import CODES
 from monitoring.monitor import DAY, Monitor
 from monitoring.outcomes import PictureOutcome, judged, record
-from monitoring.performance import realised
+from monitoring.performance import RealisedPerformance, realised
 from monitoring.summary import summary
 from monitoring.tables import outcomes
 from scripts import load_outcomes
@@ -39,23 +41,41 @@ def test_an_outcome_is_appended_once_and_the_newest_counts(store):
     assert (again.new, again.unchanged, rows(store)) == (0, 1, 1)
     record(store, [PictureOutcome("a", "NV")], "second reader")
     assert rows(store) == 2, "the first one is kept"
-    [row] = judged(store, 0)
+    [row] = judged(store)
     assert (row["diagnosis"], row["reader"], row["version"], row["digest"]) == ("NV", "second reader", "1", "sha256:1")
 
 
 def test_a_sha256_names_all_predictions_of_the_picture(store):
     assert record(store, [PictureOutcome("a" * 64, "MEL")], "lab").new == 2
-    assert {row["request_id"]: row["version"] for row in judged(store, 0)} == {"a": "1", "d": "2"}
-    assert [row["request_id"] for row in judged(store, 0, version="2")] == ["d"]
+    assert {row["request_id"]: row["version"] for row in judged(store)} == {"a": "1", "d": "2"}
+    assert [row["request_id"] for row in judged(store, "2")] == ["d"]
 
 
 def test_an_outcome_is_kept_and_corrected_after_its_prediction_was_deleted(store):
     record(store, [PictureOutcome("b", "NV")], "lab")
     store.prune(NOW + DAY)
     assert record(store, [PictureOutcome("b", "BCC"), PictureOutcome("c", "NV")], "lab").unmatched == ["c"]
-    [row] = judged(store, 0)
+    [row] = judged(store)
     assert row["diagnosis"] == "BCC"
     assert row["probabilities"][CODES.index("MEL")] == 0.6
+
+
+def test_outcomes_are_appended_while_the_monitor_writes(store, tmp_path):
+    """SQLite refuses a write at once if the transaction has read before another one's write."""
+    with store.connect(writes=True) as first:
+        first.execute(sa.select(outcomes)).all()
+        other = threading.Thread(target=record, args=[store, [PictureOutcome("b", "NV")], "lab"])
+        other.start()
+        first.execute(sa.insert(outcomes), [judgement("a", "MEL")])
+    other.join()
+    assert {row["request_id"] for row in judged(store)} == {"a", "b"}
+
+
+def judgement(request_id: str, diagnosis: str) -> dict:
+    return {
+        "request_id": request_id, "recorded": NOW, "reader": "lab", "diagnosis": diagnosis, "image_sha256": "a",
+        "version": "1", "digest": "sha256:1", "time": NOW, "flagged": None, "probabilities": [1 / 9] * 9,
+    }  # fmt: skip
 
 
 def test_the_figures_by_hand(store):
@@ -64,7 +84,7 @@ def test_the_figures_by_hand(store):
         [PictureOutcome("a", "MEL"), PictureOutcome("b", "MEL"), PictureOutcome("c", "NV"), PictureOutcome("d", "MEL")],
         "lab",
     )
-    figures = realised(judged(store, 0))
+    figures = realised(judged(store))
     assert figures["outcomes"] == 4
     assert figures["accuracy"] == 0.75
     assert figures["balanced_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
@@ -74,7 +94,7 @@ def test_the_figures_by_hand(store):
     low, high = figures["intervals_95"]["accuracy"]
     assert low <= 0.75 <= high
     assert realised([]) == {"outcomes": 0}
-    body = summary(store, 1, "2", 90 * DAY)["performance"]
+    body = summary(store, RealisedPerformance(store), 1, "2", 90 * DAY)["performance"]
     assert (body["estimated_accuracy"], body["realised"]["outcomes"], body["realised"]["accuracy"]) == (0.6, 1, 1.0)
 
 
@@ -90,7 +110,7 @@ def test_the_estimate_is_the_accuracy_of_calibrated_answers(tmp_path):
     while monitor.step() == 0:
         pass
     record(monitor.store, truth, "lab")
-    body = summary(monitor.store, 1, None, 90 * DAY)["performance"]
+    body = summary(monitor.store, RealisedPerformance(monitor.store), 1, None, 90 * DAY)["performance"]
     low, high = body["realised"]["intervals_95"]["accuracy"]
     assert low <= body["estimated_accuracy"] <= high
     assert body["realised"]["ece"] < 0.04
@@ -113,7 +133,7 @@ def test_a_csv_file_is_loaded(csv, store):
     assert code == 0, output
     assert "2 outcomes are new, 0 were known." in output
     assert "1 rows name no prediction that the monitor has, such as zzz." in output
-    assert [row["diagnosis"] for row in judged(store, 0)] == ["MEL", "MEL"]
+    assert [row["diagnosis"] for row in judged(store)] == ["MEL", "MEL"]
     assert csv(f"sha256,diagnosis\n{'A' * 64},MEL\n")[1].startswith("1 outcomes are new, 1 were known.")
 
 
@@ -125,6 +145,8 @@ def test_a_csv_file_is_loaded(csv, store):
         ("request_id,diagnosis\na,MEL\nb,mole\n", "Line 3 of "),
         ("request_id,diagnosis\n,MEL\n", "Line 2 of "),
         ("", "needs a column diagnosis"),
+        ("request_id,diagnosis\n", "has a header and no rows"),
+        ('request_id,diagnosis,note\na,MEL,"two\nlines"\n\nb,mole,\n', "Line 5 of "),
         ("request_id,diagnosis\na\n", "Line 2 of "),
     ],
 )

@@ -12,14 +12,16 @@ import csv
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, TimeoutError, expect
 
 from tests.browser_page import MLFLOW, ROOT, WINDOWS, check, settle, streamlit
 from tests.fake_torchserve import CLASSES, NOWHERE, TAKES, answer_for
+from tests.waiting import eventually
 
 pytest_plugins = ["tests.fixtures_page", "tests.fixtures_browser"]
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
@@ -57,9 +59,17 @@ def upload(page: Page, *paths: Path) -> None:
 
 
 def choose(page: Page, label: str, option: str) -> None:
-    settle(page)  # a redraw would close the list
-    page.get_by_role("combobox", name=label).click()
-    page.get_by_role("option", name=re.compile(option)).click()
+    listed = page.get_by_role("option", name=re.compile(option))
+
+    def opened() -> bool:
+        page.get_by_role("combobox", name=label).click()
+        with suppress(TimeoutError):
+            listed.click(timeout=3000)
+            return True
+        return False  # a redraw has closed the list
+
+    settle(page)
+    eventually(opened)
 
 
 def open_row(page: Page, number: int, name: str) -> None:

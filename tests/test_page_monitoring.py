@@ -87,7 +87,7 @@ def test_it_shows_what_serves_the_figures_and_the_charts(shown, address):
     assert "<b>invalid" not in text
     assert len(app.get("plotly_chart")) == 4
     events, latest = (table.value for table in app.dataframe)
-    assert list(events["Event"]) == ["alias champion points at it", "serves", "refused by the gates", "serves"]
+    assert list(events["Event"]) == ["alias champion seen here", "serves", "refused by the gates", "serves"]
     assert list(latest["Request"])[:2] == ["2-0-79", "2-0-78"]
 
 

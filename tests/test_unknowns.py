@@ -217,7 +217,7 @@ def test_a_model_of_other_data_or_settings_is_refused(tmp_path):
 
     def trained(frame, preset="held_out", most=9):
         rows = unknowns.hold_out(frame, "MEL", most)
-        return trained_bundle(rows, preset, [], folder, tmp_path / "cache")
+        return trained_bundle(rows, preset, ["name=without_MEL"], folder, tmp_path / "cache")
 
     assert trained(frame).digest == sealed.digest
     for other in ({"most": 8}, {"preset": "demo_vit"}):

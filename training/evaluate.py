@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import typer
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from rich.table import Table
 from sklearn.metrics import classification_report
 
@@ -102,25 +103,40 @@ def evaluate(rows: pd.DataFrame, predictions: Sequence[Prediction], resamples: i
     return report | {"suspicion": suspicions(rows, predictions, resamples)}
 
 
+def unseen_by_both(rows: pd.DataFrame, bundle: Path, against: Path) -> NDArray[np.bool_]:
+    """Return which rows neither bundle was made from (N,).
+
+    Raises:
+        BundleError: a bundle has no readable receipt.
+        ManifestError: no image of a known class is left.
+    """
+    unseen = ~rows["image_id"].isin(seen_images(bundle, rows) | seen_images(against, rows)).to_numpy(bool)
+    if not (unseen & rows["label"].isin(KNOWN_CODES).to_numpy()).any():
+        raise ManifestError(f"{bundle} or {against} was made from all known lesions here; compare on other images.")
+    return unseen
+
+
 def compare(
-    rows: pd.DataFrame, predictions: Sequence[Prediction], against: Path, resamples: int, **options: bool
+    rows: pd.DataFrame,
+    predictions: Sequence[Prediction],
+    against: Path,
+    unseen: NDArray[np.bool_],
+    resamples: int,
+    **options: bool,
 ) -> dict[str, Any]:
-    """Compare the predictions with those of the bundle `against`, on the rows that it was not made from.
+    """Compare the predictions with those of the bundle `against`, on the rows that are `unseen` by both.
 
     Args:
         options: of predict_rows.
 
     Raises:
-        BundleError: the bundle is damaged or has no readable receipt.
-        ManifestError: no image of a known class is left, or one cannot be read.
+        BundleError: the bundle is damaged.
+        ManifestError: an image cannot be read.
     """
-    unseen = ~rows["image_id"].isin(seen_images(against, rows)).to_numpy()
-    if not (unseen & rows["label"].isin(KNOWN_CODES).to_numpy()).any():
-        raise ManifestError(f"{against} was made from all images of known lesions here; compare on other images.")
     other, shared = Predictor.load(against), rows[unseen].reset_index(drop=True)
     ours = [prediction for prediction, is_shared in zip(predictions, unseen, strict=True) if is_shared]
     comparison = compare_bundles(shared, ours, predict_rows(other, shared, **options), resamples)
-    return {"bundle": other.bundle.digest, "seen_by_it": int((~unseen).sum()), **comparison}
+    return {"bundle": other.bundle.digest, "seen": int((~unseen).sum()), **comparison}
 
 
 def suspicions(rows: pd.DataFrame, predictions: Sequence[Prediction], resamples: int) -> dict[str, Any]:
@@ -203,10 +219,12 @@ def main(
         rows, split = open_rows(data, split, Path(temporary))
         overlap = check_overlap(bundle, rows, allow_overlap)
         predictor = Predictor.load(bundle)
+        unseen = unseen_by_both(rows, bundle, against) if against else None
         predictions = predict_rows(predictor, rows, tta, picture_alone)
         report = evaluate(rows, predictions, bootstrap)
-        if against:
-            report["against"] = compare(rows, predictions, against, bootstrap, tta=tta, picture_alone=picture_alone)
+        if against and unseen is not None:
+            options = {"tta": tta, "picture_alone": picture_alone}
+            report["against"] = compare(rows, predictions, against, unseen, bootstrap, **options)
         figures = diagrams(rows, predictions, report)
         figures["examples.png"] = examples(predictor, rows, predictions, picture_alone)
         if errors := costliest_errors(predictor, rows, predictions, picture_alone):
@@ -251,8 +269,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(shown)
     if comparison := report.get("against"):
         console.print(
-            f"Compared on {comparison['all']['images']:,} images; {comparison['seen_by_it']:,} others were seen by the "
-            "other bundle."
+            f"Compared on {comparison['all']['images']:,} images; a bundle has seen {comparison['seen']:,} others."
         )
         console.print(_comparison_table(comparison["all"]))
 

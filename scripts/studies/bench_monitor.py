@@ -1,4 +1,4 @@
-"""How many predictions does the monitor take in, and how long do its answers take then?"""
+"""Benchmark of the monitor: predictions taken in each second, and the time of its answers then."""
 
 import json
 import tempfile
@@ -12,6 +12,7 @@ import typer
 from fastapi.testclient import TestClient
 from rich.table import Table
 
+from handlers.errors import UserError
 from handlers.taxonomy import CODES
 from mlflow_tracking.command_line import console, progress_bar, run
 from mlflow_tracking.settings import Settings
@@ -74,6 +75,8 @@ def main(
                 began = time.perf_counter()
                 while monitor.step() == 0:
                     pass
+                if monitor.error:
+                    raise UserError(monitor.error)
                 seconds += time.perf_counter() - began
                 done += count
                 progress(done, predictions)

@@ -1,4 +1,4 @@
-"""Does a model use a picture's sharpness, or the data set that it comes from, as evidence?
+"""A study of whether a model uses a picture's sharpness, or the data set that it comes from, as evidence.
 
 Sharpness: the same pictures, shrunk to several sides, get answers of the same quality. Source: a linear classifier on
 the network's features should tell the data sets apart hardly better than one that sees only the true class.
@@ -112,18 +112,23 @@ def by_sharpness(predictor: Predictor, rows: pd.DataFrame) -> dict[str, Any]:
     return table
 
 
-def by_source(predictor: Predictor, rows: pd.DataFrame) -> dict[str, Any]:
-    """Return how well linear classifiers tell the sources apart: balanced accuracy, cross-validated over lesions.
-
-    They see the true class alone, the features of the pictures as they are, or those of the pictures at the smallest
-    side, where the sources are equally blurred.
-    """
+def several_sources(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the sources with at least MIN_SLICE rows. Raises StudyError if there are fewer than two."""
     counts = rows["source"].value_counts()
     rows = rows[rows["source"].isin(counts.index[counts >= MIN_SLICE])].reset_index(drop=True)
     if rows["source"].nunique() < 2:
         raise StudyError(
             "The split has fewer than two sources with 30 images; prepare a manifest of several data sets."
         )
+    return rows
+
+
+def by_source(predictor: Predictor, rows: pd.DataFrame) -> dict[str, Any]:
+    """Return how well linear classifiers tell the sources apart: balanced accuracy, cross-validated over lesions.
+
+    They see the true class alone, the features of the pictures as they are, or those of the pictures at the smallest
+    side, where the sources are equally blurred.
+    """
     extract, preprocessing = Extractor(predictor.bundle), predictor.config.preprocessing
     inputs = {
         "true class alone": pd.get_dummies(rows["label"]).to_numpy(float),
@@ -161,6 +166,7 @@ def main(
     """
     rows = known_lesions(data, split)
     overlap = check_overlap(bundle, rows, allow_overlap)
+    sourced = several_sources(rows)
     predictor = Predictor.load(bundle)
     study = {
         "bundle": predictor.bundle.digest,
@@ -168,7 +174,7 @@ def main(
         "split": split,
         "overlap": overlap,
         "sharpness": by_sharpness(predictor, rows),
-        "source": by_source(predictor, rows),
+        "source": by_source(predictor, sourced),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "blur_and_source.json", study)

@@ -1,4 +1,4 @@
-"""Which training recipe serves pictures from elsewhere best? Leave each data set out in turn.
+"""A study of training recipes on pictures from elsewhere: each data set is left out in turn.
 
 A model is trained without one source and judged on the pictures of that source. A second recipe is trained on the same
 pictures, and so on. Splits, lesions and patients stay as the manifest has them.

@@ -97,9 +97,12 @@ def show_tables(summary: Summary, events: list[VersionEvent], latest: list[Recor
 
 
 def _event_row(event: VersionEvent) -> dict[str, Any]:
+    name = wording.EVENT_NAMES.get(event.event, event.event)
+    if event.event == "alias seen" and not event.version:
+        name = wording.ALIAS_REMOVED
     return {
         "time": wording.local_time(event.at),
-        "event": wording.EVENT_NAMES.get(event.event, event.event).format(alias=event.alias),
+        "event": name.format(alias=event.alias),
         "version": event.version,
         "by": event.by,
         "remark": event.reason or event.remark,

@@ -20,6 +20,7 @@ class _Answers:
 
     def __init__(self, rows: pd.DataFrame, predictions: Sequence[Prediction]) -> None:
         self.labels, self.lesions = rows["label"].to_numpy(str), rows["lesion_id"].to_numpy(str)
+        self.is_known = np.isin(self.labels, KNOWN_CODES)
         self.probabilities, self.sets = nine_probabilities(predictions), conformal_sets(predictions)
 
     def figures(self, chosen: metrics.Labels) -> Figures:
@@ -44,14 +45,14 @@ def compare_bundles(
         with resamples `interval_95` of the difference.
     """
     pair = _Answers(rows, predictions), _Answers(rows, others)
-    is_known, sources = rows["label"].isin(KNOWN_CODES).to_numpy(), rows["source"].to_numpy(str)
+    sources = rows["source"].to_numpy(str)
     by_source = {source: np.flatnonzero(sources == source) for source in sorted(set(sources))}
     return {
         "all": _differences(*pair, np.arange(len(rows)), resamples),
         "sources": {
             source: _differences(*pair, chosen, resamples)
             for source, chosen in by_source.items()
-            if is_known[chosen].sum() >= MIN_SLICE
+            if pair[0].is_known[chosen].sum() >= MIN_SLICE
         },
     }
 
@@ -61,6 +62,7 @@ def _differences(bundle: _Answers, other: _Answers, chosen: metrics.Labels, resa
     draws = [
         (bundle.figures(chosen[drawn]), other.figures(chosen[drawn]))
         for drawn in metrics.resampled(bundle.lesions[chosen], resamples)
+        if bundle.is_known[chosen[drawn]].any()
     ]
     table: dict[str, Any] = {"images": len(chosen)}
     for name in value:

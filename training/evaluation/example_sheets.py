@@ -40,10 +40,10 @@ def examples(
 def costliest_errors(
     predictor: Predictor, rows: pd.DataFrame, predictions: Sequence[Prediction], picture_alone: bool = False
 ) -> Figure | None:
-    """Show the malignant lesions that look most benign to the model, melanomas first, and the reverse.
+    """Show malignant lesions whose first class is not malignant, melanomas first, and benign ones whose first class is.
 
-    They are called a class of the other kind. They are sorted by the sum of the malignant classes' probabilities, and
-    each lesion is shown once. None if there is no such error.
+    The surest errors come first, by the sum of the malignant classes' probabilities. Each lesion appears once. None if
+    there is no such error.
     """
     nine = nine_probabilities(predictions)
     labels = rows["label"].to_numpy(str)
@@ -58,8 +58,8 @@ def costliest_errors(
     for title, is_error in kinds.items():
         by_cost = np.argsort(-share if title == "False alarm" else share, kind="stable")
         ranked = rows.iloc[by_cost[is_error[by_cost]]].drop_duplicates("lesion_id").index[:ERRORS_SHOWN].tolist()
-        cells = _cells(predictor, rows, ranked, picture_alone)
         if ranked:
+            cells = _cells(predictor, rows, ranked, picture_alone)
             sheet.append((title, [_with_truth(cells[place], labels[place], title) for place in ranked]))
     return examples_figure(sheet) if sheet else None
 

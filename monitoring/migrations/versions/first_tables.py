@@ -20,7 +20,7 @@ def upgrade() -> None:
         sa.Column("flagged", sa.Boolean),
         *(sa.Column(name, sa.Integer) for name in ("set_size", "width", "height")),
         *(sa.Column(name, sa.JSON, nullable=False) for name in ("probabilities", "metadata_sent")),
-        *(sa.Column(name, sa.JSON) for name in ("likely_set", "picture", "logits")),
+        sa.Column("likely_set", sa.JSON),
     )
     op.create_table(
         "refusals",
