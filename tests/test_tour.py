@@ -18,6 +18,7 @@ def test_it_is_stored_without_outputs():
                for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_cell_runs(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}

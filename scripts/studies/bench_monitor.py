@@ -76,7 +76,7 @@ def main(
                 while monitor.step() == 0:
                     pass
                 if monitor.error:
-                    raise UserError(monitor.error)
+                    raise UserError(f"The log cannot be taken in. {monitor.error}")
                 seconds += time.perf_counter() - began
                 done += count
                 progress(done, predictions)
