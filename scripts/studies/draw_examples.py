@@ -9,7 +9,7 @@ from training.data.synthetic import draw_lesion
 
 FOLDER = ROOT / "streamlit_app" / "examples"
 SIZE = (480, 360)  # pixels
-EXAMPLES = {"melanoma": ("MEL", 2), "nevus": ("NV", 2), "basal_cell_carcinoma": ("BCC", 0)}  # class and seed
+EXAMPLES = {"melanoma": ("MEL", 25), "nevus": ("NV", 11), "basal_cell_carcinoma": ("BCC", 0)}  # class and seed
 
 
 def drawings() -> dict[str, bytes]:
