@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -154,3 +155,13 @@ def test_a_loop_that_hangs_is_noticed(tmp_path, monkeypatch):
         eventually(lambda: client.get("/health").json()["database_up"])
         monkeypatch.setattr(time, "monotonic", lambda real=time.monotonic: real() + 10_000)
         assert not monitor.alive()
+
+
+def test_it_needs_no_library_for_pictures_or_models():
+    """Its image has none."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['PIL', 'cv2', 'torch', 'pandas', 'mlflow', 'scipy'])); "
+        "import monitoring.monitor_service, scripts.load_outcomes"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -17,10 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow_tracking.promotion.plan import Actual, Release
-from mlflow_tracking.registry import RegisteredVersion
+
+if TYPE_CHECKING:  # the monitor reads audit logs and has no libraries for pictures
+    from mlflow_tracking.registry import RegisteredVersion
 
 AUDIT = "audit.jsonl"
 START = "0" * 64  # `before` of the first line
@@ -115,7 +117,7 @@ class AuditEvents:
         self._audit = audit
         self._by = by
 
-    def aliases(self, versions: Mapping[str, RegisteredVersion | None]) -> None:
+    def aliases(self, versions: Mapping[str, "RegisteredVersion | None"]) -> None:
         """Record the aliases that have moved since the last record. MLflow keeps neither the time nor the person."""
         for alias, version in versions.items():
             last = self._audit.newest("alias seen", alias=alias) or {}
