@@ -338,7 +338,7 @@ def test_prometheus_sees_every_service_and_the_dashboard_has_data(stack, image):
     for version in ("1", "2"):  # a promoter that has just started has counted nothing yet
         stack.registry("POST", "/registered-models/alias", name="skin_vit", alias="champion", version=version)
         stack.wait_for(lambda wanted=version: stack.version_served(image) == wanted)
-    jobs = {"torchserve", "promoter", "mlflow", "minio"}
+    jobs = {"torchserve", "promoter", "mlflow", "minio", "monitor"}
     stack.wait_for(lambda: {one["metric"]["job"] for one in query("up") if one["value"][1] == "1"} == jobs)
     dashboard = json.loads((stack.folder / "containers/grafana/dashboards/stack.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
