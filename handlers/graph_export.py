@@ -1,5 +1,6 @@
 """Derive a bundle's serving graph from its weights, and check it against the golden answers."""
 
+import hashlib
 import logging
 import shutil
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from handlers.bundle import CONFIG, GRAPH, GRAPH_WEIGHTS, Bundle, BundleConfig, BundleError, seal
+from handlers.errors import UserError
 from handlers.files import new_folder
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
@@ -21,6 +23,49 @@ log = logging.getLogger(__name__)
 # The exported graph must give the eager model's answers in fp32 within these tolerances.
 PROBABILITY_TOLERANCE = 1e-4
 MAP_TOLERANCE = 0.01
+# The modules that shape the graph: a graph in a cache is derived again after a change of one.
+_GRAPH_MODULES = ("backbone.py", "gradcam.py", "graph_export.py", "serving_graph.py", "unknown_class.py")
+
+
+def complete_once(bundle: Bundle, cache: Path) -> Bundle:
+    """Return a verified bundle with its serving graph, which is derived at the first call and kept in `cache`.
+
+    A completed bundle is returned as it is. Several processes may call this at the same time.
+
+    Raises:
+        BundleError: the exported graph disagrees with the eager model.
+        UserError: the cache cannot be written.
+    """
+    if bundle.config.runtime:
+        return bundle
+    place = _place(bundle, cache)
+    if place.exists():
+        try:
+            return Bundle.load(place)
+        except BundleError as error:
+            log.warning("The cached bundle is derived again. %s", error)
+            shutil.rmtree(place, ignore_errors=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".") as temporary:
+            derived = complete(bundle, Path(temporary) / "bundle")
+            derived.path.rename(place)
+    except OSError as error:
+        if not place.exists():  # another process was not faster
+            raise UserError(
+                f"The folder {cache} for completed bundles cannot be written: {error.strerror}. Make it writable."
+            ) from error
+    return Bundle.load(place)
+
+
+def _place(bundle: Bundle, cache: Path) -> Path:
+    """Return the folder of a completed bundle: named after its digest, the code of the graph, and OpenVINO."""
+    import openvino
+
+    code = hashlib.sha256(openvino.__version__.encode())
+    for name in _GRAPH_MODULES:
+        code.update(Path(__file__).with_name(name).read_bytes())
+    return cache / f"{bundle.digest.removeprefix('sha256:')[:32]}-{code.hexdigest()[:8]}"
 
 
 def complete(bundle: Bundle, out: Path) -> Bundle:

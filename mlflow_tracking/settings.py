@@ -134,6 +134,11 @@ class Settings(BaseSettings):
         return ROOT / self.stack_state
 
     @property
+    def completed_bundles(self) -> Path:
+        """The folder in which commands without a server keep bundles completed with their serving graphs."""
+        return self.state / "completed"
+
+    @property
     def run_dir(self) -> Path:
         """The folder of the sockets: in the state folder, or below /tmp if a socket cannot be there.
 

@@ -66,11 +66,14 @@ def main(
 
 def ask_bundle(folder: Path, tta: bool, metadata: Mapping[str, str]) -> Ask:
     """Return a function that predicts with a bundle. Raises BundleError."""
+    # OpenVINO and torch are imported here, because a client of a server needs neither.
+    from handlers.bundle import Bundle
+    from handlers.graph_export import complete_once
     from handlers.prediction import Prediction
-    from handlers.predictor import Predictor  # imports torch, which a client of a server does not need
+    from handlers.predictor import Predictor
     from handlers.request import Request
 
-    predictor = Predictor.load(folder)
+    predictor = Predictor(complete_once(Bundle.load(folder), Settings.load().completed_bundles))
 
     def ask(data: bytes) -> Answer:
         [answer] = predictor.predict([Request(data, tta=tta, metadata=metadata)])

@@ -45,6 +45,38 @@ def test_completing_again_changes_nothing(full, tmp_path):
     assert complete(full, tmp_path / "again").digest == full.digest
 
 
+def test_a_bundle_is_completed_once_for_a_cache(slim, full, tmp_path, monkeypatch):
+    cache, export = tmp_path / "cache", graph_export.complete
+
+    def overtaken(bundle: Bundle, out: Path) -> Bundle:
+        """Another process completes the same bundle in the meantime."""
+        monkeypatch.setattr(graph_export, "complete", export)
+        graph_export.complete_once(bundle, cache)
+        return export(bundle, out)
+
+    monkeypatch.setattr(graph_export, "complete", overtaken)
+    first = graph_export.complete_once(slim, cache)
+    assert first.has_graph
+    monkeypatch.delattr(graph_export, "complete")  # a second export would fail
+    assert graph_export.complete_once(slim, cache) == first
+    assert graph_export.complete_once(full, cache) is full
+    assert [path.name for path in cache.iterdir()] == [first.path.name]
+
+
+def test_a_damaged_or_older_bundle_in_the_cache_is_derived_again(slim, tmp_path, monkeypatch):
+    first = graph_export.complete_once(slim, tmp_path)
+    (first.path / "graph.bin").write_bytes(b"damaged")
+    assert Bundle.load(graph_export.complete_once(slim, tmp_path).path).has_graph
+    monkeypatch.setattr("openvino.__version__", "2000.1")
+    assert graph_export.complete_once(slim, tmp_path).path != first.path
+
+
+def test_a_cache_that_cannot_be_written_is_reported(slim, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="cannot be written: .* Make it writable"):
+        graph_export.complete_once(slim, tmp_path / "file")
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, "graph.bin", "golden.json", "golden/MEL.jpg", "receipt.json"])
 def test_a_changed_byte_in_any_file_is_refused(full, tmp_path, name):
     copy = shutil.copytree(full.path, tmp_path / "copy")
