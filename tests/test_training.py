@@ -33,7 +33,7 @@ pytestmark = [
 
 # timm's smallest vision transformer, made for tests
 TINY = ["architecture=test_vit", "image_size=32", "batch_size=16", "lr=1e-3", "warmup_epochs=1", "bootstrap=10",
-        "threads=1"]  # fmt: skip
+        "threads=1", "precision=fp32"]  # fmt: skip
 
 
 # ---- checkpoints

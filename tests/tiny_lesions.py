@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from training import train
+from training import run_record
 from training.data.manifest import write_manifest
 
 COLOURS = {"MEL": (60, 40, 40), "NV": (190, 120, 90), "BCC": (230, 150, 170)}
@@ -35,7 +35,7 @@ class RecordingTracker:
 def without_mlflow() -> Iterator[pytest.MonkeyPatch]:
     """Let training use RecordingTracker. Yields the patch for more changes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Tracker", RecordingTracker)
+        patch.setattr(run_record, "Tracker", RecordingTracker)
         patch.setenv("MLFLOW_TRACKING_URI", "nowhere")
         yield patch
 

@@ -148,7 +148,9 @@ class OptimizationSettings(_Group):
     ema_decay: Probability = Field(
         0.999, description="moving average of the weights: decay at step s is 1 - s^(-2/3), at most this; 0: off"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="autocast; auto: the device's best")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="autocast; auto: bf16 or fp16 on GPUs, on CPUs the faster of fp32 and bf16, as measured"
+    )
 
 
 class LossSettings(_Group):

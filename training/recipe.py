@@ -29,12 +29,8 @@ def seed_everything(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """Return the device, and the type that autocast computes in (float32: no autocast).
-
-    Args:
-        device: "cuda", "mps" or "cpu"; "auto": the first of them that this machine has.
-        precision: "fp32", "bf16" or "fp16"; "auto": bf16 or fp16 on CUDA, else fp32.
+def choose_device(device: str) -> torch.device:
+    """Return the device "cuda", "mps" or "cpu"; for "auto" the first of them that this machine has.
 
     Raises:
         ConfigError: this machine does not have the device.
@@ -43,13 +39,7 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
     name = next(name for name in available if available[name]) if device == "auto" else device
     if not available[name]:
         raise ConfigError(f"device={name} is not available on this machine; use device=auto.")
-    if precision != "auto":
-        types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        return torch.device(name), types[precision]
-    if name == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated bf16 is slower than fp32
-        return torch.device(name), torch.bfloat16 if bf16 else torch.float16
-    return torch.device(name), torch.float32
+    return torch.device(name)
 
 
 def make_model(settings: ModelSettings, classes: int, pretrained: PretrainedWeights | None = None) -> nn.Module:
@@ -93,6 +83,14 @@ def attention_kernel(device: torch.device) -> AbstractContextManager[None]:
     and torch's own choice elsewhere."""
     kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     return kernel
+
+
+def forward(network: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:
+    """Return the logits (N, K) of standardised images (N, 3, S, S), computed in `precision` where autocast allows."""
+    autocast = torch.autocast(images.device.type, precision, enabled=precision is not torch.float32)
+    with autocast, attention_kernel(images.device):
+        logits: Tensor = network(images.contiguous(memory_format=torch.channels_last))
+    return logits
 
 
 def learning_rate(settings: OptimizationSettings, step: int, steps: int) -> float:

@@ -20,9 +20,8 @@ from handlers.backbone import PRETRAINED_STEMS, fuse
 from handlers.errors import UserError
 from handlers.taxonomy import UNKNOWN
 from mlflow_tracking.command_line import console, progress_bar, run
-from mlflow_tracking.runs import Tracker, choose_store, code_revision
 from training.backbone_check import check_backbone
-from training.checkpoints import BEST, LAST, TrainingState, find, load, save
+from training.checkpoints import LAST, TrainingState, find, load
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
 from training.data.augmentation import Augment
 from training.data.batches import batches, drawn_shares, epoch_order, sampling_weights, withhold
@@ -31,12 +30,13 @@ from training.data.outliers import Outliers
 from training.evaluation.network_outputs import outputs_of
 from training.finish import AFTER_EPOCHS, finish
 from training.initial_weights import InitialWeights
-from training.interruption import Interrupted, Interruption
+from training.interruption import Interruption
 from training.losses import prior_logits
+from training.precision import choose_precision
 from training.pretrained import find_pretrained
 from training.recipe import (
-    attention_kernel,
     choose_device,
+    forward,
     heads_of,
     learning_rate,
     make_loss,
@@ -46,8 +46,9 @@ from training.recipe import (
     seed_everything,
     set_trainable,
 )
+from training.run_record import RunRecord, start_tracking
 from training.training_data import classes_to_learn, load_splits, open_manifest
-from training.validation import describe_epoch, out_of_patience, validation_figures
+from training.validation import out_of_patience, validation_figures
 
 
 class TrainingError(UserError):
@@ -62,7 +63,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         TrainingError: the loss is not finite.
         Interrupted: a signal was received.
     """
-    device, precision = choose_device(config.device, config.precision)
+    device = choose_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
 
@@ -72,11 +73,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     interruption.watch()  # only now: the making of a manifest never calls `check`
     classes = classes_to_learn(frame, config.manifest, config.outliers)
     dataset_fingerprint = fingerprint(frame)
-    if checkpoint:
-        check_resumable(checkpoint, config, dataset_fingerprint)
-    initial = InitialWeights.read(config.initial_bundle) if config.initial_bundle and not checkpoint else None
-    if initial:
-        initial.check(frame, dataset_fingerprint)
+    initial = initial_weights(config, checkpoint, frame, dataset_fingerprint)
     # Before the images are decoded, since pretrained weights may be out of reach.
     seed_everything(config.seed, 0)
     model, heads, origin = first_weights(config, classes, checkpoint, initial)
@@ -88,21 +85,22 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
 
     # ---- optimiser, loss, augmentation
     model.to(device).to(memory_format=torch.channels_last)
+    precision, measured = choose_precision(config, model, device, (checkpoint or {}).get("measured_precision", {}))
     # Warm-up: without it the average would remember the random initial weights for thousands of steps.
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
-    optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+    state = TrainingState(model, ema, make_optimizer(model, config), scaler)
     criterion = make_loss(config, shares).to(device)
     prior = prior_logits(shares, config.logit_adjustment)
     augment, mix = Augment(config, config.preprocessing), make_mix(config, len(classes))
     add_outliers = Outliers(config.outliers, classes.index(UNKNOWN)) if config.outliers else None
-    state = TrainingState(model, ema, optimizer, scaler)
     if checkpoint:
         state.restore(checkpoint, config.monitor)
     last_epoch = state.epoch if out_of_patience(state.best, state.epoch, config.patience) else config.epochs
     if checkpoint and state.epoch >= last_epoch:  # settings that only epochs read stay as they were
         config = config.model_copy(update={k: v for k, v in checkpoint["config"].items() if k not in AFTER_EPOCHS})
         console.print(f"All {state.epoch} epochs are done; only calibration, evaluation and export are repeated.")
+    console.print(f"{len(data['train']):,} training and {len(data['val']):,} validation images, {device}, {precision}")
 
     # ---- MLflow, and what every checkpoint holds besides the state
     tracker = start_tracking(config, output, checkpoint, frame, dataset_fingerprint, device)
@@ -113,14 +111,12 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         "class_shares": shares,
         "heads": heads,
         "pretrained": origin,
+        "measured_precision": measured,
         "initial": initial.to_dict() if initial else (checkpoint or {}).get("initial"),
-        "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id},
     }
-    console.print(f"{len(data['train']):,} training and {len(data['val']):,} validation images, {device}, {precision}")
-    console.print(f"Output {output}, run {tracker.url or tracker.run_id}")
-    try:
+    with RunRecord(output, state, header, tracker, interruption) as record:
         if not checkpoint:
-            save(output / LAST, header | state.to_dict())  # a run killed in its first epoch can be resumed, too
+            record.save_last()  # a run killed in its first epoch can be resumed, too
 
         # ---- epochs
         for epoch in range(state.epoch, last_epoch):
@@ -142,10 +138,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
                     # A mixed image belongs to no patient, so the model gets no metadata with it.
                     drop = config.metadata_drop if targets.ndim == 1 else 1.0
                     metadata = withhold(metadata, config.metadata_inputs, drop, generator)
-                    autocast = torch.autocast(device.type, precision, enabled=precision is not torch.float32)
-                    with autocast, attention_kernel(device):
-                        logits = fuse(model, model(images.contiguous(memory_format=torch.channels_last)), metadata)
-                    loss = criterion(logits, targets)
+                    loss = criterion(fuse(model, forward(model, images, precision), metadata), targets)
                     lr = learning_rate(config, epoch * steps + step, steps)
                     take_step(loss, state, lr, config.grad_clip)
                     ema.update(model, step=epoch * steps + step)
@@ -160,27 +153,31 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
             outputs = outputs_of(ema.module, data["val"], config.batch_size, config.preprocessing, device, precision)
             figures = {"train_loss": train_loss, "lr": lr}
             figures |= validation_figures(outputs.labels, outputs.logits - prior, classes)
-            figures["seconds"] = time.monotonic() - began
-            is_best = state.add_epoch(figures, config.monitor)
-            if is_best:
-                best = {"weights": ema.module.state_dict(), "best": state.best, "metrics": state.history[-1]}
-                save(output / BEST, header | best)
-            tracker.epoch(state.epoch, figures)
-            save(output / LAST, header | state.to_dict())
-            console.print(describe_epoch(state.history[-1], config.epochs) + ("  *" if is_best else ""))
+            record.add_epoch(figures | {"seconds": time.monotonic() - began}, config)
             interruption.check()
 
         finish(config, output, frame, data, device, tracker, interruption.check)
-    except Interrupted as interrupted:
-        tracker.end("KILLED")
-        raise Interrupted(
-            interrupted.number,
-            f"Interrupted after {state.epoch} whole epochs. "
-            f"Resume with `python training/train.py --resume {output / LAST}`.",
-        ) from None
-    except BaseException:
-        tracker.end("KILLED" if interruption.number else "FAILED")
-        raise
+
+
+def initial_weights(
+    config: TrainConfig, checkpoint: dict[str, Any] | None, frame: pd.DataFrame, dataset_fingerprint: str
+) -> InitialWeights | None:
+    """Return the weights of `initial_bundle` for a new run.
+
+    Raises:
+        TrainingError: the checkpoint's run cannot be resumed on this data or from these initial weights.
+        UserError: the initial bundle cannot be used.
+    """
+    if checkpoint:
+        if checkpoint["dataset_fingerprint"] != dataset_fingerprint:
+            raise TrainingError(f"{config.manifest} has changed since this run began; start a new run.")
+        if checkpoint["config"]["initial_bundle"] != config.initial_bundle:
+            raise TrainingError("A resumed run has its weights already; start a new run to use another initial_bundle.")
+    if checkpoint or not config.initial_bundle:
+        return None
+    initial = InitialWeights.read(config.initial_bundle)
+    initial.check(frame, dataset_fingerprint)
+    return initial
 
 
 def first_weights(
@@ -201,34 +198,6 @@ def first_weights(
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.print(f"{config.architecture}, {millions:.1f} M parameters, {config.image_size} px, {len(classes)} classes")
     return model, heads, pretrained.origin if pretrained else (checkpoint or {}).get("pretrained", "")
-
-
-def check_resumable(checkpoint: dict[str, Any], config: TrainConfig, dataset_fingerprint: str) -> None:
-    """Raise TrainingError if a run cannot be resumed on this data or from these initial weights."""
-    if checkpoint["dataset_fingerprint"] != dataset_fingerprint:
-        raise TrainingError(f"{config.manifest} has changed since this run began; start a new run.")
-    if checkpoint["config"]["initial_bundle"] != config.initial_bundle:
-        raise TrainingError("A resumed run has its weights already; start a new run to use another initial_bundle.")
-
-
-def start_tracking(
-    config: TrainConfig,
-    output: Path,
-    checkpoint: dict[str, Any] | None,
-    frame: pd.DataFrame,
-    dataset_fingerprint: str,
-    device: torch.device,
-) -> Tracker:
-    """Start the MLflow run, or continue the checkpoint's run. Raises SettingsError, TrackingError."""
-    previous = checkpoint["mlflow"] if checkpoint else {"uri": "", "run_id": ""}
-    uri, notice = choose_store(output, previous["uri"])
-    if notice:
-        console.print(notice)
-    tracker = Tracker(uri, lambda text: console.print(text, style="yellow"))
-    tags = {"code_revision": code_revision(), "device": str(device)}
-    tracker.start(config.experiment, config.name, config.to_dict(), previous["run_id"], tags)
-    tracker.dataset(frame, Path(config.manifest), dataset_fingerprint)
-    return tracker
 
 
 def take_step(loss: torch.Tensor, state: TrainingState, lr: float, grad_clip: float) -> None:

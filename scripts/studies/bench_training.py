@@ -30,7 +30,8 @@ from training.data.batches import Images, batches, classes_in, epoch_order, load
 from training.data.image_cache import DataError
 from training.data.manifest import read_manifest
 from training.losses import ClassificationLoss
-from training.recipe import attention_kernel, choose_device, make_optimizer
+from training.precision import choose_precision
+from training.recipe import choose_device, forward, make_optimizer
 from training.training_data import training_preprocessing
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]
@@ -44,19 +45,17 @@ class TrainingStep:
     """
 
     def __init__(self, config: TrainConfig, classes: int) -> None:
-        self.device, self.precision = choose_device(config.device, config.precision)
+        self.device = choose_device(config.device)
         model = build_backbone(config.architecture, classes, config.image_size, options=config.options)
         self.model = model.to(self.device).to(memory_format=torch.channels_last).train()
+        self.precision, _ = choose_precision(config, self.model, self.device, {})
         self.optimizer = make_optimizer(self.model, config)
         self.criterion = ClassificationLoss(label_smoothing=config.label_smoothing)
         self.augment = Augment(config, config.preprocessing)
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> None:
-        images = self.augment(pixels.to(self.device), self.generator).contiguous(memory_format=torch.channels_last)
-        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
-        with autocast, attention_kernel(self.device):
-            logits = self.model(images)
+        logits = forward(self.model, self.augment(pixels.to(self.device), self.generator), self.precision)
         self.optimizer.zero_grad()
         self.criterion(logits, labels.to(self.device)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -117,9 +116,9 @@ def main(
     images = load_split(frame, "train", classes, preprocessing, folder)
     if len(images) < settings.batch_size:
         raise DataError(f"{data} has {len(images)} training images. Set batch_size={len(images)} or less.")
-    step = TrainingStep(settings, len(classes))
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    step = TrainingStep(settings, len(classes))
     side, batch = preprocessing.image_size, settings.batch_size
     with tempfile.TemporaryDirectory() as temporary:
         training = frame[frame["split"] == "train"]
