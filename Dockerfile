@@ -117,6 +117,6 @@ FROM base AS proxy
 RUN apt-get update -qq \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx-light >/dev/null \
     && rm -rf /var/lib/apt/lists/*
-COPY --chown=app containers/healthcheck.py containers/nginx.conf containers/
+COPY --chown=app containers/healthcheck.py containers/nginx.conf containers/replicas.conf containers/proxy.py containers/
 USER app
-ENTRYPOINT ["nginx", "-c", "/app/containers/nginx.conf", "-g", "daemon off;"]
+ENTRYPOINT ["python", "containers/proxy.py"]
