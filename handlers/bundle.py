@@ -4,6 +4,7 @@
                           file, so that the digest of this one file vouches for all
     model.safetensors     the weights in fp16 or fp32, and the space of known lesions (handlers/weights.py)
     golden.json, golden/  pictures with the answers that this model must give, wherever it runs
+    reference.json        what is normal for its predictions (handlers/reference.py); not in every bundle
     receipt.json          hashes and lesion ids of the images it was made from (handlers/receipt.py)
     graph.xml, graph.bin  the serving graph (OpenVINO), derived from the weights; a slim bundle comes without
 

@@ -68,6 +68,14 @@ class Calibration:
         out[:, CODES.index(UNKNOWN)] = unknown
         return out
 
+    def familiarity(
+        self, logits: np.ndarray, classes: Sequence[str], residuals: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return how familiar each picture is to the model (N,); handlers/unknown_class.py has the formula."""
+        lesion_logits, outlier_logits = split_logits(logits, classes)
+        rejection = self.rejection or Rejection(0.0, 1.0)
+        return rejection.familiarity(lesion_logits, residuals, outlier_logits)
+
     def unknown_probability(
         self, logits: np.ndarray, classes: Sequence[str], residuals: np.ndarray | None = None
     ) -> np.ndarray:

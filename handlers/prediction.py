@@ -17,7 +17,8 @@ class Prediction:
     """The answer to one request. `probabilities` has nine entries summing to 1; `grid` holds rows of values in [0, 1].
 
     `target` is the code of the map's class. `metadata` are the values that were used, None for missing ones; it is
-    empty for a model without metadata.
+    empty for a model without metadata. `statistics` are for the log: those of handlers/picture_statistics.py, and how
+    familiar the picture is to the model.
     """
 
     probabilities: dict[str, float]
@@ -31,6 +32,7 @@ class Prediction:
     conformal_set: list[str] | None
     confidence_level: float | None
     image: DecodedImage
+    statistics: dict[str, float]
     model: dict[str, Any]
     metadata: Mapping[str, float | str | None]
 

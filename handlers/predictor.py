@@ -20,6 +20,7 @@ from handlers.bundle import Bundle
 from handlers.decoding import DecodedImage, decode, ignore_oddities
 from handlers.errors import ImageError
 from handlers.overlay import SHOWN_MIN_SIDE, overlay, picture_jpeg
+from handlers.picture_statistics import picture_statistics
 from handlers.prediction import Prediction
 from handlers.request import Request
 from handlers.runtimes import golden_difference, start_runtime
@@ -129,6 +130,7 @@ class Predictor:
         classes, calibration = self.config.classes, self.config.calibration
         probabilities = calibration.probabilities(outputs.logits, classes, outputs.residuals)
         sets = calibration.conformal_sets(outputs.logits, classes, outputs.residuals)
+        familiarity = calibration.familiarity(outputs.logits, classes, outputs.residuals)
         alarms = (calibration.malignant, calibration.melanoma)
         sensitivities = [item.request.sensitivity for item in accepted]
         malignant, melanoma = (calibration.suspicions(a, outputs.logits, classes, sensitivities) for a in alarms)
@@ -138,7 +140,7 @@ class Predictor:
         grids = outputs.maps / np.where(peaks > 0, peaks, 1)
 
         def answer(row: int) -> Prediction:
-            request, _, decoded, shown = accepted[row]
+            request, pixels, decoded, shown = accepted[row]
             drawn = request.gradcam != "none"
             return Prediction(
                 probabilities=dict(zip(CODES, probabilities[row].tolist(), strict=True)),
@@ -152,6 +154,7 @@ class Predictor:
                 conformal_set=sets[row] if sets else None,
                 confidence_level=calibration.conformal.confidence_level if calibration.conformal else None,
                 image=decoded,
+                statistics=picture_statistics(pixels) | {"familiarity": float(familiarity[row])},
                 model=self._model,
                 metadata=request.metadata or {},
             )

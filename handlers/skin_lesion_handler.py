@@ -121,5 +121,6 @@ def _prediction_fields(answer: Prediction, milliseconds: float) -> dict[str, Any
         "flagged": None if answer.malignant is None else answer.malignant.flagged,
         "width": answer.image.width,
         "height": answer.image.height,
+        "statistics": {name: round(value, 4) for name, value in answer.statistics.items()},
         "milliseconds": milliseconds,
     }

@@ -49,6 +49,7 @@ class PredictionLine(_Line):
     entropy: Number | None = None
     width: Size | None = None
     height: Size | None = None
+    statistics: dict[Name, Number] | None = Field(default=None, max_length=50)
 
 
 class RefusalLine(_Line):

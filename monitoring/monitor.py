@@ -10,6 +10,7 @@ from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.settings import Settings
 from monitoring.log_reader import bytes_behind, read_batches
 from monitoring.prediction_store import PredictionStore
+from monitoring.references import References
 
 log = logging.getLogger("monitor")
 POLL_SECONDS = 1.0
@@ -26,6 +27,7 @@ class Monitor:
         self.settings = settings
         self.store = PredictionStore(settings.monitor_database_url)
         self.audit = AuditLog(settings.store)
+        self.references = References(settings.store)
         self.error = "The database is not open yet."
         self.failures = 0
         self._ready = False  # the tables are those of this version
@@ -61,7 +63,7 @@ class Monitor:
         lines, paths = 0, list(reversed(self.settings.prediction_logs))
         self._positions = self.store.positions()
         for batch in read_batches(paths, self._positions):
-            self.store.add(batch)
+            self.store.add(batch, self.references)
             self._positions[batch.fingerprint] = batch.end
             lines += len(batch.rows) + batch.unreadable
             if batch.unreadable:

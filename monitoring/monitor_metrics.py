@@ -63,4 +63,13 @@ def figure_metrics(store: PredictionStore) -> Iterator[Metric]:
         for code, share in values["classes"].items():
             if share is not None:
                 mix.add_metric([version, code], share)
-    yield from (*gauges, latency, mix)
+    drift = GaugeMetricFamily(
+        "monitor_drift_evidence", "Evidence of drift; the alarm begins at 10,000", labels=["version", "figure"]
+    )
+    alarm = GaugeMetricFamily("monitor_drift_alarm", "Whether the drift alarm is on", labels=["version"])
+    for version, (state, _) in queries.drift_by_version(store).items():
+        if version in recent:
+            alarm.add_metric([version], state.alarm_since is not None)
+            for name, value in state.figures.items():
+                drift.add_metric([version, name], value)
+    yield from (*gauges, latency, mix, drift, alarm)

@@ -1,5 +1,6 @@
 """How good the answers are: estimated from the model's own confidence, and realised once outcomes are known."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,21 @@ def estimated_accuracy(sums: Mapping[str, float]) -> float | None:
     """
     value: float | None = figures(sums)["confidence"]
     return value
+
+
+def accuracy_interval(sums: Mapping[str, float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the accuracy that the model expects, by the normal approximation; None without one.
+
+    A prediction with confidence p is right with probability p, so its variance is p (1 - p).
+
+    Args:
+        sums: of roll-ups (monitoring.rollups).
+    """
+    count = sums.get("predictions", 0)
+    if not count:
+        return None
+    mean, margin = sums["confidence"] / count, 1.96 * math.sqrt(sums.get("doubt", 0)) / count
+    return max(0.0, mean - margin), min(1.0, mean + margin)
 
 
 def realised(rows: Sequence[Row]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A batch's rows, its roll-ups and its position are one transaction. Wherever the 
 continues at the last position, and each request id is counted once.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from alembic.util.exc import CommandError
 from sqlalchemy.dialects import postgresql, sqlite
 
 from handlers.errors import ServiceUnavailable, UserError
+from monitoring.drift_record import update_drift
 from monitoring.log_reader import Batch
+from monitoring.references import References
 from monitoring.rollups import MINUTE, Slot, roll_up
 from monitoring.tables import log_files, metadata, predictions, refusals, rollups
 
@@ -93,10 +95,13 @@ class PredictionStore:
             rows = connection.execute(sa.select(log_files.c.fingerprint, log_files.c.position))
             return {row.fingerprint: row.position for row in rows}
 
-    def add(self, batch: Batch) -> int:
+    def add(self, batch: Batch, references: References) -> int:
         """Store a batch unless another monitor has stored it; return the number of new rows.
 
         Raises StoreUnavailable, and then nothing of the batch is stored.
+
+        Args:
+            references: of the models, for drift.
         """
         with self.connect(writes=True) as connection:
             if not self._move(connection, batch):
@@ -104,7 +109,10 @@ class PredictionStore:
             rows = {row["request_id"]: row for row in batch.rows}
             refused = [row for row in rows.values() if "status" in row]
             answered = [row for row in rows.values() if "status" not in row]
-            new = self._insert(connection, refusals, refused) + self._insert(connection, predictions, answered)
+            seen = self._stored(connection, (predictions.c.image_sha256, predictions.c.version), answered)
+            new = self._insert(connection, predictions, answered)
+            update_drift(connection, new, seen, references)
+            new += self._insert(connection, refusals, refused)
             self._add_sums(connection, roll_up(new))
             return len(new)
 
@@ -119,16 +127,23 @@ class PredictionStore:
 
     def _insert(self, connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Insert the rows whose request id is new, and return them."""
-        stored: set[str] = set()
-        for first in range(0, len(rows), IDS_AT_ONCE):
-            identifiers = [row["request_id"] for row in rows[first : first + IDS_AT_ONCE]]
-            stored |= set(
-                connection.execute(sa.select(table.c.request_id).where(table.c.request_id.in_(identifiers))).scalars()
-            )
-        new = [row for row in rows if row["request_id"] not in stored]
+        stored = self._stored(connection, (table.c.request_id,), rows)
+        new = [row for row in rows if (row["request_id"],) not in stored]
         if new:
             connection.execute(sa.insert(table), new)
         return new
+
+    @staticmethod
+    def _stored(
+        connection: sa.Connection, columns: Sequence[sa.Column[str]], rows: Sequence[dict[str, Any]]
+    ) -> set[tuple[str, ...]]:
+        """Return the stored values of some columns, where the first has a value that one of the rows has."""
+        stored: set[tuple[str, ...]] = set()
+        for first in range(0, len(rows), IDS_AT_ONCE):
+            values = [row[columns[0].name] for row in rows[first : first + IDS_AT_ONCE]]
+            query = sa.select(*columns).where(columns[0].in_(values)).distinct()
+            stored |= {tuple(row) for row in connection.execute(query)}
+        return stored
 
     def _add_sums(self, connection: sa.Connection, sums: Mapping[Slot, Mapping[str, float]]) -> None:
         for slot, added in sums.items():

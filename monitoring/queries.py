@@ -4,6 +4,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from monitoring.drift import DriftState
+from monitoring.drift_record import drift_states
 from monitoring.prediction_store import PredictionStore
 from monitoring.rollups import ALWAYS, HOUR, Slot
 from monitoring.tables import log_files, predictions, rollups
@@ -42,6 +44,12 @@ def latest(store: PredictionStore, limit: int, version: str | None = None) -> li
         query = query.where(predictions.c.version == version)
     with store.connect() as connection:
         return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def drift_by_version(store: PredictionStore) -> dict[str, tuple[DriftState, dict[str, Any]]]:
+    """Return the drift of each version, and the figures of its reference."""
+    with store.connect() as connection:
+        return drift_states(connection)
 
 
 def totals(store: PredictionStore) -> dict[str, dict[str, float]]:

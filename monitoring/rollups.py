@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 from handlers.taxonomy import CODES, UNKNOWN
+from monitoring.drift import FIGURES as DRIFT_FIGURES
 
 MINUTE, HOUR, ALWAYS = 60, 3600, 0  # the width of a roll-up in seconds; ALWAYS has no end
 # A bin of latency is 5 % wide: percentiles are exact to 2.5 %.
@@ -50,7 +51,10 @@ def _refusal_sums(row: Mapping[str, Any]) -> dict[str, float]:
 def _prediction_sums(row: Mapping[str, Any]) -> dict[str, float]:
     latency = round(math.log(max(row["milliseconds"], 0.1)) / BIN)
     sums: dict[str, float] = {"predictions": 1, f"code:{row['code']}": 1, f"latency:{latency}": 1}
-    sums |= {"confidence": row["confidence"], "entropy": row["entropy"]}
+    confidence = row["confidence"]
+    sums |= {"confidence": confidence, "entropy": row["entropy"], "doubt": confidence * (1 - confidence)}
+    if drift := row.get("drift"):
+        sums |= {f"drift:{name}": math.log10(max(value, 1)) for name, value in drift.items()} | {"drift": 1}
     for code, probability in zip(CODES, row["probabilities"], strict=True):
         sums[f"probability:{code}"] = probability
     if row["flagged"] is not None:
@@ -83,6 +87,7 @@ def figures(sums: Mapping[str, float]) -> dict[str, Any]:
         "confidence": part("confidence"),
         "entropy": part("entropy"),
         "set_sizes": count("set:"),
+        "drift": {name: part(f"drift:{name}", sums.get("drift", 0)) for name in DRIFT_FIGURES},
     }
 
 

@@ -1,5 +1,6 @@
 """The answers of /summary, /predictions and /versions; docs/api.md shows them."""
 
+import math
 import time
 from collections import defaultdict
 from datetime import UTC, datetime
@@ -8,7 +9,8 @@ from typing import Any
 from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.audit import AuditLog
 from monitoring import queries
-from monitoring.performance import RealisedPerformance, estimated_accuracy
+from monitoring.drift import ALARM
+from monitoring.performance import RealisedPerformance, accuracy_interval, estimated_accuracy
 from monitoring.prediction_store import PredictionStore
 from monitoring.rollups import HOUR, MINUTE, add, figures
 
@@ -44,6 +46,7 @@ def summary(
         for counter in (intervals[slot.start // interval * interval], versions[slot.version], total):
             add(counter, sums)
     starts = range(begin, int(now) + 1, interval)
+    drift = {name: state for name, state in drift_report(store).items() if name in versions}
     return {
         "now": stamp(now),
         "since": stamp(begin),
@@ -53,11 +56,34 @@ def summary(
         "total": figures(total),
         "performance": {
             "estimated_accuracy": estimated_accuracy(total),
+            "estimated_interval_95": accuracy_interval(total),
+            # In an alarm, the pictures are not those that the probabilities were calibrated for.
+            "calibration_holds": not any(state["alarm_since"] for state in drift.values()),
             "realised": realised.of(version),
         },
         "versions": {name: figures(versions[name]) for name in sorted(versions, key=_order)},
+        "drift": {name: drift[name] for name in sorted(drift, key=_order)},
         "intervals": [{"start": stamp(start), **figures(intervals[start])} for start in starts],
     }
+
+
+def drift_report(store: PredictionStore) -> dict[str, dict[str, Any]]:
+    """Return each version's evidence of drift as logarithms to base 10, and the figures of its reference."""
+    return {
+        version: {
+            "pictures": state.pictures,
+            "alarm_since": stamp(state.alarm_since) if state.alarm_since else None,
+            "alarm_at": math.log10(ALARM),
+            **_logarithms(state.figures),
+            "statistics": _logarithms(state.statistics),
+            "reference": reference,
+        }
+        for version, (state, reference) in queries.drift_by_version(store).items()
+    }
+
+
+def _logarithms(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(math.log10(max(value, 1)), 3) for name, value in values.items()}
 
 
 def latest_predictions(store: PredictionStore, limit: int, version: str | None) -> list[dict[str, Any]]:

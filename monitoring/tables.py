@@ -23,6 +23,7 @@ predictions = sa.Table(
     sa.Column("probabilities", sa.JSON(none_as_null=True), nullable=False),  # in the order of handlers.taxonomy.CODES
     sa.Column("metadata_sent", sa.JSON(none_as_null=True), nullable=False),
     sa.Column("likely_set", sa.JSON(none_as_null=True)),
+    sa.Column("statistics", sa.JSON(none_as_null=True)),  # handlers.prediction.Prediction
 )
 refusals = sa.Table(
     "refusals",
@@ -63,4 +64,14 @@ outcomes = sa.Table(
     sa.Column("time", sa.Float, nullable=False),
     sa.Column("flagged", sa.Boolean),
     sa.Column("probabilities", sa.JSON(none_as_null=True), nullable=False),
+)
+drift = sa.Table(
+    "drift",
+    metadata,
+    sa.Column("version", sa.String, primary_key=True),
+    sa.Column("digest", sa.String, primary_key=True),
+    sa.Column("pictures", sa.BigInteger, nullable=False),
+    sa.Column("evidence", sa.JSON(none_as_null=True), nullable=False),  # monitoring.drift.DriftState
+    sa.Column("alarm_since", sa.Float),  # seconds since 1970; NULL without an alarm
+    sa.Column("reference", sa.JSON(none_as_null=True), nullable=False),  # its figures
 )

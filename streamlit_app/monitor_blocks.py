@@ -21,14 +21,16 @@ def cards(summary: Summary, now: datetime) -> str:
     size = total.mean_set_size
     refused = wording.REFUSED_NOTE.format(refused=f"{total.refusals:,}", errors=f"{total.errors:,}")
     latency = wording.LATENCY_NOTE.format(p95=wording.milliseconds(total.latency_ms.get("p95")))
+    flagged, unknown, sets = _reference_figures(summary)
     numbers = [
         first,
         (wording.PREDICTIONS, f"{total.predictions:,}", refused),
         (wording.LATENCY, wording.milliseconds(total.latency_ms.get("p50")), latency),
-        (wording.FLAGGED, wording.share(total.flagged_share), wording.FLAGGED_NOTE),
-        (wording.UNKNOWN, wording.share(total.unknown_share), wording.UNKNOWN_NOTE),
-        (wording.SETS, wording.NO_VALUE if size is None else f"{size:.1f}", wording.SETS_NOTE),
-        (wording.ESTIMATED, wording.share(summary.performance.estimated_accuracy), wording.ESTIMATED_NOTE),
+        (wording.DRIFT, *_drift(summary, now)),
+        (wording.FLAGGED, wording.share(total.flagged_share), _expected(wording.FLAGGED_NOTE, flagged)),
+        (wording.UNKNOWN, wording.share(total.unknown_share), _expected(wording.UNKNOWN_NOTE, unknown)),
+        (wording.SETS, wording.NO_VALUE if size is None else f"{size:.1f}", _expected(wording.SETS_NOTE, sets)),
+        (wording.ESTIMATED, wording.share(summary.performance.estimated_accuracy), _estimated(summary)),
         (wording.REALISED, wording.share(summary.performance.realised.accuracy), _realised(summary)),
     ]
     items = "".join(
@@ -36,6 +38,43 @@ def cards(summary: Summary, now: datetime) -> str:
         for name, value, note in numbers
     )
     return f'<dl class="sl-cards">{items}</dl>'
+
+
+def _reference_figures(summary: Summary) -> tuple[str, str, str]:
+    """Return what is normal: the share flagged, the share of UNK and the mean set size; empty if it is not known."""
+    if (drift := summary.newest_drift) is None:
+        return "", "", ""
+    normal = drift.reference
+    flagged, unknown = (
+        "" if value is None else wording.share(value) for value in (normal.flagged_share, normal.unknown_share)
+    )
+    return flagged, unknown, "" if normal.mean_set_size is None else f"{normal.mean_set_size:.1f}"
+
+
+def _expected(note: str, value: str) -> str:
+    return f"{note}; {wording.EXPECTED.format(value=value)}" if value else note
+
+
+def _drift(summary: Summary, now: datetime) -> tuple[str, str]:
+    """Return the word and the note of the drift card."""
+    if (drift := summary.newest_drift) is None:
+        return wording.NO_VALUE, wording.DRIFT_NOTHING
+    if drift.alarm_since is None:
+        return wording.DRIFT_NONE, wording.DRIFT_NONE_NOTE.format(pictures=f"{drift.pictures:,}")
+    names = sorted(drift.statistics, key=lambda name: -drift.statistics[name])[: wording.DRIFT_NAMES]
+    words = ", ".join(wording.STATISTICS.get(name, name) for name in names)
+    since = wording.since(drift.alarm_since, now)
+    return wording.DRIFT_ALARM, wording.DRIFT_ALARM_NOTE.format(since=since, statistics=words)
+
+
+def _estimated(summary: Summary) -> str:
+    performance = summary.performance
+    if not performance.calibration_holds:
+        return wording.ESTIMATED_DOUBTFUL
+    if performance.estimated_interval_95 is None:
+        return wording.ESTIMATED_NOTE
+    low, high = (wording.share(bound) for bound in performance.estimated_interval_95)
+    return f"{wording.BOUNDS.format(low=low, high=high)}; {wording.ESTIMATED_NOTE}"
 
 
 def _realised(summary: Summary) -> str:

@@ -66,6 +66,17 @@ def shares(intervals: Sequence[Interval]) -> go.Figure:
     return figure
 
 
+def drift(intervals: Sequence[Interval], alarm_at: float) -> go.Figure:
+    """Return the evidence of drift by interval, as logarithms to base 10, with the line of the alarm."""
+    lines = [
+        _line(intervals, [getattr(interval.drift, key) for interval in intervals], name, colour)
+        for (key, name), colour in zip(wording.DRIFT_LINES.items(), (RED, BLUE, GREY), strict=True)
+    ]
+    figure = _figure(lines)
+    figure.add_hline(y=alarm_at, line={"color": RED, "dash": "dot"}, annotation_text=wording.ALARM_LINE)
+    return figure
+
+
 def _line(intervals: Sequence[Interval], values: Sequence[float | None], name: str, colour: str) -> go.Scatter:
     times = [interval.start for interval in intervals]
     return go.Scatter(

@@ -7,6 +7,32 @@ from pydantic import BaseModel
 Share = float | None
 
 
+class DriftFigures(BaseModel):
+    """The evidence of drift as logarithms to base 10; None without a reference."""
+
+    joint: float | None = None
+    input: float | None = None
+    output: float | None = None
+
+
+class ReferenceFigures(BaseModel):
+    """What is normal for a version: its figures on the calibration split."""
+
+    unknown_share: Share = None
+    flagged_share: Share = None
+    mean_set_size: float | None = None
+
+
+class VersionDrift(DriftFigures):
+    """The drift of a version now. `statistics` has the evidence of each statistic."""
+
+    pictures: int
+    alarm_since: datetime | None
+    alarm_at: float
+    statistics: dict[str, float]
+    reference: ReferenceFigures
+
+
 class Figures(BaseModel):
     """The figures of a period; a share or a percentile of nothing is None."""
 
@@ -19,6 +45,7 @@ class Figures(BaseModel):
     unknown_share: Share
     flagged_share: Share
     set_sizes: dict[str, int]
+    drift: DriftFigures = DriftFigures()
 
     @property
     def mean_set_size(self) -> float | None:
@@ -62,6 +89,8 @@ class Performance(BaseModel):
     """The accuracy that the model expects of itself, and what outcomes say."""
 
     estimated_accuracy: Share
+    estimated_interval_95: tuple[float, float] | None = None
+    calibration_holds: bool = True
     realised: Realised
 
 
@@ -73,7 +102,16 @@ class Summary(BaseModel):
     total: Figures
     performance: Performance
     versions: dict[str, Figures]
+    drift: dict[str, VersionDrift]
     intervals: list[Interval]
+
+    @property
+    def newest_drift(self) -> VersionDrift | None:
+        """The drift of the version that serves, or else of the newest in the period; None without a reference."""
+        serving = self.serving.version if self.serving else None
+        if serving in self.drift:
+            return self.drift[serving]
+        return next(reversed(self.drift.values()), None)
 
 
 class VersionEvent(BaseModel):

@@ -17,6 +17,23 @@ LATENCY, LATENCY_NOTE = "Latency", "median; 95 % take at most {p95}"
 FLAGGED, FLAGGED_NOTE = "Flagged", "of the predictions, as suspicious"
 UNKNOWN, UNKNOWN_NOTE = "None of the above", "of the predictions have UNK first"
 SETS, SETS_NOTE = "Likely classes", "on average for a picture"
+EXPECTED = "{value} on the calibration split"
+BOUNDS = "{low} to {high}"
+DRIFT, DRIFT_NONE, DRIFT_ALARM = "Drift", "none", "alarm"
+DRIFT_NOTHING = "this version has no reference to compare with"
+DRIFT_NONE_NOTE = "{pictures} pictures are like those of the calibration split"
+DRIFT_ALARM_NOTE = "{since}; the pictures are not like those of the calibration split, above all in {statistics}"
+DRIFT_NAMES = 3  # statistics in the note
+STATISTICS = {
+    "size": "their size",
+    "brightness": "brightness",
+    "contrast": "contrast",
+    "red": "red light",
+    "blue": "blue light",
+    "sharpness": "sharpness",
+    "familiarity": "how familiar they are to the model",
+}
+ESTIMATED_DOUBTFUL = "do not rely on it: the pictures have changed, see Drift"
 ESTIMATED, ESTIMATED_NOTE = "Estimated accuracy", "if the model is calibrated for these pictures"
 REALISED, REALISED_NOTE = "Realised accuracy", "{low} to {high}; all {outcomes} outcomes; {missed} of malignant missed"
 REALISED_NOTHING = "no outcomes yet; `scripts/load_outcomes.py` loads them"
@@ -29,6 +46,9 @@ LATENCY_CHART = "Latency in milliseconds"
 PERCENTILES = {"p50": "median", "p95": "95 %", "p99": "99 %"}
 CLASS_MIX = "Most probable classes"
 SHARES = "Shares of flagged and of UNK"
+DRIFT_CHART = "Evidence of drift (powers of ten)"
+DRIFT_LINES = {"joint": "joint", "input": "pictures", "output": "answers"}
+ALARM_LINE = "alarm"
 FLAGGED_SHARE, UNKNOWN_SHARE = "flagged", "UNK first"
 
 # Tables

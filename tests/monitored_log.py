@@ -1,12 +1,15 @@
 """A prediction log as TorchServe writes and rotates it, and a monitor that reads it, for tests."""
 
+import hashlib
 import json
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from handlers.reference import DRIFT_STATISTICS, INPUT_STATISTICS, LEVELS, Reference
 from handlers.taxonomy import CODES
 from mlflow_tracking.settings import Settings
 
@@ -33,12 +36,12 @@ def refusal(request_id: str, seconds: float = NOW, code: str = "invalid_image", 
     return json.dumps(row).encode() + b"\n"
 
 
-def many(count: int, seconds: float = NOW, version: str = "1", seed: int = 0) -> bytes:
+def many(count: int, seconds: float = NOW, version: str = "1", seed: int = 0, **fields: Any) -> bytes:
     """Lines of predictions, one each second up to `seconds`, with all classes and latencies of 10 to 100 ms."""
     rng = np.random.default_rng(seed)
     return b"".join(
         prediction(f"{version}-{seed}-{i}", seconds - count + i, CODES[rng.integers(len(CODES))], version,
-                   milliseconds=float(rng.uniform(10, 100)), flagged=bool(rng.random() < 0.3))
+                   milliseconds=float(rng.uniform(10, 100)), flagged=bool(rng.random() < 0.3), **fields)
         for i in range(count)
     )  # fmt: skip
 
@@ -66,3 +69,39 @@ class RotatedLog:
 
 def settings_of(state: Path, **values: Any) -> Settings:
     return Settings(_env_file=None, stack_state=state, model_store=state / "store", **values)  # type: ignore[call-arg]
+
+
+def normal_values(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Drift values (N, S) of unchanged pictures: normal ones, and one of two sizes."""
+    values = rng.normal(size=(count, len(DRIFT_STATISTICS)))
+    values[:, 0] = rng.choice([16.0, 18.0], size=count, p=[0.8, 0.2])
+    return values
+
+
+def normal_reference(lesions: int = 2000, seed: int = 0) -> Reference:
+    """The reference of `normal_values`."""
+    quantiles = np.quantile(normal_values(lesions, np.random.default_rng(seed)), LEVELS, axis=0, method="inverted_cdf")
+    return Reference(
+        lesions, lesions, {"flagged_share": 0.3}, dict(zip(DRIFT_STATISTICS, quantiles.T.tolist(), strict=True))
+    )
+
+
+def archive_with(reference: Reference, store: Path, version: str = "1") -> str:
+    """Put an archive with a bundle of this reference into a store; return the bundle's digest."""
+    store.mkdir(parents=True, exist_ok=True)
+    config = json.dumps({"version": version}).encode()
+    with zipfile.ZipFile(store / f"skin_vit-{version}-0123456789ab.mar", "w") as archive:
+        archive.writestr("bundle/bundle.json", config)
+        archive.writestr("bundle/reference.json", json.dumps(reference.to_dict()))
+    return f"sha256:{hashlib.sha256(config).hexdigest()}"
+
+
+def measured(values: np.ndarray, digest: str, first: int = 0, seconds: float = NOW, **fields: Any) -> bytes:
+    """Lines of predictions of new pictures whose drift values (except of size and probabilities) are these."""
+    names = INPUT_STATISTICS[1:]  # the probabilities follow
+    return b"".join(
+        prediction(f"p{first + i}", seconds - len(values) + i, image_sha256=f"{first + i:064x}",
+                   digest=digest, width=256, height=int(2 ** row[0]) // 256,
+                   statistics=dict(zip(names, row[1:], strict=False)), **fields)
+        for i, row in enumerate(values.tolist())
+    )  # fmt: skip

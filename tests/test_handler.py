@@ -6,11 +6,13 @@ import shutil
 from datetime import datetime
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from handlers import skin_lesion_handler
 from handlers.bundle import BundleError
+from handlers.reference import drift_values
 from handlers.skin_lesion_handler import SkinLesionHandler
 from handlers.taxonomy import CODES
 from tests.models import tiny_bundle
@@ -175,7 +177,10 @@ def test_a_prediction_and_a_refusal_are_one_line_each_for_the_log(folder, sample
     assert row["entropy"] == pytest.approx(body["uncertainty"]["entropy"], abs=1e-6)
     assert row["set"] == body["uncertainty"]["conformal_set"]
     assert row["flagged"] == (body["suspicion"] or {}).get("flagged")
-    assert len(row) == 14, "nothing else about the picture or its sender"
+    values = drift_values(row["width"], row["height"], row["statistics"], list(row["probabilities"].values()))
+    assert np.isfinite(values).all()
+    assert len(row["statistics"]) == 6
+    assert len(row) == 15, "nothing else about the picture or its sender"
     [line] = [record.message for record in caplog.records if record.message.startswith("refusal {")]
     refusal = json.loads(line.removeprefix("refusal "))
     assert datetime.fromisoformat(refusal.pop("time")).tzinfo

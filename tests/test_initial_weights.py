@@ -128,7 +128,7 @@ def exports():
     """The arguments of each export of a run, in place of its bundle."""
     calls = []
 
-    def export(out, backbone, config, receipt, space):
+    def export(out, backbone, config, receipt, space, calibration_rows):
         calls.append(SimpleNamespace(config=config, receipt=receipt))
         return SimpleNamespace(path=out, digest="")
 

@@ -22,7 +22,16 @@ from scripts import child_processes
 from scripts.child_processes import free_ports
 from tests.conftest import ROOT
 from tests.live import PLAIN
-from tests.monitored_log import NOW, RotatedLog, many, prediction, refusal, settings_of
+from tests.monitored_log import (
+    NOW,
+    RotatedLog,
+    archive_with,
+    many,
+    normal_reference,
+    prediction,
+    refusal,
+    settings_of,
+)
 from tests.waiting import eventually
 
 
@@ -30,8 +39,12 @@ from tests.waiting import eventually
 def state(tmp_path_factory) -> Path:
     """A state folder whose log and audit log have two versions."""
     folder = tmp_path_factory.mktemp("state")
+    digest = archive_with(normal_reference(), folder / "store", version="2")
     RotatedLog(folder).write(
-        many(120, NOW - 600) + many(80, NOW, version="2") + refusal("a", NOW) + refusal("b", NOW, "internal_error", 500)
+        many(120, NOW - 600)
+        + many(80, NOW, version="2", digest=digest)
+        + refusal("a", NOW)
+        + refusal("b", NOW, "internal_error", 500)
     )
     audit = AuditLog(folder / "store")
     audit.append("serve", "promoter", version="1", digest="sha256:1")

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import pytest
 import uvicorn
 from playwright.sync_api import expect
 from streamlit.testing.v1 import AppTest
 
+from handlers.reference import DRIFT_STATISTICS
 from mlflow_tracking.promotion.audit import AuditLog
 from monitoring.monitor import Monitor
 from monitoring.monitor_service import create_app
@@ -19,7 +21,17 @@ from streamlit_app import monitor_wording as wording
 from streamlit_app.monitor_client import MonitorClient, MonitorError
 from tests.browser_page import ROOT, check, streamlit
 from tests.fake_torchserve import NOWHERE
-from tests.monitored_log import NOW, RotatedLog, many, refusal, settings_of
+from tests.monitored_log import (
+    NOW,
+    RotatedLog,
+    archive_with,
+    many,
+    measured,
+    normal_reference,
+    normal_values,
+    refusal,
+    settings_of,
+)
 from tests.waiting import eventually
 
 pytest_plugins = ["tests.fixtures_page", "tests.fixtures_browser"]
@@ -42,9 +54,13 @@ def running_monitor(settings) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> Iterator[str]:
-    """A monitor with two versions, a refused third one, and 200 predictions."""
+    """A monitor with two versions, a refused third one, 200 predictions, and drift in the second version."""
     state = tmp_path_factory.mktemp("state")
-    RotatedLog(state).write(many(120, NOW - 900) + many(80, NOW, version="2") + refusal("a", code="<b>invalid</b>"))
+    digest = archive_with(normal_reference(), state / "store", version="2")
+    blurred = normal_values(80, np.random.default_rng(0))
+    blurred[:, DRIFT_STATISTICS.index("sharpness")] -= 3
+    second = measured(blurred, digest, version="2")
+    RotatedLog(state).write(many(120, NOW - 900) + second + refusal("a", code="<b>invalid</b>"))
     audit = AuditLog(state / "store")
     for event, version in (("store", "1"), ("serve", "1"), ("check refused", "3"), ("serve", "2")):
         audit.append(event, "promoter", version=version, digest=f"sha256:{version}", remark="because")
@@ -85,10 +101,10 @@ def test_it_shows_what_serves_the_figures_and_the_charts(shown, address):
         assert expected in text
     assert "&lt;b&gt;invalid&lt;/b&gt;" in text
     assert "<b>invalid" not in text
-    assert len(app.get("plotly_chart")) == 4
+    assert len(app.get("plotly_chart")) == 5
     events, latest = (table.value for table in app.dataframe)
     assert list(events["Event"]) == ["alias champion seen here", "serves", "refused by the gates", "serves"]
-    assert list(latest["Request"])[:2] == ["2-0-79", "2-0-78"]
+    assert list(latest["Request"])[:2] == ["p79", "p78"]
 
 
 def test_a_version_is_chosen_and_all_stay_on_offer(shown, address):
@@ -98,6 +114,14 @@ def test_a_version_is_chosen_and_all_stay_on_offer(shown, address):
     assert "<dd>120</dd>" in blocks(app)
     assert set(app.dataframe[1].value["Version"]) == {"1"}
     assert app.selectbox(key="version").options == [wording.ALL_VERSIONS, "1", "2"]
+
+
+def test_a_drift_alarm_is_said_with_what_changed_and_doubts_the_estimate(shown, address):
+    text = blocks(shown(address))
+    assert f"<dd>{wording.DRIFT_ALARM}</dd>" in text
+    assert f"above all in {wording.STATISTICS['sharpness']}" in text
+    assert wording.ESTIMATED_DOUBTFUL in text
+    assert wording.EXPECTED.format(value="30.0 %") in text
 
 
 def test_an_empty_period_says_what_to_do(shown, tmp_path):
@@ -154,7 +178,7 @@ def test_it_fits_every_window_and_has_contrast(window, page_address, theme):
     window.goto(page_address)
     window.get_by_role("link", name=wording.MONITORING).click()
     expect(window.locator(".sl-cards")).to_be_visible()
-    expect(window.locator(".js-plotly-plot")).to_have_count(4)
+    expect(window.locator(".js-plotly-plot")).to_have_count(5)
     check(window, ["wide", "narrow"], "monitoring", theme)
     window.get_by_text("1 hour", exact=True).click()
     expect(window.locator(".sl-cards")).to_contain_text("200")

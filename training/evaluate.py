@@ -122,7 +122,7 @@ def compare(
     against: Path,
     unseen: NDArray[np.bool_],
     resamples: int,
-    **options: bool,
+    **options: Any,
 ) -> dict[str, Any]:
     """Compare the predictions with those of the bundle `against`, on the rows that are `unseen` by both.
 

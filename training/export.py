@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import torch
 import typer
 from safetensors.torch import save_file
@@ -30,10 +31,14 @@ from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.preprocessing import fingerprint
 from handlers.receipt import Receipt
+from handlers.reference import REFERENCE
 from handlers.request import Request
+from handlers.taxonomy import UNKNOWN
 from handlers.weights import BASIS, ORIGIN
 from mlflow_tracking.command_line import console, run
 from training.data.synthetic import draw_lesion
+from training.evaluation.reference_fit import MIN_LESIONS, fit_reference
+from training.evaluation.served_predictions import predict_rows
 from training.evaluation.unknown_class_fit import KnownSpace
 
 # Drawn pictures, one a class, which can be shipped without a licence.
@@ -48,7 +53,12 @@ GOLDEN_METADATA: tuple[dict[str, Any], ...] = (
 
 
 def export_bundle(
-    out: Path, backbone: nn.Module, config: BundleConfig, receipt: Receipt, space: KnownSpace | None = None
+    out: Path,
+    backbone: nn.Module,
+    config: BundleConfig,
+    receipt: Receipt,
+    space: KnownSpace | None = None,
+    calibration_rows: pd.DataFrame | None = None,
 ) -> Bundle:
     """Write the bundle of a trained backbone to the folder `out`, replacing a bundle that is there.
 
@@ -58,9 +68,11 @@ def export_bundle(
         backbone: from handlers.backbone.build_backbone, as `config` describes it.
         receipt: of the images that the model was made from.
         space: the known space that the calibration's rejection uses.
+        calibration_rows: of the manifest, for the reference; a bundle without them, or with too few, has none.
 
     Raises:
         BundleError: `out` is something else, or the serving graph disagrees with the model.
+        ManifestError: a picture of `calibration_rows` cannot be read.
     """
     state = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
@@ -74,8 +86,25 @@ def export_bundle(
         write_json(folder / RECEIPT, receipt.to_dict())
         draft = Bundle.draft(folder, config)
         _write_golden(draft)
+        if calibration_rows is not None:
+            write_reference(draft, calibration_rows)
         sealed = seal_with_graph(draft)
     return replace(sealed, path=out)
+
+
+def write_reference(draft: Bundle, calibration_rows: pd.DataFrame) -> None:
+    """Predict the lesions of the calibration split and write their reference into the draft, if they are enough."""
+    rows = calibration_rows[calibration_rows["label"] != UNKNOWN]
+    if rows["lesion_id"].nunique() < MIN_LESIONS:
+        console.print(
+            f"The calibration split has fewer than {MIN_LESIONS} lesions, so the monitor cannot see drift "
+            "for this model.",
+            style="yellow",
+        )
+        return
+    predictor = Predictor(draft, runtime="torch", precision="f32")
+    reference = fit_reference(predict_rows(predictor, rows, label="reference"), rows["lesion_id"].tolist())
+    write_json(draft.path / REFERENCE, reference.to_dict())
 
 
 def slim(source: Path, out: Path) -> Bundle:

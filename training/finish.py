@@ -90,7 +90,8 @@ def finish(
         evidence(config, best, frame, reports, tracker.run_id),
         metadata=config.metadata_inputs,
     )
-    bundle = export_bundle(output / "bundle", model, bundle_config, receipt(best, frame), space)
+    calibration_rows = frame[frame["split"] == "calibration"]
+    bundle = export_bundle(output / "bundle", model, bundle_config, receipt(best, frame), space, calibration_rows)
     check()
     log_files(tracker, output, bundle)
     announce(tracker, reports, bundle)

@@ -1,8 +1,10 @@
 """Benchmark of the monitor: predictions taken in each second, and the time of its answers then."""
 
+import hashlib
 import json
 import tempfile
 import time
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -13,15 +15,19 @@ from fastapi.testclient import TestClient
 from rich.table import Table
 
 from handlers.errors import UserError
+from handlers.reference import DRIFT_STATISTICS, INPUT_STATISTICS, LEVELS, REFERENCE, Reference
 from handlers.taxonomy import CODES
 from mlflow_tracking.command_line import console, progress_bar, run
 from mlflow_tracking.settings import Settings
 from monitoring.monitor import Monitor
 from monitoring.monitor_service import create_app
+from monitoring.references import BUNDLE
 
 PIECE = 50_000  # lines that are written before the monitor reads them
 DAYS = 30  # that the predictions are spread over
 QUESTIONS = ("/summary?hours=24", f"/summary?hours={24 * DAYS}", "/predictions?limit=50", "/versions", "/metrics")
+CONFIG = b"{}"  # of the bundle whose reference is there
+DIGEST = f"sha256:{hashlib.sha256(CONFIG).hexdigest()}"
 EXAMPLES = ["python scripts/studies/bench_monitor.py --predictions 1000000"]
 
 
@@ -40,17 +46,28 @@ def lines(first: int, count: int, total: int, rng: np.random.Generator) -> bytes
                 "metadata_sent": [],
                 "model": "skin_vit",
                 "version": str(1 + 3 * number // total),
-                "digest": f"sha256:{number % 3:064x}",
+                "digest": DIGEST,
                 "probabilities": dict(zip(CODES, probabilities, strict=True)),
                 "entropy": 1.0,
                 "set": ["NV", "MEL"],
                 "flagged": number % 3 == 0,
                 "width": 600,
                 "height": 450,
+                "statistics": dict.fromkeys(INPUT_STATISTICS[1:], 1.0),
                 "milliseconds": float(rng.uniform(10, 60)),
             }
         )
     return b"".join(json.dumps(row, separators=(",", ":")).encode() + b"\n" for row in rows)
+
+
+def write_archive(store: Path, rng: np.random.Generator) -> None:
+    """Write an archive with a reference, so that drift is computed."""
+    quantiles = np.sort(rng.normal(size=(len(DRIFT_STATISTICS), len(LEVELS))), axis=1).tolist()
+    reference = Reference(2000, 2000, {}, dict(zip(DRIFT_STATISTICS, quantiles, strict=True)))
+    store.mkdir()
+    with zipfile.ZipFile(store / "skin_vit-1-0123456789ab.mar", "w") as archive:
+        archive.writestr(f"{BUNDLE}/bundle.json", CONFIG)
+        archive.writestr(f"{BUNDLE}/{REFERENCE}", json.dumps(reference.to_dict()))
 
 
 def main(
@@ -63,8 +80,14 @@ def main(
     rng, seconds, done = np.random.default_rng(0), 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings.load().model_copy(
-            update={"stack_state": Path(folder), "monitor_database": "", "prediction_log": None}
+            update={
+                "stack_state": Path(folder),
+                "model_store": Path(folder) / "store",
+                "monitor_database": "",
+                "prediction_log": None,
+            }
         )
+        write_archive(settings.store, rng)
         monitor = Monitor(settings)
         log = Path(folder) / "logs" / "predictions.jsonl"
         log.parent.mkdir()

@@ -70,6 +70,8 @@ def show_charts(summary: Summary, events: list[VersionEvent]) -> None:
         wording.CLASS_MIX: monitor_charts.class_mix(summary.intervals),
         wording.SHARES: monitor_charts.shares(summary.intervals),
     }
+    if newest := summary.newest_drift:
+        charts[wording.DRIFT_CHART] = monitor_charts.drift(summary.intervals, newest.alarm_at)
     columns = st.columns(2, gap="large")
     for place, (title, figure) in enumerate(charts.items()):
         with columns[place % 2]:

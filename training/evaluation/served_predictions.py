@@ -19,15 +19,21 @@ BATCH = 32
 
 
 def predict_rows(
-    predictor: Predictor, rows: pd.DataFrame, tta: bool = False, picture_alone: bool = False
+    predictor: Predictor,
+    rows: pd.DataFrame,
+    tta: bool = False,
+    picture_alone: bool = False,
+    label: str = "evaluating",
 ) -> list[Prediction]:
     """Predict every row's image, without heatmap, with the row's metadata unless `picture_alone`.
+
+    `label` names the progress bar.
 
     Raises:
         ManifestError: an image cannot be read.
     """
     predictions: list[Prediction] = []
-    with progress_bar("evaluating") as progress:
+    with progress_bar(label) as progress:
         for start in range(0, len(rows), BATCH):
             batch = rows.iloc[start : start + BATCH]
             predictions += _predict(predictor, batch, picture_alone, gradcam="none", tta=tta)

@@ -28,6 +28,7 @@ from handlers.decoding import decode
 from handlers.errors import UserError
 from handlers.graph_export import export_graph
 from handlers.overlay import SHOWN_MIN_SIDE, overlay
+from handlers.picture_statistics import picture_statistics
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.serving_graph import serving_module
@@ -70,7 +71,7 @@ def timed(call: Callable[[], object], seconds: float) -> list[float]:
 
 
 def stages(bundle: Bundle, precision: str, images: list[bytes], seconds: float) -> dict[int, dict[str, float]]:
-    """Return median ms an image by batch size: decode, graph, encode, overlay, and the handler's whole answer."""
+    """Return median ms an image by batch size of each stage, and of the handler's whole answer."""
     predictor = Predictor(bundle, precision=precision)
     handler = _handler(bundle, precision)
     stages_ms: dict[int, dict[str, float]] = {}
@@ -82,6 +83,7 @@ def stages(bundle: Bundle, precision: str, images: list[bytes], seconds: float) 
         calls: dict[str, Callable[[], object]] = {
             "decode": partial(_each, predictor.config.preprocessing, files),
             "graph": partial(predictor.runtime, pixels, np.full(batch, -1)),
+            "statistics": partial(_each, picture_statistics, list(pixels)),
             "encode": partial(_each, _encode, predictions),
             "overlay": partial(_each, _draw, pictures),
             "handler": partial(handler, [{"data": bytearray(file)} for file in files]),
