@@ -18,7 +18,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 LANG=C.UTF-8
 RUN python3 -m venv --without-pip /opt/venv \
     && useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin app \
     && install -d /secrets \
-    && install -d -o app -g app -m 0700 /run/management /run/torchserve /app/runs /secrets/kept /secrets/mlflow /secrets/monitor \
+    && install -d -o app -g app -m 0700 /run/management /run/torchserve /var/lib/kept_images /app/runs /secrets/kept /secrets/mlflow /secrets/monitor \
     && install -d -o app -g app /app /var/lib/model_store /var/lib/minio /var/log/predictions \
         /secrets/postgres /secrets/minio /secrets/grafana
 WORKDIR /app
@@ -96,7 +96,7 @@ COPY --chown=app containers/healthcheck.py containers/
 COPY --chown=app handlers/ handlers/
 COPY --chown=app mlflow_tracking/ mlflow_tracking/
 COPY --chown=app monitoring/ monitoring/
-COPY --chown=app scripts/load_outcomes.py scripts/
+COPY --chown=app scripts/forget.py scripts/load_outcomes.py scripts/
 RUN python -m compileall -q .
 USER app
 CMD ["python", "-m", "monitoring.monitor_service"]

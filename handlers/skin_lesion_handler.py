@@ -3,7 +3,8 @@
 A request is the image's bytes as the body, a multipart form, or JSON with the image in base64; docs/api.md has the
 contract. Every prediction is logged as one line, `prediction {...}`, and every refusal as `refusal {...}`, which
 TorchServe writes to a file of its own (torchserve/log4j2.xml). They hold neither pixels nor names. Without
-LOG_PREDICTIONS in the environment there is no log.
+LOG_PREDICTIONS in the environment there is no log. With KEPT_IMAGES, a folder, copies of answered pictures are kept
+there for review (handlers/image_keeper.py). A request with the header `X-Record: no` is neither logged nor kept.
 
 TorchServe uses the only class defined in this module, so keep it the only one.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.errors import ImageError
+from handlers.image_keeper import ImageKeeper
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.request import Request
@@ -31,6 +33,8 @@ class SkinLesionHandler:
     def __init__(self) -> None:
         self.predictor: Predictor | None = None
         self.logs_predictions = "LOG_PREDICTIONS" in os.environ
+        kept_images = os.environ.get("KEPT_IMAGES")
+        self.keeper = ImageKeeper(Path(kept_images)) if kept_images else None
 
     def initialize(self, context: Any) -> None:
         """Load and verify the bundle in the archive. Raises BundleError, which stops the worker."""
@@ -55,13 +59,20 @@ class SkinLesionHandler:
             except ImageError as error:
                 answers.append(error)
         positions = [index for index, answer in enumerate(answers) if isinstance(answer, Request)]
-        predictions = self._predict([answers[index] for index in positions])
+        requests = [answers[index] for index in positions]
+        predictions = self._predict(requests)
         for index, prediction in zip(positions, predictions, strict=True):
             answers[index] = prediction
         responses = [_respond(answer, context, index) for index, answer in enumerate(answers)]
+        recorded = [index for index in range(len(answers)) if _is_recorded(context, index)]
+        if self.keeper:
+            for index, request in zip(positions, requests, strict=True):
+                if index in recorded and isinstance(answers[index], Prediction):
+                    self.keeper.keep(answers[index].image.sha256, request.image)
         if self.logs_predictions:
             milliseconds = round(1000 * (time.perf_counter() - began), 1)
-            for index, answer in enumerate(answers):
+            for index in recorded:
+                answer = answers[index]
                 request = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
                 request |= {"request_id": context.get_request_id(index)}
                 if isinstance(answer, Prediction):
@@ -91,6 +102,11 @@ def _gpu(number: int | None) -> str | None:
     import torch
 
     return f"cuda:{number}" if torch.cuda.is_available() else None
+
+
+def _is_recorded(context: Any, index: int) -> bool:
+    """Return whether a request may be logged and its picture kept. TorchServe leaves the names of headers as sent."""
+    return all(context.get_request_header(index, name) != "no" for name in ("X-Record", "x-record"))
 
 
 def _respond(answer: Prediction | ImageError, context: Any, index: int) -> bytes:

@@ -92,6 +92,9 @@ class Settings(BaseSettings):
     monitor_port: int = Field(8084, ge=1, le=65535)
     monitor_database: str = ""
     monitor_keep_days: int = Field(90, ge=0)
+    kept_images: Path | None = None
+    keep_images_days: int = Field(0, ge=0)
+    review_random_share: float = Field(0.2, ge=0, le=1)
 
     @classmethod
     def load(cls) -> Self:
@@ -105,6 +108,8 @@ class Settings(BaseSettings):
             raise SettingsError(f"{name} is '{value}': it must be a port number from 1 to 65535.")
         if name.endswith("_SECONDS"):
             raise SettingsError(f"{name} is '{value}': it must be a number of seconds above 0.")
+        if name.endswith("_SHARE"):
+            raise SettingsError(f"{name} is '{value}': it must be a number from 0 to 1.")
         raise SettingsError(f"{name} is '{value}': it must be a whole number, 0 or greater.")
 
     @property
@@ -174,6 +179,11 @@ class Settings(BaseSettings):
     def monitor_database_url(self) -> str:
         """The address of the monitor's database, by default SQLite in the state folder."""
         return self.monitor_database or f"sqlite:///{self.state / 'monitor.db'}"
+
+    @property
+    def kept_images_folder(self) -> Path:
+        """The folder of the pictures that are kept for review, absolute; it may not exist."""
+        return ROOT / (self.kept_images or self.state / "kept_images")
 
     @property
     def prediction_logs(self) -> list[Path]:

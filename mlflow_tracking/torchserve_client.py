@@ -147,7 +147,7 @@ class TorchServe:
             return
         with suppress(TorchServeError):
             try:
-                self.predict(b"drain", version, timeout=WORKER_SECONDS)
+                self.predict(b"drain", version, timeout=WORKER_SECONDS, recorded=False)
             except TorchServeUnavailable:
                 return  # the earlier requests will get no answer either
         time.sleep(DRAIN_SECONDS)
@@ -158,14 +158,19 @@ class TorchServe:
         version: str = "",
         timeout: float = PREDICTION_SECONDS,
         metadata: Mapping[str, Any] | None = None,
+        recorded: bool = True,
     ) -> dict[str, Any]:
-        """Return the REST answer to one image, of the default version if none is named; `metadata` are form fields."""
+        """Return the REST answer to one image, of the default version if none is named; `metadata` are form fields.
+
+        Without `recorded`, the request is not logged, and its picture is not kept for review.
+        """
         path = f"/predictions/{MODEL_NAME}/{version}".rstrip("/")
+        headers = {} if recorded else {"X-Record": "no"}
         if metadata:
             data = {name: str(value) for name, value in metadata.items()}
-            body: dict[str, Any] = {"data": data, "files": {"data": image}}
+            body: dict[str, Any] = {"data": data, "files": {"data": image}, "headers": headers}
         else:
-            body = {"content": image, "headers": {"Content-Type": "application/octet-stream"}}
+            body = {"content": image, "headers": headers | {"Content-Type": "application/octet-stream"}}
         answer = _answer(self._inference, self._url, "POST", path, timeout=timeout, **body)
         if not isinstance(answer, dict) or "prediction" not in answer:
             raise TorchServeError(500, f"{self._url}{path} answered without a prediction. Check the address.")

@@ -1,4 +1,4 @@
-"""The monitor's loop: read the prediction log, store it, and delete what is older than MONITOR_KEEP_DAYS."""
+"""The monitor's loop: read the prediction log, store it, and delete old rows (MONITOR_KEEP_DAYS) and kept pictures."""
 
 import logging
 import threading
@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from handlers.errors import UserError
+from handlers.kept_images import delete_older
 from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.settings import Settings
 from monitoring.log_reader import bytes_behind, read_batches
@@ -16,6 +17,7 @@ log = logging.getLogger("monitor")
 POLL_SECONDS = 1.0
 LONGEST_WAIT = 60.0  # seconds between two tries to reach the database
 PRUNE_SECONDS = 3600.0
+PICTURE_SECONDS = 60.0  # between two searches for kept pictures whose days are over
 ALIVE_SECONDS = 300.0  # a loop that is silent for longer hangs
 DAY = 86400
 
@@ -32,6 +34,7 @@ class Monitor:
         self.failures = 0
         self._ready = False  # the tables are those of this version
         self._pruned = -PRUNE_SECONDS
+        self._pictures_deleted = -PICTURE_SECONDS
         self._beat = time.monotonic()
         self._positions: dict[str, int] = {}  # those last seen
 
@@ -43,6 +46,7 @@ class Monitor:
     def step(self) -> float:
         """Store what is new in the log; return the seconds to wait."""
         self._beat = time.monotonic()
+        self._delete_pictures()
         try:
             if not self._ready:
                 self.store.migrate()
@@ -69,6 +73,19 @@ class Monitor:
             if batch.unreadable:
                 log.warning("%d lines of the prediction log are unreadable and are left out.", batch.unreadable)
         return lines
+
+    def _delete_pictures(self) -> None:
+        """Delete the kept pictures whose days are over; all of them while none should be kept."""
+        if self._beat - self._pictures_deleted < PICTURE_SECONDS:
+            return
+        self._pictures_deleted = self._beat
+        try:
+            count = delete_older(self.settings.kept_images_folder, time.time() - self.settings.keep_images_days * DAY)
+        except OSError as error:
+            log.error("Kept pictures cannot be deleted: %s. Check the rights of the folder.", error)
+            return
+        if count:
+            log.info("%d kept pictures are deleted; their days are over.", count)
 
     def _failed(self, error: Exception) -> float:
         """Note an error; return the seconds until the next try: 1, 2, 4 … up to LONGEST_WAIT."""

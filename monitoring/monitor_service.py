@@ -1,4 +1,4 @@
-"""The monitor's HTTP service: /health, /summary, /predictions, /versions and /metrics. docs/api.md has the contract."""
+"""The monitor's HTTP service: /health, /summary, /predictions, /versions, /reviews and /metrics. See docs/api.md."""
 
 import logging
 import threading
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -18,6 +19,7 @@ from monitoring.monitor import DAY, Monitor
 from monitoring.monitor_metrics import figure_metrics, state_metrics
 from monitoring.performance import RealisedPerformance
 from monitoring.prediction_store import StoreUnavailable
+from monitoring.review_service import ReviewGuard, review_routes
 
 LONGEST_HOURS = 24 * 366 * 5
 Version = Annotated[str | None, Query(max_length=200)]
@@ -51,6 +53,8 @@ def create_app(monitor: Monitor) -> FastAPI:
         thread.join()
 
     app = FastAPI(title="Monitor", lifespan=loop, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(ReviewGuard)
+    app.include_router(review_routes(monitor))
     realised = RealisedPerformance(monitor.store)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(monitor))
@@ -59,6 +63,13 @@ def create_app(monitor: Monitor) -> FastAPI:
     def unavailable(request: Request, error: StoreUnavailable) -> JSONResponse:
         body = {"error": {"code": "database_unavailable", "message": str(error)}}
         return JSONResponse(body, 503)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])[:80].encode("ascii", "backslashreplace").decode()
+        body = {"error": {"code": "invalid_parameter", "message": f"{name} is not valid ({first['msg']})."}}
+        return JSONResponse(body, 422)
 
     @app.get("/health")
     def health() -> JSONResponse:
@@ -91,10 +102,12 @@ def main() -> None:
     """Take the prediction log into a database, and answer with figures over HTTP.
 
     /health reports whether the loop is alive, /summary figures by version and time, /predictions the latest
-    predictions, /versions what happened to the versions, /metrics the figures for Prometheus. Ctrl-C stops it.
+    predictions, /versions what happened to the versions, /metrics the figures for Prometheus. /reviews gives the page
+    kept pictures and takes readings of them. Ctrl-C stops it.
 
     Settings come from the environment or `.env`, and .env.example explains them: MONITOR_HOST, MONITOR_PORT,
-    MONITOR_DATABASE, MONITOR_KEEP_DAYS, PREDICTION_LOG, MODEL_STORE, STACK_STATE.
+    MONITOR_DATABASE, MONITOR_KEEP_DAYS, PREDICTION_LOG, MODEL_STORE, STACK_STATE, KEEP_IMAGES_DAYS, KEPT_IMAGES,
+    REVIEW_RANDOM_SHARE.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)

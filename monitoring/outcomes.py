@@ -81,10 +81,11 @@ def _newest(connection: sa.Connection, requests: Iterable[str]) -> dict[str, str
     return diagnoses
 
 
-def newest_outcome(store: PredictionStore) -> int:
-    """Return a number that grows with every outcome. Raises StoreUnavailable."""
+def outcome_mark(store: PredictionStore) -> tuple[int, int]:
+    """Return the number of outcomes and the newest number, which differ after every change. Raises StoreUnavailable."""
     with store.connect() as connection:
-        return int(connection.execute(sa.select(sa.func.max(outcomes.c.id))).scalar() or 0)
+        count, newest = connection.execute(sa.select(sa.func.count(), sa.func.max(outcomes.c.id))).one()
+    return int(count), int(newest or 0)
 
 
 def judged(store: PredictionStore, version: str | None = None) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """How good the answers are: estimated from the model's own confidence, and realised once outcomes are known."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,11 +9,12 @@ import numpy as np
 
 from handlers.taxonomy import CODES, MALIGNANT, UNKNOWN
 from mlflow_tracking import classification_metrics as metrics
-from monitoring.outcomes import judged, newest_outcome
+from monitoring.corrections import correction_mark, judged_answers, opinions
 from monitoring.prediction_store import PredictionStore
 from monitoring.rollups import figures
 
 RESAMPLES = 500
+REFRESH_SECONDS = 60.0  # for new predictions of pictures that are settled
 Row = Mapping[str, Any]
 
 
@@ -45,7 +47,7 @@ def accuracy_interval(sums: Mapping[str, float]) -> tuple[float, float] | None:
 
 
 def realised(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the figures over predictions with an outcome (monitoring.outcomes.judged), as served: UNK is an answer.
+    """Return the figures over answers whose class is settled (monitoring.corrections), as served: UNK is an answer.
 
     `malignant_missed` is the share of malignant lesions whose first class is not malignant, `flagged_malignant` and
     `flagged_others` the shares that the alarm flagged. Intervals are 95 %, by bootstrap over pictures. A figure without
@@ -74,21 +76,30 @@ def realised(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 class RealisedPerformance:
-    """The realised figures of a database, which are computed again only after a new outcome."""
+    """The realised figures of a database, computed again after a new outcome or reading, or after REFRESH_SECONDS."""
 
     def __init__(self, store: PredictionStore) -> None:
         self.store = store
-        self._figures: dict[str | None, dict[str, Any]] = {}
-        self._newest = -1
+        self._figures: dict[tuple[str | None, bool], dict[str, Any]] = {}
+        self._mark: object = None
+        self._computed = 0.0
 
-    def of(self, version: str | None) -> dict[str, Any]:
-        """Return `realised` over all outcomes of a version; None: of all versions. Raises StoreUnavailable."""
-        newest = newest_outcome(self.store)
-        if newest != self._newest:
-            self._figures, self._newest = {}, newest
-        if version not in self._figures:
-            self._figures[version] = realised(judged(self.store, version))
-        return self._figures[version]
+    def of(self, version: str | None, sampled_only: bool = False) -> dict[str, Any]:
+        """Return `realised` over all settled pictures that a version answered; None: of all versions.
+
+        Args:
+            sampled_only: count only pictures that were read by chance (monitoring.corrections); their figures are the
+                honest estimate. Adds how readers came to them.
+
+        Raises StoreUnavailable.
+        """
+        mark, now, key = correction_mark(self.store), time.monotonic(), (version, sampled_only)
+        if mark != self._mark or now - self._computed > REFRESH_SECONDS:
+            self._figures, self._mark, self._computed = {}, mark, now
+        if key not in self._figures:
+            values = realised(judged_answers(self.store, version, sampled_only))
+            self._figures[key] = values | (opinions(self.store) if sampled_only else {})
+        return self._figures[key]
 
 
 def _mean(values: Any) -> float | None:

@@ -21,7 +21,7 @@ from monitoring.drift_record import update_drift
 from monitoring.log_reader import Batch
 from monitoring.references import References
 from monitoring.rollups import MINUTE, Slot, roll_up
-from monitoring.tables import log_files, metadata, predictions, refusals, rollups
+from monitoring.tables import log_files, metadata, outcomes, predictions, readings, refusals, rollups
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 DELETED_AT_ONCE = 10_000  # so that the monitor reads the log between two deletions
@@ -120,7 +120,7 @@ class PredictionStore:
         """Move the position of a file, and return whether it was where the batch begins."""
         if batch.begin is None:
             values = {"fingerprint": batch.fingerprint, "position": batch.end, "unreadable": batch.unreadable}
-            return connection.execute(self._upsert(log_files).values(values).on_conflict_do_nothing()).rowcount == 1
+            return connection.execute(self.upsert(log_files).values(values).on_conflict_do_nothing()).rowcount == 1
         here = (log_files.c.fingerprint == batch.fingerprint) & (log_files.c.position == batch.begin)
         values = {"position": batch.end, "unreadable": log_files.c.unreadable + batch.unreadable}
         return connection.execute(sa.update(log_files).where(here).values(values)).rowcount == 1
@@ -152,13 +152,25 @@ class PredictionStore:
             )
             stored = connection.execute(sa.select(rollups.c.sums).where(key).with_for_update()).scalar() or {}
             total = stored | {name: stored.get(name, 0) + value for name, value in added.items()}
-            insert = self._upsert(rollups).values(**slot._asdict(), sums=total)
+            insert = self.upsert(rollups).values(**slot._asdict(), sums=total)
             connection.execute(
                 insert.on_conflict_do_update(index_elements=["width", "start", "version"], set_={"sums": total})
             )
 
-    def _upsert(self, table: sa.Table) -> Any:
+    def upsert(self, table: sa.Table) -> Any:
+        """Return an INSERT of this database that can take ON CONFLICT."""
         return (postgresql if self.engine.dialect.name == "postgresql" else sqlite).insert(table)
+
+    def forget(self, sha256: str) -> dict[str, int]:
+        """Delete the predictions, readings and outcomes of a picture; return how many of each.
+
+        Raises StoreUnavailable, and then nothing is deleted.
+        """
+        with self.connect(writes=True) as connection:
+            return {
+                table.name: connection.execute(sa.delete(table).where(table.c.image_sha256 == sha256)).rowcount
+                for table in (predictions, readings, outcomes)
+            }
 
     def prune(self, before: float) -> bool:
         """Delete rows and minutes older than `before`, at most DELETED_AT_ONCE of each; return whether some remain.

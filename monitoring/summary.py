@@ -31,7 +31,7 @@ def summary(
 
     Args:
         version: the only version that counts; None for all.
-        realised: of the store; over all outcomes, because pathology comes months later.
+        realised: of the store; over all settled pictures, because pathology comes months later.
         minute_history: the seconds for which minutes are kept. Earlier intervals are hours or longer.
     """
     now = time.time()
@@ -60,6 +60,7 @@ def summary(
             # In an alarm, the pictures are not those that the probabilities were calibrated for.
             "calibration_holds": not any(state["alarm_since"] for state in drift.values()),
             "realised": realised.of(version),
+            "realised_random": realised.of(version, sampled_only=True),
         },
         "versions": {name: figures(versions[name]) for name in sorted(versions, key=_order)},
         "drift": {name: drift[name] for name in sorted(drift, key=_order)},

@@ -75,3 +75,24 @@ drift = sa.Table(
     sa.Column("alarm_since", sa.Float),  # seconds since 1970; NULL without an alarm
     sa.Column("reference", sa.JSON(none_as_null=True), nullable=False),  # its figures
 )
+readings = sa.Table(
+    "readings",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("submission", sa.String, nullable=False, unique=True),  # of the page, so that a repeated one counts once
+    sa.Column("kind", sa.String, nullable=False),  # reading, or adjudication of readings that differ
+    sa.Column("reader", sa.String, nullable=False),
+    sa.Column("recorded", sa.Float, nullable=False),
+    sa.Column("queued_as", sa.String, nullable=False),  # why the picture was in the queue at its first reading
+    sa.Column("first_opinion", sa.String, nullable=False),  # before the model's answer was shown
+    sa.Column("verdict", sa.String, nullable=False),  # a code of handlers.taxonomy, cannot_tell or bad_picture
+    # The prediction, which is deleted earlier.
+    sa.Column("request_id", sa.String, nullable=False),
+    sa.Column("image_sha256", sa.String, nullable=False, index=True),
+    sa.Column("version", sa.String, nullable=False),
+    sa.Column("digest", sa.String, nullable=False),
+    sa.Column("time", sa.Float, nullable=False),
+    sa.Column("flagged", sa.Boolean),
+    sa.Column("probabilities", sa.JSON(none_as_null=True), nullable=False),
+    sqlite_autoincrement=True,  # a deleted row's number is not given again
+)

@@ -2,7 +2,8 @@
 
     streamlit run streamlit_app/app.py
 
-Settings, all from the environment: TORCHSERVE_URL, PROMOTER_URL, MONITOR_URL, MLFLOW_PUBLIC_URL.
+Settings, all from the environment: TORCHSERVE_URL, PROMOTER_URL, MONITOR_URL, MLFLOW_PUBLIC_URL,
+KEEP_IMAGES_DAYS.
 """
 
 from pathlib import Path

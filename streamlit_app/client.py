@@ -154,12 +154,19 @@ def promoter_state(url: str) -> PromoterState | None:
         return None
 
 
+def keep_days() -> int:
+    """Return for how many days the stack keeps uploaded pictures; 0: it keeps none."""
+    text = setting("KEEP_IMAGES_DAYS")
+    return int(text) if text.isdecimal() else 0  # the stack refuses to start with another value
+
+
 def setting(name: str) -> str:
-    """Return an address from the environment, or its default on this machine."""
+    """Return a setting from the environment, or its default on this machine."""
     defaults = {
         "TORCHSERVE_URL": "http://127.0.0.1:8080",
         "PROMOTER_URL": "http://127.0.0.1:8083",
         "MONITOR_URL": "http://127.0.0.1:8084",
         "MLFLOW_PUBLIC_URL": "http://127.0.0.1:5001",
+        "KEEP_IMAGES_DAYS": "0",
     }
     return os.environ.get(name) or defaults[name]

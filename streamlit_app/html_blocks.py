@@ -26,9 +26,6 @@ MASTHEAD = (
     f'<header class="sl-mast"><span class="sl-brand"><i></i>{wording.PAGE_TITLE}</span>'
     f'<span class="sl-notice" role="note">{prose(wording.NOTICE)}</span></header>'
 )
-UPLOAD_INVITATION = (
-    f'<section class="sl-hero"><h1>{wording.UPLOAD_HEADING}</h1><p>{prose(wording.UPLOAD_TEXT)}</p></section>'
-)
 _features = (
     f'<li><span class="sl-icon" aria-hidden="true">{icon}</span><div><h3>{title}</h3><p>{prose(text)}</p></div></li>'
     for icon, title, text in wording.FEATURES
@@ -47,6 +44,12 @@ HEAT_SCALE = (
 )
 _advice = (f"{heading(title)}<p>{prose(text)}</p>" for title, text in wording.GUIDE)
 GUIDE = f'<section class="sl-guide">{"".join(_advice)}</section>'
+
+
+def upload_invitation(keep_days: int) -> str:
+    """Return the invitation to upload, which says whether pictures are kept and how long."""
+    text = prose(wording.upload_text(keep_days))
+    return f'<section class="sl-hero"><h1>{wording.UPLOAD_HEADING}</h1><p>{text}</p></section>'
 
 
 def verdict(answer: Answer, name: str) -> str:

@@ -16,9 +16,11 @@ READ_PICTURES = "Read pictures"  # the name of this part in the navigation
 # Upload
 UPLOAD_HEADING = "Read dermoscopy pictures"
 UPLOAD_TEXT = (
-    "The model gives nine probabilities and a heatmap for each picture. Pictures are not stored. A log keeps each "
-    "picture’s fingerprint (SHA-256) and its probabilities."
+    "The model gives nine probabilities and a heatmap for each picture. {kept} A log keeps each picture’s fingerprint "
+    "(SHA-256) and its probabilities."
 )
+NOT_KEPT = "Pictures are not stored."
+KEPT = "**Each picture is stored for {days} for review**, as a copy without metadata such as names and places."
 UPLOAD_LABEL = "Drop one or several pictures here"
 SOURCE_LABEL, FILES, CAMERA = "Source of the pictures", "Files", "Camera"
 CAMERA_LABEL = "Photograph of the lesion"
@@ -146,6 +148,16 @@ GUIDE = [
         "mislead it. A doctor decides.",
     ),
 ]
+
+
+def days(count: int) -> str:
+    """Return a number of days."""
+    return "1 day" if count == 1 else f"{count} days"
+
+
+def upload_text(keep_days: int) -> str:
+    """Return the invitation's text, which says before an upload whether pictures are kept."""
+    return UPLOAD_TEXT.format(kept=KEPT.format(days=days(keep_days)) if keep_days else NOT_KEPT)
 
 
 def percent(p: float) -> str:

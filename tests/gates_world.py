@@ -68,7 +68,7 @@ class Server:
     takes: dict[str, list] = field(default_factory=dict)
     patches: list[tuple[bytes, dict]] = field(default_factory=list)  # received, each with its metadata
 
-    def predict(self, image: bytes, version: str, metadata: dict | None = None) -> dict:
+    def predict(self, image: bytes, version: str, metadata: dict | None = None, recorded: bool = True) -> dict:
         self.requests += 1
         if self.fail:
             status = self.fail.pop(0)

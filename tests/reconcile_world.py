@@ -156,7 +156,7 @@ class FakeTorchServe:
 
         self._say(effect)
 
-    def predict(self, image, version, metadata=None):
+    def predict(self, image, version, metadata=None, recorded=True):
         def effect():
             bundle = json.loads(image)
             shift = self.shift.get(version, 0.0)

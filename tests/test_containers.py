@@ -41,10 +41,11 @@ IMAGES = {
     "mlflow": ["containers/*.py", "mlflow_tracking/registry_database.py"],
     "monitor": [
         "monitoring/**/*.py",
+        "scripts/forget.py",
         "scripts/load_outcomes.py",
         *(f"mlflow_tracking/{name}.py" for name in ("settings", "command_line", "version_card")),
         *(f"mlflow_tracking/promotion/{name}.py" for name in ("audit", "plan")),
-        *(f"handlers/{name}.py" for name in ("errors", "taxonomy")),
+        *(f"handlers/{name}.py" for name in ("errors", "files", "kept_images", "taxonomy")),
     ],
     "page": ["streamlit_app/**/*.py"],
 }

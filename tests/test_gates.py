@@ -215,7 +215,7 @@ def test_large_pictures_are_changed_at_a_smaller_size(case, monkeypatch):
     """As PNG in full size they would exceed TorchServe's limit, and no version could be judged."""
     sizes = []
 
-    def predict(image, version, metadata=None):
+    def predict(image, version, metadata=None, recorded=True):
         sizes.append(len(image))
         return {"model": {"digest": case.server.digests[version]}, "probabilities": answer(NV=0.97)}
 

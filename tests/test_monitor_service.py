@@ -174,7 +174,7 @@ def test_it_needs_no_library_for_pictures_or_models():
     """Its image has none."""
     program = (
         "import sys; sys.modules.update(dict.fromkeys(['PIL', 'cv2', 'torch', 'pandas', 'mlflow', 'scipy'])); "
-        "import monitoring.monitor_service, scripts.load_outcomes"
+        "import monitoring.monitor_service, scripts.forget, scripts.load_outcomes"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

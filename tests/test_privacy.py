@@ -5,6 +5,7 @@ that TorchServe has written is searched. Only hashes, classes and probabilities 
 """
 
 import base64
+import hashlib
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.hostile import images, photograph
 from tests.hostile.images import SECRET, encode, exif, small
 from tests.hostile.requests import OCTETS, as_json, form, part
 from tests.serving import PREDICTIONS, Call, Serving
+from tests.waiting import eventually
 
 pytest_plugins = ["tests.fixtures_serving"]
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
@@ -104,3 +106,12 @@ def test_answers_hold_only_the_pictures_hash_and_size(serving: Serving):
     explained = serving.ask(Call(data, path="/explanations/skin_vit"))
     overlay = images.Image.open(images.io.BytesIO(base64.b64decode(explained.json["gradcam"]["overlay_png"])))
     assert not overlay.getexif() and not overlay.info, "EXIF does not travel into the overlay"
+
+
+def test_a_request_that_asks_for_it_is_not_recorded(serving: Serving):
+    log = serving.server.log.parent / "logs" / "predictions.jsonl"
+    silent, recorded = (encode(small(photograph(seed)), "JPEG") for seed in (41, 42))
+    for call in (Call(silent, (OCTETS, ("X-Record", "no"))), Call(recorded)):
+        assert serving.ask(call).status == 200
+    eventually(lambda: hashlib.sha256(recorded).hexdigest() in log.read_text())
+    assert hashlib.sha256(silent).hexdigest() not in log.read_text()

@@ -237,6 +237,14 @@ def test_the_prediction_log_is_put_elsewhere_or_turned_off(env, fake_java):
     assert not any(line.startswith("LOG_PREDICTIONS") for line in lines)
 
 
+@pytest.mark.parametrize(("days", "folder"), [("", None), ("0", None), ("14", "{state}/kept_images"), ("7", "here")])
+def test_pictures_are_kept_only_where_the_operator_says_so(env, fake_java, days, folder):
+    java = {"JAVA_HOME": str(fake_java("17.0.1").parents[1])}
+    _, lines, _ = start(env, **java, KEEP_IMAGES_DAYS=days, KEPT_IMAGES="here" if folder == "here" else "")
+    place = {None: None, "here": f"{FOLDER.parent}/here"}.get(folder, f"{env['STACK_STATE']}/kept_images")
+    assert [line for line in lines if line.startswith("KEPT_IMAGES=")] == ([f"KEPT_IMAGES={place}"] if place else [])
+
+
 def test_an_empty_cuda_visible_devices_is_passed_on(env, fake_java):
     java = {"JAVA_HOME": str(fake_java("17.0.1").parents[1])}
     _, lines, _ = start(env, **java, CUDA_VISIBLE_DEVICES="")

@@ -5,7 +5,7 @@
 #   TORCHSERVE_PORT=9090 torchserve/start_torchserve.sh   another port
 #
 # Other settings, from the environment alone: TORCHSERVE_METRICS_PORT, TORCHSERVE_HOST, TORCHSERVE_MANAGEMENT,
-# TORCHSERVE_RUN_DIR, STACK_STATE, MODEL_STORE, PREDICTION_LOG, JAVA_HOME, and TORCHSERVE_JAVA_OPTS (default: 1 GB of
+# TORCHSERVE_RUN_DIR, STACK_STATE, MODEL_STORE, PREDICTION_LOG, KEEP_IMAGES_DAYS, KEPT_IMAGES, JAVA_HOME, and TORCHSERVE_JAVA_OPTS (default: 1 GB of
 # heap, and 2 GB of direct memory, which holds the requests: eight pictures of 19 MB do not fit into 512 MB).
 # The torchserve command is not used, because it leaves Java running when it is killed.
 set -euo pipefail
@@ -68,6 +68,14 @@ done
 predictions="${PREDICTION_LOG:-${STACK_STATE:-.stack}/logs/predictions.jsonl}"
 [[ "$predictions" == off ]] || keep+=("LOG_PREDICTIONS=1")
 [[ "$predictions" == /* ]] || predictions="$root/$predictions"
+# Copies of pictures for review, which the monitor deletes after their days.
+kept="${KEPT_IMAGES:-${STACK_STATE:-.stack}/kept_images}"
+[[ "$kept" == /* ]] || kept="$root/$kept"
+if [[ ! "${KEEP_IMAGES_DAYS:-0}" =~ ^[0-9]+$ ]]; then
+  echo "KEEP_IMAGES_DAYS is '$KEEP_IMAGES_DAYS': it must be a whole number, 0 or greater." >&2
+  exit 1
+fi
+[[ "${KEEP_IMAGES_DAYS:-0}" =~ ^0+$ ]] || keep+=("KEPT_IMAGES=$kept")
 # shellcheck disable=SC2086  # options are several words
 exec env -i PATH="$(dirname "$python"):/usr/local/bin:/usr/bin:/bin" HOME="$run" LANG=C.UTF-8 \
   TMPDIR="$run" TEMP="$run" LOG_LOCATION="$run/logs" METRICS_LOCATION="$run/logs" ${keep[@]+"${keep[@]}"} \

@@ -19,7 +19,7 @@ from streamlit_app import (
     wording,
 )
 from streamlit_app.answer_schema import UNKNOWN, Answer
-from streamlit_app.client import PICTURE_PROBLEMS, ServingError, setting
+from streamlit_app.client import PICTURE_PROBLEMS, ServingError, keep_days, setting
 from streamlit_app.readings import Reading, Readings, Upload
 
 NOTE_LENGTH = 500  # characters
@@ -87,7 +87,7 @@ def chosen_uploads() -> list[Upload]:
                 st.html(html_blocks.EXAMPLES_SHOWN)
                 st.button(wording.EXAMPLES_CLOSE, on_click=lambda: st.session_state.pop("examples"))
         elif not files:
-            invitation.html(html_blocks.UPLOAD_INVITATION)
+            invitation.html(html_blocks.upload_invitation(keep_days()))
     if len(files) > MAX_PICTURES:
         st.warning(wording.TOO_MANY.format(count=len(files), limit=MAX_PICTURES), icon=":material/filter_list:")
     earlier: dict[str, Upload] = st.session_state.get("uploads", {})
