@@ -19,6 +19,7 @@ RUN python3 -m venv --without-pip /opt/venv \
     && useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin app \
     && install -d /secrets \
     && install -d -o app -g app -m 0700 /run/management /run/torchserve /var/lib/kept_images /app/runs /secrets/kept /secrets/mlflow /secrets/monitor \
+        /secrets/page \
     && install -d -o app -g app /app /var/lib/model_store /var/lib/minio /var/log/predictions \
         /secrets/postgres /secrets/minio /secrets/grafana
 WORKDIR /app
@@ -111,7 +112,7 @@ COPY --chown=app containers/healthcheck.py containers/
 COPY --chown=app streamlit_app/ streamlit_app/
 RUN python -m compileall -q .
 USER app
-CMD ["streamlit", "run", "streamlit_app/app.py"]
+CMD ["python", "-m", "streamlit_app.page_server"]
 
 FROM base AS proxy
 RUN apt-get update -qq \

@@ -32,7 +32,9 @@ NAMES = {
     "MINIO_ACCESS_KEY": 10,
     "MINIO_SECRET_KEY": 20,
     "GRAFANA_ADMIN_PASSWORD": 16,
+    "PAGE_COOKIE_SECRET": 20,
 }
+ISSUED = {"OIDC_CLIENT_SECRET": "page/oidc_client_secret"}  # by the identity provider; name: file below SECRETS
 # No quotes, colons or blanks, because the values go into shell, INI and pgpass files.
 ALLOWED = re.compile(r"[A-Za-z0-9_.,~^*+=/@%!-]{8,40}")
 
@@ -90,7 +92,7 @@ def choose(named: dict[str, str], kept: dict[str, str]) -> dict[str, str]:
 
 
 def files(value: dict[str, str]) -> dict[str, tuple[str, int]]:
-    """Return path below SECRETS: (content, mode). MLflow and the monitor run as the user that writes the files."""
+    """Return path below SECRETS: (content, mode). MLflow, monitor and page run as the user that writes them."""
     return {
         KEPT: (json.dumps(value), 0o600),
         "mlflow/pgpass": (f"*:*:*:mlflow:{value['MLFLOW_DATABASE_PASSWORD']}\n", 0o600),
@@ -110,6 +112,7 @@ def files(value: dict[str, str]) -> dict[str, tuple[str, int]]:
             0o444,
         ),
         "grafana/admin_password": (value["GRAFANA_ADMIN_PASSWORD"], 0o444),
+        "page/cookie_secret": (value["PAGE_COOKIE_SECRET"], 0o600),
     }
 
 
@@ -119,13 +122,14 @@ def main() -> int:
     rotate = parser.parse_args().rotate
     try:
         words = os.environ.get("NAMED_SECRETS", "").split()  # docker-compose.yml has a sentence for old versions in it
-        named = read_named([word for word in words if word in NAMES], ENV_FILE)
+        named = read_named([word for word in words if word in {*NAMES, *ISSUED}], ENV_FILE)
         kept = read_kept(SECRETS / KEPT, rotate)
         chosen = choose(named, {} if rotate else kept)
     except SecretsError as error:
         print(error, file=sys.stderr)
         return 1
-    for name, (content, mode) in files(chosen).items():
+    issued = {ISSUED[name]: (named[name], 0o600) for name in ISSUED.keys() & named}
+    for name, (content, mode) in (files(chosen) | issued).items():
         with atomic_file(SECRETS / name) as file:
             os.fchmod(file.fileno(), mode)
             file.write(content.encode())

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 from starlette.datastructures import Headers
 
 from handlers.kept_images import kept_path
+from handlers.taxonomy import TAXONOMY
 from monitoring.monitor import Monitor
 from monitoring.review_queue import ReviewQueue
 from monitoring.reviews import VERDICTS, NewReading, ReviewRefused, record_reading
@@ -46,10 +47,15 @@ def review_routes(monitor: Monitor) -> APIRouter:
     def next_picture(reader: Annotated[ReaderName, Query()], kind: Kind = "reading") -> dict[str, Any]:
         return {"picture": queue.next_picture(reader, kind)}
 
+    classes = {
+        lesion.code: {"name": lesion.name, "malignant": lesion.malignant, "description": lesion.description}
+        for lesion in TAXONOMY
+    }
+
     @router.get("/status")
     def status(reader: Annotated[ReaderName, Query()]) -> dict[str, Any]:
         state = {"keep_days": settings.keep_images_days, "random_share": settings.review_random_share}
-        return state | queue.status(reader)
+        return state | queue.status(reader) | {"classes": classes}
 
     @router.get("/{sha256}/picture")
     def picture(sha256: Annotated[str, Path(pattern=SHA256)]) -> Response:

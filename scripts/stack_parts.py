@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 PARTS = (
     Part("mlflow", "MLflow", "bash mlflow_tracking/mlflow_server.sh", "/health"),
-    Part("streamlit", "Page", "python -m streamlit run streamlit_app/app.py", "/_stcore/health"),
+    Part("streamlit", "Page", "python -m streamlit_app.page_server", "/_stcore/health"),
     Part("torchserve", "TorchServe", "bash torchserve/start_torchserve.sh", "/ping", f"/predictions/{MODEL_NAME}"),
     Part("promoter", "Promoter", "python -m mlflow_tracking.promotion.service", "/healthz", "/status"),
     Part("monitor", "Monitor", "python -m monitoring.monitor_service", "/health", "/summary"),

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import streamlit as st
 
-from streamlit_app import connections, html_blocks, monitor_wording, wording
+from streamlit_app import connections, html_blocks, monitor_wording, review_wording, wording
 from streamlit_app.client import setting
 from streamlit_app.views.monitoring import monitoring
 from streamlit_app.views.read_pictures import read_pictures
+from streamlit_app.views.review import review
 
 HERE = Path(__file__).parent
 # A further part is a file in views/ and a line here.
 PARTS = [
     st.Page(read_pictures, title=wording.READ_PICTURES, icon=":material/image_search:", default=True),
     st.Page(monitoring, title=monitor_wording.MONITORING, icon=":material/monitoring:"),
+    st.Page(review, title=review_wording.REVIEW, icon=":material/rate_review:"),
 ]
 
 

@@ -46,7 +46,11 @@ class PredictionClient:
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=4 * PARALLEL))
 
     def predict(
-        self, image: bytes, target: str | None = None, details: Mapping[str, float | str] | None = None
+        self,
+        image: bytes,
+        target: str | None = None,
+        details: Mapping[str, float | str] | None = None,
+        recorded: bool = True,
     ) -> Answer:
         """Return the answer for a picture; requests that fail for the moment are retried.
 
@@ -56,6 +60,7 @@ class PredictionClient:
             image: the bytes of the file, as uploaded
             target: class code of the heatmap; default: the most probable class
             details: the patient's details, by field name
+            recorded: False keeps the request out of the prediction log, and the picture out of the review
 
         Raises:
             ServingError: there is no usable answer.
@@ -65,7 +70,7 @@ class PredictionClient:
         )
         for wait in (*BUSY_WAITS, None):
             try:
-                response = self._post(image, fields)
+                response = self._post(image, fields, recorded)
             except requests.ConnectionError as error:
                 # A kept-alive connection may close just when it is used again: retry on a new one.
                 cut_off = error.args and isinstance(error.args[0], urllib3.exceptions.ProtocolError)
@@ -89,13 +94,16 @@ class PredictionClient:
         except requests.RequestException:
             return False
 
-    def _post(self, image: bytes, fields: dict[str, str]) -> requests.Response:
+    def _post(self, image: bytes, fields: dict[str, str], recorded: bool) -> requests.Response:
         # Always a form: a raw body that is no picture may be taken for JSON.
         url = f"{self.url}/predictions/{self.model}"
         files = {"data": ("image", image, "application/octet-stream")}
         connect, read = self.timeouts
         timeouts = (connect + len(image) / SEND_BYTES_PER_SECOND, read)
-        return self.session.post(url, data=fields, files=files, timeout=timeouts, allow_redirects=False)
+        headers = {} if recorded else {"X-Record": "no"}
+        return self.session.post(
+            url, data=fields, files=files, headers=headers, timeout=timeouts, allow_redirects=False
+        )
 
     def _translate(self, error: requests.RequestException) -> ServingError:
         if isinstance(error, requests.ConnectionError):

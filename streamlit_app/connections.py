@@ -7,6 +7,7 @@ from streamlit_app.answer_schema import PromoterState
 from streamlit_app.client import PredictionClient, promoter_state, setting
 from streamlit_app.monitor_client import MonitorClient
 from streamlit_app.readings import Upload
+from streamlit_app.review_client import ReviewClient
 
 STATE_SECONDS = 5  # the oldest state that the page shows
 
@@ -21,6 +22,12 @@ def prediction_client() -> PredictionClient:
 def monitor_client() -> MonitorClient:
     """Return the client of the monitor."""
     return MonitorClient(setting("MONITOR_URL"))
+
+
+@st.cache_resource(show_spinner=False)
+def review_client() -> ReviewClient:
+    """Return the client of the monitor's reviews."""
+    return ReviewClient(setting("MONITOR_URL"))
 
 
 @st.cache_resource(show_spinner=False)

@@ -1,6 +1,6 @@
 """The page's requests to the monitor."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import requests
 from pydantic import BaseModel, ValidationError
@@ -12,7 +12,11 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 class MonitorError(Exception):
-    """The monitor has no usable answer; the message is for the reader."""
+    """The monitor has no usable answer; the message is for the reader. `status` is 0 without a response."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class MonitorClient:
@@ -36,17 +40,22 @@ class MonitorClient:
         return self._get("predictions", LatestPredictions, limit=limit, version=version).predictions
 
     def _get(self, path: str, schema: type[Body], **parameters: float | str | None) -> Body:
+        return self._parse(self._request("GET", path, params=parameters), schema)
+
+    def _request(self, method: str, path: str, **options: Any) -> requests.Response:
         try:
-            response = self.session.get(
-                f"{self.url}/{path}", params=parameters, timeout=TIMEOUTS, allow_redirects=False
+            return self.session.request(
+                method, f"{self.url}/{path}", timeout=TIMEOUTS, allow_redirects=False, **options
             )
         except requests.RequestException as error:
             raise MonitorError(f"No monitor answers at {self.url}.") from error
+
+    def _parse(self, response: requests.Response, schema: type[Body]) -> Body:
         try:
             body = response.json()
             if not response.ok:
                 reason = str(body["error"]["message"])[:300]
-                raise MonitorError(f"The monitor has no figures. {reason}")
+                raise MonitorError(f"The monitor has no answer. {reason}", response.status_code)
             return schema.model_validate(body)
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             raise MonitorError(

@@ -140,6 +140,7 @@ class FakeTorchServe:
         self.takes: dict[str, list] = {}  # the patient's details that the model takes
         self.targets: list[str | None] = []  # of every prediction, in order of arrival
         self.details: list[dict[str, str]] = []  # of every prediction, in order of arrival
+        self.recorded: list[bool] = []  # whether the real server would log it
 
     @property
     def url(self) -> str:
@@ -204,6 +205,7 @@ class FakeTorchServe:
                 image = fields.pop("data")
                 details = {name: value.decode() for name, value in fields.items()}
                 details.pop("picture", None)
+                fake.recorded.append(self.headers.get("X-Record") != "no")
                 self._send(*fake.reply(image, details.pop("target", None), details))
 
             def _send(self, status: int, body: Any) -> None:

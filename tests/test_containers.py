@@ -64,7 +64,7 @@ def script(name: str) -> ModuleType:
 def secrets(tmp_path, monkeypatch) -> ModuleType:
     """make_secrets.py with folders of its own."""
     module = script("make_secrets")
-    for name in ("kept", "mlflow", "monitor", "postgres", "minio", "grafana"):
+    for name in ("kept", "mlflow", "monitor", "postgres", "minio", "grafana", "page"):
         (tmp_path / "secrets" / name).mkdir(parents=True)
     monkeypatch.setattr(module, "SECRETS", tmp_path / "secrets")
     monkeypatch.setattr(module, "ENV_FILE", tmp_path / ".env")
@@ -126,7 +126,7 @@ def test_an_image_pins_what_the_environment_pins(image):
 
 def test_the_compose_file_names_every_secret(secrets):
     named = COMPOSE["services"]["secrets"]["environment"]["NAMED_SECRETS"]
-    assert re.findall(r"\$\{(\w+):\+\1\}", named) == list(secrets.NAMES)
+    assert re.findall(r"\$\{(\w+):\+\1\}", named) == [*secrets.NAMES, *secrets.ISSUED]
 
 
 def users() -> dict[str, str]:
@@ -244,6 +244,21 @@ def test_a_value_of_env_wins_and_stays(secrets, monkeypatch):
     monkeypatch.setenv("NAMED_SECRETS", "")
     assert secrets.main() == 0
     assert 'MINIO_ROOT_PASSWORD="chosen-by-me"' in (secrets.SECRETS / "minio/config.env").read_text()
+
+
+def test_a_secret_that_a_provider_issued_is_copied_and_stays(secrets, monkeypatch):
+    secrets.ENV_FILE.write_text("OIDC_CLIENT_SECRET='any \"characters\" of any length'\n")
+    monkeypatch.setenv("NAMED_SECRETS", "OIDC_CLIENT_SECRET")
+    assert secrets.main() == 0
+    secrets.ENV_FILE.unlink()
+    monkeypatch.setenv("NAMED_SECRETS", "")
+    assert secrets.main() == 0
+    assert (secrets.SECRETS / "page/oidc_client_secret").read_text() == 'any "characters" of any length'
+
+
+def test_only_the_file_for_the_sign_in_lets_the_page_reach_the_outside():
+    override = yaml.safe_load((ROOT / "docker-compose.sign-in.yml").read_text())["services"]
+    assert override == {"streamlit": {"networks": ["frontend", "outside"]}}
 
 
 @pytest.mark.parametrize(
