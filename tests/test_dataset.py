@@ -6,6 +6,7 @@ what a lesion's label survives, nothing else.
 """
 
 import itertools
+import math
 import os
 from pathlib import Path
 
@@ -26,12 +27,16 @@ from training.data.batches import (
     classes_in,
     drawn_shares,
     epoch_order,
+    even_batches,
     load_split,
+    parts_of,
     sampling_weights,
     standardise,
 )
+from training.data.draws import Draws
 from training.data.image_cache import DataError, build_cache
 from training.data.manifest import read_manifest
+from training.training_views import TrainingViews
 
 SMALL = {"train": 12, "val": 6}
 STILL = ["flip=false", "rotate90=false", "rotate_degrees=0", "translate=0", "crop_scale=1", "crop_aspect=1"]
@@ -51,6 +56,10 @@ def augment(*overrides, size=32):
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def draws(n, seed=0):
+    return Draws((seed,), n)
 
 
 def pictures(n=8, size=32, seed=0):
@@ -215,39 +224,72 @@ def test_batches_hold_the_images_in_order(batch_size):
     told = np.arange(40, dtype=np.float32).reshape(20, 2)
     images = Images(pixels, np.arange(20) * 10, np.arange(20).astype(str), np.full(20, "ham"), told)
     order = epoch_order(np.full(20, 1 / 20), 0, 0)
-    seen = list(batches(images, order, batch_size, CPU))
-    assert [len(labels) for _, labels, _ in seen] == [min(batch_size, 20 - start) for start in range(0, 20, batch_size)]
+    seen = list(batches(images, even_batches(order, batch_size), CPU))
+    sizes = [len(labels) for _, labels, _ in seen]
+    assert len(seen) == math.ceil(20 / batch_size)
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
     np.testing.assert_array_equal(torch.cat([labels for _, labels, _ in seen]), order * 10)
     np.testing.assert_array_equal(torch.cat([p[:, 0, 0, 0] for p, _, _ in seen]), order)
     np.testing.assert_array_equal(torch.cat([m for _, _, m in seen]), told[order])
 
 
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (2, 1), (3, 2)])
+def test_processes_divide_every_batch_without_leaving_or_repeating_an_image(processes, accumulate):
+    order = epoch_order(np.full(50, 1 / 50), 0, 0)
+    divided = [parts_of(even_batches(order, 16), processes, process, accumulate) for process in range(processes)]
+    assert {len(parts) for parts in divided} == {4 * accumulate}
+    for step in range(4):
+        parts = [part for parts in divided for part in parts if part.step == step]
+        sizes = [len(part.images) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert sum(part.share for part in parts) == pytest.approx(1)
+        assert sum(part.is_last for part in parts) == processes
+        np.testing.assert_array_equal(np.concatenate([part.images for part in parts]), parts[0].batch)
+    images = np.concatenate([part.images for parts in divided for part in parts])
+    assert sorted(images) == list(range(50))
+
+
 # ---- augmentation
+
+
+def test_an_images_view_does_not_depend_on_how_the_batch_is_divided():
+    classes, pixels, labels = ("MEL", "NV", "UNK"), pictures(7, size=40), torch.arange(7) % 2
+    settings = ["image_size=32", "randaugment=5", "resample=0.5", "outliers=0.3", "metadata=[age, sex]"]
+    views = TrainingViews(load_config(None, settings), classes)
+    metadata = torch.ones(7, 4)  # two numbers of each field
+    whole = views(pixels, labels, metadata, Draws((1, 2), 7))
+    rows = [slice(0, 3), slice(3, 4), slice(4, 7)]
+    parts = [views(pixels[part], labels[part], metadata[part], Draws((1, 2), 7, part)) for part in rows]
+    for together, *divided in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(torch.cat(divided), together, atol=1e-4, rtol=0)
+    assert (whole[1] == 2).any()
+    assert (whole[2] == 0).any()
 
 
 def test_the_same_seed_gives_the_same_views():
     whole, pixels = augment(), pictures()
-    first, again, other = (whole(pixels, generator(seed)) for seed in (1, 1, 2))
+    first, again, other = (whole(pixels, draws(8, seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
 
 
 def test_each_image_has_its_own_random_numbers():
     pixels = pictures(1).repeat(6, 1, 1, 1)
-    views = augment()(pixels, generator())
+    views = augment()(pixels, draws(6))
     assert len({tuple(view.flatten()[:50].tolist()) for view in views}) == 6
 
 
 def test_without_augmentation_the_image_is_standardised():
     whole = augment(*STILL, *COLOURLESS)
     pixels = pictures()
-    torch.testing.assert_close(whole(pixels, generator()), standardise(pixels, whole.preprocessing), atol=2e-4, rtol=0)
+    torch.testing.assert_close(whole(pixels, draws(8)), standardise(pixels, whole.preprocessing), atol=2e-4, rtol=0)
 
 
 def test_flips_and_quarter_turns_are_exact_and_all_occur():
     whole = augment(*STILL[2:], *COLOURLESS)
     picture = pictures(1)
-    views = whole(picture.repeat(64, 1, 1, 1), generator())
+    views = whole(picture.repeat(64, 1, 1, 1), draws(64))
     base = standardise(picture, whole.preprocessing)[0]
     eight = [torch.rot90(side, turns, (1, 2)) for side in (base, base.flip(2)) for turns in range(4)]
     found = set()
@@ -259,7 +301,7 @@ def test_flips_and_quarter_turns_are_exact_and_all_occur():
 
 
 def test_a_larger_cache_is_brought_to_the_networks_size():
-    views = augment(size=32)(pictures(4, size=40), generator())
+    views = augment(size=32)(pictures(4, size=40), draws(4))
     assert views.shape == (4, 3, 32, 32)
     assert views.is_contiguous()
     assert torch.isfinite(views).all()
@@ -267,7 +309,7 @@ def test_a_larger_cache_is_brought_to_the_networks_size():
 
 def test_the_crop_keeps_the_least_share_of_the_area():
     whole = augment("crop_scale=0.5", "crop_aspect=1.3", "rotate90=false", "rotate_degrees=0", "translate=0")
-    theta = whole.geometry(500, generator())
+    theta = whole.geometry(draws(500))
     area = (theta[:, 0, 0] * theta[:, 1, 1]).abs()
     assert area.max() <= 1.0001
     assert area.min() >= 0.5 / 1.3  # a stretched crop is cut off at the picture's edge
@@ -279,7 +321,7 @@ def test_the_crop_keeps_the_least_share_of_the_area():
 
 def test_a_crop_turned_by_quarters_stays_in_the_picture_and_reaches_its_edges():
     turned = augment("crop_scale=0.5", "crop_aspect=1.3", "rotate_degrees=0", "translate=0")
-    theta = turned.geometry(500, generator())
+    theta = turned.geometry(draws(500))
     reach = theta[:, :, 2].abs() + theta[:, :, :2].abs().sum(2)
     assert (reach.amax(0) <= 1.0001).all()
     assert (reach.amax(0) > 0.98).all()
@@ -289,7 +331,7 @@ def colours(overrides, pixels):
     """Only the colours change: uint8 (N, S, S, 3) to float (N, 3, S, S) in [0, 255]."""
     whole = augment(*STILL, *COLOURLESS, *overrides)
     std, mean = (torch.tensor(v)[:, None, None] for v in (whole.preprocessing.std, whole.preprocessing.mean))
-    return (whole(pixels, generator()) * std + mean) * 255
+    return (whole(pixels, draws(len(pixels))) * std + mean) * 255
 
 
 def grey_of(images):
@@ -320,7 +362,7 @@ def test_contrast_turns_about_each_images_mean():
 
 
 def test_brightness_multiplies():
-    pixels = pictures()
+    pixels = pictures(32)
     ratio = colours(["brightness=0.4"], pixels).mean((1, 2, 3)) / pixels.float().mean((1, 2, 3))
     assert 0.6 <= ratio.min() < 0.9
     assert 1.1 < ratio.max() <= 1.4

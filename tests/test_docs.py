@@ -24,15 +24,9 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MUL
 GENERATED = ("data/", "runs/", "model_store/skin_vit-", ".stack", ".venv")  # folders that a fresh clone does not have
 # Variables that the system, a tool or one of our own scripts sets.
 NOT_OURS = {"BASH_SOURCE", "BUNDLE_NOTE", "CI", "HOME", "NAMED_SECRETS", "NO_PROXY", "no_proxy", "PATH", "PYTHONPATH"}
-NOT_OURS |= {
-    "PAGE_SECRETS",
-    "STREAMLIT_SERVER_PORT",
-    "TMPDIR",
-    "VIRTUAL_ENV",
-    "PIP_INDEX_URL",
-    "UV_DEFAULT_INDEX",
-    "UV_INDEX_URL",
-}
+NOT_OURS |= {"LOCAL_RANK", "WORLD_SIZE"}  # torchrun
+NOT_OURS |= {"PAGE_SECRETS", "STREAMLIT_SERVER_PORT"}
+NOT_OURS |= {"TMPDIR", "VIRTUAL_ENV", "PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"}
 READS_ENVIRONMENT = {"BaseSettings", "ServiceSettings", "Settings"}  # bases of pydantic's settings classes
 
 

@@ -140,7 +140,7 @@ def exports():
 def run(folder, *settings, resume=False):
     folder.mkdir(exist_ok=True)
     checkpoint = checkpoints.load(folder / "last.pt") if resume else None
-    stop = SimpleNamespace(watch=lambda: None, check=lambda: None, number=0)
+    stop = SimpleNamespace(watch=lambda: None, check=lambda agree=int: None, number=0)
     train.train(load_config(None, [*TINY, *settings]), folder, checkpoint, stop)
     return checkpoints.load(folder / "best.pt")["weights"]
 

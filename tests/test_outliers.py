@@ -10,6 +10,7 @@ from handlers.predictor import Predictor
 from handlers.request import Request
 from handlers.taxonomy import CODES
 from tests.models import tiny_bundle
+from training.data.draws import Draws
 from training.data.outliers import Outliers, bare_skin, blank, page
 from training.data.synthetic import draw_lesion
 from training.evaluation.calibration_fit import fit_calibration
@@ -24,8 +25,7 @@ def lesions(count=8, side=64):
 
 def test_a_share_of_each_batch_becomes_outliers_of_class_unk():
     pixels, labels = lesions().repeat(50, 1, 1, 1), torch.zeros(400, dtype=torch.int64)
-    seeded = [torch.Generator().manual_seed(5) for _ in range(2)]
-    (changed, targets), (again, _) = (Outliers(0.25, 2)(pixels, labels, generator) for generator in seeded)
+    (changed, targets), (again, _) = (Outliers(0.25, 2)(pixels, labels, Draws((5,), 400)) for _ in range(2))
     assert torch.equal(changed, again)
     assert float((targets == 2).float().mean()) == pytest.approx(0.25, abs=0.06)
     kept = targets == 0

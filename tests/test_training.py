@@ -74,7 +74,7 @@ class StopAfter:
     def watch(self):
         pass
 
-    def check(self):
+    def check(self, agree=int):
         self.left -= 1
         if not self.left:
             self.number = signal.SIGTERM

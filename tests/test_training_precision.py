@@ -14,7 +14,7 @@ from training.config import load_config
 pytest_plugins = ["tests.fixtures_training"]
 pytestmark = pytest.mark.usefixtures("only_the_loop")
 
-NEVER = SimpleNamespace(watch=lambda: None, check=lambda: None, number=0)  # interrupted
+NEVER = SimpleNamespace(watch=lambda: None, check=lambda agree=int: None, number=0)  # interrupted
 CPU = torch.device("cpu")
 TINY = ["architecture=test_vit", "image_size=32", "batch_size=16", "threads=1", "pretrained=false"]
 

@@ -127,7 +127,13 @@ class OptimizationSettings(_Group):
     """Optimiser, schedule and length of the training."""
 
     epochs: int = Field(30, ge=1)
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, description="images of a step, over all processes")
+    accumulate: int = Field(
+        1, ge=1, description="parts of a batch that each process computes one after another, to save memory"
+    )
+    sync_batch_norm: bool = Field(
+        True, description="of several processes: batch norm takes mean and variance of the images of all"
+    )
     optimizer: Literal["adamw", "adam"] = "adamw"
     lr: Positive = Field(3e-4, description="peak learning rate")
     weight_decay: NonNegative = Field(0.05, description="not applied to norms, biases, position and class tokens")
@@ -206,7 +212,7 @@ class TrainConfig(AugmentationSettings, LossSettings, OptimizationSettings, Mode
     experiment: str = Field("skin_vit", description="MLflow experiment")
     seed: Count = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: Count = Field(0, description="CPU threads; 0: torch's choice")
+    threads: Count = Field(0, description="CPU threads of a process; 0: torch's choice")
     output: str = Field("", description="folder of checkpoints and bundle; empty: runs/NAME-TIME")
     monitor: Literal["balanced_accuracy", "loss"] = Field(
         "balanced_accuracy", description="validation figure that chooses the best epoch"

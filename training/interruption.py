@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM during training: stop at the next safe point."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 from handlers.errors import UserError
@@ -31,7 +32,8 @@ class Interruption:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def check(self) -> None:
-        """Raise Interrupted if a signal was received."""
+    def check(self, agree: Callable[[int], int] = int) -> None:
+        """Raise Interrupted if a signal was received. `agree` turns this process's signal into that of all, 0: none."""
+        self.number = agree(self.number)
         if self.number:
             raise Interrupted(self.number)

@@ -16,17 +16,19 @@ from torchvision.transforms import v2
 
 from handlers.backbone import build_backbone
 from training.config import AugmentationSettings, ConfigError, LossSettings, ModelSettings, OptimizationSettings
+from training.data.draws import Draws, seeded
 from training.losses import ClassificationLoss, class_weights
 from training.pretrained import PretrainedWeights
 
+Mix = Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]]
 
-def seed_everything(seed: int, epoch: int) -> torch.Generator:
-    """Seed every global generator for one epoch, and return a generator for the augmentation."""
-    number = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+
+def seed_everything(seed: int, epoch: int, process: int = 0) -> None:
+    """Seed every global generator of a process for one epoch."""
+    number = int(np.random.SeedSequence((seed, epoch, process)).generate_state(1)[0])
     random.seed(number)
     np.random.seed(number)
     torch.manual_seed(number)
-    return torch.Generator().manual_seed(number)
 
 
 def choose_device(device: str) -> torch.device:
@@ -140,16 +142,23 @@ def heads_of(model: nn.Module) -> list[str]:
     return [name for name in (backbone.default_cfg["classifier"], "metadata_head") if name in modules]
 
 
-def make_mix(settings: AugmentationSettings, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a batch; mixed targets are (N, classes)."""
+def make_mix(settings: AugmentationSettings, classes: int) -> Mix:
+    """Return mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019); mixed targets are (N, classes).
+
+    All parts of a batch are mixed alike, each image with a neighbour of its part.
+    """
     transforms: list[nn.Module] = []
     if settings.mixup_alpha:
         transforms.append(v2.MixUp(alpha=settings.mixup_alpha, num_classes=classes))
     if settings.cutmix_alpha:
         transforms.append(v2.CutMix(alpha=settings.cutmix_alpha, num_classes=classes))
     if not transforms:
-        return lambda images, labels: (images, labels)
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = v2.RandomApply(
-        [v2.RandomChoice(transforms)], settings.mix_probability
-    )
+        return lambda images, labels, draws: (images, labels)
+    transform = v2.RandomApply([v2.RandomChoice(transforms)], settings.mix_probability)
+
+    def mix(images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        with seeded(draws.joint_seed()):
+            mixed: tuple[Tensor, Tensor] = transform(images, labels)
+        return mixed
+
     return mix

@@ -18,15 +18,13 @@ from torch import nn
 
 from handlers.backbone import PRETRAINED_STEMS, fuse
 from handlers.errors import UserError
-from handlers.taxonomy import UNKNOWN
 from mlflow_tracking.command_line import console, progress_bar, run
 from training.backbone_check import check_backbone
 from training.checkpoints import LAST, TrainingState, find, load
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load_config
-from training.data.augmentation import Augment
-from training.data.batches import batches, drawn_shares, epoch_order, sampling_weights, withhold
+from training.data.batches import batches, drawn_shares, epoch_order, even_batches, sampling_weights
+from training.data.draws import Draws
 from training.data.manifest import fingerprint
-from training.data.outliers import Outliers
 from training.evaluation.network_outputs import outputs_of
 from training.finish import AFTER_EPOCHS, finish
 from training.initial_weights import InitialWeights
@@ -34,13 +32,13 @@ from training.interruption import Interruption
 from training.losses import prior_logits
 from training.precision import choose_precision
 from training.pretrained import find_pretrained
+from training.ranks import ALONE, Ranks, joined
 from training.recipe import (
     choose_device,
     forward,
     heads_of,
     learning_rate,
     make_loss,
-    make_mix,
     make_model,
     make_optimizer,
     seed_everything,
@@ -48,6 +46,7 @@ from training.recipe import (
 )
 from training.run_record import RunRecord, start_tracking
 from training.training_data import classes_to_learn, load_splits, open_manifest
+from training.training_views import TrainingViews
 from training.validation import out_of_patience, validation_figures
 
 
@@ -55,7 +54,9 @@ class TrainingError(UserError):
     """A run that cannot go on."""
 
 
-def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, interruption: Interruption) -> None:
+def train(
+    config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, stop: Interruption, ranks: Ranks = ALONE
+) -> None:
     """Train, or resume from a checkpoint; then calibrate, evaluate and export to `output`/bundle.
 
     Raises:
@@ -63,14 +64,14 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         TrainingError: the loss is not finite.
         Interrupted: a signal was received.
     """
-    device = choose_device(config.device)
+    device = ranks.device(choose_device(config.device))
     if config.threads:
         torch.set_num_threads(config.threads)
 
     # ---- data, and a network with its first weights
     check_backbone(config)
-    frame = open_manifest(config, resumed=checkpoint is not None)
-    interruption.watch()  # only now: the making of a manifest never calls `check`
+    frame = ranks.in_turn(lambda: open_manifest(config, resumed=checkpoint is not None))
+    stop.watch()  # only now: the making of a manifest never calls `check`
     classes = classes_to_learn(frame, config.manifest, config.outliers)
     dataset_fingerprint = fingerprint(frame)
     initial = initial_weights(config, checkpoint, frame, dataset_fingerprint)
@@ -78,22 +79,23 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     seed_everything(config.seed, 0)
     model, heads, origin = first_weights(config, classes, checkpoint, initial)
     output.mkdir(parents=True, exist_ok=True)
-    data = load_splits(config, frame, classes, interruption.check)
+    data = ranks.in_turn(lambda: load_splits(config, frame, classes, stop.check))
+    ranks.check_sizes(len(data["train"]), len(data["val"]), config)
     weights = sampling_weights(data["train"], config.sampler_power, config.sampler_groups == "source_and_class")
     shares = drawn_shares(data["train"].labels, weights, classes, config.outliers).tolist()
-    steps = max(1, len(data["train"]) // config.batch_size)
 
     # ---- optimiser, loss, augmentation
     model.to(device).to(memory_format=torch.channels_last)
-    precision, measured = choose_precision(config, model, device, (checkpoint or {}).get("measured_precision", {}))
+    measured = (checkpoint or {}).get("measured_precision", {})
+    precision, measured = ranks.from_first(choose_precision(config, model, device, measured))
+    model = ranks.prepared(model, config, device)
     # Warm-up: without it the average would remember the random initial weights for thousands of steps.
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     state = TrainingState(model, ema, make_optimizer(model, config), scaler)
     criterion = make_loss(config, shares).to(device)
     prior = prior_logits(shares, config.logit_adjustment)
-    augment, mix = Augment(config, config.preprocessing), make_mix(config, len(classes))
-    add_outliers = Outliers(config.outliers, classes.index(UNKNOWN)) if config.outliers else None
+    views = TrainingViews(config, classes)
     if checkpoint:
         state.restore(checkpoint, config.monitor)
     last_epoch = state.epoch if out_of_patience(state.best, state.epoch, config.patience) else config.epochs
@@ -103,7 +105,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
     console.print(f"{len(data['train']):,} training and {len(data['val']):,} validation images, {device}, {precision}")
 
     # ---- MLflow, and what every checkpoint holds besides the state
-    tracker = start_tracking(config, output, checkpoint, frame, dataset_fingerprint, device)
+    tracker = start_tracking(config, output, checkpoint, frame, dataset_fingerprint, device) if ranks.writes else None
     header: dict[str, Any] = {
         "config": config.to_dict(),
         "classes": list(classes),
@@ -114,7 +116,7 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
         "measured_precision": measured,
         "initial": initial.to_dict() if initial else (checkpoint or {}).get("initial"),
     }
-    with RunRecord(output, state, header, tracker, interruption) as record:
+    with RunRecord(output, state, header, tracker, stop) as record:
         if not checkpoint:
             record.save_last()  # a run killed in its first epoch can be resumed, too
 
@@ -124,39 +126,43 @@ def train(config: TrainConfig, output: Path, checkpoint: dict[str, Any] | None, 
                 console.print(f"Stopping early: no improvement in the last {config.patience} epochs.")
                 break
             began = time.monotonic()
-            generator = seed_everything(config.seed, epoch)
-            order = epoch_order(weights, config.seed, epoch)
-            order = order[: steps * config.batch_size]  # whole batches: batch norm cannot use a batch of one
+            seed_everything(config.seed, epoch, ranks.number)
+            epoch_batches = even_batches(epoch_order(weights, config.seed, epoch), config.batch_size)
+            parts, steps = ranks.parts(epoch_batches, config.accumulate), len(epoch_batches)
             set_trainable(model, heads if epoch < config.freeze_epochs else (), config.frozen_stages)
+            network = ranks.connected(model)
             loss_sum = torch.zeros((), device=device)
             with progress_bar(f"epoch {epoch + 1}/{config.epochs}") as progress:
-                for step, batch in enumerate(batches(data["train"], order, config.batch_size, device)):
-                    pixels, labels, metadata = batch
-                    if add_outliers:
-                        pixels, labels = add_outliers(pixels, labels, generator)
-                    images, targets = mix(augment(pixels, generator), labels)
-                    # A mixed image belongs to no patient, so the model gets no metadata with it.
-                    drop = config.metadata_drop if targets.ndim == 1 else 1.0
-                    metadata = withhold(metadata, config.metadata_inputs, drop, generator)
-                    loss = criterion(fuse(model, forward(model, images, precision), metadata), targets)
-                    lr = learning_rate(config, epoch * steps + step, steps)
-                    take_step(loss, state, lr, config.grad_clip)
-                    ema.update(model, step=epoch * steps + step)
+                part_batches = batches(data["train"], [part.images for part in parts], device)
+                for part, batch in zip(parts, part_batches, strict=True):
+                    draws = Draws((config.seed, epoch, part.step), len(part.batch), part.rows)
+                    images, targets, metadata = views(*batch, draws)
+                    ranks.average_gradients(network, now=part.is_last)
+                    loss = criterion(fuse(model, forward(network, images, precision), metadata), targets) * part.share
+                    state.scaler.scale(loss * ranks.count).backward()  # the processes' gradients are averaged
                     loss_sum += loss.detach()
-                    progress(step + 1, steps)
-                    interruption.check()
-            train_loss = loss_sum.item() / steps
+                    if part.is_last:
+                        lr = learning_rate(config, epoch * steps + part.step, steps)
+                        take_step(state, lr, config.grad_clip)
+                        ema.update(model, step=epoch * steps + part.step)
+                        progress(part.step + 1, steps)
+                        stop.check(ranks.largest)
+            train_loss = ranks.sum(loss_sum).item() / steps
             if not math.isfinite(train_loss):
                 raise TrainingError(f"The loss is {train_loss} in epoch {epoch + 1}; try a lower lr or precision=fp32.")
 
             # ---- validation and checkpoints
-            outputs = outputs_of(ema.module, data["val"], config.batch_size, config.preprocessing, device, precision)
-            figures = {"train_loss": train_loss, "lr": lr}
-            figures |= validation_figures(outputs.labels, outputs.logits - prior, classes)
+            ranks.average_buffers(model, ema.module)
+            own = ranks.own(data["val"])
+            outputs = outputs_of(ema.module, own, config.batch_size, config.preprocessing, device, precision)
+            logits = ranks.gather(outputs.logits) - prior
+            figures = {"train_loss": train_loss, "lr": lr} | validation_figures(data["val"].labels, logits, classes)
             record.add_epoch(figures | {"seconds": time.monotonic() - began}, config)
-            interruption.check()
+            stop.check(ranks.largest)
 
-        finish(config, output, frame, data, device, tracker, interruption.check)
+        ranks.part()
+        if tracker:
+            finish(config, output, frame, data, device, tracker, stop.check)
 
 
 def initial_weights(
@@ -200,17 +206,16 @@ def first_weights(
     return model, heads, pretrained.origin if pretrained else (checkpoint or {}).get("pretrained", "")
 
 
-def take_step(loss: torch.Tensor, state: TrainingState, lr: float, grad_clip: float) -> None:
-    """Update the model by the gradient of `loss`, with the norm limited to `grad_clip` (0: unlimited)."""
+def take_step(state: TrainingState, lr: float, grad_clip: float) -> None:
+    """Update the model by its gradients, with their norm limited to `grad_clip` (0: unlimited), and delete them."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    state.optimizer.zero_grad()
-    state.scaler.scale(loss).backward()
     if grad_clip:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip)
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    state.optimizer.zero_grad()
 
 
 def main(
@@ -239,17 +244,20 @@ def main(
     setting of training/config.py can be written as KEY=VALUE. Other settings come from the preset or from the resumed
     run, or are the defaults.
     """
-    checkpoint = load(find(resume)) if resume else None
-    run_folder = find(resume).parent if resume else None
-    flags = {"epochs": epochs, "batch_size": batch_size, "output": output, "device": device}
-    base = checkpoint["config"] | {"output": str(run_folder)} if checkpoint else None
-    settings = load_config(config or (None if checkpoint else DEFAULT_PRESET), overrides or (), flags, base)
-    folder = Path(settings.output or ROOT / "runs" / time.strftime(f"{settings.name}-%Y%m%d-%H%M%S"))
-    if run_folder and folder.resolve() != run_folder.resolve():  # the best weights so far are there
-        raise ConfigError(f"The resumed run writes to its own folder {run_folder}; leave output={folder} out.")
-    if not checkpoint and (folder / LAST).exists():
-        raise ConfigError(f"{folder} holds a run already; add --resume {folder / LAST}, or choose another --output.")
-    train(settings, folder, checkpoint, Interruption())
+    with joined() as ranks:
+        checkpoint = load(find(resume)) if resume else None
+        run_folder = find(resume).parent if resume else None
+        flags = {"epochs": epochs, "batch_size": batch_size, "output": output, "device": device}
+        base = checkpoint["config"] | {"output": str(run_folder)} if checkpoint else None
+        settings = load_config(config or (None if checkpoint else DEFAULT_PRESET), overrides or (), flags, base)
+        folder = Path(settings.output or ROOT / "runs" / time.strftime(f"{settings.name}-%Y%m%d-%H%M%S"))
+        if run_folder and folder.resolve() != run_folder.resolve():  # the best weights so far are there
+            raise ConfigError(f"The resumed run writes to its own folder {run_folder}; leave output={folder} out.")
+        if not checkpoint and (folder / LAST).exists():
+            raise ConfigError(
+                f"{folder} holds a run already; add --resume {folder / LAST}, or choose another --output."
+            )
+        train(settings, ranks.from_first(folder), checkpoint, Interruption(), ranks)
 
 
 if __name__ == "__main__":

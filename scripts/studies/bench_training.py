@@ -26,7 +26,8 @@ from handlers.backbone import build_backbone
 from mlflow_tracking.command_line import console, run, table
 from training.config import TrainConfig, load_config
 from training.data.augmentation import Augment
-from training.data.batches import Images, batches, classes_in, epoch_order, load_split
+from training.data.batches import Images, batches, classes_in, epoch_order, even_batches, load_split
+from training.data.draws import Draws
 from training.data.image_cache import DataError
 from training.data.manifest import read_manifest
 from training.losses import ClassificationLoss
@@ -52,10 +53,11 @@ class TrainingStep:
         self.optimizer = make_optimizer(self.model, config)
         self.criterion = ClassificationLoss(label_smoothing=config.label_smoothing)
         self.augment = Augment(config, config.preprocessing)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.seed = config.seed
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> None:
-        logits = forward(self.model, self.augment(pixels.to(self.device), self.generator), self.precision)
+        images = self.augment(pixels.to(self.device), Draws((self.seed,), len(pixels)))
+        logits = forward(self.model, images, self.precision)
         self.optimizer.zero_grad()
         self.criterion(logits, labels.to(self.device)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -84,7 +86,8 @@ def from_memory(batch: int, side: int, classes: int) -> Batches:
 def from_cache(images: Images, batch: int, device: torch.device, seed: int) -> Batches:
     """Yield whole batches of a shuffled epoch, as training reads them."""
     order = epoch_order(np.full(len(images), 1 / len(images)), seed, 0)
-    for pixels, labels, _ in batches(images, np.resize(order, max(len(order), 10_000 * batch)), batch, device):
+    order = np.resize(order, max(len(order), 10_000 * batch))
+    for pixels, labels, _ in batches(images, even_batches(order, batch), device):
         yield pixels, labels
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import CODES, UNKNOWN
+from training.data.draws import Draws
 from training.data.image_cache import build_cache
 
 
@@ -39,6 +40,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def rows(self, rows: slice) -> "Images":
+        """Return some of the images."""
+        return Images(*(getattr(self, column.name)[rows] for column in fields(self)))
 
 
 def load_split(
@@ -104,43 +109,85 @@ def epoch_order(weights: NDArray[np.float64], seed: int, epoch: int) -> NDArray[
     return rng.choice(len(weights), size=len(weights), p=weights)
 
 
+def even_batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+    """Divide the order into the fewest batches of at most `batch_size` images; their sizes differ by one at most.
+
+    A short last batch would weigh its images more, and batch norm cannot use a batch of one.
+    """
+    return np.array_split(order, -(-len(order) // batch_size))
+
+
+@dataclass(frozen=True)
+class BatchPart:
+    """The rows of a batch that a process computes at once."""
+
+    batch: NDArray[np.int64]  # indices of all images of the batch
+    rows: slice
+    step: int  # of the epoch
+    is_last: bool  # of the process's parts of this batch
+
+    @property
+    def images(self) -> NDArray[np.int64]:
+        """The indices (N,) of the part's images."""
+        return self.batch[self.rows]
+
+    @property
+    def share(self) -> float:
+        """The part's share of the batch's images."""
+        return len(self.images) / len(self.batch)
+
+
+def parts_of(batches: Sequence[NDArray[np.int64]], processes: int, process: int, accumulate: int) -> list[BatchPart]:
+    """Return one process's parts of an epoch: `accumulate` of each batch, one after another.
+
+    All parts of all processes hold each image of a batch once, and differ by one image at most.
+    """
+    count, first = processes * accumulate, process * accumulate
+    return [
+        BatchPart(
+            batch, slice(len(batch) * k // count, len(batch) * (k + 1) // count), step, k == first + accumulate - 1
+        )
+        for step, batch in enumerate(batches)
+        for k in range(first, first + accumulate)
+    ]
+
+
 def batches(
-    images: Images, order: NDArray[np.int64], batch_size: int, device: torch.device
+    images: Images, chosen: Sequence[NDArray[np.int64]], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield pixels uint8 (N, S, S, 3), labels int64 (N,) and metadata float32 (N, D) on `device`, in `order`.
+    """Yield pixels uint8 (N, S, S, 3), labels int64 (N,) and metadata float32 (N, D) on `device`, for each of `chosen`.
 
     The next batch is gathered while the last one is used.
     """
 
-    def gather(start: int) -> tuple[Tensor, ...]:
-        chosen = order[start : start + batch_size]
+    def gather(places: NDArray[np.int64]) -> tuple[Tensor, ...]:
         # Rows in file order are read faster from a disk.
-        by_place = np.argsort(chosen)
-        pixels = np.empty((len(chosen), *images.pixels.shape[1:]), np.uint8)
-        pixels[by_place] = images.pixels[chosen[by_place]]
-        arrays = (pixels, images.labels[chosen], images.metadata[chosen])
+        by_place = np.argsort(places)
+        pixels = np.empty((len(places), *images.pixels.shape[1:]), np.uint8)
+        pixels[by_place] = images.pixels[places[by_place]]
+        arrays = (pixels, images.labels[places], images.metadata[places])
         tensors = tuple(torch.from_numpy(array) for array in arrays)
         return tuple(tensor.pin_memory() for tensor in tensors) if device.type == "cuda" else tensors
 
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(gather, 0)
-        for start in range(0, len(order), batch_size):
+        coming = pool.submit(gather, chosen[0])
+        for number in range(1, len(chosen) + 1):
             pixels, labels, metadata = (tensor.to(device, non_blocking=True) for tensor in coming.result())
-            if start + batch_size < len(order):
-                coming = pool.submit(gather, start + batch_size)
+            if number < len(chosen):
+                coming = pool.submit(gather, chosen[number])
             yield pixels, labels, metadata
 
 
-def withhold(encoded: Tensor, metadata: Metadata, share: float, generator: torch.Generator) -> Tensor:
+def withhold(encoded: Tensor, metadata: Metadata, share: float, draws: Draws) -> Tensor:
     """Blank values of encoded metadata (N, D) at random, so that a network learns to do without them.
 
     An image loses all values with probability `share`, otherwise each value independently with the same probability.
     """
     if not metadata.fields:
         return encoded
-    whole = torch.rand(len(encoded), 1, generator=generator) >= share
-    each = torch.rand(len(encoded), len(metadata.fields), generator=generator) >= share
-    return encoded * (whole & each)[:, list(metadata.columns)].to(encoded)
+    whole = draws.uniform() >= share
+    kept = torch.stack([whole & (draws.uniform() >= share) for _ in metadata.fields], 1)
+    return encoded * kept[:, list(metadata.columns)].to(encoded)
 
 
 def standardise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.data.draws import Draws
+
 Pixels = NDArray[np.uint8]  # (C, C, 3), RGB
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPRSTUVW0123456789 .,:-"))
 
@@ -27,13 +29,13 @@ class Outliers:
     def __init__(self, share: float, label: int) -> None:
         self.share, self.label = share, label
 
-    def __call__(self, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, pixels: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return pixels uint8 (N, C, C, 3) and labels int64 (N,) with outliers among them; both are copies."""
-        chosen = torch.rand(len(pixels), generator=generator) < self.share
-        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        chosen, seeds = draws.uniform() < self.share, draws.integers(2**31)
         kinds: list[Callable[[Pixels, np.random.Generator], Pixels]] = [bare_skin, blank, page]
         pixels, labels = pixels.clone(), labels.clone()
         for row in chosen.nonzero()[:, 0].tolist():
+            rng = np.random.default_rng(int(seeds[row]))
             outlier = kinds[rng.integers(len(kinds))](pixels[row].cpu().numpy(), rng)
             pixels[row] = torch.from_numpy(outlier).to(pixels.device)
             labels[row] = self.label

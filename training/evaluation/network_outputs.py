@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from handlers.backbone import fuse
 from handlers.preprocessing import Preprocessing
-from training.data.batches import Images, batches, standardise
+from training.data.batches import Images, batches, even_batches, standardise
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def outputs_of(
     """Compute all outputs in the split's order."""
     backbone: Any = model.eval()
     parts = []
-    for pixels, _, metadata in batches(images, np.arange(len(images)), batch_size, device):
+    for pixels, _, metadata in batches(images, even_batches(np.arange(len(images)), batch_size), device):
         with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
             pooled_features = pooled(backbone, standardise(pixels, preprocessing))
             logits_alone = backbone.get_classifier()(pooled_features)
