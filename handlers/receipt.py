@@ -22,6 +22,8 @@ SCHEMA = 1
 SEEN_SPLITS = ("train", "val", "calibration")
 DIGITS = 16  # of the SHA-256: 64 bits; two of a million images agree by chance once in 37 million data sets
 
+CORRECTION = "correction-"  # and the first DIGITS digits of the upload's SHA-256: the lesion id of a correction
+
 # Copies of one photograph differ in at most 4 bits of the perceptual hash (training/data/duplicates.py).
 COPY_RADIUS = 4
 # Different photographs of dark spots in the same vignette are also that near now and then, so only more near images
@@ -94,6 +96,18 @@ class Receipt:
             for name, columns in values["splits"].items()
         }
         return cls(values["dataset_fingerprint"], splits)
+
+    def without(self, split: str) -> "Receipt":
+        """Return the receipt of the other splits."""
+        return Receipt(self.dataset_fingerprint, {name: seen for name, seen in self.splits.items() if name != split})
+
+    def corrections(self) -> dict[str, list[str]]:
+        """Return the corrections that each split learned from: the first DIGITS digits of the uploads' SHA-256."""
+        names = {
+            split: [lesion.removeprefix(CORRECTION) for lesion in seen.lesions if lesion.startswith(CORRECTION)]
+            for split, seen in self.splits.items()
+        }
+        return {split: digests for split, digests in names.items() if digests}
 
     def joined(self, earlier: "Receipt") -> "Receipt":
         """Return the receipt of a model made from this receipt's images, starting from a model with `earlier`."""

@@ -8,6 +8,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from handlers.bundle import CONFIG, RECEIPT
 from handlers.errors import UserError
-from handlers.receipt import read_receipt
+from handlers.receipt import DIGITS, read_receipt
 from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.promotion.gates.judgement_report import REPORT
 from mlflow_tracking.registry import BUNDLE_ARTIFACT, RegisteredVersion, Registry, RegistryError, RegistryUnavailable
@@ -31,6 +32,7 @@ class LineageError(UserError):
 class Lineage:
     """The history of one bundle. `missing` are sentences on what could not be found.
 
+    `taught` are the versions that learned from a correction of the predicted picture, with the split that it was in.
     `audit` are the audit log's rows on the bundle. Of these, `aliases` are those on moved aliases, `served` those on
     its deployment.
     """
@@ -46,6 +48,7 @@ class Lineage:
     aliases: list[dict[str, Any]] = field(default_factory=list)
     served: list[dict[str, Any]] = field(default_factory=list)
     audit: list[dict[str, Any]] = field(default_factory=list)
+    taught: list[dict[str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
 
@@ -65,9 +68,13 @@ def trace(query: str, registry: Registry, audit: AuditLog, predictions: Iterable
     except (RegistryUnavailable, RegistryError) as error:
         missing.append(str(error))
     digest = (version.digest if version else None) or _digest_in(rows, key)
+    sha256 = str((prediction or {}).get("image_sha256", key))
+    taught = versions_taught(sha256, registry) if prediction or not digest else []
+    if digest is None and taught:
+        return Lineage(query, "", taught=taught)
     if digest is None:
         raise LineageError(f"Neither the registry {registry.uri} nor the audit log {audit.path} knows {query}.")
-    lineage = Lineage(query, digest, prediction, missing=missing)
+    lineage = Lineage(query, digest, prediction, taught=taught, missing=missing)
     lineage.audit = [row for row in rows if digest in (row.get("digest"), row.get("previous_digest"))]
     own = [row for row in lineage.audit if row.get("digest") == digest]
     lineage.aliases = [row for row in own if row["event"] in ("alias seen", "alias moved", "rollback")]
@@ -81,6 +88,24 @@ def trace(query: str, registry: Registry, audit: AuditLog, predictions: Iterable
     elif not missing:
         missing.append("The registry no longer holds this version.")
     return lineage
+
+
+def versions_taught(sha256: str, registry: Registry) -> list[dict[str, str]]:
+    """Return the versions that learned from the correction of an uploaded picture, and the split that it was in.
+
+    Empty for a SHA-256 of fewer than DIGITS digits, or if the registry does not answer.
+    """
+    taught: list[dict[str, str]] = []
+    if len(sha256) < DIGITS:
+        return taught
+    with suppress(RegistryUnavailable, RegistryError), tempfile.TemporaryDirectory() as temporary:
+        for version in registry.versions():
+            path = f"artifacts/{BUNDLE_ARTIFACT}/{RECEIPT}"
+            receipt = read_receipt(registry.download_version(version.version, path, Path(temporary)).parent)
+            for split, corrections in receipt.corrections().items():
+                if sha256[:DIGITS] in corrections:
+                    taught.append({"version": version.version, "split": split})
+    return taught
 
 
 def _version(key: str, registry: Registry) -> RegisteredVersion | None:
@@ -174,6 +199,7 @@ def _add_from_registry(lineage: Lineage, version: RegisteredVersion, registry: R
             "dataset_fingerprint": receipt.dataset_fingerprint,
             "images": {split: len(seen.sha256) for split, seen in receipt.splits.items()},
             "lesions": {split: len(seen.lesions) for split, seen in receipt.splits.items()},
+            "corrections": {split: len(names) for split, names in receipt.corrections().items()},
         }
         if "gates.judgement" in version.tags:
             lineage.gates = json.loads(download(f"{REPORT}/report.json").read_bytes())

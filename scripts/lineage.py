@@ -17,7 +17,8 @@ from mlflow_tracking.settings import MODEL_NAME, Settings
 
 def lineage(
     what: Annotated[
-        str, typer.Argument(metavar="WHAT", help="Digest, request id or version.", show_default=False)
+        str,
+        typer.Argument(metavar="WHAT", help="Digest, request id, version or picture's SHA-256.", show_default=False),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     check: Annotated[bool, typer.Option("--verify", help="Check the audit log's chain of hashes.")] = False,
@@ -25,8 +26,9 @@ def lineage(
     """Trace an answer to its model's version, run, code, data, gates and deployment.
 
     WHAT is the digest in every answer under model.digest (at least its first
-    eight digits), a version number, or the request id of a logged prediction
-    (the answer's header X-Request-Id). The audit log shows when a promoter saw
+    eight digits), a version number, the request id of a logged prediction
+    (the answer's header X-Request-Id), or the SHA-256 of a picture that was
+    corrected: then the versions that learned from it are listed. The audit log shows when a promoter saw
     an alias move, what it did, and who ran promote.py. --verify checks the
     audit log for changed or missing lines. Exit codes: 0 found, 1 unknown or
     the audit log is damaged, 2 wrong options.
@@ -61,6 +63,10 @@ def verify(registry: Registry, audit: AuditLog) -> None:
 
 def show(history: Lineage) -> None:
     """Print a model's history, from its version to the audit log."""
+    for taught in history.taught:
+        console.print(f"A correction of this picture taught version {taught['version']} ({taught['split']}).")
+    if not history.digest:
+        return
     console.print(f"{MODEL_NAME} {history.digest}", style="bold")
     prediction, run_facts = history.prediction or {}, history.run or {}
     _pairs("Prediction", {name: value for name, value in prediction.items() if not isinstance(value, dict)})

@@ -7,6 +7,7 @@ from streamlit_app import monitor_wording as wording
 from streamlit_app.html_blocks import prose
 from streamlit_app.monitor_schema import Figures, Summary
 
+ALARM_CLASS = ' class="sl-alarmed"'
 TITLE = f'<h1 class="sl-title">{wording.HEADING}</h1>'
 
 
@@ -34,7 +35,8 @@ def cards(summary: Summary, now: datetime) -> str:
         (wording.REALISED, wording.share(summary.performance.realised.accuracy), _realised(summary)),
     ]
     items = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><p>{prose(note)}</p></div>"
+        f"<div{ALARM_CLASS if value == wording.DRIFT_ALARM else ''}><dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
+        f"<p>{prose(note)}</p></div>"
         for name, value, note in numbers
     )
     return f'<dl class="sl-cards">{items}</dl>'

@@ -17,12 +17,12 @@ LATENCY, LATENCY_NOTE = "Latency", "median; 95 % take at most {p95}"
 FLAGGED, FLAGGED_NOTE = "Flagged", "of the predictions, as suspicious"
 UNKNOWN, UNKNOWN_NOTE = "None of the above", "of the predictions have UNK first"
 SETS, SETS_NOTE = "Likely classes", "on average for a picture"
-EXPECTED = "{value} on the calibration split"
+EXPECTED = "{value} in the reference"
 BOUNDS = "{low} to {high}"
 DRIFT, DRIFT_NONE, DRIFT_ALARM = "Drift", "none", "alarm"
 DRIFT_NOTHING = "this version has no reference to compare with"
-DRIFT_NONE_NOTE = "{pictures} pictures are like those of the calibration split"
-DRIFT_ALARM_NOTE = "{since}; the pictures are not like those of the calibration split, above all in {statistics}"
+DRIFT_NONE_NOTE = "{pictures} pictures are like those of the reference"
+DRIFT_ALARM_NOTE = "{since}; the pictures are not like those of the reference, above all in {statistics}"
 DRIFT_NAMES = 3  # statistics in the note
 STATISTICS = {
     "size": "their size",

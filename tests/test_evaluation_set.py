@@ -23,6 +23,7 @@ from mlflow_tracking.promotion.evaluation_set import (
     CurrentSet,
     EvaluationSet,
     EvaluationSetError,
+    extended,
     freeze,
 )
 from mlflow_tracking.promotion.execute import Executor
@@ -52,6 +53,15 @@ def rows(tmp_path) -> pd.DataFrame:
         told = (age, ("", "male", "female")[number % 3], "head/neck" if number % 2 else "")
         made.append((str(path), f"image{number}", label, lesion, "ham10000", digest, f"{number:016x}", *told, ""))
     return pd.DataFrame(made, columns=["path", *COLUMNS[1:]])
+
+
+@pytest.mark.parametrize("first", [0, 200])
+def test_an_extended_set_is_the_set_of_all_its_pictures(rows, tmp_path, first):
+    current = frozen_in(tmp_path / "first", rows[:first]) if first else None
+    (tmp_path / "both").mkdir()
+    both = extended(current, rows[first:], tmp_path / "both")
+    assert both.digest == frozen_in(tmp_path / "all", rows).digest
+    both.verify()
 
 
 def test_frozen_and_loaded_it_is_the_same(rows, tmp_path):

@@ -52,6 +52,9 @@ class DataSettings(_Group):
     manifest: str = Field(str(ROOT / "data" / "manifest.csv"), description="the data set, written by prepare_data.py")
     data_dir: str = Field(str(ROOT / "data"), description="folder of images that a missing manifest is made from")
     cache_dir: str = Field("", description="folder of resized images; empty: `cache` next to the manifest")
+    reference_dir: str = Field(
+        "", description="folder of pictures as they arrive, for the reference of drift; empty: the calibration split"
+    )
     cache_size: Count = Field(0, description="side of the cached training images, at least image_size")
 
 

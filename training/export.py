@@ -33,7 +33,6 @@ from handlers.preprocessing import fingerprint
 from handlers.receipt import Receipt
 from handlers.reference import REFERENCE
 from handlers.request import Request
-from handlers.taxonomy import UNKNOWN
 from handlers.weights import BASIS, ORIGIN
 from mlflow_tracking.command_line import console, run
 from training.data.synthetic import draw_lesion
@@ -58,7 +57,7 @@ def export_bundle(
     config: BundleConfig,
     receipt: Receipt,
     space: KnownSpace | None = None,
-    calibration_rows: pd.DataFrame | None = None,
+    reference_pictures: pd.DataFrame | None = None,
 ) -> Bundle:
     """Write the bundle of a trained backbone to the folder `out`, replacing a bundle that is there.
 
@@ -68,11 +67,12 @@ def export_bundle(
         backbone: from handlers.backbone.build_backbone, as `config` describes it.
         receipt: of the images that the model was made from.
         space: the known space that the calibration's rejection uses.
-        calibration_rows: of the manifest, for the reference; a bundle without them, or with too few, has none.
+        reference_pictures: rows with path, lesion_id and metadata, for the reference of drift; without them, or with
+            too few, the bundle has none.
 
     Raises:
         BundleError: `out` is something else, or the serving graph disagrees with the model.
-        ManifestError: a picture of `calibration_rows` cannot be read.
+        ManifestError: a picture of `reference_pictures` cannot be read.
     """
     state = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
@@ -86,24 +86,23 @@ def export_bundle(
         write_json(folder / RECEIPT, receipt.to_dict())
         draft = Bundle.draft(folder, config)
         _write_golden(draft)
-        if calibration_rows is not None:
-            write_reference(draft, calibration_rows)
+        if reference_pictures is not None:
+            write_reference(draft, reference_pictures)
         sealed = seal_with_graph(draft)
     return replace(sealed, path=out)
 
 
-def write_reference(draft: Bundle, calibration_rows: pd.DataFrame) -> None:
-    """Predict the lesions of the calibration split and write their reference into the draft, if they are enough."""
-    rows = calibration_rows[calibration_rows["label"] != UNKNOWN]
-    if rows["lesion_id"].nunique() < MIN_LESIONS:
+def write_reference(draft: Bundle, pictures: pd.DataFrame) -> None:
+    """Predict the pictures and write their reference into the draft, unless they show too few lesions."""
+    if pictures["lesion_id"].nunique() < MIN_LESIONS:
         console.print(
-            f"The calibration split has fewer than {MIN_LESIONS} lesions, so the monitor cannot see drift "
-            "for this model.",
+            f"There are fewer than {MIN_LESIONS} lesions for a reference, so the monitor cannot see drift for this "
+            "model.",
             style="yellow",
         )
         return
     predictor = Predictor(draft, runtime="torch", precision="f32")
-    reference = fit_reference(predict_rows(predictor, rows, label="reference"), rows["lesion_id"].tolist())
+    reference = fit_reference(predict_rows(predictor, pictures, label="reference"), pictures["lesion_id"].tolist())
     write_json(draft.path / REFERENCE, reference.to_dict())
 
 

@@ -26,6 +26,7 @@ from mlflow_tracking.settings import MODEL_NAME
 from training.checkpoints import BEST, LAST, load
 from training.config import TrainConfig
 from training.data.batches import Images
+from training.data.image_files import IMAGE_ENDINGS
 from training.data.splits import SPLITS
 from training.evaluation.calibration_fit import MIN_IMAGES, fit_calibration
 from training.evaluation.evaluation_report import build_report, headline
@@ -39,8 +40,8 @@ from training.recipe import make_model
 
 # Settings that still count when no epoch is left.
 AFTER_EPOCHS = (
-    "manifest", "data_dir", "cache_dir", "image_size", "metadata", "batch_size", "logit_adjustment", "confidence_level",
-    "malignant", "bootstrap", "device", "threads", "output", "name", "experiment",
+    "manifest", "data_dir", "cache_dir", "reference_dir", "image_size", "metadata", "batch_size", "logit_adjustment",
+    "confidence_level", "malignant", "bootstrap", "device", "threads", "output", "name", "experiment",
 )  # fmt: skip
 
 Reports = dict[str, dict[str, Any]]
@@ -90,8 +91,8 @@ def finish(
         evidence(config, best, frame, reports, tracker.run_id),
         metadata=config.metadata_inputs,
     )
-    calibration_rows = frame[frame["split"] == "calibration"]
-    bundle = export_bundle(output / "bundle", model, bundle_config, receipt(best, frame), space, calibration_rows)
+    pictures = reference_pictures(config.reference_dir, frame)
+    bundle = export_bundle(output / "bundle", model, bundle_config, receipt(best, frame), space, pictures)
     check()
     log_files(tracker, output, bundle)
     announce(tracker, reports, bundle)
@@ -228,6 +229,15 @@ def evidence(
             "metrics": {split: headline(report) for split, report in reports.items()},
         }
     )
+
+
+def reference_pictures(folder: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the pictures for the reference: those of a folder, or without one the lesions of the calibration split."""
+    if not folder:
+        return frame[(frame["split"] == "calibration") & (frame["label"] != UNKNOWN)]
+    paths = sorted(str(path) for path in Path(folder).iterdir() if path.suffix.casefold() in IMAGE_ENDINGS)
+    # Each picture counts as a lesion of its own, of which nothing is known.
+    return pd.DataFrame({"path": paths, "lesion_id": paths, "age": np.nan, "sex": "", "site": ""})
 
 
 def receipt(best: Mapping[str, Any], frame: pd.DataFrame) -> Receipt:

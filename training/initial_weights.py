@@ -10,7 +10,7 @@ from torch import nn
 
 from handlers.bundle import Bundle, BundleError
 from handlers.metadata import Metadata
-from handlers.receipt import Receipt, image_identities, overlap, read_receipt
+from handlers.receipt import DIGITS, Receipt, image_identities, overlap, read_receipt
 from handlers.weights import load_weights, read_weights
 from training.data.image_cache import DataError
 from training.recipe import heads_of
@@ -29,19 +29,23 @@ class InitialWeights:
         bundle = Bundle.load(path)
         return cls(bundle, read_receipt(bundle.path))
 
-    def check(self, frame: pd.DataFrame, dataset_fingerprint: str) -> None:
-        """Raise DataError if a split other than train has images that the bundle has seen.
+    def check(self, frame: pd.DataFrame) -> None:
+        """Raise DataError if a split other than train has images that the bundle has seen in another split.
 
-        The bundle's own manifest is accepted, because it has the same images in the same splits.
+        Images that it has seen in the same split are accepted, so its own manifest may have grown.
         """
-        if self.receipt.dataset_fingerprint == dataset_fingerprint:
-            return
-        seen = overlap(self.receipt, image_identities(frame[frame["split"] != "train"]))
-        if seen.leaks:
-            raise DataError(
-                f"{self.bundle.path} has seen images outside this manifest's training split. {seen} "
-                "Start from another bundle, or put their lesions into the split train."
-            )
+        for split, rows in frame[frame["split"] != "train"].groupby("split"):
+            seen = overlap(self.receipt.without(str(split)), image_identities(rows[~self.has_seen(rows, str(split))]))
+            if seen.leaks:
+                raise DataError(
+                    f"{self.bundle.path} has seen images of this manifest's split {split} in another one. {seen} "
+                    "Start from another bundle, or put their lesions into the split train."
+                )
+
+    def has_seen(self, rows: pd.DataFrame, split: str) -> "pd.Series[bool]":
+        """Return which images the bundle has seen in a split (N,)."""
+        digests = self.receipt.splits[split].sha256 if split in self.receipt.splits else ()
+        return rows["sha256"].str[:DIGITS].isin(digests)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the part of a run's checkpoints that names the bundle."""

@@ -182,7 +182,7 @@ def initial_weights(
     if checkpoint or not config.initial_bundle:
         return None
     initial = InitialWeights.read(config.initial_bundle)
-    initial.check(frame, dataset_fingerprint)
+    initial.check(frame)
     return initial
 
 

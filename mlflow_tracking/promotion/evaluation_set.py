@@ -190,6 +190,21 @@ def freeze(rows: pd.DataFrame, folder: Path, images: int | None = None) -> Evalu
     return EvaluationSet.load(folder)
 
 
+def extended(current: EvaluationSet | None, rows: pd.DataFrame, folder: Path) -> EvaluationSet:
+    """Write a set with the pictures of `current` and those of a manifest's rows into `folder`.
+
+    Raises EvaluationSetError as `freeze` does.
+    """
+    if current is None:
+        return freeze(rows, folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        with zipfile.ZipFile(current.folder / IMAGES) as archive:
+            archive.extractall(temporary, current.frame["file"])
+        paths = [str(Path(temporary) / name) for name in current.frame["file"]]
+        earlier = current.frame.assign(path=paths, age=pd.to_numeric(current.frame["age"], errors="coerce"))
+        return freeze(pd.concat([earlier, rows], ignore_index=True), folder)
+
+
 def publish(registry: Registry, evaluation: EvaluationSet, tags: Mapping[str, str]) -> Registration:
     """Store a set with some tags in the registry, unless it is there, and put it in force.
 

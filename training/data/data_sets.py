@@ -12,6 +12,7 @@ from training.data import vocabulary
 
 DESCRIPTIONS = Path(__file__).with_name("data_sets.yaml")
 FOLDER = "folder"  # the source of images that only a class folder describes
+CORRECTIONS = "corrections"  # the source of pictures whose class readers or pathology have settled
 ROLES = ("image", "label", "lesion", "patient", "age", "sex", "site", "image_type")
 MIN_CLASS_COLUMNS = 3
 
@@ -111,4 +112,4 @@ def authorities() -> tuple[str, ...]:
 def source_names() -> tuple[str, ...]:
     """Return all names that the manifest's `source` may have."""
     collections = (name for data_set in data_sets().values() for name in data_set.sources.values())
-    return tuple(dict.fromkeys([*authorities(), *collections]))
+    return tuple(dict.fromkeys([*authorities(), *collections, CORRECTIONS]))

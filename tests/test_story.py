@@ -1,0 +1,267 @@
+"""The whole loop, played once: known pictures, another camera, an alarm, corrections, a new version, no alarm.
+
+Drawn pictures and a small network by default. With STORY_MANIFEST=data/manifest.csv it plays with the lesions of that
+manifest's test split and the shipped model. `-s` shows the figures.
+"""
+
+import hashlib
+import io
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image, ImageFilter
+
+from handlers.taxonomy import UNKNOWN
+from mlflow_tracking.settings import SHIPPED
+from tests.conftest import ROOT, Stack
+from tests.waiting import eventually
+from training.data.manifest import read_manifest, write_manifest
+from training.data.synthetic import CLASSES, draw_lesion
+
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(3600)]
+KNOWN, CHANGED, READINGS = 2000, 400, 200
+SMALL = ["architecture=test_resnet", "pretrained=false", "image_size=64", "lr=3e-3", "output_stride=32", "threads=2",
+         "symmetric_padding=false", "frozen_stages=0", "outliers=0", "cache_size=0", "resample=0"]  # fmt: skip
+
+
+@dataclass
+class Picture:
+    """A file, and its true class."""
+
+    data: bytes
+    code: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass
+class World:
+    """Pictures as they are known, the champion and its manifest, and the settings to train it further."""
+
+    pictures: list[Picture]
+    champion: Path
+    manifest: Path
+    settings: list[str]
+
+
+def drawn(seed: int) -> Picture:
+    code = CLASSES[int(np.random.default_rng(seed).choice(len(CLASSES), p=[0.2, 0.3, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05]))]
+    buffer = io.BytesIO()
+    draw_lesion(seed, code, size=(120, 90)).save(buffer, "JPEG", quality=92)
+    return Picture(buffer.getvalue(), code)
+
+
+def through_another_camera(picture: Picture) -> Picture:
+    """The same lesion in warmer light and out of focus."""
+    image = Image.open(io.BytesIO(picture.data)).convert("RGB")
+    red, green, blue = image.split()
+    image = Image.merge("RGB", (red.point(lambda v: v * 1.15), green, blue.point(lambda v: v * 0.8)))
+    buffer = io.BytesIO()
+    image.filter(ImageFilter.GaussianBlur(min(image.size) / 60)).save(buffer, "JPEG", quality=92)
+    return Picture(buffer.getvalue(), picture.code)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory) -> Iterator[Stack]:
+    """A stack of its own that keeps pictures, whose gates judge only what a small model can show."""
+    running = Stack.create(tmp_path_factory.mktemp("story"))
+    running.env |= {"KEEP_IMAGES_DAYS": "30", "PROMOTER_GATES": str(ROOT / "tests" / "gates.yaml")}
+    try:
+        running.start()
+        yield running
+        running.stop()
+    finally:
+        for process in running.processes():  # only after a failure
+            process.kill()
+
+
+def script(stack: Stack, *args: str) -> str:
+    done = stack.run(*args, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def world(stack, tmp_path_factory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    manifest = folder / "manifest.csv"
+    if real := os.environ.get("STORY_MANIFEST"):
+        frame = read_manifest(real)
+        rng = np.random.default_rng(0)
+        new = frame[frame["split"].isin(("test", "calibration")) & (frame["label"] != UNKNOWN)]
+        new = new.drop_duplicates("lesion_id").sample(KNOWN + CHANGED, random_state=0)
+        pictures = [Picture(Path(row.path).read_bytes(), row.label) for row in new.itertuples()]
+        train, val = (frame[frame["split"] == split].sample(frac=share, random_state=0)
+                      for split, share in (("train", 0.06), ("val", 0.15)))  # fmt: skip
+        rest = frame[frame["split"] == "calibration"]
+        write_manifest(manifest, frame.loc[rng.permutation([*train.index, *val.index, *rest.index])])
+        return World(pictures, SHIPPED, manifest, ["threads=2", "batch_size=32"])
+    for number in range(1600):
+        picture = drawn(number)
+        path = folder / "data" / picture.code / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture.data)
+    shares = ["--val", "0.1", "--calibration", "0.3", "--test", "0.05"]
+    script(stack, "scripts/prepare_data.py", "--data", str(folder / "data"), "--out", str(manifest), *shares)
+    run = folder / "run"
+    script(stack, "training/train.py", "--config", "dermoscopy", "--epochs", "6", "--output", str(run), *SMALL,
+           f"manifest={manifest}")  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        pictures = list(pool.map(drawn, range(10_000, 10_000 + KNOWN + CHANGED)))
+    return World(pictures, run / "bundle", manifest, SMALL)
+
+
+class Story:
+    """What has been sent, and what the monitor makes of it."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.sent = 0
+        self.answers: dict[str, dict[str, str]] = {}  # version -> SHA-256 -> class
+
+    def send(self, pictures: list[Picture], clients: int = 4, pause: float = 0) -> None:
+        """Send pictures. With a pause of some seconds after each, all are kept for review."""
+
+        def post(picture: Picture) -> httpx.Response:
+            time.sleep(pause)
+            return client.post(address, content=picture.data)
+
+        address = f"{self.stack.torchserve}/predictions/skin_vit?gradcam=none"
+        with httpx.Client(timeout=60, trust_env=False) as client, ThreadPoolExecutor(clients) as pool:
+            for response in pool.map(post, pictures):
+                body = response.raise_for_status().json()
+                by_picture = self.answers.setdefault(body["model"]["version"], {})
+                by_picture[body["image"]["sha256"]] = body["prediction"]["code"]
+                self.sent += 1
+
+    def accuracy(self, version: str, pictures: list[Picture]) -> float:
+        answers = self.answers[version]
+        return float(np.mean([answers[picture.sha256] == picture.code for picture in pictures]))
+
+    def get(self, path: str, **params: str) -> dict:
+        answer = httpx.get(f"{self.stack.monitor}{path}", params=params, timeout=60, trust_env=False)
+        return answer.raise_for_status().json()
+
+    def summary(self) -> dict:
+        """The figures, once the monitor has counted everything that was sent."""
+        return eventually(
+            lambda: (figures := self.get("/summary")) and figures["total"]["predictions"] >= self.sent and figures, 180
+        )
+
+    def alarm(self, version: str) -> str | None:
+        return self.summary()["drift"][version]["alarm_since"]
+
+    def kill(self, words: str) -> None:
+        """Kill the processes whose command has these words, and wait until they are there again."""
+        killed = [process for process, command in self.stack.processes().items() if words in command]
+        assert killed
+        for process in killed:
+            process.kill()
+        psutil.wait_procs(killed, 10)
+        path = f"{self.stack.monitor}/health" if "monitor" in words else f"{self.stack.torchserve}/ping"
+        eventually(lambda: httpx.get(path, timeout=5, trust_env=False).is_success, 120)
+
+    def serve(self, version: str, picture: Picture) -> None:
+        script(self.stack, "scripts/promote.py", "to", version)
+        address = f"{self.stack.torchserve}/predictions/skin_vit?gradcam=none"
+
+        def served() -> bool:
+            headers = {"X-Record": "no"}
+            answer = httpx.post(address, content=picture.data, headers=headers, timeout=60, trust_env=False)
+            return answer.is_success and answer.json()["model"]["version"] == version
+
+        eventually(served, 120)
+
+    def read(self, truth: dict[str, str]) -> None:
+        """Say of the next picture in the queue what it shows."""
+        picture = self.get("/reviews/next", reader="reader")["picture"]
+        code = truth[picture["image_sha256"]]
+        reading = {"submission": str(uuid.uuid4()), "reader": "reader", "first_opinion": code, "verdict": code}
+        reading |= {name: picture[name] for name in ("image_sha256", "request_id")}
+        answer = httpx.post(f"{self.stack.monitor}/reviews", json=reading, timeout=60, trust_env=False)
+        assert answer.raise_for_status().json()["new"]
+        again = httpx.post(f"{self.stack.monitor}/reviews", json=reading, timeout=60, trust_env=False)
+        assert not again.json()["new"]
+
+
+def registered(output: str) -> str:
+    """The version that a script has registered, or that was registered already."""
+    return output.split("version ")[1].split()[0].rstrip(".")
+
+
+def test_the_loop_from_answer_to_training_closes(stack, world):
+    story = Story(stack)
+    first = registered(script(stack, "scripts/register_model.py", "--bundle", str(world.champion)))
+    known, lesions = world.pictures[:KNOWN], world.pictures[KNOWN:]
+    story.serve(first, known[0])
+    story.sent = story.get("/summary")["total"]["predictions"]  # the start of the stack is one
+
+    story.send(known[: KNOWN // 2])
+    story.kill("monitoring.monitor_service")
+    story.send(known[KNOWN // 2 :])
+    figures = story.summary()
+    assert figures["total"]["predictions"] == story.sent
+    assert figures["drift"][first]["alarm_since"] is None
+    print(f"\n{KNOWN} known pictures: no alarm, accuracy {story.accuracy(first, known):.3f}")
+
+    changed = [through_another_camera(picture) for picture in lesions]
+    began, count = time.time(), 0
+    while not story.alarm(first):
+        assert count < CHANGED, "no alarm"
+        story.send(changed[count : count + 10])
+        count += 10
+    print(f"another camera: alarm after at most {count} pictures")
+    assert not story.summary()["performance"]["calibration_holds"]
+    story.kill("org.pytorch.serve.ModelServer")
+    story.send(changed[count:], clients=1, pause=0.1)
+    assert story.summary()["total"]["predictions"] == story.sent
+
+    truth = {picture.sha256: picture.code for picture in (*known, *changed)}
+    for _ in range(READINGS):
+        story.read(truth)
+    story.kill("monitoring.monitor_service")
+    assert story.get("/reviews/status", reader="reader")["mine"] == READINGS
+    output = script(stack, "scripts/retrain.py", "--data", str(world.manifest), "--epochs", "2", "--output",
+                    str(stack.folder / "retrained"), *world.settings, "lr=3e-4")  # fmt: skip
+    second = registered(output[output.index("✓") :])
+    print(next(line for line in output.splitlines() if line.startswith("Corrections:")))
+    assert not (stack.folder / "retrained" / "cache").exists()
+
+    story.serve(second, known[0])
+    story.send(changed)
+    figures = story.summary()
+    assert figures["drift"][second]["alarm_since"] is None
+    before, after = (story.accuracy(version, changed) for version in (first, second))
+    print(f"accuracy through the other camera: {before:.3f} before, {after:.3f} after; no alarm")
+    print(f"realised, version {second}: {json.dumps(story.get('/summary', version=second)['performance'])[:400]}")
+    assert figures["total"]["predictions"] == story.sent
+
+    lineage = json.loads(script(stack, "scripts/lineage.py", second, "--json"))
+    learned = lineage["receipt"]["corrections"]
+    assert 0 < sum(learned.values()) < READINGS  # the random share is left out
+    assert lineage["served"]
+    taught = eventually(lambda: teaches(stack, truth), 60)
+    assert {entry["version"] for entry in taught} == {second}
+    assert "none changed, none missing" in script(stack, "scripts/lineage.py", "--verify")
+    print(f"{learned} corrections in the lineage of version {second}; {time.time() - began:.0f} s since the change")
+
+
+def teaches(stack: Stack, truth: dict[str, str]) -> list[dict[str, str]]:
+    """What `lineage.py` says of a picture that a version has learned from."""
+    receipt = json.loads((stack.folder / "retrained" / "bundle" / "receipt.json").read_text())
+    [digits, *_] = [lesion.removeprefix("correction-") for lesion in receipt["splits"]["train"]["lesions"]
+                    if lesion.startswith("correction-")]  # fmt: skip
+    [sha256] = [name for name in truth if name.startswith(digits)]
+    return json.loads(script(stack, "scripts/lineage.py", sha256, "--json"))["taught"]
