@@ -1,6 +1,6 @@
 # The commands of this repository; `make` lists them. Settings: .env.example.
 .DEFAULT_GOAL := help
-.PHONY: help up down status env browser test test-all test-hostile test-load test-compose lint format lock clean
+.PHONY: help up down status env archive browser test test-all test-hostile test-load test-compose lint format lock clean
 PY := .venv/bin/python
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11
 # Texts are UTF-8, whatever the locale.
@@ -24,6 +24,9 @@ status: env ## show what is running, and its address
 env: ## make or repair .venv; other commands do this themselves
 	@scripts/setup_env.sh
 
+archive: env ## install Ray for scripts/score.py, which scores archives
+	@scripts/setup_env.sh --archive
+
 browser: # Chromium first, because only root can install it
 	@scripts/setup_env.sh --browser
 	@scripts/setup_env.sh
@@ -32,7 +35,7 @@ test: browser ## run the unit tests, then the tests of the live stack and the pa
 	@$(PARALLEL) -m "not live and not slow and not containers and not hostile and not load"
 	@$(PY) -m pytest -m "live and not slow and not containers and not hostile and not load"
 
-test-all: browser ## run all tests without containers: also a fresh clone, hostile requests and load
+test-all: browser archive ## run all tests without containers: also a fresh clone, hostile requests and load
 	@$(PARALLEL) -m "not live and not containers"
 	@$(PY) -m pytest -m "live and not containers"
 
@@ -56,7 +59,7 @@ format: env ## sort imports and format the code
 
 lock: env ## pin the dependencies of pyproject.toml in requirements/ (make lock upgrade=--upgrade: newest versions)
 	@$(COMPILE) $(upgrade) --group all -o requirements/all.txt
-	@for group in $(IMAGES); do \
+	@for group in $(IMAGES) archive; do \
 	  $(COMPILE) --group $$group -c requirements/all.txt -o requirements/$$group.txt || exit 1; done
 
 clean: down ## remove the environment and caches; runs and models (.stack, model_store) stay

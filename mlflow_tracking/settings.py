@@ -95,6 +95,7 @@ class Settings(BaseSettings):
     kept_images: Path | None = None
     keep_images_days: int = Field(0, ge=0)
     review_random_share: float = Field(0.2, ge=0, le=1)
+    ray_address: str = ""
 
     @classmethod
     def load(cls) -> Self:

@@ -2,6 +2,7 @@
 # Make .venv: Python 3.11 or 3.12, the packages pinned in requirements/all.txt, and the project itself, editable.
 #
 #   scripts/setup_env.sh             make or repair the environment; instant when nothing changed
+#   scripts/setup_env.sh --archive   make the environment, and add Ray (requirements/archive.txt)
 #   scripts/setup_env.sh --browser   only check for Chromium, which the tests of the page use; installs it as root
 #
 # PYTHON=/path/to/python chooses the interpreter. Safe to interrupt: the next run continues and repairs.
@@ -39,8 +40,31 @@ find_python() {
 
 free_gb() { df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}'; }
 
+# uv for .venv, with the index of pip.
+use_uv() {
+    local index uv=.venv/bin/uv
+    export VIRTUAL_ENV=$PWD/.venv
+    # uv fails without a folder for its cache, as in a home that cannot be written.
+    mkdir -p "$($uv cache dir)" 2>/dev/null && [ -w "$($uv cache dir)" ] || export UV_NO_CACHE=1
+    # uv does not read pip's settings, where a private index is usually set.
+    if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
+        index=${PIP_INDEX_URL:-$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)}
+        [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
+    fi
+}
+
+archive() {
+    environment
+    if ! .venv/bin/python -c 'import ray' 2>/dev/null; then
+        use_uv
+        .venv/bin/uv pip install --quiet --compile-bytecode -r requirements/archive.txt \
+            || die "Ray could not be installed. The messages are above. Run the command again to continue."
+        say "Ray is installed in .venv."
+    fi
+}
+
 environment() {
-    local here stamp inputs place python version index started=$SECONDS
+    local here stamp inputs place python version started=$SECONDS
     here=$(pwd -P)
     stamp=.venv/.complete      # checksum of the environment's inputs; written last
     place=.venv/.place         # its folder, which its scripts contain
@@ -72,14 +96,7 @@ environment() {
     rm -f $stamp
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep -m 1 -o '^uv==[^ ;]*' requirements/all.txt)" \
         || die "pip could not install uv. Its messages are above."
-    export VIRTUAL_ENV=$here/.venv
-    # uv fails without a folder for its cache, as in a home that cannot be written.
-    mkdir -p "$($uv cache dir)" 2>/dev/null && [ -w "$($uv cache dir)" ] || export UV_NO_CACHE=1
-    # uv does not read pip's settings, where a private index is usually set.
-    if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
-        index=${PIP_INDEX_URL:-$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)}
-        [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
-    fi
+    use_uv
     [ -t 2 ] || options+=(--quiet)
     # A package whose installation was interrupted can look complete: install all again, from uv's cache.
     [ ! -e .venv/.unfinished ] || options+=(--reinstall)
@@ -95,6 +112,7 @@ environment() {
 
 case "${1:-}" in
     "") environment ;;
+    --archive) archive ;;
     --browser) browser ;;
-    *) die "The option $1 does not exist. Use --browser or none." ;;
+    *) die "The option $1 does not exist. Use --archive, --browser or none." ;;
 esac
