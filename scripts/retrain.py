@@ -13,6 +13,7 @@ import typer
 
 from handlers.errors import UserError
 from handlers.kept_images import kept, kept_path
+from handlers.receipt import Receipt, image_identities, overlap, read_receipt
 from mlflow_tracking.command_line import console, progress_bar, run
 from mlflow_tracking.promotion.evaluation_set import CurrentSet, extended, publish
 from mlflow_tracking.registration import register
@@ -65,11 +66,12 @@ def retrain(
     if champion is None:
         raise NothingToLearn("There is no champion to start from. Deploy a version with `promote.py to VERSION`.")
     folder = output or ROOT / "runs" / time.strftime("retrain-%Y%m%d-%H%M%S")
+    bundle = registry.download_bundle(champion.version, folder / CHAMPION)
     frame = joined_manifest(read_manifest(data), corrected_pictures(settings), least)
+    frame = without_seen(frame, read_receipt(bundle))
     write_manifest(folder / "manifest.csv", frame)
     if extend_evaluation_set:
         extend(registry, settings, frame[(frame["source"] == CORRECTIONS) & (frame["split"] == "test")])
-    bundle = registry.download_bundle(champion.version, folder / CHAMPION)
     gentle = ["pretrained=false", f"lr={load_config(config).lr / 10}", *(overrides or ())]
     # Resized copies of patients' pictures must not stay in a cache that other runs share.
     with removed_folder(folder / "cache") as cache, removed_folder(folder / "arrived") as arrived:
@@ -130,6 +132,20 @@ def joined_manifest(frame: pd.DataFrame, pictures: list[CorrectedPicture], least
         )
     console.print("Corrections: " + ", ".join(f"{count} {split}" for split, count in splits.items()) + ".")
     return joined
+
+
+def without_seen(frame: pd.DataFrame, receipt: Receipt) -> pd.DataFrame:
+    """Leave out corrections that resemble a picture which the champion has seen in another split."""
+    seen: set[str] = set()
+    apart = frame[(frame["source"] == CORRECTIONS) & (frame["split"] != "train")]
+    for split, rows in apart.groupby("split"):
+        overlapping = overlap(receipt.without(str(split)), image_identities(rows))
+        seen |= {*overlapping.same_image, *overlapping.same_lesion, *overlapping.near}
+    if seen:
+        console.print(
+            f"{len(seen)} corrections resemble a picture of another split; they are left out.", style="yellow"
+        )
+    return frame[~((frame["source"] == CORRECTIONS) & frame["image_id"].isin(seen))]
 
 
 def corrected_pictures(settings: Settings) -> list[CorrectedPicture]:

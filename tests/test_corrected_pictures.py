@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.receipt import ImageIdentity, make_receipt
-from scripts.retrain import NothingToLearn, joined_manifest
+from handlers.receipt import ImageIdentity, image_identities, make_receipt
+from scripts.retrain import NothingToLearn, joined_manifest, without_seen
 from training.data.corrected_pictures import SHARES, CorrectedPicture, correction_split, with_corrections
 from training.data.data_sets import CORRECTIONS
 from training.data.duplicates import describe, hash_text
@@ -88,6 +88,14 @@ def test_too_few_corrections_are_a_sentence_and_random_ones_do_not_count(tmp_pat
     with pytest.raises(NothingToLearn, match="There are 15 corrections to learn from, and at least 16 are needed"):
         joined_manifest(frame, pictures[:19], 16)
     assert len(joined_manifest(frame, pictures[:19], 15)) == 20
+
+
+def test_a_correction_that_the_champion_has_seen_in_another_split_is_left_out(tmp_path, pictures):
+    joined = joined_manifest(manifest_of(tmp_path, pictures[19:], "train"), pictures[:19], 1)
+    apart = joined[(joined["source"] == CORRECTIONS) & (joined["split"] != "train")]
+    receipt = make_receipt({"train": image_identities(apart.iloc[:2])}, "sha256:x")
+    assert set(joined["image_id"]) - set(without_seen(joined, receipt)["image_id"]) == set(apart["image_id"].iloc[:2])
+    assert len(without_seen(joined, make_receipt({}, "sha256:x"))) == len(joined)
 
 
 def test_a_damaged_file_is_left_out(tmp_path, pictures):
