@@ -124,7 +124,8 @@ def test_a_reviewer_signs_in_and_a_stranger_may_not_review(window, world, tmp_pa
             expect(window.get_by_text(wording.NOT_LISTED)).to_be_visible()
             expect(window.get_by_text(wording.QUESTION)).to_have_count(0)
 
-            window.get_by_role("button", name=wording.SIGN_OUT).click()
+            with window.expect_navigation(url=f"http://127.0.0.1:{port}/"):
+                window.get_by_role("button", name=wording.SIGN_OUT).click()
             person["email"] = "ann@clinic.org"
             window.get_by_role("link", name=wording.REVIEW).click()
             window.get_by_role("button", name=wording.SIGN_IN, exact=True).click()

@@ -1,6 +1,7 @@
 """Reviews: the queue, what readings say together, exactly-once appends, and settled pictures in the figures."""
 
 import json
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -178,7 +179,7 @@ def test_settled_pictures_count_next_to_outcomes_each_once(world):
     rows = {row["image_sha256"]: row["diagnosis"] for row in judged_answers(world.store, "1")}
     assert rows == {sha(chance[0]): "NV", sha(first): "NV", sha(second): "MEL", sha(third): "BCC"}
     assert len(judged_answers(world.store, None)) == 4
-    world.answer([*chance, first], version="2", seconds=NOW + 60)
+    world.answer([*chance, first], version="2", seconds=time.time() + 60)  # NOW may be long ago
     assert [row["image_sha256"] for row in judged_answers(world.store, "2")] == [sha(chance[0])]
     assert [item.is_random for item in settled(world.store, SHARE) if item.image_sha256 == sha(chance[0])] == [True]
     assert {item.image_sha256: item.source for item in settled(world.store, SHARE)}[sha(second)] == "outcome"
