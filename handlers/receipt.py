@@ -22,7 +22,9 @@ SCHEMA = 1
 SEEN_SPLITS = ("train", "val", "calibration")
 DIGITS = 16  # of the SHA-256: 64 bits; two of a million images agree by chance once in 37 million data sets
 
-CORRECTION = "correction-"  # and the first DIGITS digits of the upload's SHA-256: the lesion id of a correction
+CORRECTION = (
+    "correction-"  # and the upload's SHA-256: the image id of a correction (training/data/corrected_pictures.py)
+)
 
 # Copies of one photograph differ in at most 4 bits of the perceptual hash (training/data/duplicates.py).
 COPY_RADIUS = 4
@@ -51,13 +53,17 @@ def image_identities(table: Any) -> list[ImageIdentity]:
 
 @dataclass(frozen=True)
 class SeenImages:
-    """The images of one split: sorted tuples without repetitions. Receipts may lack `patients`: then none is known."""
+    """The images of one split: sorted tuples without repetitions. Receipts may lack the last two: then none is known.
+
+    `corrections` has the first DIGITS digits of the uploads' SHA-256.
+    """
 
     sha256: tuple[str, ...]
     phash: tuple[str, ...]
     isic_ids: tuple[str, ...]
     lesions: tuple[str, ...]
     patients: tuple[str, ...] = ()
+    corrections: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, images: Sequence[ImageIdentity]) -> "SeenImages":
@@ -68,6 +74,11 @@ class SeenImages:
             isic_ids=_sorted(name for image in images if (name := isic_id(image.image_id))),
             lesions=_sorted({image.lesion_id for image in images} - _named_after_files(images)),
             patients=_sorted(image.patient_id for image in images if image.patient_id),
+            corrections=_sorted(
+                image.image_id.removeprefix(CORRECTION)[:DIGITS]
+                for image in images
+                if image.image_id.startswith(CORRECTION)
+            ),
         )
 
     @classmethod
@@ -100,14 +111,6 @@ class Receipt:
     def without(self, split: str) -> "Receipt":
         """Return the receipt of the other splits."""
         return Receipt(self.dataset_fingerprint, {name: seen for name, seen in self.splits.items() if name != split})
-
-    def corrections(self) -> dict[str, list[str]]:
-        """Return the corrections that each split learned from: the first DIGITS digits of the uploads' SHA-256."""
-        names = {
-            split: [lesion.removeprefix(CORRECTION) for lesion in seen.lesions if lesion.startswith(CORRECTION)]
-            for split, seen in self.splits.items()
-        }
-        return {split: digests for split, digests in names.items() if digests}
 
     def joined(self, earlier: "Receipt") -> "Receipt":
         """Return the receipt of a model made from this receipt's images, starting from a model with `earlier`."""

@@ -102,9 +102,11 @@ def versions_taught(sha256: str, registry: Registry) -> list[dict[str, str]]:
         for version in registry.versions():
             path = f"artifacts/{BUNDLE_ARTIFACT}/{RECEIPT}"
             receipt = read_receipt(registry.download_version(version.version, path, Path(temporary)).parent)
-            for split, corrections in receipt.corrections().items():
-                if sha256[:DIGITS] in corrections:
-                    taught.append({"version": version.version, "split": split})
+            taught += [
+                {"version": version.version, "split": split}
+                for split, seen in receipt.splits.items()
+                if sha256[:DIGITS] in seen.corrections
+            ]
     return taught
 
 
@@ -199,7 +201,7 @@ def _add_from_registry(lineage: Lineage, version: RegisteredVersion, registry: R
             "dataset_fingerprint": receipt.dataset_fingerprint,
             "images": {split: len(seen.sha256) for split, seen in receipt.splits.items()},
             "lesions": {split: len(seen.lesions) for split, seen in receipt.splits.items()},
-            "corrections": {split: len(names) for split, names in receipt.corrections().items()},
+            "corrections": {split: len(seen.corrections) for split, seen in receipt.splits.items() if seen.corrections},
         }
         if "gates.judgement" in version.tags:
             lineage.gates = json.loads(download(f"{REPORT}/report.json").read_bytes())

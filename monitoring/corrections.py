@@ -33,7 +33,7 @@ class Correction:
     """A picture whose class is settled.
 
     `ids` name the rows behind it, such as "reading-12" or "outcome-3". `is_random` pictures must not train a model.
-    `is_sampled` says that a reader got the picture by chance, so that it belongs to the honest estimate. `version` and
+    `is_sampled` says that a reader got the picture by chance; it then counts in the honest estimate. `version` and
     `digest` are those of the answer that was shown or looked up first, and `settled` is the time of the first row.
     """
 

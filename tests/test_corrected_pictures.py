@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.receipt import ImageIdentity, image_identities, make_receipt
+from handlers.receipt import CORRECTION, ImageIdentity, image_identities, make_receipt
 from scripts.retrain import NothingToLearn, joined_manifest, without_seen
 from training.data.corrected_pictures import SHARES, CorrectedPicture, correction_split, with_corrections
 from training.data.data_sets import CORRECTIONS
@@ -46,7 +46,13 @@ def manifest_of(folder: Path, pictures: list[CorrectedPicture], split: str) -> p
 
 def splits(frame: pd.DataFrame) -> dict[str, str]:
     corrections = frame[frame["source"] == CORRECTIONS]
-    return dict(zip(corrections["image_id"], corrections["split"], strict=True))
+    return dict(zip(corrections["image_id"].str.removeprefix(CORRECTION), corrections["split"], strict=True))
+
+
+def learned(frame: pd.DataFrame) -> set[str]:
+    """The corrections in the receipt of a model that is made from a manifest."""
+    seen = manifest_receipt(frame, "sha256:x").splits.values()
+    return {digits for split in seen for digits in split.corrections}
 
 
 def test_corrections_are_a_source_of_their_own_whose_random_share_is_for_testing(tmp_path, pictures):
@@ -58,9 +64,7 @@ def test_corrections_are_a_source_of_their_own_whose_random_share_is_for_testing
     assert {sha256 for sha256, split in splits(joined).items() if split == "test"} == random
     write_manifest(tmp_path / "joined.csv", joined)
     again = read_manifest(tmp_path / "joined.csv")
-    learned = manifest_receipt(again, "sha256:x").corrections()
-    assert sum(map(len, learned.values())) == 19 - len(random)
-    assert not {sha256[:16] for sha256 in random} & {name for names in learned.values() for name in names}
+    assert learned(again) == {sha256[:16] for sha256 in splits(joined)} - {sha256[:16] for sha256 in random}
 
 
 @settings(max_examples=25, deadline=None)
@@ -80,7 +84,9 @@ def test_a_copy_follows_the_manifest_and_is_never_tested_on_what_trains(tmp_path
     assert left_out.total() == (0 if split == "test" else random)
     assert set(splits(joined).values()) == {split}
     write_manifest(tmp_path / "joined.csv", joined)
-    read_manifest(tmp_path / "joined.csv")  # no split divides a lesion
+    again = read_manifest(tmp_path / "joined.csv")  # no split divides a lesion
+    joined_lesions = {sha256[:16] for sha256 in splits(joined)}
+    assert learned(again) == (set() if split == "test" else joined_lesions), "also those of a known lesion"
 
 
 def test_too_few_corrections_are_a_sentence_and_random_ones_do_not_count(tmp_path, pictures):
@@ -111,7 +117,7 @@ def test_splits_have_their_shares():
 
 
 def test_a_receipt_without_a_split_knows_the_others():
-    images = [ImageIdentity("a", "1" * 64, "correction-" + "1" * 16, "0" * 16, "")]
+    images = [ImageIdentity("correction-" + "1" * 64, "1" * 64, "lesion", "0" * 16, "")]
     receipt = make_receipt({"train": images, "val": images}, "sha256:x")
     assert receipt.without("val").splits.keys() == {"train"}
-    assert receipt.corrections() == {"train": ["1" * 16], "val": ["1" * 16]}
+    assert receipt.splits["train"].corrections == ("1" * 16,)

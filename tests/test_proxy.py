@@ -101,7 +101,7 @@ def test_replicas_with_the_model_are_listed_or_else_those_that_answer(monkeypatc
         assert listed.update() == sorted([addresses[0], addresses[2]])
         for server in (first, third):
             server.running.clear()
-        assert listed.update() and listed.update() == sorted(addresses), "nobody answers: try all"
+        assert listed.update() and listed.update() == sorted(addresses), "no replica answers: try all"
         assert sorted(listed.states.values()) == ["silent"] * 3
 
 

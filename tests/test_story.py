@@ -261,7 +261,6 @@ def test_the_loop_from_answer_to_training_closes(stack, world):
 def teaches(stack: Stack, truth: dict[str, str]) -> list[dict[str, str]]:
     """What `lineage.py` says of a picture that a version has learned from."""
     receipt = json.loads((stack.folder / "retrained" / "bundle" / "receipt.json").read_text())
-    [digits, *_] = [lesion.removeprefix("correction-") for lesion in receipt["splits"]["train"]["lesions"]
-                    if lesion.startswith("correction-")]  # fmt: skip
+    digits = receipt["splits"]["train"]["corrections"][0]
     [sha256] = [name for name in truth if name.startswith(digits)]
     return json.loads(script(stack, "scripts/lineage.py", sha256, "--json"))["taught"]

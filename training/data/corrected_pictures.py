@@ -65,7 +65,7 @@ def with_corrections(
         rows.append(
             {
                 "path": str(picture.path),
-                "image_id": picture.sha256,
+                "image_id": f"{CORRECTION}{picture.sha256}",
                 "label": picture.label,
                 "lesion_id": lesion,
                 "patient_id": "",
