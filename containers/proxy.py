@@ -1,7 +1,7 @@
 """Start both nginx in front of TorchServe's replicas, and keep their list of replicas up to date.
 
 PROXY_UPSTREAM is HOST:PORT of TorchServe, or several with commas. Each address behind these names is a replica. Every
-second each replica is asked whether it has the model. nginx gets the replicas that have it; if none has it, those that
+second it asks each replica for the model. nginx gets the replicas that have it; if none has it, those that
 answer; if none answers, all. When this list changes, the nginx that chooses replicas is reloaded.
 
 Standard library only: the proxy's image has no packages.

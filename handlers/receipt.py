@@ -22,9 +22,8 @@ SCHEMA = 1
 SEEN_SPLITS = ("train", "val", "calibration")
 DIGITS = 16  # of the SHA-256: 64 bits; two of a million images agree by chance once in 37 million data sets
 
-CORRECTION = (
-    "correction-"  # and the upload's SHA-256: the image id of a correction (training/data/corrected_pictures.py)
-)
+# With the upload's SHA-256, the image id of a correction (training/data/corrected_pictures.py).
+CORRECTION = "correction-"
 
 # Copies of one photograph differ in at most 4 bits of the perceptual hash (training/data/duplicates.py).
 COPY_RADIUS = 4

@@ -23,7 +23,7 @@ class ReviewClient(MonitorClient):
         return response.content
 
     def record(self, reader: str, picture: ReviewPicture, submission: str, first_opinion: str, verdict: str) -> bool:
-        """Record a reading; return False if it was recorded before. If the answer is lost, it sends the reading once more."""
+        """Record a reading, twice if the answer is lost; return False if it was recorded before."""
         body = {
             "submission": submission,
             "kind": picture.kind,
