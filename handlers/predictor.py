@@ -6,6 +6,7 @@ predictor = Predictor.load("model_store/skin_vit")
 answer.probabilities["MEL"], answer.grid
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,8 @@ from handlers.request import Request
 from handlers.runtimes import golden_difference, start_runtime
 from handlers.taxonomy import CODES, UNKNOWN
 from handlers.test_time_augmentation import AveragedOutputs, averaged_outputs
+
+log = logging.getLogger(__name__)
 
 # Pictures decoded at a time: each may hold 150 MB of pixels, and four are decoded faster than any processor predicts.
 MAX_DECODING = 4
@@ -97,6 +100,16 @@ class Predictor:
         accepted = [item for item in decoded if not isinstance(item, ImageError)]
         answers = iter(self._interpret(self._infer(accepted), accepted) if accepted else [])
         return [item if isinstance(item, ImageError) else next(answers) for item in decoded]
+
+    def answer(self, requests: Sequence[Request]) -> list[Prediction | ImageError]:
+        """Predict a batch. If it fails as a whole, predict each request alone, so that only the faulty one fails."""
+        try:
+            return self.predict(requests)
+        except Exception:
+            log.exception("A batch of %d failed.", len(requests))
+            if len(requests) > 1:
+                return [answer for request in requests for answer in self.answer([request])]
+            return [ImageError(500, "internal_error", "The model failed on this request. See the server's log.")]
 
     def _map(self, function: Callable[[A], B], items: Sequence[A]) -> Iterable[B]:
         """Apply `function` to each item, in order; a single item needs no thread."""

@@ -1,7 +1,8 @@
 """The reference of a bundle: what is normal for its predictions, so that drift can be seen.
 
-It is fitted on the calibration split, as served (training/evaluation/reference_fit.py), and compared with the
-predictions of patients (monitoring/drift.py). The monitor has no libraries for pictures, so this module needs none.
+It is fitted on the calibration split, or after retraining on pictures as they arrive, as served
+(training/evaluation/reference_fit.py), and compared with the predictions of patients (monitoring/drift.py). The monitor
+has no libraries for pictures, so this module needs none.
 """
 
 import math

@@ -60,7 +60,8 @@ class SkinLesionHandler:
                 answers.append(error)
         positions = [index for index, answer in enumerate(answers) if isinstance(answer, Request)]
         requests = [answers[index] for index in positions]
-        predictions = self._predict(requests)
+        assert self.predictor is not None, "TorchServe calls initialize first"
+        predictions = self.predictor.answer(requests)
         for index, prediction in zip(positions, predictions, strict=True):
             answers[index] = prediction
         responses = [_respond(answer, context, index) for index, answer in enumerate(answers)]
@@ -82,17 +83,6 @@ class SkinLesionHandler:
                     refusal = {"version": version, "code": answer.code, "status": answer.status}
                     log.info("refusal %s", _json(request | refusal))
         return responses
-
-    def _predict(self, requests: list[Request]) -> list[Prediction | ImageError]:
-        """Predict a batch. If it fails as a whole, predict each request alone, so that only the faulty one fails."""
-        assert self.predictor is not None, "TorchServe calls initialize first"
-        try:
-            return self.predictor.predict(requests)
-        except Exception:
-            log.exception("A batch of %d failed.", len(requests))
-            if len(requests) > 1:
-                return [answer for request in requests for answer in self._predict([request])]
-            return [ImageError(500, "internal_error", "The model failed on this request. See the server's log.")]
 
 
 def _gpu(number: int | None) -> str | None:

@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +34,6 @@ from handlers.request import Request
 from handlers.request_parsing import parse_request
 from handlers.taxonomy import CODES
 from scripts.archive_pictures import PictureEntry, list_pictures, read_picture
-
-log = logging.getLogger(__name__)
 
 GROUP = 4096  # rows in a row group of input.parquet
 # Rows of a piece, and from how many rows on pieces are large. A killed worker loses at most one piece.
@@ -241,22 +238,10 @@ class PieceScorer:
                 data if isinstance(data, ImageError) else _request(entry, data)
                 for entry, data in zip(batch, contents, strict=True)
             ]
-            answers = iter(self._predict([request for request in requests if isinstance(request, Request)]))
+            answers = iter(self.predictor.answer([request for request in requests if isinstance(request, Request)]))
             for entry, data, request in zip(batch, contents, requests, strict=True):
                 kept = b"" if isinstance(data, ImageError) else data
                 yield entry, kept, request if isinstance(request, ImageError) else next(answers)
-
-    def _predict(self, requests: list[Request]) -> list[Prediction | ImageError]:
-        """Predict a batch. If it fails as a whole, predict each request alone, as the handler does."""
-        if not requests:
-            return []
-        try:
-            return self.predictor.predict(requests)
-        except Exception:
-            log.exception("A batch of %d failed.", len(requests))
-            if len(requests) > 1:
-                return [answer for request in requests for answer in self._predict([request])]
-            return [ImageError(500, "internal_error", "The model failed on this picture. See the worker's log.")]
 
 
 def _read(path: str) -> bytes | ImageError:

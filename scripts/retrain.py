@@ -66,8 +66,8 @@ def retrain(
     if champion is None:
         raise NothingToLearn("There is no champion to start from. Deploy a version with `promote.py to VERSION`.")
     folder = output or ROOT / "runs" / time.strftime("retrain-%Y%m%d-%H%M%S")
-    bundle = registry.download_bundle(champion.version, folder / CHAMPION)
     frame = joined_manifest(read_manifest(data), corrected_pictures(settings), least)
+    bundle = registry.download_bundle(champion.version, folder / CHAMPION)
     frame = without_seen(frame, read_receipt(bundle))
     write_manifest(folder / "manifest.csv", frame)
     if extend_evaluation_set:

@@ -4,7 +4,6 @@ import base64
 import json
 import shutil
 from datetime import datetime
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,7 +215,7 @@ def test_an_exception_inside_is_answered_and_logged_without_content(
     def fail(requests):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(handler, "predictor", SimpleNamespace(predict=fail))
+    monkeypatch.setattr(handler.predictor, "predict", fail)
     context = FakeContext(folder)
     [answer] = handler.handle([{"body": bytearray(sample_images[0])}], context)
     assert context.statuses == {0: 500}
@@ -226,14 +225,14 @@ def test_an_exception_inside_is_answered_and_logged_without_content(
 
 
 def test_a_request_that_makes_the_model_fail_fails_alone(handler, folder, sample_images, monkeypatch):
-    predictor = handler.predictor
+    predict_all = handler.predictor.predict
 
     def predict(requests):
         if any(request.target == "DF" for request in requests):
             raise RuntimeError("boom")
-        return predictor.predict(requests)
+        return predict_all(requests)
 
-    monkeypatch.setattr(handler, "predictor", SimpleNamespace(predict=predict))
+    monkeypatch.setattr(handler.predictor, "predict", predict)
     context, good = FakeContext(folder), {"data": bytearray(sample_images[0])}
     answers = handler.handle([good, good | {"target": bytearray(b"DF")}, good], context)
     assert context.statuses == {1: 500}

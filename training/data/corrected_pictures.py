@@ -13,7 +13,7 @@ from handlers.receipt import COPY_RADIUS, CORRECTION
 from training.data.data_sets import CORRECTIONS
 from training.data.duplicates import hash_text, read_images
 
-# Of the pictures that may train a model. A quarter calibrates it, so that its promises and its reference hold for them.
+# Of the pictures that may train a model. A quarter calibrates it, so that its promises hold for them.
 SHARES = {"train": 0.6, "val": 0.15, "calibration": 0.25}
 
 
