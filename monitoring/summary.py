@@ -57,8 +57,7 @@ def summary(
         "performance": {
             "estimated_accuracy": estimated_accuracy(total),
             "estimated_interval_95": accuracy_interval(total),
-            # In an alarm, the pictures are not those that the probabilities were calibrated for.
-            "calibration_holds": not any(state["alarm_since"] for state in drift.values()),
+            "calibration_holds": all(calibration_holds(state) for state in drift.values()),
             "realised": realised.of(version),
             "realised_random": realised.of(version, sampled_only=True),
         },
@@ -81,6 +80,14 @@ def drift_report(store: PredictionStore) -> dict[str, dict[str, Any]]:
         }
         for version, (state, reference) in queries.drift_by_version(store).items()
     }
+
+
+def calibration_holds(state: dict[str, Any]) -> bool:
+    """Return whether a version's pictures are still like those that its probabilities were calibrated for.
+
+    Not in an alarm, and not known if the reference was made of other pictures, as after retraining.
+    """
+    return state["alarm_since"] is None and bool(state["reference"].get("calibration", True))
 
 
 def _logarithms(values: dict[str, float]) -> dict[str, float]:

@@ -33,7 +33,7 @@ STATISTICS = {
     "sharpness": "sharpness",
     "familiarity": "how familiar they are to the model",
 }
-ESTIMATED_DOUBTFUL = "do not rely on it: the pictures have changed, see Drift"
+ESTIMATED_DOUBTFUL = "do not rely on it: the pictures are not like those of the calibration split"
 ESTIMATED, ESTIMATED_NOTE = "Estimated accuracy", "if the model is calibrated for these pictures"
 REALISED, REALISED_NOTE = "Realised accuracy", "{low} to {high}; all {outcomes} outcomes; {missed} of malignant missed"
 REALISED_NOTHING = "no outcomes yet; `scripts/load_outcomes.py` loads them"

@@ -1,9 +1,12 @@
 """Drift: no alarm without a change, an alarm soon after one, and its figures in the monitor's answers and metrics."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
@@ -12,13 +15,17 @@ from PIL import Image, ImageFilter
 from prometheus_client.parser import text_string_to_metric_families
 
 from handlers.picture_statistics import picture_statistics
-from handlers.reference import DRIFT_STATISTICS, INPUT_STATISTICS, LEVELS, Reference, drift_values
+from handlers.predictor import Predictor
+from handlers.reference import DRIFT_STATISTICS, INPUT_STATISTICS, LEVELS, REFERENCE, Reference, drift_values
 from handlers.taxonomy import CODES
 from monitoring.drift import ALARM, DriftState
 from monitoring.monitor import Monitor
 from monitoring.monitor_service import create_app
+from tests.models import tiny_bundle
 from tests.monitored_log import NOW, RotatedLog, archive_with, measured, normal_reference, normal_values, settings_of
+from training import export
 from training.data.synthetic import draw_lesion
+from training.export import write_reference
 
 
 def joint(state: DriftState, values: np.ndarray, reference: Reference) -> np.ndarray:
@@ -115,6 +122,44 @@ def test_picture_statistics_are_those_of_their_definition():
     blurred = picture_statistics(np.asarray(image.filter(ImageFilter.GaussianBlur(2))))
     assert blurred["sharpness"] < statistics["sharpness"]
     assert picture_statistics(np.asarray(Image.new("RGB", (160, 160))))["sharpness"] == 0
+
+
+def test_a_reference_of_other_pictures_says_nothing_of_the_calibration(tmp_path):
+    reference = replace(normal_reference(), figures={"calibration": False})
+    values = normal_values(20, np.random.default_rng(5))
+    RotatedLog(tmp_path).write(measured(values, archive_with(reference, tmp_path / "store")))
+    monitor = Monitor(settings_of(tmp_path))
+    monitor.step()
+    summary = TestClient(create_app(monitor)).get("/summary", params={"hours": 2}).json()
+    assert summary["drift"]["1"]["alarm_since"] is None
+    assert not summary["performance"]["calibration_holds"]
+
+
+def test_a_bundle_gets_the_reference_of_its_pictures_if_they_are_enough(tmp_path, monkeypatch):
+    folder = tmp_path / "bundle"
+    bundle = tiny_bundle(folder)
+    rows = []
+    for number in range(12):
+        path = tmp_path / f"{number}.png"
+        draw_lesion(number, "MEL", size=(40 + 8 * (number % 2), 32)).save(path)
+        rows.append({"path": str(path), "lesion_id": f"L{number // 2}", "split": "calibration"})
+    pictures = pd.DataFrame(rows)
+    write_reference(bundle, pictures)
+    assert not (folder / REFERENCE).exists(), "six lesions are too few"
+    monkeypatch.setattr(export, "MIN_LESIONS", 6)
+    write_reference(bundle, pictures)
+    reference = Reference.from_dict(json.loads((folder / REFERENCE).read_bytes()))
+    assert (reference.pictures, reference.lesions, reference.figures["calibration"]) == (12, 6, True)
+    answers = Predictor(bundle, runtime="torch", precision="f32").predict(
+        [Path(row["path"]).read_bytes() for row in rows]
+    )
+    values = np.array([drift_values(a.image.width, a.image.height, a.statistics, list(a.probabilities.values()))
+                       for a in answers])  # fmt: skip
+    assert reference.ranks(values.round(6)).mean(0) == pytest.approx(0.5, abs=0.05)
+    assert reference.figures["confidence"] == pytest.approx(np.mean([max(a.probabilities.values()) for a in answers]))
+    assert sum(reference.figures["classes"].values()) == pytest.approx(1)
+    write_reference(bundle, pictures.assign(split=""))
+    assert json.loads((folder / REFERENCE).read_bytes())["figures"]["calibration"] is False
 
 
 def test_values_stand_in_the_order_of_their_names():

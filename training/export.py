@@ -67,8 +67,8 @@ def export_bundle(
         backbone: from handlers.backbone.build_backbone, as `config` describes it.
         receipt: of the images that the model was made from.
         space: the known space that the calibration's rejection uses.
-        reference_pictures: rows with path, lesion_id and metadata, for the reference of drift; without them, or with
-            too few, the bundle has none.
+        reference_pictures: rows with path, lesion_id, split and metadata, for the reference of drift; without them, or
+            with too few, the bundle has none.
 
     Raises:
         BundleError: `out` is something else, or the serving graph disagrees with the model.
@@ -102,7 +102,9 @@ def write_reference(draft: Bundle, pictures: pd.DataFrame) -> None:
         )
         return
     predictor = Predictor(draft, runtime="torch", precision="f32")
-    reference = fit_reference(predict_rows(predictor, pictures, label="reference"), pictures["lesion_id"].tolist())
+    predictions = predict_rows(predictor, pictures, label="reference")
+    is_calibration = bool((pictures["split"] == "calibration").all())
+    reference = fit_reference(predictions, pictures["lesion_id"].tolist(), is_calibration)
     write_json(draft.path / REFERENCE, reference.to_dict())
 
 

@@ -237,7 +237,7 @@ def reference_pictures(folder: str, frame: pd.DataFrame) -> pd.DataFrame:
         return frame[(frame["split"] == "calibration") & (frame["label"] != UNKNOWN)]
     paths = sorted(str(path) for path in Path(folder).iterdir() if path.suffix.casefold() in IMAGE_ENDINGS)
     # Each picture counts as a lesion of its own, of which nothing is known.
-    return pd.DataFrame({"path": paths, "lesion_id": paths, "age": np.nan, "sex": "", "site": ""})
+    return pd.DataFrame({"path": paths, "lesion_id": paths, "split": "", "age": np.nan, "sex": "", "site": ""})
 
 
 def receipt(best: Mapping[str, Any], frame: pd.DataFrame) -> Receipt:

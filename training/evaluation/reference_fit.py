@@ -13,10 +13,11 @@ MIN_LESIONS = 150  # with fewer, only large changes would differ from chance
 LOGGED_DIGITS = 6  # of a probability in the prediction log
 
 
-def fit_reference(predictions: Sequence[Prediction], lesions: Sequence[str]) -> Reference:
+def fit_reference(predictions: Sequence[Prediction], lesions: Sequence[str], is_calibration: bool = True) -> Reference:
     """Return the reference of predictions of pictures that are like those to come. `figures` are as in docs/api.md.
 
-    `lesions` has the lesion of each picture, and each lesion counts once.
+    `lesions` has the lesion of each picture, and each lesion counts once. `is_calibration` says that the pictures are
+    those of the calibration split; with others, no drift does not mean that the calibration holds.
     """
     counts = Counter(lesions)
     weights = np.array([1 / counts[lesion] for lesion in lesions])
@@ -32,6 +33,7 @@ def fit_reference(predictions: Sequence[Prediction], lesions: Sequence[str]) -> 
     sets = [len(answer.conformal_set) for answer in predictions if answer.conformal_set is not None]
     count = len(predictions)
     figures = {
+        "calibration": is_calibration,
         "classes": {code: codes[code] / count for code in CODES},
         "unknown_share": codes[UNKNOWN] / count,
         "flagged_share": float(np.mean(flagged)) if flagged else None,
