@@ -28,8 +28,13 @@ BUNDLE_ARTIFACT = "bundle"
 EVALUATION_SET = "skin_vit_evaluation"
 CURRENT = "current"
 MAX_VERSIONS = 100_000  # in one answer; MLflow allows 200,000
-HEAD_TAG = "audit.head"  # tag of the registered model: the newest line of the promoter's audit log
+HEAD_TAG = "audit.head"  # tag of the registered model: the newest line of the promoter's audit log (see head_tag)
 _MISSING = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"}
+
+
+def head_tag(replica: str) -> str:
+    """Return HEAD_TAG for a promoter; each of several promoters on one registry has an audit log, and so a tag."""
+    return f"{HEAD_TAG}.{replica}" if replica else HEAD_TAG
 
 
 class RegistryError(UserError):
@@ -151,7 +156,10 @@ class Registry:
 
     def had_champion(self) -> bool:
         """Return whether a version is or was champion, even if it was deleted."""
-        return any(self.model_tag(name) is not None for name in ("alias.champion", HEAD_TAG))
+        with self.translated_errors(missing_is_none=True):
+            tags = self.client.get_registered_model(MODEL_NAME).tags
+            return any(name == "alias.champion" or name.startswith(HEAD_TAG) for name in tags)
+        return False
 
     def tag(self, number: str, tags: Mapping[str, str]) -> None:
         """Write tags on a version; does nothing if the version was deleted."""

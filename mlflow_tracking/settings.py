@@ -88,6 +88,7 @@ class Settings(BaseSettings):
     promoter_poll_seconds: float = Field(2.0, gt=0)
     promoter_gates: Path = Path("mlflow_tracking/gates.yaml")
     promoter_keep_archives: int = Field(3, ge=0)
+    promoter_replica: str = ""
     monitor_host: str = "127.0.0.1"
     monitor_port: int = Field(8084, ge=1, le=65535)
     monitor_database: str = ""

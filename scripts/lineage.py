@@ -11,7 +11,7 @@ from handlers.errors import UsageError, UserError
 from mlflow_tracking.command_line import console, errors, run, table
 from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.provenance import Lineage, trace
-from mlflow_tracking.registry import HEAD_TAG, Registry, RegistryUnavailable
+from mlflow_tracking.registry import Registry, RegistryUnavailable, head_tag
 from mlflow_tracking.settings import MODEL_NAME, Settings
 
 
@@ -38,7 +38,7 @@ def lineage(
     settings = Settings.load()
     registry, audit = Registry(settings.registry_uri), AuditLog(settings.store)
     if check:
-        verify(registry, audit)
+        verify(registry, audit, settings.promoter_replica)
         return
     history = trace(what, registry, audit, settings.prediction_logs)
     if as_json:
@@ -47,11 +47,11 @@ def lineage(
         show(history)
 
 
-def verify(registry: Registry, audit: AuditLog) -> None:
+def verify(registry: Registry, audit: AuditLog, replica: str = "") -> None:
     """Check the audit log's chain, and its end against the registry. Raises UserError with every fault."""
     anchor = None
     try:
-        anchor = Head.parse(registry.model_tag(HEAD_TAG) or "")
+        anchor = Head.parse(registry.model_tag(head_tag(replica)) or "")
     except RegistryUnavailable as error:
         errors.print(f"{error} Lines missing at the end would not be noticed.", style="yellow")
     if faults := audit.verify(anchor):

@@ -19,7 +19,7 @@ import sqlalchemy
 
 from handlers.bundle import Bundle
 from mlflow_tracking import registry_database
-from mlflow_tracking.registry import HEAD_TAG, Registry
+from mlflow_tracking.registry import Registry, head_tag
 from mlflow_tracking.settings import MODEL_NAME, ROOT, Settings, takes_sockets
 from scripts.child_processes import free_ports
 from scripts.promote import no_champion
@@ -232,10 +232,11 @@ def test_a_registry_whose_champion_was_deleted_is_not_empty(registry, capsys):
     assert "skin_vit has no champion: the version with the alias was deleted" in capsys.readouterr().out
 
 
-def test_the_promoters_record_of_a_champion_counts_too(registry):
+@pytest.mark.parametrize("replica", ["", "serving-1"])
+def test_the_promoters_record_of_a_champion_counts_too(registry, replica):
     """People move the alias in MLflow's page, too."""
     registry.client.create_model_version(MODEL_NAME, "/bundle")
-    registry.set_model_tag(HEAD_TAG, "1 0123")
+    registry.set_model_tag(head_tag(replica), "1 0123")
     assert not is_empty(registry)
 
 

@@ -13,18 +13,20 @@ from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.gates import judgement_report as report
 from mlflow_tracking.promotion.gates.judge import Judge
 from mlflow_tracking.promotion.plan import Actual, Release
-from mlflow_tracking.registry import HEAD_TAG, RegisteredVersion, Registry, RegistryError
+from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError, head_tag
 
 
 class Outbox:
-    """Tags and reports on their way to the registry."""
+    """Tags and reports on their way to the registry. `replica` names one of several promoters that share it."""
 
-    def __init__(self, registry: Registry, judge: Judge, audit: AuditLog) -> None:
+    def __init__(self, registry: Registry, judge: Judge, audit: AuditLog, replica: str = "") -> None:
         self._registry = registry
         self._judge = judge
         self._audit = audit
         self._due: dict[Release, dict[str, str]] = {}
+        self._head_tag = head_tag(replica)
         self._head = ""  # the line that the registry has
+        self._reported: set[str] = set()  # judgements written by this promoter; those of others stay
 
     def put(self, release: Release, status: str, reason: str = "") -> None:
         """Set the status of a release; it replaces a waiting one."""
@@ -63,21 +65,24 @@ class Outbox:
         judgement = self._judge.newest(digest)
         if judgement is None or version.tags.get("gates.judgement") == judgement.id:
             return
+        if judgement.id in self._reported:
+            return  # another promoter has written its own since
         with tempfile.TemporaryDirectory() as temporary:
             report.write_report(Path(temporary), judgement)
             with suppress(RegistryError):  # a version of another tool has no place for files
                 self._registry.log_report(version.version, Path(temporary), report.REPORT)
         self._registry.tag(version.version, report.tags(judgement))
+        self._reported.add(judgement.id)
 
     def _send_head(self) -> list[str]:
         """Write the audit log's newest line into the registry, unless the log lacks the line that is there."""
         head = str(self._audit.head())
         if head == self._head:
             return []
-        faults = self._audit.verify(Head.parse(self._registry.model_tag(HEAD_TAG) or ""))
+        faults = self._audit.verify(Head.parse(self._registry.model_tag(self._head_tag) or ""))
         if faults:
             return [f"The audit log {self._audit.path} is damaged (see docs/operations.md). {faults[0]}"]
-        self._registry.set_model_tag(HEAD_TAG, head)
+        self._registry.set_model_tag(self._head_tag, head)
         self._head = head
         return []
 

@@ -129,7 +129,8 @@ class Reconciler:
     """Makes TorchServe agree with the registry, one pass at a time.
 
     `keep_archives` unneeded archives stay in the store. `listener` receives the events of every step. `by` acts, for
-    the audit log. The versions in `overruled`, each with a reason, serve although the gates refuse them.
+    the audit log. The versions in `overruled`, each with a reason, serve although the gates refuse them. `replica` is
+    the name of one of several promoters that share the registry.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Reconciler:
         listener: Callable[[Event], None] = lambda event: None,
         by: str = "promoter",
         overruled: Mapping[str, str] | None = None,
+        replica: str = "",
     ) -> None:
         self.registry = registry
         self.executor = executor
@@ -150,7 +152,7 @@ class Reconciler:
         self._keep_archives = keep_archives
         self._overruled = {version: {"by": by, "reason": reason} for version, reason in (overruled or {}).items()}
         self._events = AuditEvents(self.audit, by)
-        self._outbox = Outbox(registry, executor.judge, self.audit)
+        self._outbox = Outbox(registry, executor.judge, self.audit, replica)
         self._runner = StepRunner(executor, self.backoff, self._events, self._outbox, listener, self._overruled)
 
     def forget(self, version: str) -> None:
@@ -277,4 +279,5 @@ def create_reconciler(
     torchserve = TorchServe(settings.inference_url, settings.management)
     gates = load_gates(settings.gates)
     executor = Executor(settings.store, registry, torchserve, gates, settings.evaluation_cache)
-    return Reconciler(registry, executor, settings.promoter_keep_archives, listener, by, overruled)
+    replica = settings.promoter_replica
+    return Reconciler(registry, executor, settings.promoter_keep_archives, listener, by, overruled, replica)
