@@ -2,7 +2,8 @@
 
 A request is the image's bytes as the body, a multipart form, or JSON with the image in base64; docs/api.md has the
 contract. Every prediction is logged as one line, `prediction {...}`, and every refusal as `refusal {...}`, which
-TorchServe writes to a file of its own (torchserve/log4j2.xml). They hold neither pixels nor names. Without
+TorchServe writes to a file of its own (torchserve/log4j2.xml). They hold age, sex and site if the client sent them and
+the model takes them, but neither pixels nor names. Without
 LOG_PREDICTIONS in the environment there is no log. With KEPT_IMAGES, a folder, copies of answered pictures are kept
 there for review (handlers/image_keeper.py). A request with the header `X-Record: no` is neither logged nor kept.
 
@@ -117,7 +118,7 @@ def _prediction_fields(answer: Prediction, milliseconds: float) -> dict[str, Any
     """Return what the log keeps of a prediction. `milliseconds` is the time of the batch, the same for each request."""
     return {
         "image_sha256": answer.image.sha256,
-        "metadata_sent": [name for name, value in answer.metadata.items() if value is not None],
+        "metadata_sent": {name: value for name, value in answer.metadata.items() if value is not None},
         "model": answer.model["name"],
         "version": answer.model["version"],
         "digest": answer.model["digest"],

@@ -25,7 +25,7 @@ from monitoring.reviews import (
 )
 from monitoring.tables import predictions
 
-ANSWER = ("request_id", "image_sha256", "version", "digest", "time", "flagged", "probabilities")
+ANSWER = ("request_id", "image_sha256", "version", "digest", "time", "flagged", "probabilities", "metadata_sent")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import time
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from handlers.taxonomy import CODES
 
@@ -43,13 +43,19 @@ class PredictionLine(_Line):
     digest: Name = ""
     probabilities: dict[Name, Share]
     milliseconds: Annotated[float, Field(ge=0, le=10**8)]
-    metadata_sent: list[Name] = Field(default=[], max_length=20)
+    metadata_sent: dict[Name, Number | Name] = Field(default={}, max_length=20)
     flagged: bool | None = None
     likely_set: list[Name] | None = Field(default=None, validation_alias="set", max_length=len(CODES))
     entropy: Number | None = None
     width: Size | None = None
     height: Size | None = None
     statistics: dict[Name, Number] | None = Field(default=None, max_length=50)
+
+    @field_validator("metadata_sent", mode="before")
+    @classmethod
+    def _values(cls, sent: object) -> object:
+        """Return the values; a log of an older version has only their names."""
+        return {} if isinstance(sent, list) else sent
 
 
 class RefusalLine(_Line):

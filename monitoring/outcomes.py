@@ -5,7 +5,7 @@ answered, because predictions are deleted after MONITOR_KEEP_DAYS.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,10 +16,14 @@ from monitoring.tables import outcomes, predictions
 
 
 class PictureOutcome(NamedTuple):
-    """The true class (a code) of the picture of a request id or of an image file's SHA-256."""
+    """The true class (a code) of the picture of a request id or of an image file's SHA-256.
+
+    `metadata` are the patient's age, sex and site where the table has them; they replace those that the client sent.
+    """
 
     key: str
     diagnosis: str
+    metadata: Mapping[str, float | str] = {}  # never changed
 
 
 @dataclass
@@ -41,17 +45,22 @@ def record(store: PredictionStore, table: Sequence[PictureOutcome], reader: str)
         for first in range(0, len(table), IDS_AT_ONCE):
             piece = table[first : first + IDS_AT_ONCE]
             matches = _matches(connection, [outcome.key for outcome in piece])
-            diagnoses = _newest(connection, {row["request_id"] for rows in matches.values() for row in rows})
+            newest = _newest(connection, {row["request_id"] for rows in matches.values() for row in rows})
             rows = []
             for outcome in piece:
                 if outcome.key not in matches:
                     recorded.unmatched.append(outcome.key)
                 for prediction in matches.get(outcome.key, ()):
-                    if diagnoses.get(prediction["request_id"]) == outcome.diagnosis:
+                    request = prediction["request_id"]
+                    earlier = newest.get(request)
+                    metadata = sent_values(earlier.metadata if earlier else prediction["metadata_sent"])
+                    added = PictureOutcome(request, outcome.diagnosis, {**metadata, **outcome.metadata})
+                    if added == earlier:
                         recorded.unchanged += 1
                         continue
-                    diagnoses[prediction["request_id"]] = outcome.diagnosis
-                    rows.append(prediction | {"recorded": now, "reader": reader, "diagnosis": outcome.diagnosis})
+                    newest[request] = added
+                    values = {"diagnosis": added.diagnosis, "metadata_sent": added.metadata}
+                    rows.append(prediction | values | {"recorded": now, "reader": reader})
             if rows:
                 connection.execute(sa.insert(outcomes), rows)
             recorded.new += len(rows)
@@ -60,7 +69,7 @@ def record(store: PredictionStore, table: Sequence[PictureOutcome], reader: str)
 
 def _matches(connection: sa.Connection, keys: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Return the predictions of each key that has one: those still stored, or those of earlier outcomes."""
-    names = ("request_id", "image_sha256", "version", "digest", "time", "flagged", "probabilities")
+    names = ("request_id", "image_sha256", "version", "digest", "time", "flagged", "probabilities", "metadata_sent")
     matches: dict[str, dict[str, dict[str, Any]]] = {}
     for source in (outcomes, predictions):
         columns = [source.c[name] for name in names]
@@ -71,14 +80,20 @@ def _matches(connection: sa.Connection, keys: Sequence[str]) -> dict[str, list[d
     return {key: list(rows.values()) for key, rows in matches.items()}
 
 
-def _newest(connection: sa.Connection, requests: Iterable[str]) -> dict[str, str]:
-    """Return the newest diagnosis of each request that has one."""
-    identifiers, diagnoses = list(requests), dict[str, str]()
+def sent_values(metadata_sent: object) -> dict[str, Any]:
+    """Return the values of a row's `metadata_sent`; none of a row of an older version."""
+    return dict(metadata_sent) if isinstance(metadata_sent, Mapping) else {}
+
+
+def _newest(connection: sa.Connection, requests: Iterable[str]) -> dict[str, PictureOutcome]:
+    """Return the newest outcome of each request that has one."""
+    identifiers, newest = list(requests), dict[str, PictureOutcome]()
     for first in range(0, len(identifiers), IDS_AT_ONCE):
         named = outcomes.c.request_id.in_(identifiers[first : first + IDS_AT_ONCE])
-        query = sa.select(outcomes.c.request_id, outcomes.c.diagnosis).where(named).order_by(outcomes.c.id)
-        diagnoses |= {row.request_id: row.diagnosis for row in connection.execute(query)}
-    return diagnoses
+        columns = outcomes.c.request_id, outcomes.c.diagnosis, outcomes.c.metadata_sent
+        for request, diagnosis, sent in connection.execute(sa.select(*columns).where(named).order_by(outcomes.c.id)):
+            newest[request] = PictureOutcome(request, diagnosis, sent_values(sent))
+    return newest
 
 
 def outcome_mark(store: PredictionStore) -> tuple[int, int]:

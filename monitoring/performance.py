@@ -12,6 +12,7 @@ from mlflow_tracking import classification_metrics as metrics
 from monitoring.corrections import correction_mark, judged_answers, opinions
 from monitoring.prediction_store import PredictionStore
 from monitoring.rollups import figures
+from monitoring.slices import slices
 
 RESAMPLES = 500
 REFRESH_SECONDS = 60.0  # for new predictions of pictures that are settled
@@ -89,7 +90,7 @@ class RealisedPerformance:
 
         Args:
             sampled_only: count only pictures that were read by chance (monitoring.corrections); their figures are the
-                honest estimate. Adds how readers came to them.
+                honest estimate. Adds how readers came to them; without it, the figures by sex, age and site.
 
         Raises StoreUnavailable.
         """
@@ -97,8 +98,8 @@ class RealisedPerformance:
         if mark != self._mark or now - self._computed > REFRESH_SECONDS:
             self._figures, self._mark, self._computed = {}, mark, now
         if key not in self._figures:
-            values = realised(judged_answers(self.store, version, sampled_only))
-            self._figures[key] = values | (opinions(self.store) if sampled_only else {})
+            rows = judged_answers(self.store, version, sampled_only)
+            self._figures[key] = realised(rows) | (opinions(self.store) if sampled_only else {"slices": slices(rows)})
         return self._figures[key]
 
 

@@ -116,7 +116,7 @@ def _submitted(connection: sa.Connection, submission: str) -> int | None:
 
 def _answer(connection: sa.Connection, reading: NewReading, rows: Sequence[Row]) -> dict[str, Any]:
     """Return the prediction that was shown: the one still stored, or that of an earlier reading."""
-    names = ("version", "digest", "time", "flagged", "probabilities")
+    names = ("version", "digest", "time", "flagged", "probabilities", "metadata_sent")
     query = sa.select(*(predictions.c[name] for name in names)).where(
         (predictions.c.request_id == reading.request_id) & (predictions.c.image_sha256 == reading.image_sha256)
     )

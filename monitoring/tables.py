@@ -21,6 +21,7 @@ predictions = sa.Table(
     sa.Column("width", sa.Integer),
     sa.Column("height", sa.Integer),
     sa.Column("probabilities", sa.JSON(none_as_null=True), nullable=False),  # in the order of handlers.taxonomy.CODES
+    # Age, sex and site, where the client sent them; in rows of older versions a list of their names.
     sa.Column("metadata_sent", sa.JSON(none_as_null=True), nullable=False),
     sa.Column("likely_set", sa.JSON(none_as_null=True)),
     sa.Column("statistics", sa.JSON(none_as_null=True)),  # handlers.prediction.Prediction
@@ -64,6 +65,7 @@ outcomes = sa.Table(
     sa.Column("time", sa.Float, nullable=False),
     sa.Column("flagged", sa.Boolean),
     sa.Column("probabilities", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("metadata_sent", sa.JSON(none_as_null=True)),
 )
 drift = sa.Table(
     "drift",
@@ -94,5 +96,6 @@ readings = sa.Table(
     sa.Column("time", sa.Float, nullable=False),
     sa.Column("flagged", sa.Boolean),
     sa.Column("probabilities", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("metadata_sent", sa.JSON(none_as_null=True)),
     sqlite_autoincrement=True,  # a deleted row's number is not given again
 )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from handlers.errors import UserError
+from handlers.metadata import FIELDS, OLDEST, SITES, Metadata, MetadataError
 from handlers.taxonomy import TAXONOMY
 from mlflow_tracking.command_line import console, run
 from mlflow_tracking.promotion.audit import person
@@ -16,6 +17,7 @@ from monitoring.outcomes import PictureOutcome, record
 from monitoring.prediction_store import PredictionStore
 
 KEYS = ("request_id", "sha256")
+PATIENT = Metadata.of(FIELDS)
 DIAGNOSES = {name.lower(): lesion.code for lesion in TAXONOMY for name in (lesion.code, lesion.name)}
 EXAMPLES = ["python scripts/load_outcomes.py pathology.csv", "python scripts/load_outcomes.py pathology.csv --by lab"]
 
@@ -46,7 +48,16 @@ def read_outcomes(path: Path) -> list[PictureOutcome]:
                 f"Line {line} of {path} has the {columns[0]} {key!r} and the diagnosis {text!r}. Give both; a "
                 f"diagnosis is one of {codes}, or its English name."
             )
-        outcomes.append(PictureOutcome(key.lower() if columns[0] == "sha256" else key, DIAGNOSES[text.lower()]))
+        try:
+            metadata = PATIENT.parse({name: row[name] for name in FIELDS if name in names})
+        except MetadataError:
+            raise OutcomesError(
+                f"Line {line} of {path} has an age, sex or site that is not usable. Give the age in years (0 to "
+                f"{OLDEST}), the sex as female or male, the site as one of {', '.join(SITES)}, or leave them empty."
+            ) from None
+        values = {name: value for name, value in metadata.items() if value is not None}
+        key = key.lower() if columns[0] == "sha256" else key
+        outcomes.append(PictureOutcome(key, DIAGNOSES[text.lower()], values))
     return outcomes
 
 
@@ -60,7 +71,8 @@ def main(
 
     A picture is named by the request id of its prediction (the answer's header X-Request-Id) or by the SHA-256 of its
     file (the answer's image.sha256). Rows are appended with reader and time; the newest row of a request counts. The
-    page's part Monitoring then shows the realised performance. Loading a file twice changes nothing.
+    page's part Monitoring then shows the realised performance. Loading a file twice changes nothing. The columns age,
+    sex and site may be there too; then the page shows the performance by them.
     """
     outcomes = read_outcomes(file)
     store = PredictionStore(Settings.load().monitor_database_url)

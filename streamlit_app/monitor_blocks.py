@@ -1,11 +1,12 @@
 """Blocks of HTML of the part Monitoring. Text from the monitor is escaped here."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 
 from streamlit_app import monitor_wording as wording
 from streamlit_app.html_blocks import prose
-from streamlit_app.monitor_schema import Figures, Summary
+from streamlit_app.monitor_schema import Figures, PatientGroup, Realised, Summary
 
 ALARM_CLASS = ' class="sl-alarmed"'
 TITLE = f'<h1 class="sl-title">{wording.HEADING}</h1>'
@@ -32,7 +33,8 @@ def cards(summary: Summary, now: datetime) -> str:
         (wording.UNKNOWN, wording.share(total.unknown_share), _expected(wording.UNKNOWN_NOTE, unknown)),
         (wording.SETS, wording.NO_VALUE if size is None else f"{size:.1f}", _expected(wording.SETS_NOTE, sets)),
         (wording.ESTIMATED, wording.share(summary.performance.estimated_accuracy), _estimated(summary)),
-        (wording.REALISED, wording.share(summary.performance.realised.accuracy), _realised(summary)),
+        (wording.REALISED, *_realised(summary.performance.realised, wording.REALISED_NOTHING)),
+        (wording.RANDOM, *_realised(summary.performance.realised_random, wording.RANDOM_NOTHING)),
     ]
     items = "".join(
         f"<div{ALARM_CLASS if value == wording.DRIFT_ALARM else ''}><dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
@@ -79,14 +81,42 @@ def _estimated(summary: Summary) -> str:
     return f"{wording.BOUNDS.format(low=low, high=high)}; {wording.ESTIMATED_NOTE}"
 
 
-def _realised(summary: Summary) -> str:
-    figures = summary.performance.realised
-    bounds = figures.intervals_95.get("accuracy")
+def _realised(figures: Realised, nothing: str) -> tuple[str, str]:
+    """Return the accuracy and its note; `nothing` is the note without outcomes."""
+    accuracy, bounds = wording.share(figures.accuracy), figures.intervals_95.get("accuracy")
     if bounds is None:
-        return wording.REALISED_NOTHING
+        return accuracy, nothing
     low, high = (wording.share(bound) for bound in bounds)
-    missed = wording.share(figures.malignant_missed)
-    return wording.REALISED_NOTE.format(low=low, high=high, outcomes=f"{figures.outcomes:,}", missed=missed)
+    missed, outcomes = wording.share(figures.malignant_missed), f"{figures.outcomes:,}"
+    return accuracy, wording.REALISED_NOTE.format(low=low, high=high, outcomes=outcomes, missed=missed)
+
+
+def slices(groups: Sequence[PatientGroup]) -> str:
+    """Return the realised performance by sex, age and site as a table."""
+    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in wording.SLICE_COLUMNS)
+    rows = ""
+    for before, group in zip((None, *groups), groups, strict=False):
+        if before is None or before.field != group.field:
+            field = wording.SLICE_FIELDS.get(group.field, group.field)
+            rows += f'<tr><th colspan="{len(wording.SLICE_COLUMNS)}" scope="rowgroup">{escape(field)}</th></tr>'
+        name = wording.SLICE_NOT_SENT if group.group is None else group.group
+        accuracy = wording.SLICE_FEW
+        if group.accuracy is not None:
+            accuracy = _with_bounds(wording.share(group.accuracy), group.accuracy_95)
+        missed = wording.NO_VALUE
+        if group.malignant:
+            counts = wording.SLICE_MISSED.format(missed=f"{group.malignant_missed:,}", malignant=f"{group.malignant:,}")
+            missed = _with_bounds(counts, group.malignant_missed_95)
+        cells = "".join(f"<td>{cell}</td>" for cell in (f"{group.outcomes:,}", accuracy, missed))
+        rows += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+    return f'<table class="sl-slices"><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _with_bounds(value: str, bounds: tuple[float, float] | None) -> str:
+    if bounds is None:
+        return value
+    low, high = (wording.share(bound) for bound in bounds)
+    return f"{value} <small>{wording.BOUNDS.format(low=low, high=high)}</small>"
 
 
 def refusals(total: Figures) -> str:

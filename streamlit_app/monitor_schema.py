@@ -76,6 +76,19 @@ class ServingVersion(BaseModel):
     since: datetime
 
 
+class PatientGroup(BaseModel):
+    """The figures of the patients of one sex, age or site; `group` is None where it was not sent."""
+
+    field: str
+    group: str | None
+    outcomes: int
+    accuracy: Share
+    accuracy_95: tuple[float, float] | None
+    malignant: int
+    malignant_missed: int
+    malignant_missed_95: tuple[float, float] | None
+
+
 class Realised(BaseModel):
     """The figures over predictions whose outcome is known; a figure without pictures is None."""
 
@@ -83,6 +96,7 @@ class Realised(BaseModel):
     accuracy: Share = None
     malignant_missed: Share = None
     intervals_95: dict[str, tuple[float, float]] = {}
+    slices: list[PatientGroup] = []
 
 
 class Performance(BaseModel):
@@ -92,6 +106,7 @@ class Performance(BaseModel):
     estimated_interval_95: tuple[float, float] | None = None
     calibration_holds: bool = True
     realised: Realised
+    realised_random: Realised = Realised(outcomes=0)
 
 
 class Summary(BaseModel):

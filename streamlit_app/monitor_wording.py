@@ -37,6 +37,8 @@ ESTIMATED_DOUBTFUL = "do not rely on it: the pictures are not like those of the 
 ESTIMATED, ESTIMATED_NOTE = "Estimated accuracy", "if the model is calibrated for these pictures"
 REALISED, REALISED_NOTE = "Realised accuracy", "{low} to {high}; all {outcomes} outcomes; {missed} of malignant missed"
 REALISED_NOTHING = "no outcomes yet; `scripts/load_outcomes.py` loads them"
+RANDOM = "Realised, random share"
+RANDOM_NOTHING = "no picture that was read by chance is settled yet; this is the honest estimate"
 NO_VALUE = "–"
 
 # Charts
@@ -66,6 +68,13 @@ EVENT_NAMES = {
 }
 REFUSALS = "Refused requests"
 REFUSALS_NONE = "None in this period."
+SLICES = "Realised performance by sex, age and site"
+SLICE_COLUMNS = ("Group", "Outcomes", "Accuracy", "Malignant missed")
+SLICE_FIELDS = {"sex": "Sex", "age": "Age", "site": "Site"}
+SLICE_NOT_SENT = "not sent"
+SLICE_FEW = "fewer than 10 outcomes"
+SLICE_MISSED = "{missed} of {malignant}"
+SLICE_NOTE = "Small figures are 95 % intervals. Differences that lie within them may be chance."
 LATEST = "Latest predictions"
 LATEST_COLUMNS = {
     "time": "Time",

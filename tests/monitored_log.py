@@ -23,7 +23,7 @@ def stamp(seconds: float) -> str:
 def prediction(request_id: str, seconds: float = NOW, code: str = "NV", version: str = "1", **fields: Any) -> bytes:
     """A prediction's line with probability 0.6 for `code`."""
     row = {
-        "time": stamp(seconds), "request_id": request_id, "image_sha256": "0" * 64, "metadata_sent": [],
+        "time": stamp(seconds), "request_id": request_id, "image_sha256": "0" * 64, "metadata_sent": {},
         "model": "skin_vit", "version": version, "digest": "sha256:1",
         "probabilities": {other: 0.6 if other == code else 0.05 for other in CODES},
         "entropy": 1.2, "set": ["NV", "MEL"], "flagged": False, "width": 600, "height": 450, "milliseconds": 20.0,

@@ -171,7 +171,7 @@ def test_a_prediction_and_a_refusal_are_one_line_each_for_the_log(folder, sample
     assert row["probabilities"] == pytest.approx(body["probabilities"], abs=1e-6)
     assert row["milliseconds"] > 0
     assert datetime.fromisoformat(row["time"]).tzinfo
-    assert row["metadata_sent"] == []
+    assert row["metadata_sent"] == {}
     assert (row["width"], row["height"]) == (body["image"]["width"], body["image"]["height"])
     assert row["entropy"] == pytest.approx(body["uncertainty"]["entropy"], abs=1e-6)
     assert row["set"] == body["uncertainty"]["conformal_set"]

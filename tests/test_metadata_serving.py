@@ -24,6 +24,7 @@ from handlers.predictor import Predictor
 from handlers.request import Request, RequestError
 from handlers.skin_lesion_handler import SkinLesionHandler
 from mlflow_tracking.version_card import golden_result
+from monitoring.log_lines import parse_line
 from scripts import predict as predict_script
 from tests.models import tiny_bundle
 from tests.test_handler import FakeContext
@@ -166,6 +167,18 @@ def test_form_and_json_give_the_same_answer(ask, sample_images):
         assert answer["probabilities"] == pytest.approx(first["probabilities"], abs=1e-6)
     assert others[2]["probabilities"] == pytest.approx(others[3]["probabilities"], abs=1e-6)
     assert others[2]["probabilities"] != pytest.approx(first["probabilities"], abs=1e-3)
+
+
+def test_the_log_has_the_values_that_were_sent(bundle, sample_images, monkeypatch, caplog):
+    monkeypatch.setenv("LOG_PREDICTIONS", "1")
+    handler, context = SkinLesionHandler(), FakeContext(bundle.path.parent)
+    handler.initialize(context)
+    with caplog.at_level("INFO"):
+        handler.handle([{"data": bytearray(sample_images[0]), "age": bytearray(b"71"), "sex": bytearray(b"")}], context)
+    [line] = [record.message for record in caplog.records if record.message.startswith("prediction {")]
+    row = parse_line(line.removeprefix("prediction ").encode(), "")
+    assert row is not None
+    assert row["metadata_sent"] == {"age": 71.0}
 
 
 @pytest.mark.parametrize(

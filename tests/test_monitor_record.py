@@ -195,6 +195,7 @@ def test_old_rows_are_deleted_and_their_hours_stay(tmp_path):
         {"version": "a\0b"},
         {"image_sha256": "x" * 5000},
         {"request_id": ["a"]},
+        {"metadata_sent": {"age": [1]}},
     ],
 )
 def test_a_line_that_does_not_fit_is_unreadable(fields):

@@ -98,6 +98,33 @@ def test_the_figures_by_hand(store):
     assert (body["estimated_accuracy"], body["realised"]["outcomes"], body["realised"]["accuracy"]) == (0.6, 1, 1.0)
 
 
+def test_the_figures_by_sex_age_and_site(tmp_path):
+    log = RotatedLog(tmp_path)
+    for number in range(24):  # every third one is wrong; of twelve men one has an age, of the others the age is wrong
+        sent = {"sex": "female", "age": 69.5} if number % 2 else {"sex": "male"} | ({"age": 70} if number == 4 else {})
+        code = "NV" if number % 3 else "MEL"
+        log.write(prediction(f"{number}", NOW - 60 + number, code, image_sha256=f"{number:064x}", metadata_sent=sent))
+    log.write(prediction("24", NOW, "MEL", "2", image_sha256=f"{3:064x}", metadata_sent=["sex"]))  # an older version
+    monitor = Monitor(settings_of(tmp_path))
+    while monitor.step() == 0:
+        pass
+    truth = [PictureOutcome(f"{number}", "MEL" if number == 5 else "NV") for number in range(24)]
+    record(monitor.store, truth, "lab")
+    monitor.store.prune(NOW + DAY)
+    table = RealisedPerformance(monitor.store).of(None)["slices"]
+    assert [(row["field"], row["group"], row["outcomes"]) for row in table] == [
+        ("age", "50–69", 12), ("age", "70 and older", 1), ("age", None, 11), ("sex", "female", 12), ("sex", "male", 12),
+    ]  # fmt: skip
+    middle, old, *_ = table
+    assert (middle["accuracy"], middle["malignant"], middle["malignant_missed"]) == (pytest.approx(7 / 12), 1, 1)
+    assert middle["accuracy_95"] == pytest.approx((0.320, 0.807), abs=1e-3)  # R's prop.test(7, 12, correct=FALSE)
+    assert (old["accuracy"], old["accuracy_95"], old["malignant_missed_95"]) == (None, None, None)
+    record(monitor.store, [PictureOutcome("3", "NV", {"site": "head/neck"})], "lab")
+    rows = RealisedPerformance(monitor.store).of("1")["slices"]
+    assert [row["outcomes"] for row in rows if row["field"] == "site"] == [1, 23]
+    assert RealisedPerformance(monitor.store).of("2")["slices"] == []
+
+
 def test_the_estimate_is_the_accuracy_of_calibrated_answers(tmp_path):
     """The true class is drawn by the probabilities of the answers, so the model is calibrated."""
     rng, log, truth = np.random.default_rng(0), RotatedLog(tmp_path), []
@@ -134,6 +161,9 @@ def test_a_csv_file_is_loaded(csv, store):
     assert "2 outcomes are new, 0 were known." in output
     assert "1 rows name no prediction that the monitor has, such as zzz." in output
     assert [row["diagnosis"] for row in judged(store)] == ["MEL", "MEL"]
+    assert csv("request_id,diagnosis,sex,age\na,MEL,Female,\n")[1].startswith("1 outcomes are new")
+    assert csv("request_id,diagnosis\na,MEL\n")[1].startswith("0 outcomes are new, 1 were known.")
+    assert judged(store)[0]["metadata_sent"] == {"sex": "female"}
     assert csv(f"sha256,diagnosis\n{'A' * 64},MEL\n")[1].startswith("1 outcomes are new, 1 were known.")
 
 
@@ -148,6 +178,7 @@ def test_a_csv_file_is_loaded(csv, store):
         ("request_id,diagnosis\n", "has a header and no rows"),
         ('request_id,diagnosis,note\na,MEL,"two\nlines"\n\nb,mole,\n', "Line 5 of "),
         ("request_id,diagnosis\na\n", "Line 2 of "),
+        ("request_id,diagnosis,age\na,MEL,old\n", "Line 2 of "),
     ],
 )
 def test_a_wrong_file_is_one_sentence_and_changes_nothing(csv, store, text, words):

@@ -15,6 +15,8 @@ from handlers.reference import DRIFT_STATISTICS
 from mlflow_tracking.promotion.audit import AuditLog
 from monitoring.monitor import Monitor
 from monitoring.monitor_service import create_app
+from monitoring.outcomes import PictureOutcome, record
+from monitoring.prediction_store import PredictionStore
 from scripts.child_processes import free_ports
 from streamlit_app import connections
 from streamlit_app import monitor_wording as wording
@@ -54,12 +56,12 @@ def running_monitor(settings) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> Iterator[str]:
-    """A monitor with two versions, a refused third one, 200 predictions, and drift in the second version."""
+    """A monitor with two versions, a refused third one, 200 predictions, drift in the second, and some outcomes."""
     state = tmp_path_factory.mktemp("state")
     digest = archive_with(normal_reference(), state / "store", version="2")
     blurred = normal_values(80, np.random.default_rng(0))
     blurred[:, DRIFT_STATISTICS.index("sharpness")] -= 3
-    second = measured(blurred, digest, version="2")
+    second = measured(blurred, digest, version="2", metadata_sent={"sex": "<i>", "age": 44})
     RotatedLog(state).write(many(120, NOW - 900) + second + refusal("a", code="<b>invalid</b>"))
     audit = AuditLog(state / "store")
     for event, version in (("store", "1"), ("serve", "1"), ("check refused", "3"), ("serve", "2")):
@@ -67,6 +69,8 @@ def address(tmp_path_factory) -> Iterator[str]:
     audit.append("alias seen", "promoter", alias="champion", version="2", digest="sha256:2")
     with running_monitor(settings_of(state)) as url:
         eventually(lambda: MonitorClient(url).summary(1, None).total.predictions == 200)
+        outcomes = [PictureOutcome(f"p{number}", "NV", {"sex": "female"} if number < 9 else {}) for number in range(60)]
+        record(PredictionStore(settings_of(state).monitor_database_url), outcomes, "lab")
         yield url
 
 
@@ -122,6 +126,15 @@ def test_a_drift_alarm_is_said_with_what_changed_and_doubts_the_estimate(shown, 
     assert f"above all in {wording.STATISTICS['sharpness']}" in text
     assert wording.ESTIMATED_DOUBTFUL in text
     assert wording.EXPECTED.format(value="30.0 %") in text
+
+
+def test_realised_performance_is_shown_by_patient_group_with_counts_and_bounds(shown, address):
+    text = blocks(shown(address))
+    assert f"<dd>100.0 %</dd><p>{wording.RANDOM_NOTHING}" not in text
+    assert wording.RANDOM_NOTHING in text
+    assert '<th scope="row">30–49</th><td>60</td><td>100.0 % <small>94.0 % to 100.0 %</small></td><td>–</td>' in text
+    assert f'<th scope="row">female</th><td>9</td><td>{wording.SLICE_FEW}</td>' in text
+    assert '<th scope="row">&lt;i&gt;</th><td>51</td>' in text
 
 
 def test_an_empty_period_says_what_to_do(shown, tmp_path):

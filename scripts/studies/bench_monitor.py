@@ -43,7 +43,7 @@ def lines(first: int, count: int, total: int, rng: np.random.Generator) -> bytes
                 "time": datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds"),
                 "request_id": f"{number:032x}",
                 "image_sha256": f"{number:064x}",
-                "metadata_sent": [],
+                "metadata_sent": {},
                 "model": "skin_vit",
                 "version": str(1 + 3 * number // total),
                 "digest": DIGEST,

@@ -80,7 +80,7 @@ def show_charts(summary: Summary, events: list[VersionEvent]) -> None:
 
 
 def show_tables(summary: Summary, events: list[VersionEvent], latest: list[RecordedPrediction]) -> None:
-    """Draw refusals, the history of the versions, and the latest predictions."""
+    """Draw refusals, the history of the versions, performance by patient group, and the latest predictions."""
     versions, refusals = st.columns([2, 1], gap="large")
     with versions:
         st.html(html_blocks.heading(wording.EVENTS))
@@ -92,6 +92,10 @@ def show_tables(summary: Summary, events: list[VersionEvent], latest: list[Recor
     with refusals:
         st.html(html_blocks.heading(wording.REFUSALS))
         st.html(monitor_blocks.refusals(summary.total))
+    if groups := summary.performance.realised.slices:
+        st.html(html_blocks.heading(wording.SLICES))
+        st.html(monitor_blocks.slices(groups))
+        st.caption(wording.SLICE_NOTE)
     if latest:
         st.html(html_blocks.heading(wording.LATEST))
         _table([_prediction_row(prediction) for prediction in latest], wording.LATEST_COLUMNS)
