@@ -1,10 +1,12 @@
 """Make MLflow's bucket in the object store, and a user with access to this bucket only.
 
-Runs at every start, and alone has the root keys. Repeating it is safe: it removes the users of earlier keys.
+Runs at every start, and alone has the root keys. Repeating it is safe: it removes the users of earlier keys. The keys
+come from the environment, or else from the files of make_secrets.py.
 """
 
 import configparser
 import json
+import os
 import sys
 import time
 
@@ -14,7 +16,7 @@ from minio import Minio, MinioAdmin
 from minio.credentials import StaticProvider
 from minio.error import MinioAdminException, MinioException
 
-ENDPOINT = "minio:9000"
+ENDPOINT = os.environ.get("MINIO_ENDPOINT", "minio:9000")
 BUCKET = "mlflow"
 POLICY = "mlflow"
 PATIENCE = 60.0
@@ -42,13 +44,15 @@ ALLOWED = {
 
 
 def root_keys() -> tuple[str, str]:
-    """Return user and password from the store's settings file."""
-    values = dotenv_values("/secrets/minio/config.env")
+    """Return user and password from the environment, or from the store's settings file."""
+    values = dotenv_values("/secrets/minio/config.env") | os.environ
     return str(values["MINIO_ROOT_USER"]), str(values["MINIO_ROOT_PASSWORD"])
 
 
 def mlflow_keys() -> tuple[str, str]:
-    """Return the keys of MLflow's S3 client."""
+    """Return the keys of MLflow's S3 client, from the environment or its credentials file."""
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        return os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
     parser = configparser.RawConfigParser()
     parser.read("/secrets/mlflow/aws")
     return parser["default"]["aws_access_key_id"], parser["default"]["aws_secret_access_key"]

@@ -42,17 +42,15 @@ def update_drift(
         history = state.update(np.array(values), [row["time"] for row in of_model], reference)
         for row, figures in zip(of_model, history, strict=True):
             row["drift"] = figures
-        connection.execute(sa.delete(drift).where(key))
-        connection.execute(
-            sa.insert(drift).values(
-                version=version,
-                digest=digest,
-                pictures=state.pictures,
-                evidence=state.evidence.tolist(),
-                alarm_since=state.alarm_since,
-                reference=reference.figures | {"pictures": reference.pictures, "lesions": reference.lesions},
-            )
-        )
+        new = {
+            "pictures": state.pictures,
+            "evidence": state.evidence.tolist(),
+            "alarm_since": state.alarm_since,
+            "reference": reference.figures | {"pictures": reference.pictures, "lesions": reference.lesions},
+        }
+        # The row stays, so that another monitor that waits for it continues from this state.
+        if not connection.execute(sa.update(drift).where(key).values(new)).rowcount:
+            connection.execute(sa.insert(drift).values(version=version, digest=digest, **new))
 
 
 def _state(row: Mapping[Any, Any] | None) -> DriftState:

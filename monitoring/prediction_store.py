@@ -146,20 +146,20 @@ class PredictionStore:
         return stored
 
     def _add_sums(self, connection: sa.Connection, sums: Mapping[Slot, Mapping[str, float]]) -> None:
-        for slot, added in sums.items():
+        """Add to the roll-ups. Several monitors add to one row: it is made first, locked, and then changed."""
+        for slot, added in sorted(sums.items()):  # in one order, so that two monitors do not wait for each other
+            connection.execute(self.upsert(rollups).values(**slot._asdict(), sums={}).on_conflict_do_nothing())
             key = (
                 (rollups.c.width == slot.width) & (rollups.c.start == slot.start) & (rollups.c.version == slot.version)
             )
-            stored = connection.execute(sa.select(rollups.c.sums).where(key).with_for_update()).scalar() or {}
+            stored = connection.execute(sa.select(rollups.c.sums).where(key).with_for_update()).scalar_one()
             total = stored | {name: stored.get(name, 0) + value for name, value in added.items()}
-            insert = self.upsert(rollups).values(**slot._asdict(), sums=total)
-            connection.execute(
-                insert.on_conflict_do_update(index_elements=["width", "start", "version"], set_={"sums": total})
-            )
+            connection.execute(sa.update(rollups).where(key).values(sums=total))
 
     def upsert(self, table: sa.Table) -> Any:
-        """Return an INSERT of this database that can take ON CONFLICT."""
-        return (postgresql if self.engine.dialect.name == "postgresql" else sqlite).insert(table)
+        """Return an INSERT of this database that can take ON CONFLICT, and whose result has a rowcount."""
+        insert = (postgresql if self.engine.dialect.name == "postgresql" else sqlite).insert(table)
+        return insert.execution_options(preserve_rowcount=True)  # without it, the rowcount is -1 on Postgres
 
     def forget(self, sha256: str) -> dict[str, int]:
         """Delete the predictions, readings and outcomes of a picture; return how many of each.

@@ -3,8 +3,8 @@
     python -m streamlit_app.page_server
 
 With OIDC_CLIENT_ID, Streamlit's own login (OpenID Connect) gets its settings from a file that this command writes:
-OIDC_CLIENT_SECRET, OIDC_METADATA_URL, OIDC_REDIRECT_URI, OIDC_REVIEWERS (.env.example explains each). In containers the
-client's secret and the cookies' secret are files in the folder PAGE_SECRETS. All settings come from the environment.
+OIDC_CLIENT_SECRET, OIDC_METADATA_URL, OIDC_REDIRECT_URI, OIDC_REVIEWERS, PAGE_COOKIE_SECRET (.env.example explains
+each). In Docker Compose both secrets are files in the folder PAGE_SECRETS. All settings come from the environment.
 """
 
 import json
@@ -54,7 +54,7 @@ def sign_in_settings(env: Mapping[str, str]) -> str:
     port = env.get("STREAMLIT_SERVER_PORT") or "8501"
     auth = {
         "redirect_uri": env.get("OIDC_REDIRECT_URI") or f"http://127.0.0.1:{port}/oauth2callback",
-        "cookie_secret": _kept(env, "cookie_secret") or _new_cookie_secret(env),
+        "cookie_secret": env.get("PAGE_COOKIE_SECRET") or _kept(env, "cookie_secret") or _new_cookie_secret(env),
         "client_id": client,
         "client_secret": secret,
         "server_metadata_url": metadata,

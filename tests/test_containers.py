@@ -374,3 +374,12 @@ def test_the_training_container_makes_a_manifest_unless_one_is_set(tmp_path, giv
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     subprocess.run(["sh", ROOT / "containers" / "train.sh", *given], check=True, env=environment)
     assert (tmp_path / "asked").read_text().split() == ["training/train.py", *asked]
+
+
+def test_the_training_container_may_start_torchrun(tmp_path):
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/asked\n')
+    torchrun.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRAINING_LAUNCHER": "torchrun --nnodes=2"}
+    subprocess.run(["sh", ROOT / "containers" / "train.sh", "manifest=m.csv"], check=True, env=environment)
+    assert (tmp_path / "asked").read_text().split() == ["--nnodes=2", "training/train.py", "manifest=m.csv"]

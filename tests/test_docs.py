@@ -26,6 +26,7 @@ GENERATED = ("data/", "runs/", "model_store/skin_vit-", ".stack", ".venv")  # fo
 NOT_OURS = {"BASH_SOURCE", "BUNDLE_NOTE", "CI", "HOME", "NAMED_SECRETS", "NO_PROXY", "no_proxy", "PATH", "PYTHONPATH"}
 NOT_OURS |= {"LOCAL_RANK", "WORLD_SIZE"}  # torchrun
 NOT_OURS |= {"PAGE_SECRETS", "STREAMLIT_SERVER_PORT"}
+NOT_OURS |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MINIO_ENDPOINT", "TRAINING_LAUNCHER"}  # of the Helm chart
 NOT_OURS |= {"TMPDIR", "VIRTUAL_ENV", "PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"}
 READS_ENVIRONMENT = {"BaseSettings", "ServiceSettings", "Settings"}  # bases of pydantic's settings classes
 

@@ -52,7 +52,13 @@ def test_the_settings_become_streamlits_secrets(tmp_path):
     assert stat.S_IMODE((tmp_path / "page" / "cookie_secret").stat().st_mode) == 0o600
 
 
-def test_in_containers_the_secrets_are_files(tmp_path):
+def test_on_kubernetes_the_secrets_are_variables(tmp_path):
+    env = environment(tmp_path, PAGE_COOKIE_SECRET="c" * 40)
+    auth = tomllib.loads(sign_in_settings(env))["auth"]
+    assert (auth["client_secret"], auth["cookie_secret"]) == (SECRET, "c" * 40)
+
+
+def test_in_docker_compose_the_secrets_are_files(tmp_path):
     (tmp_path / "oidc_client_secret").write_text("issued\n")
     (tmp_path / "cookie_secret").write_text("c" * 40)
     env = environment(tmp_path, OIDC_CLIENT_SECRET="", PAGE_SECRETS=str(tmp_path))
