@@ -110,8 +110,11 @@ class Performance(BaseModel):
 
 
 class Summary(BaseModel):
-    """The figures of the last hours: in total, by version, and by interval."""
+    """The figures of the last hours, or of one `version`: in total, by version, and by interval."""
 
+    now: datetime
+    since: datetime
+    version: str | None
     state: RecorderState
     serving: ServingVersion | None
     total: Figures

@@ -87,6 +87,16 @@ LATEST_COLUMNS = {
 }
 LINEAGE = "`python scripts/lineage.py REQUEST` shows the model, the data and the gates behind a prediction."
 
+# The report
+REPORT, REPORT_FILE = "Report", "monitoring_report.html"
+REPORT_HELP = "One HTML file with these figures. Open it and print it."
+REPORT_TITLE = "Monitoring report"
+REPORT_PERIOD = "{since} to {now}, {version}"
+REPORT_TRAFFIC = ("Version", "Predictions", "Refused", "Errors", "Median", "95 %", "99 %")
+REPORT_DRIFT = ("Version", "Alarm since", "Pictures", "Joint", "Pictures only", "Answers only", "Changed most")
+REPORT_LINE = "the dashed line at {value} is the alarm"
+REPORT_HIGHEST = "Bars are intervals of equal length; the highest has {count} requests."
+
 # States
 RECORDING_OFF = "Predictions are not recorded"
 EMPTY = "No predictions in this period"

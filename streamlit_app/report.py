@@ -34,15 +34,22 @@ def render(
     )
     unread = [reading for reading in readings if reading.problem]
     remark = f'<p class="note"><b>{wording.REPORT_NOTE}:</b> {escape(note)}</p>' if note.strip() else ""
+    head = (
+        f"<h1>{wording.REPORT_TITLE}</h1><p>{wording.REPORT_WRITTEN.format(time=_time(written))}</p>"
+        f'<p class="notice">{html_blocks.prose(wording.REPORT_DISCLAIMER)}</p>{remark}'
+    )
+    return page(wording.REPORT_TITLE, head, sections + (html_blocks.unread(unread) if unread else ""))
+
+
+def page(title: str, head: str, body: str) -> str:
+    """Return a document with the style and the policy of a report."""
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="referrer" content="no-referrer">'
-        f"<title>{wording.REPORT_TITLE}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body>"
-        f"<header><h1>{wording.REPORT_TITLE}</h1><p>{wording.REPORT_WRITTEN.format(time=_time(written))}</p>"
-        f'<p class="notice">{html_blocks.prose(wording.REPORT_DISCLAIMER)}</p>{remark}</header>'
-        f"<main>{sections}{html_blocks.unread(unread) if unread else ''}</main></body></html>"
+        f"<title>{title}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body>"
+        f"<header>{head}</header><main>{body}</main></body></html>"
     )
 
 

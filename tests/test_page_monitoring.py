@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from monitoring.monitor_service import create_app
 from monitoring.outcomes import PictureOutcome, record
 from monitoring.prediction_store import PredictionStore
 from scripts.child_processes import free_ports
-from streamlit_app import connections
+from streamlit_app import connections, monitor_report
 from streamlit_app import monitor_wording as wording
 from streamlit_app.monitor_client import MonitorClient, MonitorError
 from tests.browser_page import ROOT, check, streamlit
@@ -34,6 +35,7 @@ from tests.monitored_log import (
     refusal,
     settings_of,
 )
+from tests.test_page_report import Outline
 from tests.waiting import eventually
 
 pytest_plugins = ["tests.fixtures_page", "tests.fixtures_browser"]
@@ -43,11 +45,12 @@ pytest_plugins = ["tests.fixtures_page", "tests.fixtures_browser"]
 def running_monitor(settings) -> Iterator[str]:
     """The address of a monitor in a thread."""
     [port] = free_ports(1)
-    server = uvicorn.Server(uvicorn.Config(create_app(Monitor(settings)), port=port, log_level="warning"))
+    monitor = Monitor(settings)
+    server = uvicorn.Server(uvicorn.Config(create_app(monitor), port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        eventually(lambda: server.started)
+        eventually(lambda: server.started and (monitor._ready or monitor.error))
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
@@ -177,6 +180,24 @@ def test_ages_are_words(seconds, words):
     assert wording.since(now - timedelta(seconds=seconds), now) == words
 
 
+def test_the_report_has_the_figures_and_nothing_that_runs(address):
+    summary = MonitorClient(address).summary(1, None)
+    text = monitor_report.render(summary, datetime(2026, 3, 1, tzinfo=UTC))
+    tags = Outline(text).tags
+    assert {tag[0] for tag in tags} >= {"svg", "circle", "rect", "table"}
+    assert not {"script", "img", "link"} & {tag[0] for tag in tags}
+    for expected in (
+        "<dd>200</dd>", f"<dd>{wording.DRIFT_ALARM}</dd>", wording.REPORT_LINE.format(value="4"), "<td>sharpness ",
+        "<td>120</td><td>1</td>", "<td>80</td><td>0</td>", "fewer than 10 outcomes", "2026-03-01 00:00:00 UTC",
+        wording.ALL_VERSIONS, '<line x1="0" x2="720"',
+    ):  # fmt: skip
+        assert expected in text
+    assert "&lt;b&gt;invalid" in text
+    assert "<b>invalid" not in text
+    empty = monitor_report.render(MonitorClient(address).summary(1, "99"), datetime.now(UTC))
+    assert wording.DRIFT_NOTHING in empty
+
+
 @pytest.fixture(scope="module")
 def page_address(fake_server, address) -> Iterator[str]:
     with streamlit(ROOT / "streamlit_app", "app.py", fake_server.url, address) as running:
@@ -193,6 +214,9 @@ def test_it_fits_every_window_and_has_contrast(window, page_address, theme):
     expect(window.locator(".sl-cards")).to_be_visible()
     expect(window.locator(".js-plotly-plot")).to_have_count(5)
     check(window, ["wide", "narrow"], "monitoring", theme)
+    with window.expect_download() as download:
+        window.get_by_role("button", name=wording.REPORT).click()
+    assert wording.REPORT_TITLE in Path(download.value.path()).read_text()
     window.get_by_text("1 hour", exact=True).click()
     expect(window.locator(".sl-cards")).to_contain_text("200")
     window.get_by_role("link", name="Read pictures").click()

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from streamlit_app import connections, html_blocks, monitor_blocks, monitor_charts
+from streamlit_app import connections, html_blocks, monitor_blocks, monitor_charts, monitor_report
 from streamlit_app import monitor_wording as wording
 from streamlit_app.monitor_client import MonitorError
 from streamlit_app.monitor_schema import RecordedPrediction, Summary, VersionEvent
@@ -44,6 +44,10 @@ def figures(hours: float, version: str | None) -> None:
         st.rerun()
     show_state(summary)
     st.html(monitor_blocks.cards(summary, datetime.now(UTC)))
+    st.download_button(
+        wording.REPORT, lambda: monitor_report.render(summary, datetime.now(UTC)), wording.REPORT_FILE, "text/html",
+        on_click="ignore", icon=":material/print:", help=wording.REPORT_HELP,
+    )  # fmt: skip
     if summary.total.predictions + summary.total.refusals + summary.total.errors:
         show_charts(summary, events)
     else:
