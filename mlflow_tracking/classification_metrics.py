@@ -272,10 +272,13 @@ def bootstrap_per_class(
 def resampled(groups: ArrayLike, resamples: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
     """Yield indices of each resampling: whole groups, drawn with replacement, as many as there are."""
     _, member = np.unique(np.asarray(groups), return_inverse=True)
-    by_group = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
+    order, sizes = np.argsort(member, kind="stable"), np.bincount(member)
+    by_group = np.split(order, np.cumsum(sizes)[:-1])
     rng = np.random.default_rng(seed)
     for _ in range(resamples):
-        yield np.concatenate([by_group[i] for i in rng.integers(len(by_group), size=len(by_group))])
+        drawn = rng.integers(len(by_group), size=len(by_group))
+        # Groups of one picture, the usual case, need no list.
+        yield order[drawn] if len(order) == len(sizes) else np.concatenate([by_group[i] for i in drawn])
 
 
 def interval(draws: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
