@@ -19,7 +19,7 @@ RUN python3 -m venv --without-pip /opt/venv \
     && useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin app \
     && install -d /secrets \
     && install -d -o app -g app -m 0700 /run/management /run/torchserve /var/lib/kept_images /app/runs /secrets/kept /secrets/mlflow /secrets/monitor \
-        /secrets/page \
+        /secrets/page /secrets/promoter \
     && install -d -o app -g app /app /var/lib/model_store /var/lib/minio /var/log/predictions \
         /secrets/postgres /secrets/minio /secrets/grafana
 WORKDIR /app
@@ -51,7 +51,7 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     --mount=type=bind,source=containers/install.sh,target=/install.sh \
     sh /install.sh promoter
 ENV PYTHONPATH=/app GIT_PYTHON_REFRESH=quiet
-COPY --chown=app containers/healthcheck.py containers/
+COPY --chown=app containers/healthcheck.py containers/promoters.py containers/
 COPY --chown=app model_store/ model_store/
 COPY --chown=app torchserve/model-config.yaml torchserve/
 COPY --chown=app handlers/ handlers/
@@ -116,7 +116,7 @@ CMD ["python", "-m", "streamlit_app.page_server"]
 
 FROM base AS proxy
 RUN apt-get update -qq \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx-light >/dev/null \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx-light libnginx-mod-stream >/dev/null \
     && rm -rf /var/lib/apt/lists/*
 COPY --chown=app containers/healthcheck.py containers/nginx.conf containers/replicas.conf containers/proxy.py containers/
 USER app

@@ -33,6 +33,7 @@ NAMES = {
     "MINIO_SECRET_KEY": 20,
     "GRAFANA_ADMIN_PASSWORD": 16,
     "PAGE_COOKIE_SECRET": 20,
+    "JUDGEMENT_KEY": 20,
 }
 ISSUED = {"OIDC_CLIENT_SECRET": "page/oidc_client_secret"}  # by the identity provider; name: file below SECRETS
 # No quotes, colons or blanks, because the values go into shell, INI and pgpass files.
@@ -92,7 +93,7 @@ def choose(named: dict[str, str], kept: dict[str, str]) -> dict[str, str]:
 
 
 def files(value: dict[str, str]) -> dict[str, tuple[str, int]]:
-    """Return path below SECRETS: (content, mode). MLflow, monitor and page run as the user that writes them."""
+    """Return path below SECRETS: (content, mode). Postgres, MinIO and Grafana have users other than the writer."""
     return {
         KEPT: (json.dumps(value), 0o600),
         "mlflow/pgpass": (f"*:*:*:mlflow:{value['MLFLOW_DATABASE_PASSWORD']}\n", 0o600),
@@ -112,6 +113,7 @@ def files(value: dict[str, str]) -> dict[str, tuple[str, int]]:
             0o444,
         ),
         "grafana/admin_password": (value["GRAFANA_ADMIN_PASSWORD"], 0o444),
+        "promoter/key": (value["JUDGEMENT_KEY"], 0o600),
         "page/cookie_secret": (value["PAGE_COOKIE_SECRET"], 0o600),
     }
 

@@ -4,10 +4,15 @@ PROXY_UPSTREAM is HOST:PORT of TorchServe, or several with commas. Each address 
 second it asks each replica for the model. nginx gets the replicas that have it; if none has it, those that
 answer; if none answers, all. When this list changes, the nginx that chooses replicas is reloaded.
 
+A client that stays on its connection must not get an older version after a newer one. So each connection belongs to one
+of SLOTS slots, and each slot to one replica as long as that is listed. A replica that was away is listed again when the
+promoter at PROMOTER_URL says that it is current. Without a promoter all count as current.
+
 Standard library only: the proxy's image has no packages.
 """
 
 import http.client
+import json
 import os
 import re
 import signal
@@ -15,10 +20,12 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 HERE = Path(__file__).resolve().parent
 FOLDER = Path("/tmp")  # the configurations name it, too
@@ -26,17 +33,19 @@ MODEL = "/predictions/skin_vit"
 INTERVAL = 1.0
 TIMEOUT = 2.0
 MISSES = 2  # probes in a row without an answer, until a replica leaves the list
-READY, EMPTY, SILENT = "ready", "without the model", "silent"
+SLOTS = 12  # divided evenly by 2, 3, 4 and 6 replicas
+READY, OUTDATED, EMPTY, SILENT = "ready", "outdated", "without the model", "silent"
 
 Address = tuple[str, int]
 
 
 class Replicas:
-    """The replicas behind names, and their states."""
+    """The replicas behind names, and their states; `promoter` knows which of them are current."""
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, promoter: str = "") -> None:
         self.names = [(host, int(port)) for host, _, port in (name.rpartition(":") for name in upstream.split(","))]
         self.states: dict[Address, str] = {}
+        self._promoter = promoter
         self._misses: dict[Address, int] = {}
 
     def update(self) -> list[Address]:
@@ -44,11 +53,16 @@ class Replicas:
         addresses = self._resolve()
         with ThreadPoolExecutor(max(1, len(addresses))) as pool:
             answers = dict(zip(addresses, pool.map(probe, addresses), strict=True))
+        outdated = outdated_replicas(self._promoter)
         self._misses = {a: self._misses.get(a, 0) + 1 if answers[a] == SILENT else 0 for a in addresses}
-        self.states = {
-            address: self.states.get(address, SILENT) if 0 < self._misses[address] < MISSES else answers[address]
-            for address in addresses
-        }
+        before, self.states = self.states, {}
+        for address in addresses:
+            state = answers[address]
+            if 0 < self._misses[address] < MISSES:
+                state = before.get(address, SILENT)
+            elif state == READY and before.get(address) != READY and address in outdated:
+                state = OUTDATED
+            self.states[address] = state
         return choose(self.states)
 
     def _resolve(self) -> list[Address]:
@@ -70,38 +84,88 @@ def probe(address: Address) -> str:
         return SILENT
 
 
+def outdated_replicas(promoter: str) -> set[Address]:
+    """Return the replicas that the promoter knows and that are not current; none if it does not answer."""
+    if not promoter:
+        return set()
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{promoter}/status", timeout=TIMEOUT) as answer:
+            replicas = json.load(answer).get("replicas", [])
+        urls = [urlsplit(replica["url"]) for replica in replicas if not replica["current"]]
+        return {(url.hostname or "", url.port or 80) for url in urls}
+    except (OSError, http.client.HTTPException, ValueError, LookupError):
+        return set()
+
+
 def choose(states: Mapping[Address, str]) -> list[Address]:
     """Return the replicas in the best state that occurs."""
-    for state in (READY, EMPTY, SILENT):
+    for state in (READY, OUTDATED, EMPTY, SILENT):
         if replicas := [address for address, own in states.items() if own == state]:
             return replicas
     return []
 
 
-def upstreams(replicas: Sequence[Address]) -> str:
-    """Return nginx's groups of replicas: all of them, and for each replica the others, for requests that it failed."""
-    names = [f"{f'[{host}]' if ':' in host else host}:{port}" for host, port in replicas]
-    if not names:
-        names = ["127.0.0.1:9"]  # nothing listens there
-    text, lines = _group("torchserve", names), ["default torchserve;"]
+def assign(slots: Sequence[Address | None], replicas: Sequence[Address]) -> list[Address | None]:
+    """Return the replica of each slot: the same as before if it is listed, but none has more than its share."""
+    if not replicas:
+        return list(slots)
+    share = -(-len(slots) // len(replicas))
+    counts = dict.fromkeys(replicas, 0)
+    assigned: list[Address | None] = []
+    for replica in slots:
+        stays = replica is not None and replica in counts and counts[replica] < share
+        assigned.append(replica if stays else None)
+        if replica is not None and stays:
+            counts[replica] += 1
+    for number, replica in enumerate(assigned):
+        if replica is None:
+            least = min(counts, key=counts.__getitem__)
+            assigned[number] = least
+            counts[least] += 1
+    return assigned
+
+
+def upstreams(replicas: Sequence[Address], slots: Sequence[Address | None]) -> str:
+    """Return nginx's groups: for each slot its replica before the others, and the others after a replica failed."""
+    names = [_name(replica) for replica in replicas] or ["127.0.0.1:9"]  # nothing listens there
+    text, failed = _group("all", names), ["default all;"]
+    chosen = ["default all;"]
     for number, name in enumerate(names if len(names) > 1 else []):
-        text += _group(f"others{number}", names[:number] + names[number + 1 :])
-        lines.append(f'"~{re.escape(name)}$" others{number};')
-    return text + f"map $upstream_addr $others {{ {' '.join(lines)} }}\n"
+        others = names[:number] + names[number + 1 :]
+        text += _group(f"replica{number}", [name], others) + _group(f"others{number}", others)
+        failed.append(f'"~{re.escape(name)}$" others{number};')
+        chosen += [f"{slot} replica{number};" for slot, own in enumerate(slots) if own and _name(own) == name]
+    maps = {"$upstream_addr $others": failed, "$http_x_slot $replica": chosen}
+    return text + "".join(f"map {variables} {{ {' '.join(lines)} }}\n" for variables, lines in maps.items())
 
 
-def _group(group: str, names: Iterable[str]) -> str:
+def _name(replica: Address) -> str:
+    host, port = replica
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _group(group: str, names: Iterable[str], backups: Iterable[str] = ()) -> str:
     """Return a group with the fewest-connections rule. An answer with 500 or 503 excludes no replica: max_fails=0."""
-    servers = " ".join(f"server {name} max_fails=0;" for name in names)
-    return f"upstream {group} {{ zone {group} 64k; least_conn; {servers} }}\n"
+    servers = [f"server {name} max_fails=0;" for name in names]
+    servers += [f"server {name} max_fails=0 backup;" for name in backups]
+    return f"upstream {group} {{ zone {group} 64k; least_conn; {' '.join(servers)} }}\n"
 
 
-def write(replicas: Sequence[Address]) -> None:
-    """Replace nginx's list of replicas."""
-    path = FOLDER / "replicas.list"
-    temporary = path.with_suffix(".new")
-    temporary.write_text(upstreams(replicas))
-    temporary.replace(path)
+def write(name: str, text: str) -> None:
+    """Replace a file that a configuration includes."""
+    temporary = FOLDER / f"{name}.new"
+    temporary.write_text(text)
+    temporary.replace(FOLDER / name)
+
+
+def prepare() -> None:
+    """Write the sockets of the slots for nginx.conf, and remove those of a killed nginx."""
+    sockets = [FOLDER / f"slot-{slot}.sock" for slot in range(SLOTS)]
+    for path in (*sockets, FOLDER / "replicas.sock"):
+        path.unlink(missing_ok=True)
+    write("slots.listen", "".join(f"listen unix:{path};\n" for path in sockets))
+    write("slots.servers", "".join(f"server unix:{path};\n" for path in sockets))
 
 
 def start(configuration: str) -> subprocess.Popen[bytes]:
@@ -111,10 +175,11 @@ def start(configuration: str) -> subprocess.Popen[bytes]:
 
 def main() -> int:
     """Run until one nginx ends or a signal comes. Returns the exit code of the nginx that clients reach."""
-    current = Replicas(os.environ.get("PROXY_UPSTREAM", "torchserve:8080"))
+    current = Replicas(os.environ.get("PROXY_UPSTREAM", "torchserve:8080"), os.environ.get("PROMOTER_URL", ""))
     replicas = current.update()
-    write(replicas)
-    (FOLDER / "replicas.sock").unlink(missing_ok=True)  # of a killed nginx
+    slots = assign([None] * SLOTS, replicas)
+    prepare()
+    write("replicas.list", upstreams(replicas, slots))
     chooser, entrance = start("replicas.conf"), start("nginx.conf")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, lambda number, _: entrance.send_signal(number))
@@ -124,7 +189,8 @@ def main() -> int:
         if latest and latest != replicas:
             replicas = latest
             print(f"Replicas of TorchServe: {', '.join(f'{host}:{port}' for host, port in replicas)}.", flush=True)
-            write(replicas)
+            slots = assign(slots, replicas)
+            write("replicas.list", upstreams(replicas, slots))
             chooser.send_signal(signal.SIGHUP)
     for nginx in (entrance, chooser):
         nginx.terminate()

@@ -156,10 +156,7 @@ class Registry:
 
     def had_champion(self) -> bool:
         """Return whether a version is or was champion, even if it was deleted."""
-        with self.translated_errors(missing_is_none=True):
-            tags = self.client.get_registered_model(MODEL_NAME).tags
-            return any(name == "alias.champion" or name.startswith(HEAD_TAG) for name in tags)
-        return False
+        return any(name == "alias.champion" or name.startswith(HEAD_TAG) for name in self.model_tags())
 
     def tag(self, number: str, tags: Mapping[str, str]) -> None:
         """Write tags on a version; does nothing if the version was deleted."""
@@ -167,11 +164,11 @@ class Registry:
             with self.translated_errors(missing_is_none=True):
                 self.client.set_model_version_tag(MODEL_NAME, number, name, value)
 
-    def model_tag(self, name: str) -> str | None:
-        """Return a tag of the registered model, or None."""
+    def model_tags(self) -> Mapping[str, str]:
+        """Return the tags of the registered model; none without the model."""
         with self.translated_errors(missing_is_none=True):
-            return self.client.get_registered_model(MODEL_NAME).tags.get(name)
-        return None
+            return self.client.get_registered_model(MODEL_NAME).tags
+        return {}
 
     def set_model_tag(self, name: str, value: str) -> None:
         """Write a tag of the registered model, if the model exists."""

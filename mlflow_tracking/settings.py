@@ -89,6 +89,7 @@ class Settings(BaseSettings):
     promoter_gates: Path = Path("mlflow_tracking/gates.yaml")
     promoter_keep_archives: int = Field(3, ge=0)
     promoter_replica: str = ""
+    promoter_key_file: Path | None = None
     monitor_host: str = "127.0.0.1"
     monitor_port: int = Field(8084, ge=1, le=65535)
     monitor_database: str = ""
@@ -127,13 +128,20 @@ class Settings(BaseSettings):
 
     @property
     def inference_url(self) -> str:
-        """The address of TorchServe's prediction API."""
+        """The address of TorchServe's prediction API. Raises SettingsError if file:PATH cannot be read."""
+        if self.torchserve_url.startswith("file:"):  # where TorchServe writes its address (start_torchserve.sh)
+            return _text("TORCHSERVE_URL", Path(self.torchserve_url.removeprefix("file:")))
         return self.torchserve_url or f"http://127.0.0.1:{self.torchserve_port}"
 
     @property
     def management(self) -> str:
         """The address of TorchServe's management API: unix:PATH or http://HOST:PORT. Raises as run_dir."""
         return self.torchserve_management or f"unix:{self.run_dir / 'management.sock'}"
+
+    @property
+    def promoter_key(self) -> bytes:
+        """The key that several promoters have in common; empty without one. Raises SettingsError."""
+        return _text("PROMOTER_KEY_FILE", self.promoter_key_file).encode() if self.promoter_key_file else b""
 
     @property
     def state(self) -> Path:
@@ -189,12 +197,24 @@ class Settings(BaseSettings):
 
     @property
     def prediction_logs(self) -> list[Path]:
-        """TorchServe's prediction log and its earlier files, the newest first; absolute."""
-        newest = ROOT / (self.prediction_log or self.state / "logs/predictions.jsonl")
-        older = sorted(newest.parent.glob(f"{newest.name}.[1-9]"))  # TorchServe renames the newest to .1
-        return [path for path in (newest, *older) if path.is_file()]
+        """The prediction log and its earlier files, the newest first; absolute.
+
+        Each of several TorchServes has a log in a folder of its own, named by its number.
+        """
+        log = ROOT / (self.prediction_log or self.state / "logs/predictions.jsonl")
+        logs = [log, *sorted(log.parent.glob(f"[0-9]*/{log.name}"))]
+        older = [path for log in logs for path in sorted(log.parent.glob(f"{log.name}.[1-9]"))]  # renamed when full
+        return [path for path in (*logs, *older) if path.is_file()]
 
     @property
     def store(self) -> Path:
         """The model store, absolute."""
         return ROOT / self.model_store
+
+
+def _text(name: str, path: Path) -> str:
+    """Return the text of a file that a setting names. Raises SettingsError."""
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise SettingsError(f"{name} names {path}, which cannot be read ({error.strerror}).") from error

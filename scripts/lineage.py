@@ -51,7 +51,7 @@ def verify(registry: Registry, audit: AuditLog, replica: str = "") -> None:
     """Check the audit log's chain, and its end against the registry. Raises UserError with every fault."""
     anchor = None
     try:
-        anchor = Head.parse(registry.model_tag(head_tag(replica)) or "")
+        anchor = Head.parse(registry.model_tags().get(head_tag(replica), ""))
     except RegistryUnavailable as error:
         errors.print(f"{error} Lines missing at the end would not be noticed.", style="yellow")
     if faults := audit.verify(anchor):

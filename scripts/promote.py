@@ -27,7 +27,7 @@ from mlflow_tracking.promotion.audit import person
 from mlflow_tracking.promotion.ledger import LedgerError
 from mlflow_tracking.promotion.locks import LOCK_SECONDS, StoreBusy, lock
 from mlflow_tracking.promotion.plan import Actual
-from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler, create_reconciler
+from mlflow_tracking.promotion.reconcile import WAITING_SECONDS, Event, Pass, Reconciler, create_reconciler
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
 from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable, check_alias
 from mlflow_tracking.settings import MODEL_NAME, Settings
@@ -143,6 +143,8 @@ def settle_locked(reconciler: Reconciler, spinner: Status, prepare: Callable[[],
             result = reconciler.reconcile_locked()
             if not result.waiting and (result.settled or result.errors):
                 return result
+            if result.waiting:
+                time.sleep(WAITING_SECONDS)
 
 
 def open_reconciler(overruled: Mapping[str, str] | None = None) -> tuple[Reconciler, Status]:

@@ -166,6 +166,13 @@ class RefusedVersion(BaseModel):
     final: bool = True
 
 
+class ReplicaState(BaseModel):
+    """One of several TorchServes; `version` is None while it does not answer."""
+
+    name: str
+    version: str | None = None
+
+
 class PromoterState(BaseModel):
     """The promoter's status: the version in the registry, the version that serves, and what went wrong."""
 
@@ -174,3 +181,4 @@ class PromoterState(BaseModel):
     serving: str | None = Field(None, validation_alias=AliasPath("actual", "serving", "version"))
     errors: list[str] = []
     refused: list[RefusedVersion] = []
+    replicas: list[ReplicaState] = []

@@ -3,6 +3,7 @@
 The names and descriptions of the classes and the reasons for a refusal come from the model server.
 """
 
+from collections import Counter
 from fractions import Fraction
 
 from streamlit_app.answer_schema import Answer, ClassKind, PromoterState
@@ -209,6 +210,10 @@ def deployment(state: PromoterState) -> str:
     """Return the state of the deployment in a sentence or two."""
     serving, champion = state.serving, state.champion
     now = f"Version {serving} is deployed." if serving else "No model is deployed."
+    if len(state.replicas) > 1:
+        counts = Counter(replica.version for replica in state.replicas if replica.version)
+        parts = [f"version {version} on {count}" for version, count in sorted(counts.items())]
+        now = f"{len(state.replicas)} model servers: {', '.join(parts) or 'none answers'}."
     if champion in {version.version for version in state.refused if version.final} and champion != serving:
         return f"{now} Version {champion} was refused."
     if champion not in (None, serving):

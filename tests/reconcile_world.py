@@ -19,7 +19,7 @@ from mlflow_tracking.promotion.gates.identity import GoldenParityGate
 from mlflow_tracking.promotion.ledger import Ledger
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.promotion.reconcile import Event, Pass, Reconciler
-from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable
+from mlflow_tracking.registry import RegisteredVersion, RegistryError, RegistryUnavailable
 from mlflow_tracking.torchserve_client import ServedVersion, TorchServeError, TorchServeUnavailable
 
 
@@ -54,6 +54,7 @@ class FakeRegistry:
     up: bool = True
     fetched: list[str] = field(default_factory=list)
     reports: list[tuple[str, set[str]]] = field(default_factory=list)
+    report_files: dict[str, bytes] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
     def _say(self, effect):
@@ -81,10 +82,23 @@ class FakeRegistry:
         return self._say(lambda: None)
 
     def log_report(self, number, folder, name):
-        self._say(lambda: self.reports.append((number, {path.name for path in folder.iterdir()})))
+        def effect():
+            self.reports.append((number, {path.name for path in folder.iterdir()}))
+            self.report_files[number] = (folder / "report.json").read_bytes()
 
-    def model_tag(self, name):
-        return self._say(lambda: self.notes.get(name))
+        self._say(effect)
+
+    def download_version(self, number, path, folder):
+        def effect():
+            if number not in self.report_files:
+                raise RegistryError("There is no report.")
+            (folder / "report.json").write_bytes(self.report_files[number])
+            return folder / "report.json"
+
+        return self._say(effect)
+
+    def model_tags(self):
+        return self._say(lambda: dict(self.notes))
 
     def set_model_tag(self, name, value):
         self._say(lambda: self.notes.update({name: value}))
@@ -191,10 +205,10 @@ class World:
         self.registry.bundles[version] = folder
         self.registry.tags[version] = {"digest": seal(folder, config).digest}
 
-    def promoter(self, gates: Sequence[Gate] | None = None, **options: Any) -> Reconciler:
+    def promoter(self, gates: Sequence[Gate] | None = None, key: bytes = b"", **options: Any) -> Reconciler:
         """A new promoter, without any memory."""
         gates = (Golden(),) if gates is None else gates
-        executor = Executor(self.torchserve.store, self.registry, self.torchserve, gates, self.folder / "cache")
+        executor = Executor(self.torchserve.store, self.registry, self.torchserve, gates, self.folder / "cache", key)
 
         def listener(event: Event) -> None:
             if event.state not in ("begun", "running"):

@@ -3,6 +3,7 @@
 A volume belongs to root and the pod's group, as Kubernetes makes it. NetworkPolicies are not enforced.
 """
 
+import re
 import subprocess
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,11 +124,16 @@ class Pod:
             if reference := variable.get("valueFrom", {}).get("secretKeyRef"):
                 values[variable["name"]] = self.secrets[reference["name"]][reference["key"]]
             elif "valueFrom" in variable:
-                assert variable["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
-                values[variable["name"]] = self.name
-            else:
-                values[variable["name"]] = variable["value"]
+                fields = {"metadata.name": lambda: self.name, "status.podIP": self._address}
+                values[variable["name"]] = fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]()
+            else:  # Kubernetes puts the variables before it in place of $(NAME)
+                known = dict(values)
+                values[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda m, v=known: v[m[1]], variable["value"])
         return values
+
+    def _address(self) -> str:
+        template = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+        return docker("inspect", "--format", template, self._full())
 
     def _probe(self, container: dict[str, Any], probe: dict[str, Any]) -> bool:
         if "exec" in probe:

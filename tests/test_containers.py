@@ -64,7 +64,7 @@ def script(name: str) -> ModuleType:
 def secrets(tmp_path, monkeypatch) -> ModuleType:
     """make_secrets.py with folders of its own."""
     module = script("make_secrets")
-    for name in ("kept", "mlflow", "monitor", "postgres", "minio", "grafana", "page"):
+    for name in ("kept", "mlflow", "monitor", "postgres", "minio", "grafana", "page", "promoter"):
         (tmp_path / "secrets" / name).mkdir(parents=True)
     monkeypatch.setattr(module, "SECRETS", tmp_path / "secrets")
     monkeypatch.setattr(module, "ENV_FILE", tmp_path / ".env")

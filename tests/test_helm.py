@@ -35,12 +35,13 @@ SHARED = ("torchserve", "promoter", "monitor", "proxy", "streamlit", "mlflow", "
 JOBS = ("database", "bucket", "register", "training")
 # Variables in docker-compose.yml alone. Secrets are files there, and references here; pods get no proxies of a client.
 COMPOSE_ONLY = {"NO_PROXY", "no_proxy", "PGPASSFILE", "AWS_SHARED_CREDENTIALS_FILE", "POSTGRES_PASSWORD_FILE"}
-COMPOSE_ONLY |= {"MINIO_CONFIG_ENV_FILE", "PAGE_SECRETS"}
+COMPOSE_ONLY |= {"MINIO_CONFIG_ENV_FILE", "PAGE_SECRETS", "PROMOTER_KEY_FILE"}
+COMPOSE_ONLY |= {"TORCHSERVE_REPLICAS"}  # several TorchServes of one machine; pods have stores of their own
 COMPOSE_ONLY |= {"TINI_KILL_PROCESS_GROUP"}  # train.sh is process 1 in a pod
 # Variables in the chart alone, with the reason.
 CHART_ONLY = {
-    "torchserve": set(),
-    "promoter": {"PROMOTER_REPLICA"},  # several promoters
+    "torchserve": {"TORCHSERVE_MANAGEMENT"},  # its number decides in docker-compose.yml
+    "promoter": {"POD_IP"},
     "monitor": {"PGPASSWORD"},
     "proxy": set(),
     "streamlit": {"STREAMLIT_SERVER_ALLOWED_HOSTS"},  # host names of an Ingress
@@ -54,7 +55,11 @@ CHART_ONLY = {
 OTHER_VALUES = {
     ("torchserve", "TORCHSERVE_RUN_DIR"): "/run/torchserve/own",
     ("torchserve", "STACK_STATE"): "/run/torchserve/own",
-    ("promoter", "TORCHSERVE_URL"): "http://127.0.0.1:8080",
+    ("promoter", "TORCHSERVE_URL"): "http://$(POD_IP):8080",
+    ("promoter", "TORCHSERVE_MANAGEMENT"): "unix:/run/management/management.sock",
+    ("promoter", "PROMOTER_REPLICA"): None,  # the pod's name
+    ("promoter", "MODEL_STORE"): "/var/lib/model_store",
+    ("monitor", "MODEL_STORE"): "/var/lib/model_store",
     ("mlflow", "MLFLOW_BACKEND_STORE_URI"): "postgresql://mlflow@postgres:5432/mlflow",
     ("monitor", "MONITOR_DATABASE"): "postgresql+psycopg://monitor@postgres:5432/monitor",
 }
@@ -165,6 +170,10 @@ def test_commands_are_those_of_docker_compose(chart):
 def test_a_container_is_ready_if_it_is_healthy_in_docker_compose(chart, name):
     """The promoter and the monitor have no say in a pod's readiness; their check restarts them."""
     command = COMPOSE[name]["healthcheck"]["test"][1:]
+    if name == "torchserve":
+        socket = environment(chart[name])["TORCHSERVE_MANAGEMENT"]  # its own, not that of a number
+        command[-1] = str(socket).removeprefix("unix:")
+        assert command[-1].endswith("/management.sock")
     probe = chart[name].get("readinessProbe") or chart[name]["livenessProbe"]
     assert ("readinessProbe" in chart[name]) == (name not in ("promoter", "monitor"))
     if "exec" in probe:
@@ -181,7 +190,7 @@ def test_all_pods_are_restricted(manifests):
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod["automountServiceAccountToken"] is False
         assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
-        assert all(volume.keys() & {"emptyDir", "persistentVolumeClaim"} for volume in pod.get("volumes", []))
+        assert all(volume.keys() & {"emptyDir", "persistentVolumeClaim", "secret"} for volume in pod.get("volumes", []))
         for container in containers(pod):
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
@@ -196,7 +205,8 @@ def test_secrets_are_references(manifests):
     for pod in pods(manifests).values():
         for container in containers(pod):
             for name, value in environment(container).items():
-                assert not (re.search("PASSWORD|SECRET|_KEY|ROOT_USER", name) and value), name
+                secret = re.search("PASSWORD|SECRET|_KEY|ROOT_USER", name) and not name.endswith("_FILE")
+                assert not (secret and value), name
 
 
 def test_a_sign_in_brings_its_secrets_and_the_way_to_the_provider():

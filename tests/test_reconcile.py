@@ -346,22 +346,3 @@ def test_the_next_promoter_records_what_a_dead_one_did(first, monkeypatch):
     rows = [row for row in promoter.audit.rows() if row["event"] == "serve" and row["version"] == "2"]
     remarks = [(row["remark"], row["previous"]) for row in rows]
     assert remarks == [("noticed afterwards: a promoter has died", "1")], "once"
-
-
-def test_several_promoters_share_a_registry(tmp_path):
-    """Each has a store, an audit log and its own end of that log in the registry."""
-    worlds = [World(tmp_path / name) for name in ("a", "b")]
-    registry = worlds[1].registry = worlds[0].registry
-    promoters = [world.promoter(replica=world.folder.name) for world in worlds]
-    for version in ("1", "2", "1"):
-        registry.aliases["champion"] = version
-        for _ in range(3):
-            passes = [promoter.reconcile() for promoter in promoters]
-        assert [world.served for world in worlds] == [version, version]
-        assert all(result.settled for result in passes), passes
-        assert worlds[0].status(version) == "serving"
-    reports = len(registry.reports)
-    for promoter in promoters * 3:
-        promoter.reconcile()
-    assert len(registry.reports) == reports, "they do not replace each other's report in turn"
-    assert {"audit.head.a", "audit.head.b"} <= registry.notes.keys()

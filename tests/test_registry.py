@@ -11,6 +11,7 @@
 import base64
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -21,6 +22,10 @@ import pytest
 from handlers.bundle import WEIGHTS, Bundle, BundleError
 from handlers.predictor import Predictor
 from handlers.taxonomy import CODES
+from mlflow_tracking.promotion.gates import judgement_report as report
+from mlflow_tracking.promotion.gates.base import Outcome, Verdict
+from mlflow_tracking.promotion.gates.judge import Judgement, Question
+from mlflow_tracking.promotion.shared_judgements import SharedJudgements
 from mlflow_tracking.registration import register
 from mlflow_tracking.registry import Registry, RegistryError, RegistryUnavailable
 from tests.live import run_script, variant
@@ -142,6 +147,21 @@ def test_unknown_runs_and_bundles_are_sentences(registry, full_bundle, tmp_path,
     with pytest.raises(BundleError, match="is damaged"):
         register(registry, damaged)
     assert registry.versions() == before
+
+
+def test_a_signed_judgement_reaches_other_promoters(registry, first_registration, full_bundle, tmp_path):
+    question = Question(full_bundle.digest, None, "sha256:settings", "sha256:champion")
+    verdict = Verdict("stress", Outcome.PASSED, "No answer changes.", {"images": 48, "share": 0.0})
+    judgement = Judgement(question, "1", (verdict,), "2026-11-26T12:00:00+00:00", 12.0)
+    own = SharedJudgements(registry, b"our key")
+    assert own.find("1", question) is None
+    report.write_report(tmp_path, judgement)
+    registry.log_report("1", tmp_path, report.REPORT)
+    registry.tag("1", own.tags(judgement))
+    assert SharedJudgements(registry, b"our key").find("1", question) == judgement
+    assert own.find("1", replace(question, champion=None)) == judgement, "a new replica has no champion"
+    assert own.find("1", replace(question, settings="sha256:others")) is None
+    assert SharedJudgements(registry, b"another key").find("1", question) is None
 
 
 def test_what_is_not_there(registry, first_registration, tmp_path):

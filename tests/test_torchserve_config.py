@@ -3,11 +3,13 @@
 - It starts with the ledger's version if its archive is intact, else with the last good one or none, and logs which.
 - Every port and folder follows the environment, so that two stacks can run side by side.
 - Management is a socket in a folder that only the owner can open.
+- Each of several takes a number, and folders of that number.
 - `--help` explains a script and its variables, and starts nothing.
 - Java replaces the script's process, with a minimal environment: no PYTHONPATH overrides the archive's code.
 """
 
 import ast
+import fcntl
 import importlib.util
 import json
 import os
@@ -270,7 +272,11 @@ def test_the_start_fails_with_the_helpers_sentence(env, fake_java, tmp_path):
 STARTERS = {
     "promoter": ([sys.executable, "-m", "mlflow_tracking.promotion.service"], "Reconcile every", "PROMOTER_[A-Z_]+"),
     "start": ([str(FOLDER / "start_torchserve.sh")], "version that served last", "TORCHSERVE_[A-Z_]+"),
-    "render": ([sys.executable, str(FOLDER / "render_config.py")], "model_snapshot", "TORCHSERVE_(?!URL|JAVA)[A-Z_]+"),
+    "render": (
+        [sys.executable, str(FOLDER / "render_config.py")],
+        "model_snapshot",
+        "TORCHSERVE_(?!URL|JAVA|REPL)[A-Z_]+",
+    ),
 }
 
 
@@ -290,3 +296,23 @@ def test_help_says_what_it_does_and_starts_nothing(env, fake_java, starter):
     unknown = subprocess.run([*command, "--port"], env=env, capture_output=True, text=True, check=False, timeout=60)
     assert unknown.returncode == 2
     assert "--port" in unknown.stderr
+
+
+def test_each_of_several_takes_the_first_free_number(env, fake_java, tmp_path):
+    shared = Path(env["STACK_STATE"]) / "shared"
+    shared.mkdir()
+    run, log = Path(env["STACK_STATE"]) / "run", tmp_path / "log" / "predictions.jsonl"
+    run.mkdir()
+    for number in ("1", "2"):
+        (tmp_path / "store" / number).mkdir(parents=True)  # containers/promoters.py makes them
+    replica = {"TORCHSERVE_REPLICAS": str(shared), "TORCHSERVE_RUN_DIR": str(run), "PREDICTION_LOG": str(log)}
+    replica |= {"JAVA_HOME": str(fake_java("17.0.1").parents[1]), "TORCHSERVE_PORT": "9999"}
+    with (shared / "1.lock").open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        _, lines, _ = start(env, **replica)
+        assert "This is replica 2." in lines
+    assert properties(run / "config.properties")["model_store"] == str(tmp_path / "store" / "2")
+    assert f"argument -Dpredictions={tmp_path}/log/2/predictions.jsonl" in lines
+    assert re.fullmatch(r"http://[0-9.]+:9999\n", (shared / "2.url").read_text())
+    assert (run / "replica.sock").readlink() == shared / "2.sock"
+    assert "This is replica 1." in start(env, **replica)[1], "a lock without a process is free"

@@ -5,8 +5,9 @@
 #   TORCHSERVE_PORT=9090 torchserve/start_torchserve.sh   another port
 #
 # Other settings, from the environment alone: TORCHSERVE_METRICS_PORT, TORCHSERVE_HOST, TORCHSERVE_MANAGEMENT,
-# TORCHSERVE_RUN_DIR, STACK_STATE, MODEL_STORE, PREDICTION_LOG, KEEP_IMAGES_DAYS, KEPT_IMAGES, JAVA_HOME, and TORCHSERVE_JAVA_OPTS (default: 1 GB of
-# heap, and 2 GB of direct memory, which holds the requests: eight pictures of 19 MB do not fit into 512 MB).
+# TORCHSERVE_RUN_DIR, TORCHSERVE_REPLICAS, STACK_STATE, MODEL_STORE, PREDICTION_LOG, KEEP_IMAGES_DAYS, KEPT_IMAGES, JAVA_HOME,
+# and TORCHSERVE_JAVA_OPTS (default: 1 GB of heap, and 2 GB of direct memory, which holds the requests: eight pictures of
+# 19 MB do not fit into 512 MB).
 # The torchserve command is not used, because it leaves Java running when it is killed.
 set -euo pipefail
 
@@ -52,6 +53,22 @@ if [[ -z "$java" ]]; then
   exit 1
 fi
 
+# Several TorchServes share TORCHSERVE_REPLICAS (docker compose up --scale torchserve=3): each takes the first free number,
+# and folders of that number. Java keeps descriptor 9 open, and so the lock, until it ends.
+if [[ -n "${TORCHSERVE_REPLICAS:-}" ]]; then
+  for ((number = 1; number <= 64; number++)); do
+    exec 9>"$TORCHSERVE_REPLICAS/$number.lock"
+    if flock --nonblock 9; then break; fi
+  done
+  export MODEL_STORE="$MODEL_STORE/$number" TORCHSERVE_MANAGEMENT="unix:$TORCHSERVE_REPLICAS/$number.sock"
+  if [[ "${PREDICTION_LOG:-}" == /* ]]; then
+    PREDICTION_LOG="$(dirname "$PREDICTION_LOG")/$number/$(basename "$PREDICTION_LOG")"
+  fi
+  echo "http://$(hostname --ip-address | cut -d ' ' -f 1):${TORCHSERVE_PORT:-8080}" > "$TORCHSERVE_REPLICAS/$number.url"
+  ln -sfn "$TORCHSERVE_REPLICAS/$number.sock" "$TORCHSERVE_RUN_DIR/replica.sock" # for the health check
+  echo "This is replica $number."
+  until [[ -d "$MODEL_STORE" ]]; do sleep 0.2; done # containers/promoters.py makes it
+fi
 config="$("$python" "$root/torchserve/render_config.py")"
 run="$(dirname "$config")"
 # Remove the leftovers of a killed server; render_config.py has checked that none is running.

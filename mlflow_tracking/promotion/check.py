@@ -12,9 +12,10 @@ from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.evaluation_set import CurrentSet, EvaluationSetError
 from mlflow_tracking.promotion.gates.base import Candidate, Outcome
-from mlflow_tracking.promotion.gates.judge import Judge, Judgement
+from mlflow_tracking.promotion.gates.judge import Judge, Judgement, Question
 from mlflow_tracking.promotion.observe import Observer
 from mlflow_tracking.promotion.plan import Actual, Loaded, Refused, Release, StepFailed
+from mlflow_tracking.promotion.shared_judgements import SharedJudgements
 from mlflow_tracking.promotion.workers import Workers
 from mlflow_tracking.registry import Registry
 from mlflow_tracking.torchserve_client import TorchServe, TorchServeError
@@ -26,12 +27,13 @@ CHAMPION_SECONDS = 30.0
 
 @dataclass
 class GateCheck:
-    """Asks the gates of `judge`. `book` keeps the answers to the frozen set `evaluation`."""
+    """Asks the gates of `judge`, unless another promoter did. `book` keeps the answers to the frozen `evaluation`."""
 
     store: Path
     registry: Registry
     torchserve: TorchServe
     judge: Judge
+    shared: SharedJudgements
     book: AnswerBook
     evaluation: CurrentSet
     observer: Observer
@@ -69,9 +71,13 @@ class GateCheck:
 
     def earlier_refusal(self, release: Release, actual: Actual) -> Refused | None:
         """Return the refusal that the same check gave before, by whichever promoter. Raises RegistryUnavailable."""
-        question = self.judge.question(release, self.registry.evaluation_set(), comparable_champion(actual, release))
+        question = self._question(release, actual)
         judgement = self.judge.kept(question)
         return _refusal(release, judgement) if judgement and not judgement.passed else None
+
+    def is_judged_elsewhere(self, release: Release, actual: Actual) -> bool:
+        """Return whether another promoter has judged the release. Raises RegistryUnavailable."""
+        return self.shared.find(release.version, self._question(release, actual)) is not None
 
     def forget(self, digest: str) -> None:
         """Discard the judgements and answers of a bundle."""
@@ -83,7 +89,8 @@ class GateCheck:
         self._await_champion(release, progress)
         champion = comparable_champion(self.observer.actual_state(), release)
         evaluation = self.evaluation.get()
-        if kept := self.judge.kept(self.judge.question(release, evaluation, champion)):
+        question = self.judge.question(release, evaluation, champion)
+        if kept := self.judge.kept(question) or self.shared.find(release.version, question):
             return replace(kept, version=release.version)
         registered = self.registry.version(release.version)
         with tempfile.TemporaryDirectory() as temporary:
@@ -100,6 +107,9 @@ class GateCheck:
                 progress=progress,
             )
             return self.judge.judge(candidate)
+
+    def _question(self, release: Release, actual: Actual) -> Question:
+        return self.judge.question(release, self.registry.evaluation_set(), comparable_champion(actual, release))
 
     def _await_champion(self, candidate: Release, progress: Callable[[str], None]) -> None:
         """Wait for a champion that has just lost its worker. Unload the candidate and raise StepFailed in vain."""

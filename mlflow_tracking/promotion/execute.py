@@ -16,9 +16,10 @@ from mlflow_tracking.promotion.gates.judge import Judge
 from mlflow_tracking.promotion.ledger import Entry
 from mlflow_tracking.promotion.observe import Observer
 from mlflow_tracking.promotion.plan import Action, Actual, Refused, Release, Step, StepFailed
+from mlflow_tracking.promotion.shared_judgements import SharedJudgements
 from mlflow_tracking.promotion.workers import Workers
 from mlflow_tracking.registry import Registry
-from mlflow_tracking.torchserve_client import TorchServe, TorchServeError
+from mlflow_tracking.torchserve_client import TorchServe, TorchServeError, with_retries
 
 JUDGEMENTS = "judgements"  # folder in the model store: judgements, and the answers behind them
 
@@ -26,20 +27,30 @@ JUDGEMENTS = "judgements"  # folder in the model store: judgements, and the answ
 class Executor:
     """Executes steps on one TorchServe and the model store that it reads. The caller holds the store's lock.
 
-    A release must pass `gates` before it serves. `cache` is a folder for the frozen evaluation set.
+    A release must pass `gates` before it serves. `cache` is a folder for the frozen evaluation set. `key` signs
+    judgements for other promoters of the same registry.
     """
 
     def __init__(
-        self, store: Path, registry: Registry, torchserve: TorchServe, gates: Sequence[Gate], cache: Path
+        self,
+        store: Path,
+        registry: Registry,
+        torchserve: TorchServe,
+        gates: Sequence[Gate],
+        cache: Path,
+        key: bytes = b"",
     ) -> None:
         self.store = store
         self.torchserve = torchserve
         self.judge = Judge(gates, store / JUDGEMENTS)
+        self.shared = SharedJudgements(registry, key)
         self._registry = registry
         self._observer = Observer(store, torchserve)
         self._workers = Workers(torchserve)
         book, evaluation = AnswerBook(store / JUDGEMENTS), CurrentSet(registry, cache)
-        self.check = GateCheck(store, registry, torchserve, self.judge, book, evaluation, self._observer, self._workers)
+        self.check = GateCheck(
+            store, registry, torchserve, self.judge, self.shared, book, evaluation, self._observer, self._workers
+        )
 
     def observe(self, expected: Iterable[Release] = ()) -> Actual:
         """Return the actual state (Observer.actual_state)."""
@@ -126,5 +137,5 @@ class Executor:
 
     def _retire(self, release: Release) -> None:
         self.torchserve.drain(release.version)
-        self.torchserve.unregister(release.version)
+        with_retries(lambda: self.torchserve.unregister(release.version))  # a busy TorchServe may answer 500
         ledgers.write(self.store, ledgers.read(self.store).retired(release.archive))

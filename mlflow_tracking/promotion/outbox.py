@@ -13,15 +13,19 @@ from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.promotion.gates import judgement_report as report
 from mlflow_tracking.promotion.gates.judge import Judge
 from mlflow_tracking.promotion.plan import Actual, Release
+from mlflow_tracking.promotion.shared_judgements import SharedJudgements
 from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError, head_tag
 
 
 class Outbox:
     """Tags and reports on their way to the registry. `replica` names one of several promoters that share it."""
 
-    def __init__(self, registry: Registry, judge: Judge, audit: AuditLog, replica: str = "") -> None:
+    def __init__(
+        self, registry: Registry, judge: Judge, shared: SharedJudgements, audit: AuditLog, replica: str = ""
+    ) -> None:
         self._registry = registry
         self._judge = judge
+        self._shared = shared
         self._audit = audit
         self._due: dict[Release, dict[str, str]] = {}
         self._head_tag = head_tag(replica)
@@ -71,7 +75,7 @@ class Outbox:
             report.write_report(Path(temporary), judgement)
             with suppress(RegistryError):  # a version of another tool has no place for files
                 self._registry.log_report(version.version, Path(temporary), report.REPORT)
-        self._registry.tag(version.version, report.tags(judgement))
+        self._registry.tag(version.version, self._shared.tags(judgement) | report.tags(judgement))
         self._reported.add(judgement.id)
 
     def _send_head(self) -> list[str]:
@@ -79,7 +83,7 @@ class Outbox:
         head = str(self._audit.head())
         if head == self._head:
             return []
-        faults = self._audit.verify(Head.parse(self._registry.model_tag(self._head_tag) or ""))
+        faults = self._audit.verify(Head.parse(self._registry.model_tags().get(self._head_tag, "")))
         if faults:
             return [f"The audit log {self._audit.path} is damaged (see docs/operations.md). {faults[0]}"]
         self._registry.set_model_tag(self._head_tag, head)

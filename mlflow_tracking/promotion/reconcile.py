@@ -17,12 +17,14 @@ from mlflow_tracking.promotion.locks import lock
 from mlflow_tracking.promotion.observe import AliasWatch, desired_state, release_of
 from mlflow_tracking.promotion.outbox import Outbox
 from mlflow_tracking.promotion.plan import Action, Actual, Desired, NotYet, Refused, Release, Step, StepFailed, plan
+from mlflow_tracking.promotion.replicas import SharedReplicas
 from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.settings import Settings
 from mlflow_tracking.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 
 # How a step may end; Executor.run raises nothing else.
 STEP_ERRORS = (NotYet, Refused, StepFailed, RegistryError, RegistryUnavailable, TorchServeUnavailable)
+WAITING_SECONDS = 0.5  # between two passes while a step waits, such as for another replica
 State = Literal["begun", "running", "done", "waiting", "refused", "failed"]
 
 
@@ -44,13 +46,20 @@ class StepRunner:
     backoff: Backoff
     events: AuditEvents
     outbox: Outbox
+    replicas: SharedReplicas
     listener: Callable[[Event], None]
     overruled: Mapping[str, dict[str, str]]
 
-    def execute(self, steps: Sequence[Step], watch: AliasWatch, done: list[Step], errors: list[str]) -> bool:
-        """Run steps until one fails, and add them to `done` and `errors`; return whether a step needs another pass."""
+    def execute(
+        self, steps: Sequence[Step], actual: Actual, watch: AliasWatch, done: list[Step], errors: list[str]
+    ) -> bool:
+        """Run steps until one fails, and add them to `done` and `errors`; return whether a step needs another pass.
+
+        `actual` is the state before the steps.
+        """
         for step in steps:
             try:
+                self.replicas.await_turn(step, actual, self.executor.check.is_judged_elsewhere)
                 self._run(step, watch)
             except STEP_ERRORS as error:
                 errors.append(str(error))
@@ -77,6 +86,8 @@ class StepRunner:
 
         def progress(remark: str) -> None:
             emit("running", remark)
+            with suppress(RegistryUnavailable):  # the next pass reports it
+                self.replicas.beat()
             watch.check(step)
 
         emit("begun")
@@ -129,8 +140,8 @@ class Reconciler:
     """Makes TorchServe agree with the registry, one pass at a time.
 
     `keep_archives` unneeded archives stay in the store. `listener` receives the events of every step. `by` acts, for
-    the audit log. The versions in `overruled`, each with a reason, serve although the gates refuse them. `replica` is
-    the name of one of several promoters that share the registry.
+    the audit log. The versions in `overruled`, each with a reason, serve although the gates refuse them. `replicas`
+    are those that share the registry.
     """
 
     def __init__(
@@ -141,7 +152,7 @@ class Reconciler:
         listener: Callable[[Event], None] = lambda event: None,
         by: str = "promoter",
         overruled: Mapping[str, str] | None = None,
-        replica: str = "",
+        replicas: SharedReplicas | None = None,
     ) -> None:
         self.registry = registry
         self.executor = executor
@@ -152,8 +163,11 @@ class Reconciler:
         self._keep_archives = keep_archives
         self._overruled = {version: {"by": by, "reason": reason} for version, reason in (overruled or {}).items()}
         self._events = AuditEvents(self.audit, by)
-        self._outbox = Outbox(registry, executor.judge, self.audit, replica)
-        self._runner = StepRunner(executor, self.backoff, self._events, self._outbox, listener, self._overruled)
+        self.replicas = replicas or SharedReplicas(registry)
+        self._outbox = Outbox(registry, executor.judge, executor.shared, self.audit, self.replicas.name)
+        self._runner = StepRunner(
+            executor, self.backoff, self._events, self._outbox, self.replicas, listener, self._overruled
+        )
 
     def forget(self, version: str) -> None:
         """Discard the judgements and answers of a version. Raises RegistryUnavailable."""
@@ -190,12 +204,12 @@ class Reconciler:
             self._prepare(desired, actual)
             desired = replace(desired, blocked=self.backoff.blocked())
             if steps := plan(desired, actual):
-                waiting = self._runner.execute(steps, AliasWatch(self.registry, desired), done, errors)
+                waiting = self._runner.execute(steps, actual, AliasWatch(self.registry, desired), done, errors)
                 actual = self._observe(desired, errors)
         if actual is not None and desired.registry_up:
             for archive in self.executor.prune(actual, desired.releases, self._keep_archives):
                 self._events.pruned(archive)
-        registry_up = desired.registry_up and self._report(versions, actual, errors)
+        registry_up = desired.registry_up and self._report(versions, desired, actual, errors)
         for release in desired.releases:
             setback = self.backoff.setbacks.get(release)
             if setback and setback.reason not in errors:
@@ -214,6 +228,7 @@ class Reconciler:
     def _read_desired(self, errors: list[str]) -> tuple[Desired, dict[str, RegisteredVersion | None]]:
         try:
             desired, versions = desired_state(self.registry)
+            self.replicas.read()
         except RegistryUnavailable as error:
             errors.append(str(error))
             return Desired(registry_up=False), {}
@@ -254,14 +269,19 @@ class Reconciler:
                     self._runner.set_back(release, refusal)
 
     def _report(
-        self, versions: Mapping[str, RegisteredVersion | None], actual: Actual | None, errors: list[str]
+        self,
+        versions: Mapping[str, RegisteredVersion | None],
+        desired: Desired,
+        actual: Actual | None,
+        errors: list[str],
     ) -> bool:
-        """Write statuses and judgements into the registry; return whether it answered."""
+        """Write statuses, judgements and this replica's state into the registry; return whether it answered."""
         with_alias = [version for version in versions.values() if version]
         if actual:
             self._outbox.correct(with_alias, actual)
         try:
             errors += self._outbox.send(with_alias)
+            self.replicas.publish(actual, desired.champion)  # last: the others then find the judgement
         except RegistryUnavailable as error:
             errors.append(str(error))
             return False
@@ -278,6 +298,7 @@ def create_reconciler(
     registry = Registry(settings.registry_uri)
     torchserve = TorchServe(settings.inference_url, settings.management)
     gates = load_gates(settings.gates)
-    executor = Executor(settings.store, registry, torchserve, gates, settings.evaluation_cache)
-    replica = settings.promoter_replica
-    return Reconciler(registry, executor, settings.promoter_keep_archives, listener, by, overruled, replica)
+    key = settings.promoter_key
+    executor = Executor(settings.store, registry, torchserve, gates, settings.evaluation_cache, key)
+    replicas = SharedReplicas(registry, settings.promoter_replica, settings.inference_url)
+    return Reconciler(registry, executor, settings.promoter_keep_archives, listener, by, overruled, replicas)

@@ -19,7 +19,8 @@ from mlflow_tracking.command_line import run
 from mlflow_tracking.promotion.backoff import Setback
 from mlflow_tracking.promotion.locks import StoreBusy, owned
 from mlflow_tracking.promotion.plan import Actual, Release
-from mlflow_tracking.promotion.reconcile import Event, Pass, create_reconciler
+from mlflow_tracking.promotion.reconcile import WAITING_SECONDS, Event, Pass, create_reconciler
+from mlflow_tracking.promotion.replicas import serving_counts
 from mlflow_tracking.settings import Settings
 
 log = logging.getLogger("promoter")
@@ -48,22 +49,23 @@ class Promoter:
 
     def run(self, stop: threading.Event) -> None:
         """Reconcile until `stop` is set."""
+        poll = self.settings.promoter_poll_seconds
         while not stop.is_set():
-            self.reconcile()
-            stop.wait(self.settings.promoter_poll_seconds)
+            waiting = self.reconcile()
+            stop.wait(min(WAITING_SECONDS, poll) if waiting else poll)
 
-    def reconcile(self) -> None:
-        """Run one pass; no error ends the loop."""
+    def reconcile(self) -> bool:
+        """Run one pass and return whether a step waits; no error ends the loop."""
         self._beat = time.monotonic()
         try:
             result = self.reconciler.reconcile()
         except StoreBusy:
-            return  # scripts/promote.py is reconciling
+            return False  # scripts/promote.py is reconciling
         except Exception as error:
             # The promoter survives its own faults, because TorchServe may need it in a minute.
             log.exception("pass failed")
             self._status = self._status | {"settled": False, "errors": [f"The promoter's pass failed: {error!r}."]}
-            return
+            return False
         if result.errors != self._errors:
             for sentence in result.errors:
                 log.warning("problem", extra={"fields": {"error": sentence}})
@@ -71,8 +73,10 @@ class Promoter:
                 log.info("all problems are solved")
             self._errors = result.errors
         setbacks = self.reconciler.backoff.setbacks
-        self.metrics.record(result, len(setbacks))
-        self._status = state_values(result, setbacks)
+        replicas = self.reconciler.replicas.report()
+        self.metrics.record(result, len(setbacks), replicas)
+        self._status = state_values(result, setbacks) | {"replicas": replicas}
+        return result.waiting
 
     def status(self) -> dict[str, Any]:
         """Return the answer of /status."""
@@ -145,6 +149,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.steps = Counter("promoter_steps", "Steps by how they ended", ["action", "state"], registry=self.registry)
         self.seconds = Histogram("promoter_step_seconds", "Duration of steps", ["action"], registry=self.registry)
+        self.replicas = Gauge(
+            "promoter_replicas", "TorchServes that serve a version", ["version"], registry=self.registry
+        )
         self.gauges = {
             name: Gauge(f"promoter_{name}", text, registry=self.registry)
             for name, text in {
@@ -158,8 +165,11 @@ class Metrics:
             }.items()
         }
 
-    def record(self, result: Pass, set_back: int) -> None:
+    def record(self, result: Pass, set_back: int, replicas: list[dict[str, Any]]) -> None:
         """Set the figures after a pass."""
+        self.replicas.clear()
+        for version, count in serving_counts(replicas).items():
+            self.replicas.labels(version).set(count)
         champion = result.desired.champion
         values = {
             "serving_version": int((result.actual and result.actual.default) or 0),
@@ -179,12 +189,16 @@ def _now() -> str:
 
 
 class JsonLines(logging.Formatter):
-    """Log lines as JSON objects."""
+    """Log lines as JSON objects, with the promoter's name if there are several."""
+
+    def __init__(self, replica: str) -> None:
+        super().__init__()
+        self._names = {"replica": replica} if replica else {}
 
     def format(self, record: logging.LogRecord) -> str:
         """Return time, level, message, the record's `fields` and the exception."""
         values = {"at": _now(), "level": record.levelname.lower(), "message": record.getMessage()}
-        values |= getattr(record, "fields", {})
+        values |= self._names | getattr(record, "fields", {})
         if record.exc_info:
             values["exception"] = self.formatException(record.exc_info)
         return json.dumps(values, ensure_ascii=False)
@@ -236,13 +250,14 @@ def main() -> None:
 
     Settings come from the environment or `.env`, and .env.example explains them: MLFLOW_TRACKING_URI or MLFLOW_PORT,
     TORCHSERVE_URL or TORCHSERVE_PORT, TORCHSERVE_MANAGEMENT or TORCHSERVE_RUN_DIR, MODEL_STORE, STACK_STATE,
-    PROMOTER_HOST, PROMOTER_PORT, PROMOTER_POLL_SECONDS, PROMOTER_GATES, PROMOTER_KEEP_ARCHIVES, PROMOTER_REPLICA.
+    PROMOTER_HOST, PROMOTER_PORT, PROMOTER_POLL_SECONDS, PROMOTER_GATES, PROMOTER_KEEP_ARCHIVES, PROMOTER_REPLICA,
+    PROMOTER_KEY_FILE.
     """
+    settings = Settings.load()
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(JsonLines(settings.promoter_replica))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(logging.INFO)
-    settings = Settings.load()
     promoter = Promoter(settings)
     with owned(settings.store, f"the promoter of {settings.state}", OWN_SECONDS):
         serve(promoter, http_server(promoter))
