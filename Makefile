@@ -6,8 +6,8 @@ COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11
 # Texts are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 IMAGES := prediction torchserve promoter training mlflow monitor page
-# One process runs the tests of the live stack, one after the other. The others run the unit tests, a file at a time.
-PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadgroup
+# Unit tests run in parallel, one file at a time in each process; the live ones share one stack and run one after the other.
+PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,9 @@ browser: # Chromium first, because only root can install it
 	@scripts/setup_env.sh --browser
 	@scripts/setup_env.sh
 
-test: browser ## run the unit tests, and the tests of the live stack and the page
-	@$(PARALLEL) -m "not slow and not containers and not hostile and not load"
+test: browser ## run the unit tests, then the tests of the live stack and the page
+	@$(PARALLEL) -m "not live and not slow and not containers and not hostile and not load"
+	@$(PY) -m pytest -m "live and not slow and not containers and not hostile and not load"
 
 test-all: browser archive ## run all tests without containers: also a fresh clone, hostile requests and load
 	@$(PARALLEL) -m "not live and not containers"

@@ -28,14 +28,8 @@ START_SECONDS = 540  # a first start takes one minute on two idle cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first, those of servers after them, and last those that kill parts of the shared stack.
-
-    Of several processes (xdist), one runs all tests of the stack, and the others take one file after the other.
-    """
+    """Quick tests first, those of servers after them, and last those that kill parts of the shared stack."""
     items.sort(key=lambda item: (bool(item.get_closest_marker("live")), item.path.name == "test_stack.py"))
-    for item in items:
-        group = "stack" if item.get_closest_marker("live") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -56,7 +56,7 @@ fi
 # Several TorchServes share TORCHSERVE_REPLICAS (docker compose up --scale torchserve=3): each takes the first free number,
 # and folders of that number. Java keeps descriptor 9 open, and so the lock, until it ends.
 if [[ -n "${TORCHSERVE_REPLICAS:-}" ]]; then
-  for ((number = 1; number <= 64; number++)); do
+  for ((number = 1; ; number++)); do
     exec 9>"$TORCHSERVE_REPLICAS/$number.lock"
     if flock --nonblock 9; then break; fi
   done
