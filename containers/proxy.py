@@ -33,7 +33,7 @@ MODEL = "/predictions/skin_vit"
 INTERVAL = 1.0
 TIMEOUT = 2.0
 MISSES = 2  # probes in a row without an answer, until a replica leaves the list
-SLOTS = 12  # divided evenly by 2, 3, 4 and 6 replicas
+SLOTS = 60  # divided evenly by 2 to 6, 10, 12 and 15 replicas; more replicas than slots would get nothing
 READY, OUTDATED, EMPTY, SILENT = "ready", "outdated", "without the model", "silent"
 
 Address = tuple[str, int]

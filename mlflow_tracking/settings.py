@@ -202,7 +202,7 @@ class Settings(BaseSettings):
         Each of several TorchServes has a log in a folder of its own, named by its number.
         """
         log = ROOT / (self.prediction_log or self.state / "logs/predictions.jsonl")
-        logs = [log, *sorted(log.parent.glob(f"[0-9]*/{log.name}"))]
+        logs = [log, *(folder / log.name for folder in sorted(log.parent.glob("[0-9]*")))]
         older = [path for log in logs for path in sorted(log.parent.glob(f"{log.name}.[1-9]"))]  # renamed when full
         return [path for path in (*logs, *older) if path.is_file()]
 

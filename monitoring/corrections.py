@@ -23,9 +23,7 @@ from monitoring.reviews import (
     standing,
     stored_readings,
 )
-from monitoring.tables import predictions
-
-ANSWER = ("request_id", "image_sha256", "version", "digest", "time", "flagged", "probabilities", "metadata_sent")
+from monitoring.tables import ANSWER, predictions
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import time
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from handlers.taxonomy import CODES
 
@@ -50,12 +50,6 @@ class PredictionLine(_Line):
     width: Size | None = None
     height: Size | None = None
     statistics: dict[Name, Number] | None = Field(default=None, max_length=50)
-
-    @field_validator("metadata_sent", mode="before")
-    @classmethod
-    def _values(cls, sent: object) -> object:
-        """Return the values; a log of an older version has only their names."""
-        return {} if isinstance(sent, list) else sent
 
 
 class RefusalLine(_Line):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from monitoring.prediction_store import IDS_AT_ONCE, PredictionStore
-from monitoring.tables import outcomes, predictions
+from monitoring.tables import ANSWER, outcomes, predictions
 
 
 class PictureOutcome(NamedTuple):
@@ -53,7 +53,7 @@ def record(store: PredictionStore, table: Sequence[PictureOutcome], reader: str)
                 for prediction in matches.get(outcome.key, ()):
                     request = prediction["request_id"]
                     earlier = newest.get(request)
-                    metadata = sent_values(earlier.metadata if earlier else prediction["metadata_sent"])
+                    metadata = earlier.metadata if earlier else prediction["metadata_sent"] or {}
                     added = PictureOutcome(request, outcome.diagnosis, {**metadata, **outcome.metadata})
                     if added == earlier:
                         recorded.unchanged += 1
@@ -69,20 +69,14 @@ def record(store: PredictionStore, table: Sequence[PictureOutcome], reader: str)
 
 def _matches(connection: sa.Connection, keys: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Return the predictions of each key that has one: those still stored, or those of earlier outcomes."""
-    names = ("request_id", "image_sha256", "version", "digest", "time", "flagged", "probabilities", "metadata_sent")
     matches: dict[str, dict[str, dict[str, Any]]] = {}
     for source in (outcomes, predictions):
-        columns = [source.c[name] for name in names]
+        columns = [source.c[name] for name in ANSWER]
         is_named = source.c.request_id.in_(keys) | source.c.image_sha256.in_(keys)
         for row in connection.execute(sa.select(*columns).where(is_named)).mappings():
             for key in (row["request_id"], row["image_sha256"]):
                 matches.setdefault(key, {})[row["request_id"]] = dict(row)
     return {key: list(rows.values()) for key, rows in matches.items()}
-
-
-def sent_values(metadata_sent: object) -> dict[str, Any]:
-    """Return the values of a row's `metadata_sent`; none of a row of an older version."""
-    return dict(metadata_sent) if isinstance(metadata_sent, Mapping) else {}
 
 
 def _newest(connection: sa.Connection, requests: Iterable[str]) -> dict[str, PictureOutcome]:
@@ -92,7 +86,7 @@ def _newest(connection: sa.Connection, requests: Iterable[str]) -> dict[str, Pic
         named = outcomes.c.request_id.in_(identifiers[first : first + IDS_AT_ONCE])
         columns = outcomes.c.request_id, outcomes.c.diagnosis, outcomes.c.metadata_sent
         for request, diagnosis, sent in connection.execute(sa.select(*columns).where(named).order_by(outcomes.c.id)):
-            newest[request] = PictureOutcome(request, diagnosis, sent_values(sent))
+            newest[request] = PictureOutcome(request, diagnosis, sent or {})
     return newest
 
 

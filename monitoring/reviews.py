@@ -17,7 +17,7 @@ from handlers.errors import UserError
 from handlers.kept_images import SHA256
 from handlers.taxonomy import CODES
 from monitoring.prediction_store import PredictionStore
-from monitoring.tables import predictions, readings
+from monitoring.tables import ANSWER, predictions, readings
 
 CANNOT_TELL, BAD_PICTURE = "cannot_tell", "bad_picture"
 VERDICTS = (*CODES, CANNOT_TELL, BAD_PICTURE)
@@ -116,8 +116,7 @@ def _submitted(connection: sa.Connection, submission: str) -> int | None:
 
 def _answer(connection: sa.Connection, reading: NewReading, rows: Sequence[Row]) -> dict[str, Any]:
     """Return the prediction that was shown: the one still stored, or that of an earlier reading."""
-    names = ("version", "digest", "time", "flagged", "probabilities", "metadata_sent")
-    query = sa.select(*(predictions.c[name] for name in names)).where(
+    query = sa.select(*(predictions.c[name] for name in ANSWER)).where(
         (predictions.c.request_id == reading.request_id) & (predictions.c.image_sha256 == reading.image_sha256)
     )
     shown = connection.execute(query).mappings().first()
@@ -125,7 +124,7 @@ def _answer(connection: sa.Connection, reading: NewReading, rows: Sequence[Row])
     stored = stored or next((row for row in rows if row["request_id"] == reading.request_id), None)
     if stored is None:
         raise ReviewRefused("The monitor does not have this prediction any more. Go on to the next picture.")
-    return {name: stored[name] for name in names}
+    return {name: stored[name] for name in ANSWER}
 
 
 def stored_readings(store: PredictionStore, after: int = 0) -> list[Row]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from handlers.metadata import FIELDS
 from handlers.taxonomy import CODES, MALIGNANT
-from monitoring.outcomes import sent_values
 
 FEWEST = 10  # outcomes; with fewer, an accuracy says nothing
 AGES = ((30, "under 30"), (50, "30–49"), (70, "50–69"), (math.inf, "70 and older"))  # years below, name
@@ -29,7 +28,7 @@ def slices(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for field in FIELDS:
         groups: dict[str | None, list[Row]] = {}
         for row in newest:
-            groups.setdefault(_group(field, sent_values(row.get("metadata_sent")).get(field)), []).append(row)
+            groups.setdefault(_group(field, (row["metadata_sent"] or {}).get(field)), []).append(row)
         if groups.keys() - {None}:
             table += [
                 {"field": field, "group": group, **_figures(groups[group])}

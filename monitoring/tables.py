@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 
 metadata = sa.MetaData()
+# What outcomes and readings keep of the prediction, which is deleted earlier.
+ANSWER = ("request_id", "image_sha256", "version", "digest", "time", "flagged", "probabilities", "metadata_sent")
 predictions = sa.Table(
     "predictions",
     metadata,
@@ -21,7 +23,7 @@ predictions = sa.Table(
     sa.Column("width", sa.Integer),
     sa.Column("height", sa.Integer),
     sa.Column("probabilities", sa.JSON(none_as_null=True), nullable=False),  # in the order of handlers.taxonomy.CODES
-    # Age, sex and site, where the client sent them; in rows of older versions a list of their names.
+    # Age, sex and site, where the client sent them.
     sa.Column("metadata_sent", sa.JSON(none_as_null=True), nullable=False),
     sa.Column("likely_set", sa.JSON(none_as_null=True)),
     sa.Column("statistics", sa.JSON(none_as_null=True)),  # handlers.prediction.Prediction

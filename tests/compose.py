@@ -19,6 +19,42 @@ from tests.waiting import eventually
 PORTS = ("STREAMLIT_PORT", "MLFLOW_PORT", "TORCHSERVE_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
 PROJECT = "skin-lesion-test"
 REGISTRY = "/api/2.0/mlflow"
+# Python that runs inside a container: prints which of {doors} (HOST:PORT) can be reached.
+REACHED = """
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+def reach(door):
+    host, port = door.split(":")
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+        return door
+    except OSError:
+        return None
+
+with ThreadPoolExecutor(16) as pool:  # a name that cannot be resolved takes its time
+    print(*filter(None, pool.map(reach, {doors})))
+"""
+# What MLflow's user gets for other buckets, and a request without a signature for its own.
+OTHER_BUCKETS = """
+import boto3, botocore.exceptions
+s3 = boto3.client("s3", endpoint_url="http://minio:9000")
+s3.list_objects_v2(Bucket="mlflow")
+for attempt in (lambda: s3.create_bucket(Bucket="other"), lambda: s3.put_bucket_policy(Bucket="mlflow", Policy="{}"),
+                lambda: s3.delete_bucket(Bucket="mlflow")):
+    try:
+        attempt()
+        print("allowed")
+    except botocore.exceptions.ClientError as error:
+        print(error.response["Error"]["Code"])
+"""
+UNSIGNED = """
+import urllib.request, urllib.error
+try:
+    print(urllib.request.urlopen("http://minio:9000/mlflow", timeout=5).read())
+except urllib.error.HTTPError as error:
+    print(error.read().decode())
+"""
 
 
 def copy_of_the_repository(folder: Path) -> Path:

@@ -23,7 +23,7 @@ from playwright.sync_api import expect
 
 from handlers.taxonomy import CODES
 from tests.chromium import chromium
-from tests.compose import Compose, copy_of_the_repository
+from tests.compose import OTHER_BUCKETS, REACHED, UNSIGNED, Compose, copy_of_the_repository
 from training.data.synthetic import draw_lesion
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(1800)]
@@ -185,21 +185,7 @@ def test_who_has_no_business_there_reaches_nothing(stack):
     }
     doors = ["postgres:5432", "minio:9000", "mlflow:5001", "torchserve:8080", "torchserve:8081", "proxy:8080"]
     doors += ["promoter:8083", "streamlit:8501", "1.1.1.1:443"]
-    code = f"""
-import socket
-from concurrent.futures import ThreadPoolExecutor
-
-def reach(door):
-    host, port = door.split(":")
-    try:
-        socket.create_connection((host, int(port)), 5).close()
-        return door
-    except OSError:
-        return None
-
-with ThreadPoolExecutor(16) as pool:  # a name that cannot be resolved takes its time
-    print(*filter(None, pool.map(reach, {doors})))
-"""
+    code = REACHED.format(doors=doors)
     for service, allowed in may_reach.items():
         assert (
             set(stack.python(service, code).split()) - {f"{service}:{p}" for p in (5001, 8080, 8083, 8501)} == allowed
@@ -207,29 +193,8 @@ with ThreadPoolExecutor(16) as pool:  # a name that cannot be resolved takes its
 
 
 def test_the_stores_user_may_use_one_bucket_and_nothing_else(stack):
-    code = """
-import boto3, botocore.exceptions
-s3 = boto3.client("s3", endpoint_url="http://minio:9000")
-s3.list_objects_v2(Bucket="mlflow")
-for attempt in (lambda: s3.create_bucket(Bucket="other"), lambda: s3.put_bucket_policy(Bucket="mlflow", Policy="{}"),
-                lambda: s3.delete_bucket(Bucket="mlflow")):
-    try:
-        attempt()
-        print("allowed")
-    except botocore.exceptions.ClientError as error:
-        print(error.response["Error"]["Code"])
-"""
-    assert set(stack.python("mlflow", code).split()) == {"AccessDenied"}
-    assert b"AccessDenied" in stack.python("mlflow", _UNSIGNED).encode()
-
-
-_UNSIGNED = """
-import urllib.request, urllib.error
-try:
-    print(urllib.request.urlopen("http://minio:9000/mlflow", timeout=5).read())
-except urllib.error.HTTPError as error:
-    print(error.read().decode())
-"""
+    assert set(stack.python("mlflow", OTHER_BUCKETS).split()) == {"AccessDenied"}
+    assert b"AccessDenied" in stack.python("mlflow", UNSIGNED).encode()
 
 
 def test_no_secret_is_to_be_seen(stack):

@@ -2,22 +2,19 @@
 
 Each TorchServe has a promoter and a store. 16 clients send pictures, each on a connection that stays, while versions
 change five times and a person rolls back, one TorchServe is killed and started again, and one is paused. No request
-fails, no client gets an older version after a newer one, the gates are asked once for a version, and the monitor counts
+fails, no client gets an older version after a newer one, the gates judge a version once, and the monitor counts
 every prediction once.
 """
 
 import json
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from threading import Event
 
-import httpx
 import pytest
 
 from tests.compose import PROJECT, Compose, copy_of_the_repository
+from tests.picture_clients import PictureClients
 from tests.waiting import eventually
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(1800)]
@@ -36,39 +33,6 @@ for copy in ("2", "3"):
 """
 STATUS = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8083/status').read().decode())"
 SUMMARY = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8084/summary').read().decode())"
-
-
-class Clients:
-    """Clients that send pictures until the end, each on one connection; `seen` are the versions of each, in order."""
-
-    def __init__(self, url: str, image: bytes, pause: float = 0.0, count: int = 16) -> None:
-        self.pause = pause  # seconds after each answer
-        self.statuses: Counter[int] = Counter()
-        self.seen: list[list[str]] = [[] for _ in range(count)]
-        self.slowest = 0.0
-        self.end, self.began = Event(), time.monotonic()
-        self.pool = ThreadPoolExecutor(count)
-        self.clients = [self.pool.submit(self._send, url, image, seen) for seen in self.seen]
-
-    def _send(self, url: str, image: bytes, seen: list[str]) -> None:
-        headers = {"Content-Type": "application/octet-stream"}
-        with httpx.Client(base_url=url, timeout=120, trust_env=False, headers=headers) as client:
-            while not self.end.is_set():
-                began = time.monotonic()
-                answer = client.post("/predictions/skin_vit", content=image)
-                self.slowest = max(self.slowest, time.monotonic() - began)
-                self.statuses[answer.status_code] += 1
-                version = answer.json()["model"]["version"] if answer.status_code == 200 else ""
-                if version and seen[-1:] != [version]:
-                    seen.append(version)
-                self.end.wait(self.pause)
-
-    def stop(self) -> float:
-        """Stop, and return the requests per second."""
-        self.end.set()
-        for client in self.clients:
-            client.result(120)
-        return sum(self.statuses.values()) / (time.monotonic() - self.began)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +81,7 @@ def predictions_counted(stack: Compose) -> int:
 def test_no_request_fails_while_replicas_and_versions_change(stack, image):
     stack.wait_for(lambda: stack.version_served(image) == "1")
     stack("run", "--rm", "-T", "register", "python", "-c", REGISTER)
-    alone = Clients(stack.url("TORCHSERVE_PORT"), image)
+    alone = PictureClients(stack.url("TORCHSERVE_PORT"), image)
     time.sleep(10)
     rate_alone = alone.stop()
 
@@ -125,11 +89,11 @@ def test_no_request_fails_while_replicas_and_versions_change(stack, image):
     stack("up", "--detach", "--scale", "torchserve=3", "--no-recreate")
     wait_for_all(stack, "1")
     print(f"\nthree replicas {time.monotonic() - began:.0f} s after --scale; one: {rate_alone:.1f} requests a second")
-    together = Clients(stack.url("TORCHSERVE_PORT"), image)
+    together = PictureClients(stack.url("TORCHSERVE_PORT"), image)
     time.sleep(10)
     print(f"three: {together.stop():.1f} requests a second on the same processor")
 
-    clients = Clients(stack.url("TORCHSERVE_PORT"), image, pause=0.5)  # the gate of latency needs answers, too
+    clients = PictureClients(stack.url("TORCHSERVE_PORT"), image, pause=0.5)  # the gate of latency needs answers, too
     for number, version in enumerate(MOVES):
         if number == 2:
             docker("kill", 1)
@@ -148,10 +112,10 @@ def test_no_request_fails_while_replicas_and_versions_change(stack, image):
     time.sleep(3)
     rate = clients.stop()
 
-    print(f"{sum(clients.statuses.values())} requests, {rate:.1f} a second, the slowest {clients.slowest:.1f} s")
+    print(f"{clients.requests} requests, {rate:.1f} a second, the slowest {clients.slowest:.1f} s")
     assert set(clients.statuses) == {200}, clients.statuses
     expected = ["1", *MOVES, "2"]
-    for seen in clients.seen:
+    for seen in clients.versions:
         remaining = iter(expected)
         assert all(version in remaining for version in seen), f"{seen} is not in the order of {expected}"
         assert seen[-1] == "2"

@@ -339,7 +339,7 @@ def test_a_url_must_answer_2xx(server, answers):
     answers |= {"/good": (200, {}), "/bad": (503, {})}
     assert check.main([f"{server}/good"]) == 0
     assert check.main([f"{server}/bad"]) == 1
-    assert check.main(["http://127.0.0.1:1/nobody"]) == 1
+    assert check.main(["http://127.0.0.1:1/"]) == 1
 
 
 @pytest.mark.parametrize("server", ["unix"], indirect=True)

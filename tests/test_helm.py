@@ -249,7 +249,7 @@ def test_network_policies_allow_no_more_than_docker_compose(everything):
     }
     scraped = {("serving", 8082)}
     reached = {(target, port) for _, target, port in allowed} | {("page", 8501), ("training", 29500)}
-    assert ports - scraped <= reached, "a Service that nobody may reach"
+    assert ports - scraped <= reached, "a Service that no pod may reach"
 
 
 def test_replicas_have_stores_of_their_own_and_leave_one_after_the_other():

@@ -104,7 +104,7 @@ def test_the_figures_by_sex_age_and_site(tmp_path):
         sent = {"sex": "female", "age": 69.5} if number % 2 else {"sex": "male"} | ({"age": 70} if number == 4 else {})
         code = "NV" if number % 3 else "MEL"
         log.write(prediction(f"{number}", NOW - 60 + number, code, image_sha256=f"{number:064x}", metadata_sent=sent))
-    log.write(prediction("24", NOW, "MEL", "2", image_sha256=f"{3:064x}", metadata_sent=["sex"]))  # an older version
+    log.write(prediction("24", NOW, "MEL", "2", image_sha256=f"{3:064x}", metadata_sent={}))
     monitor = Monitor(settings_of(tmp_path))
     while monitor.step() == 0:
         pass

@@ -23,6 +23,7 @@ from mlflow_tracking.promotion.gates.base import Candidate
 from mlflow_tracking.promotion.gates.identity import GoldenParityGate
 from mlflow_tracking.promotion.plan import Action, NotYet, Step, StepFailed
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
+from mlflow_tracking.torchserve_client import TorchServeError
 from tests.reconcile_world import Golden, Killed, World, full_disk
 
 pytest_plugins = ["tests.fixtures_reconcile"]
@@ -218,6 +219,21 @@ def test_a_withdrawn_release_is_not_the_last_good_one(second):
     second.serve("3", "2")
     assert second.ledger.withdrawn == (), "once deployed again, it is like any other"
     assert second.ledger.release(second.ledger.last_good).version == "3"
+
+
+def test_a_busy_torchserve_is_asked_again_to_unload(second, monkeypatch):
+    monkeypatch.setattr("mlflow_tracking.torchserve_client.RETRY_WAITS", (0,))
+    unregister, busy = second.torchserve.unregister, [TorchServeError(500, "Interrupted", transient=True)]
+
+    def unload(version):
+        if busy:
+            raise busy.pop()
+        unregister(version)
+
+    monkeypatch.setattr(second.torchserve, "unregister", unload)
+    withdraw(second, "2")
+    second.deploy("1")
+    assert second.events == ["serve version 1 done", "retire version 2 done"]
 
 
 def test_a_cancelled_roll_back_does_not_withdraw(second):

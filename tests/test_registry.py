@@ -165,7 +165,7 @@ def test_a_signed_judgement_reaches_other_promoters(registry, first_registration
 
 
 def test_what_is_not_there(registry, first_registration, tmp_path):
-    assert registry.resolve("nobody") is None
+    assert registry.resolve("missing") is None
     assert registry.version("99") is None
     with pytest.raises(RegistryError, match=r"skin_vit has no version 99 in .* Its versions are: .*1\."):
         registry.set_alias("champion", "99")

@@ -2,7 +2,7 @@
 
 - each has a store, an audit log and its own end of that log in the registry;
 - they switch in the order of their names, also back; one that is gone or does not answer holds up no other;
-- with a key in common, the gates are asked once, and a refusal counts for all; a forged or foreign judgement for none;
+- with a key in common, the gates judge once, and a refusal counts for all; a forged or foreign judgement for none;
 - a replica that returns with an older version is not current, so the proxy leaves it out.
 """
 

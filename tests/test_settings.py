@@ -96,3 +96,33 @@ def test_importing_mlflow_leaves_no_file_of_statistics(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert "RegistryUnavailable" in done.stderr
     assert [path for path in tmp_path.rglob("*") if "mlflow" in path.parts] == []
+
+
+def test_each_of_several_torchserves_has_a_log(tmp_path):
+    names = (
+        "predictions.jsonl",
+        "predictions.jsonl.1",
+        "1/predictions.jsonl",
+        "2/predictions.jsonl.1",
+        "x/predictions.jsonl",
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    logs = Settings(prediction_log=tmp_path / "predictions.jsonl").prediction_logs
+    assert [str(path.relative_to(tmp_path)) for path in logs] == [names[0], names[2], names[1], names[3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("TORCHSERVE_URL", "file:{folder}/1.url"), ("PROMOTER_KEY_FILE", "{folder}/key")]
+)
+def test_a_file_that_a_setting_names(tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value.format(folder=tmp_path))
+    settings = Settings()
+    with pytest.raises(SettingsError, match=f"{name} names {tmp_path}.*, which cannot be read"):
+        _ = (settings.inference_url, settings.promoter_key)
+    (tmp_path / "1.url").write_text("http://10.0.0.2:8080\n")
+    (tmp_path / "key").write_text("secret\n")
+    assert (settings.inference_url, settings.promoter_key) in (
+        ("http://10.0.0.2:8080", b""), ("http://127.0.0.1:8080", b"secret"),
+    )  # fmt: skip
