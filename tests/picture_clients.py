@@ -1,9 +1,10 @@
-"""Clients that send pictures to a proxy while its replicas change, for the tests with containers."""
+"""Clients that send pictures while versions and replicas change."""
 
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from typing import Self
 
 import httpx
 
@@ -11,7 +12,7 @@ import httpx
 class PictureClients:
     """Clients that send a picture until the end, each on one connection, with `pause` seconds after each answer.
 
-    `versions` are those that each client got, without repetitions, in order.
+    `versions` are those that each client got, without repetitions, in order. Leaving the context ends the clients.
     """
 
     def __init__(self, url: str, image: bytes, count: int = 16, pause: float = 0.0) -> None:
@@ -35,13 +36,19 @@ class PictureClients:
                     versions.append(version)
                 self._end.wait(self._pause)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+
     @property
     def requests(self) -> int:
         """How many requests were answered."""
         return sum(self.statuses.values())
 
     def stop(self) -> float:
-        """Stop, and return the requests per second."""
+        """Stop, and return the requests per second. Raises what a client met."""
         self._end.set()
         for client in self._clients:
             client.result(120)

@@ -78,50 +78,54 @@ def predictions_counted(stack: Compose) -> int:
     return total["predictions"] + total["refusals"] + total["errors"]
 
 
+def full_load(stack: Compose, image: bytes) -> float:
+    """Requests per second of 16 clients."""
+    with PictureClients(stack.url("TORCHSERVE_PORT"), image) as clients:
+        time.sleep(10)
+        return clients.stop()
+
+
 def test_no_request_fails_while_replicas_and_versions_change(stack, image):
     stack.wait_for(lambda: stack.version_served(image) == "1")
     stack("run", "--rm", "-T", "register", "python", "-c", REGISTER)
-    alone = PictureClients(stack.url("TORCHSERVE_PORT"), image)
-    time.sleep(10)
-    rate_alone = alone.stop()
+    rate_alone = full_load(stack, image)
 
     began = time.monotonic()
     stack("up", "--detach", "--scale", "torchserve=3", "--no-recreate")
     wait_for_all(stack, "1")
     print(f"\nthree replicas {time.monotonic() - began:.0f} s after --scale; one: {rate_alone:.1f} requests a second")
-    together = PictureClients(stack.url("TORCHSERVE_PORT"), image)
-    time.sleep(10)
-    print(f"three: {together.stop():.1f} requests a second on the same processor")
+    print(f"three: {full_load(stack, image):.1f} requests a second on the same processor")
 
-    clients = PictureClients(stack.url("TORCHSERVE_PORT"), image, pause=0.5)  # the gate of latency needs answers, too
-    for number, version in enumerate(MOVES):
-        if number == 2:
-            docker("kill", 1)
-        if number == 4:
-            docker("pause", 2)
-        move(stack, version)
-        if number == 2:
-            stack.wait_for(lambda: stack.version_served(image) == "1")
-            docker("start", 1)
-        if number == 4:
-            stack.wait_for(lambda wanted=version: list(replicas(stack).values()).count(wanted) == 2, 240)
-            docker("unpause", 2)
-        print(f"version {version} serves on all after {wait_for_all(stack, version):.1f} s")
-    stack("exec", "-T", "promoter", "python", "scripts/promote.py", "rollback", "--reason", "a test")
-    print(f"version 2 serves on all {wait_for_all(stack, '2'):.1f} s after the roll-back")
-    time.sleep(3)
-    rate = clients.stop()
+    # They pause, because the gate of latency needs answers, too.
+    with PictureClients(stack.url("TORCHSERVE_PORT"), image, pause=0.5) as clients:
+        for number, version in enumerate(MOVES):
+            if number == 2:
+                docker("kill", 1)
+            if number == 4:
+                docker("pause", 2)
+            move(stack, version)
+            if number == 2:
+                stack.wait_for(lambda: stack.version_served(image) == "1")
+                docker("start", 1)
+            if number == 4:
+                stack.wait_for(lambda wanted=version: list(replicas(stack).values()).count(wanted) == 2, 240)
+                docker("unpause", 2)
+            print(f"version {version} serves on all after {wait_for_all(stack, version):.1f} s")
+        stack("exec", "-T", "promoter", "python", "scripts/promote.py", "rollback", "--reason", "a test")
+        print(f"version 2 serves on all {wait_for_all(stack, '2'):.1f} s after the roll-back")
+        time.sleep(3)
+        rate = clients.stop()
 
     print(f"{clients.requests} requests, {rate:.1f} a second, the slowest {clients.slowest:.1f} s")
     assert set(clients.statuses) == {200}, clients.statuses
     expected = ["1", *MOVES, "2"]
-    for seen in clients.versions:
+    for versions in clients.versions:
         remaining = iter(expected)
-        assert all(version in remaining for version in seen), f"{seen} is not in the order of {expected}"
-        assert seen[-1] == "2"
+        assert all(version in remaining for version in versions), f"{versions} is not in the order of {expected}"
+        assert versions[-1] == "2"
 
 
-def test_the_gates_were_asked_once_for_each_version(stack):
+def test_the_gates_judged_each_version_once(stack):
     logs = [
         json.loads(line[line.index("{") :]) for line in stack("logs", "promoter").stdout.splitlines() if "{" in line
     ]

@@ -145,19 +145,19 @@ def test_no_request_fails_while_versions_change_and_a_pod_is_killed(cluster, ima
     second = Pod("second", spec, [], cluster.release.secrets).start()
     eventually(lambda: "version 2 is registered" in second.log("register"), 180, lambda: second.log("register"))
 
-    clients = PictureClients(f"http://127.0.0.1:{cluster.ports[8080]}", image, count=4)
-    for version in ("2", "1", "2"):
-        cluster.move_alias(version)
-        began = time.monotonic()
-        eventually(
-            lambda wanted=version: cluster.serves(wanted), 240, lambda: cluster.state(SERVING[1], 8083, "/status")
-        )
-        print(f"\nboth replicas serve version {version} {time.monotonic() - began:.1f} s after the alias moved")
-    cluster.pods[SERVING[0]].kill()
-    time.sleep(10)
-    cluster.pods[SERVING[0]].start().ready()
-    eventually(lambda: cluster.serves("2"), 120)
-    rate = clients.stop()
+    with PictureClients(f"http://127.0.0.1:{cluster.ports[8080]}", image, count=4) as clients:
+        for version in ("2", "1", "2"):
+            cluster.move_alias(version)
+            began = time.monotonic()
+            eventually(
+                lambda wanted=version: cluster.serves(wanted), 240, lambda: cluster.state(SERVING[1], 8083, "/status")
+            )
+            print(f"\nboth replicas serve version {version} {time.monotonic() - began:.1f} s after the alias moved")
+        cluster.pods[SERVING[0]].kill()
+        time.sleep(10)
+        cluster.pods[SERVING[0]].start().ready()
+        eventually(lambda: cluster.serves("2"), 120)
+        rate = clients.stop()
     cluster.sent += clients.requests
     print(f"{clients.requests} requests, {rate:.1f} a second")
     assert set(clients.statuses) == {200}, clients.statuses

@@ -15,10 +15,9 @@ import os
 import socket
 import sqlite3
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -29,6 +28,7 @@ from playwright.sync_api import Page, expect
 from handlers.taxonomy import CODES
 from tests.chromium import chromium
 from tests.models import tiny_bundle
+from tests.picture_clients import PictureClients
 from tests.waiting import eventually
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
@@ -77,40 +77,18 @@ def second_version(stack, tmp_path_factory) -> str:
     return new
 
 
-@contextmanager
-def steady_requests(stack, image: bytes) -> Iterator[list]:
-    """One client that asks all the time; yields the list of (status or error, version)."""
-    results: list[tuple[object, str | None]] = []
-    done = threading.Event()
-
-    def ask() -> None:
-        while not done.is_set():
-            try:
-                results.append((200, answer(stack, image)["model"]["version"]))
-            except httpx.HTTPError as error:
-                results.append((str(error), None))
-            done.wait(0.05)
-
-    client = threading.Thread(target=ask)
-    client.start()
-    try:
-        yield results
-    finally:
-        done.set()
-        client.join()
-
-
 def assert_swaps(stack, image: bytes, version: str, move: Callable[[], object]) -> None:
     """After `move()` the version is served in time, and no request failed on the way."""
     allowed = SWAP_SECONDS * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
-    with steady_requests(stack, image) as results:
+    with PictureClients(stack.torchserve, image, count=1, pause=0.05) as clients:
         move()
         moved = time.monotonic()
-        eventually(lambda: results and results[-1] == (200, version), allowed)
+        eventually(lambda: clients.versions[0][-1:] == [version], allowed)
         print(f"served {time.monotonic() - moved:.1f} s after the alias was moved")
         time.sleep(3)  # the older version is drained and retired in this time
-    assert {status for status, _ in results} == {200}
-    assert {served for _, served in results[-10:]} == {version}
+        clients.stop()
+    assert set(clients.statuses) == {200}
+    assert clients.versions[0][-1] == version
 
 
 def set_champion(stack, version: str) -> None:
