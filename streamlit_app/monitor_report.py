@@ -66,7 +66,7 @@ def _class_mix(summary: Summary) -> str:
         f"<td>{words.share(share)}</td></tr>"
         for (code, share), colour in zip(summary.total.classes.items(), CLASS_COLOURS, strict=False)
     )
-    return f'<table class="bars">{rows}</table>'
+    return f'<table class="bars codes">{rows}</table>'
 
 
 def _drift(summary: Summary) -> str:

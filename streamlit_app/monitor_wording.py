@@ -38,7 +38,7 @@ ESTIMATED, ESTIMATED_NOTE = "Estimated accuracy", "if the model is calibrated fo
 REALISED, REALISED_NOTE = "Realised accuracy", "{low} to {high}; all {outcomes} outcomes; {missed} of malignant missed"
 REALISED_NOTHING = "no outcomes yet; `scripts/load_outcomes.py` loads them"
 RANDOM = "Realised, random share"
-RANDOM_NOTHING = "no picture that was read by chance is settled yet; this is the honest estimate"
+RANDOM_NOTHING = "the honest estimate, once a picture that was read by chance is settled"
 NO_VALUE = "–"
 
 # Charts
