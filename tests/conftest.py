@@ -34,9 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def own_environment() -> Iterator[None]:
-    """What a test, or MLflow for it (`set_experiment`), leaves in the environment ends with the test's file."""
-    before = dict(os.environ)
+    """What a test, or MLflow for it (`set_experiment`), leaves in the environment ends with the test's file.
+
+    So does the program that Streamlit puts in the place of `__main__`: new processes would run it.
+    """
+    before, program = dict(os.environ), sys.modules["__main__"]
     yield
+    sys.modules["__main__"] = program
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
