@@ -20,6 +20,7 @@ PRUNE_SECONDS = 3600.0
 PICTURE_SECONDS = 60.0  # between two searches for kept pictures whose days are over
 ALIVE_SECONDS = 300.0  # a loop that is silent for longer hangs
 DAY = 86400
+OPENING = "The database is not open yet."  # `Monitor.error` before the first step
 
 
 class Monitor:
@@ -30,7 +31,7 @@ class Monitor:
         self.store = PredictionStore(settings.monitor_database_url)
         self.audit = AuditLog(settings.store)
         self.references = References(settings.store)
-        self.error = "The database is not open yet."
+        self.error = OPENING
         self.failures = 0
         self._ready = False  # the tables are those of this version
         self._pruned = -PRUNE_SECONDS

@@ -15,7 +15,7 @@ import pytest
 from handlers.bundle import Bundle
 from mlflow_tracking.registry import HEAD_TAG, Registry
 from mlflow_tracking.settings import MODEL_NAME
-from tests.live import mlflow_server, run_script
+from tests.live import Server, mlflow_server, run_script
 from tests.models import tiny_bundle
 
 
@@ -35,13 +35,18 @@ def quiet_mlflow() -> None:
 
 
 @pytest.fixture(scope="session")
-def mlflow_uri(quiet_mlflow: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def mlflow(quiet_mlflow: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real MLflow server with an empty registry."""
     server = mlflow_server(tmp_path_factory.mktemp("mlflow")).start()
     try:
-        yield server.health.removesuffix("/health")
+        yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(mlflow: Server) -> str:
+    return mlflow.health.removesuffix("/health")
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,18 @@ from tests.waiting import eventually
 
 
 @pytest.fixture(scope="session")
-def shipped_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shipped_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The shipped model with its graph, which takes ten seconds."""
+    return complete(Bundle.load(ROOT / "model_store" / "skin_vit"), tmp_path_factory.mktemp("shipped") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def shipped_store(shipped_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model store as the promoter leaves it once version 1, the shipped model, serves."""
-    folder = tmp_path_factory.mktemp("shipped")
-    bundle = complete(Bundle.load(ROOT / "model_store" / "skin_vit"), folder / "bundle")
-    (store := folder / "store").mkdir()
-    name = f"skin_vit-1-{bundle.digest.removeprefix('sha256:')[:12]}.mar"
-    made = archives.build(bundle.path, store / name, version="1")
-    entry = ledgers.Entry(made.sha256, "1", bundle.digest, made.settings)
+    store = tmp_path_factory.mktemp("store")
+    name = f"skin_vit-1-{shipped_bundle.digest.removeprefix('sha256:')[:12]}.mar"
+    made = archives.build(shipped_bundle.path, store / name, version="1")
+    entry = ledgers.Entry(made.sha256, "1", shipped_bundle.digest, made.settings)
     ledgers.write(store, ledgers.Ledger().stored(name, entry).serving(name))
     return store
 

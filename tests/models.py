@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from handlers.backbone import build_backbone
@@ -21,6 +24,7 @@ from handlers.suspicion import Alarm, Promise
 from handlers.taxonomy import KNOWN_CODES
 from handlers.unknown_class import Rejection
 from mlflow_tracking.settings import MODEL_NAME
+from training.evaluation.unknown_class_fit import KnownSpace
 from training.export import export_bundle
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -52,6 +56,13 @@ def tiny_backbone(
     return backbone
 
 
+def known_space() -> KnownSpace:
+    """Half of the directions of the tiny model's features, drawn."""
+    rng, width = np.random.default_rng(0), OPTIONS["embed_dim"]
+    basis, _ = np.linalg.qr(rng.normal(size=(width, width // 2)))
+    return KnownSpace(rng.normal(size=width), basis, 1.0)
+
+
 def tiny_bundle(
     out: Path,
     seed: int = 0,
@@ -62,14 +73,18 @@ def tiny_bundle(
     run_id: str | None = None,
     architecture: str = ARCHITECTURE,
     receipt: Receipt | None = None,
+    graph: bool = True,
     **export: Any,
 ) -> Bundle:
-    """Return the bundle of a tiny network, by default a vision transformer, with every kind of calibration."""
+    """Return the bundle of a tiny network, by default a vision transformer, with every kind of calibration.
+
+    Without a graph, which takes seconds, torch serves it.
+    """
     # The export takes seconds and is cached; further options of an export cannot be keys of a cache.
     exported = _exported.__wrapped__ if export else _exported
     made = exported(
         seed, classes, residual_weight, metadata, json.dumps(OPTIONS if options is None else options), architecture,
-        **export,
+        graph, **export,
     )  # fmt: skip
     shutil.copytree(made.path, out, dirs_exist_ok=True)
     (out / CONFIG).unlink()
@@ -86,6 +101,7 @@ def _exported(
     metadata: Metadata | None,
     options: str,
     architecture: str,
+    graph: bool,
     **export: Any,
 ) -> Bundle:
     inputs, network = metadata or Metadata(), json.loads(options)
@@ -97,4 +113,5 @@ def _exported(
         MODEL_NAME, architecture, network, classes, Preprocessing(IMAGE_SIZE), calibration, evidence, metadata=inputs
     )
     backbone = tiny_backbone(len(classes), architecture, network, seed=seed, metadata_width=len(inputs.columns))
-    return export_bundle(Path(mkdtemp(dir=PLACE.name)) / "bundle", backbone, config, NOTHING_SEEN, **export)
+    with nullcontext() if graph else patch("handlers.graph_export.export_graph", side_effect=RuntimeError("no graph")):
+        return export_bundle(Path(mkdtemp(dir=PLACE.name)) / "bundle", backbone, config, NOTHING_SEEN, **export)

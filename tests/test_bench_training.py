@@ -1,25 +1,20 @@
 """bench_training.py feeds the same training step from memory, from the image cache and from files."""
 
-import subprocess
-import sys
-
 import pytest
 
 from handlers.errors import UserError
 from scripts.studies import bench_training
+from tests.commands import invoke
 from tests.tiny_lesions import tiny_manifest
-from training.config import ROOT
 
 SETTINGS = ["architecture=test_vit", "image_size=32", "cache_size=32", "stem=patch", "precision=fp32"]
 
 
-@pytest.mark.timeout(180)
 def test_it_compares_three_sources(tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "studies" / "bench_training.py", "--data", tiny_manifest(tmp_path)]
-    command += ["--steps", "1", "--rounds", "2", "--workers", "0", *SETTINGS, "batch_size=8"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("random tensors", "cache", "ImageFolder", "1.000"))
+    options = ["--data", tiny_manifest(tmp_path), "--steps", "1", "--rounds", "2", "--workers", "0"]
+    code, output = invoke(bench_training.main, *options, *SETTINGS, "batch_size=8")
+    assert code == 0, output
+    assert all(word in output for word in ("random tensors", "cache", "ImageFolder", "1.000"))
 
 
 @pytest.mark.parametrize(

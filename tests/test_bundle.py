@@ -45,14 +45,25 @@ def test_completing_again_changes_nothing(full, tmp_path):
     assert complete(full, tmp_path / "again").digest == full.digest
 
 
-def test_a_bundle_is_completed_once_for_a_cache(slim, full, tmp_path, monkeypatch):
-    cache, export = tmp_path / "cache", graph_export.complete
+@pytest.fixture
+def completed(full, monkeypatch) -> Callable[[Bundle, Path], Bundle]:
+    """The export of `slim`, done once: it takes seconds."""
+
+    def copy(bundle: Bundle, out: Path) -> Bundle:
+        return complete(full, out)
+
+    monkeypatch.setattr(graph_export, "complete", copy)
+    return copy
+
+
+def test_a_bundle_is_completed_once_for_a_cache(slim, full, completed, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
 
     def overtaken(bundle: Bundle, out: Path) -> Bundle:
         """Another process completes the same bundle in the meantime."""
-        monkeypatch.setattr(graph_export, "complete", export)
+        monkeypatch.setattr(graph_export, "complete", completed)
         graph_export.complete_once(bundle, cache)
-        return export(bundle, out)
+        return completed(bundle, out)
 
     monkeypatch.setattr(graph_export, "complete", overtaken)
     first = graph_export.complete_once(slim, cache)
@@ -63,6 +74,7 @@ def test_a_bundle_is_completed_once_for_a_cache(slim, full, tmp_path, monkeypatc
     assert [path.name for path in cache.iterdir()] == [first.path.name]
 
 
+@pytest.mark.usefixtures("completed")
 def test_a_damaged_or_older_bundle_in_the_cache_is_derived_again(slim, tmp_path, monkeypatch):
     first = graph_export.complete_once(slim, tmp_path)
     (first.path / "graph.bin").write_bytes(b"damaged")
@@ -247,8 +259,8 @@ def test_a_failing_export_is_logged_and_served_by_torch(slim, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
-        ("resnet18", {}),
-        ("efficientnet_b0", {}),
+        ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}),
+        pytest.param("efficientnet_b0", {}, marks=pytest.mark.slow),  # the layers of the next one
         ("tf_efficientnetv2_s", {"channel_multiplier": 0.5, "depth_multiplier": 0.3}),
     ],
 )

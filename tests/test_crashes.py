@@ -7,7 +7,7 @@ plan. At one boundary the promoter, TorchServe or MLflow is killed with SIGKILL.
 - no partial file is left, ledger and audit log can be read, and the log's chain is complete;
 - another promoter finishes: version 3 serves.
 
-`make test` runs a death of the promoter and one of MLflow; `make test-all` runs them all.
+`make test` runs one death of the promoter; `make test-all` runs them all.
 """
 
 import os
@@ -23,7 +23,7 @@ from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.registry import Registry
 from tests.conftest import ROOT
-from tests.live import Promotion, clients, mlflow_server, torchserve_server
+from tests.live import Promotion, clients, torchserve_server
 from tests.waiting import eventually
 
 pytest_plugins = ["tests.fixtures_registry"]
@@ -62,42 +62,43 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def doomed(quiet_mlflow: None, full_bundle: Bundle, short_folder: Path, tmp_path_factory):
-    """An MLflow server and a TorchServe that may be killed; three good versions are registered."""
+def doomed(registry: Registry, first_registration, full_bundle: Bundle, short_folder: Path):
+    """A TorchServe that may be killed, as may the MLflow server."""
     folder = short_folder / "k"
-    (folder / "mlflow").mkdir(parents=True)
-    mlflow = mlflow_server(folder / "mlflow").start()
+    folder.mkdir()
     server = torchserve_server(folder, folder / "store").start()
     try:
-        promotion = Promotion(folder, server, Registry(mlflow.health.removesuffix("/health")), full_bundle)
-        for _ in range(3):
-            promotion.register(tmp_path_factory.mktemp("version"))
-        yield promotion, mlflow
+        yield (promotion := Promotion(folder, server, registry, full_bundle))
         for promoter in promotion.promoters:
             promoter.close()
     finally:
         server.stop()
-        mlflow.stop()
 
 
-def second_serves_and_third_is_new(promotion: Promotion) -> None:
-    """Version 2 serves, 1 is the last good one, and the store has nothing of 3."""
-    for version in "12":
+@pytest.fixture(scope="module")
+def versions(doomed: Promotion, tmp_path_factory) -> list[str]:
+    """Three good versions."""
+    return [doomed.register(tmp_path_factory.mktemp("version")) for _ in range(3)]
+
+
+def second_serves_and_third_is_new(promotion: Promotion, first: str, second: str, third: str) -> None:
+    """The second version serves, the first is the last good one, and the store has nothing of the third."""
+    for version in (first, second):
         promotion.champion(version)
     reconciler = promotion.reconciler()
-    reconciler.forget("3")
-    for archive in promotion.store.glob("skin_vit-3-*.mar"):
+    reconciler.forget(third)
+    for archive in promotion.store.glob(f"skin_vit-{third}-*.mar"):
         ledgers.write(promotion.store, ledgers.read(promotion.store).pruned(archive.name))
         archive.unlink()
     actual = reconciler.reconcile(wait=60).actual
-    assert (actual.serving.version, actual.last_good.version, set(actual.loaded)) == ("2", "1", {"1", "2"})
+    assert (actual.serving.version, actual.last_good.version, set(actual.loaded)) == (second, first, {first, second})
 
 
 @pytest.mark.parametrize(("victim", "action", "state"), CASES)
-def test_killed_at_a_boundary(doomed, victim, action, state):
-    promotion, mlflow = doomed
-    second_serves_and_third_is_new(promotion)
-    promotion.registry.set_alias("champion", "3")
+def test_killed_at_a_boundary(doomed, versions, mlflow, victim, action, state):
+    promotion, (_, second, third) = doomed, versions
+    second_serves_and_third_is_new(promotion, *versions)
+    promotion.registry.set_alias("champion", third)
     process = {"promoter": 0, "torchserve": promotion.server.process.pid, "mlflow": mlflow.process.pid}[victim]
     with clients(promotion, 1) as [responses]:
         done = subprocess.run(
@@ -111,18 +112,18 @@ def test_killed_at_a_boundary(doomed, victim, action, state):
     else:
         promotion.server.stop_group()
         promotion.server.start()
-        eventually(lambda: promotion.served() in ("2", "3"))
+        eventually(lambda: promotion.served() in (second, third))
     if victim == "mlflow":
-        assert promotion.served() in ("2", "3")
+        assert promotion.served() in (second, third)
         mlflow.stop_group()
         mlflow.start()
 
     left = [path.name for path in promotion.store.rglob("*.tmp")]
     assert not left or victim == "promoter", "only a dead promoter may leave one, hidden, for the next to remove"
-    assert ledgers.read(promotion.store).release(ledgers.read(promotion.store).default).version in "23"
+    assert ledgers.read(promotion.store).release(ledgers.read(promotion.store).default).version in (second, third)
     _, result = promotion.settle()
     assert promotion.settle()[1].settled, result.errors
-    assert promotion.served() == "3"
+    assert promotion.served() == third
     assert not [path.name for path in promotion.store.rglob("*.tmp")]
     assert AuditLog(promotion.store).verify() == []
-    assert promotion.tag("3", "status") == "serving"
+    assert promotion.tag(third, "status") == "serving"

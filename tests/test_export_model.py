@@ -11,17 +11,27 @@ import pytest
 
 from handlers.bundle import Bundle
 from handlers.predictor import Predictor
+from handlers.taxonomy import CODES
 from scripts import export_model
 from scripts.export_model import ExportError, Format, golden_inputs, main
+from tests.models import known_space, tiny_bundle
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "model_store" / "skin_vit"
 
 
-def test_onnx_gives_the_golden_answers_in_any_batch_and_says_how_to_use_it(tmp_path):
-    main(SHIPPED, tmp_path / "exported", Format.ONNX)
+@pytest.fixture(params=["tiny", pytest.param("shipped", marks=pytest.mark.slow)])  # the same code, in 15 s
+def source(request, tmp_path) -> Path:
+    """A bundle with every part of the ninth class: outlier logit and residual."""
+    if request.param == "shipped":
+        return SHIPPED
+    return tiny_bundle(tmp_path / "bundle", classes=CODES, residual_weight=0.3, space=known_space(), graph=False).path
+
+
+def test_onnx_gives_the_golden_answers_in_any_batch_and_says_how_to_use_it(source, tmp_path):
+    main(source, tmp_path / "exported", Format.ONNX)
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == ["model.json", "model.onnx"]
-    bundle, described = Bundle.load(SHIPPED), json.loads((tmp_path / "exported" / "model.json").read_text())
+    bundle, described = Bundle.load(source), json.loads((tmp_path / "exported" / "model.json").read_text())
     assert described["digest"] == bundle.digest
     assert described["classes"] == list(bundle.config.classes)
     session = onnxruntime.InferenceSession(tmp_path / "exported" / "model.onnx")

@@ -42,7 +42,7 @@ def bundle_of(manifest, tmp_path_factory):
 
     def make(**options):
         folder = tmp_path_factory.mktemp("bundle") / "bundle"
-        return tiny_bundle(folder, receipt=manifest_receipt(frame, fingerprint(frame)), **options)
+        return tiny_bundle(folder, receipt=manifest_receipt(frame, fingerprint(frame)), graph=False, **options)
 
     return make
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scripts.studies import left_out_sources as study
-from scripts.studies.extractor import StudyError
+from scripts.studies.study_error import StudyError
 from tests.commands import invoke
 from tests.tiny_lesions import tiny_manifest
 from training.data.manifest import read_manifest, write_manifest

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from handlers.bundle import Bundle
-from handlers.graph_export import complete
 from handlers.predictor import Predictor
 from handlers.receipt import SEEN_SPLITS, read_receipt
 from handlers.request import Request
 from scripts.studies import model_card
 
+pytest_plugins = ["tests.fixtures_serving"]
 ROOT = Path(__file__).parents[1]
 SHIPPED, EVALUATION = model_card.SHIPPED, model_card.EVALUATION
 
@@ -98,9 +97,13 @@ def test_the_receipt_is_of_the_images_it_was_made_from(evidence):
     }
 
 
-def test_the_shipped_model_is_small_and_gives_its_golden_answers(tmp_path):
+def test_the_shipped_model_is_small():
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 25e6
-    predictor = Predictor(complete(Bundle.load(SHIPPED), tmp_path / "bundle"))
+
+
+@pytest.mark.live  # there its graph is made anyway
+def test_the_shipped_model_gives_its_golden_answers(shipped_bundle):
+    predictor = Predictor(shipped_bundle)
     cases = predictor.bundle.golden()
     requests = [Request(case.image, metadata=case.metadata) for case in cases]
     for case, answer in zip(cases, predictor.predict(requests), strict=True):

@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from handlers.reference import DRIFT_STATISTICS
 from mlflow_tracking.promotion.audit import AuditLog
-from monitoring.monitor import Monitor
+from monitoring.monitor import OPENING, Monitor
 from monitoring.monitor_service import create_app
 from monitoring.outcomes import PictureOutcome, record
 from monitoring.prediction_store import PredictionStore
@@ -50,7 +50,7 @@ def running_monitor(settings) -> Iterator[str]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        eventually(lambda: server.started and (monitor._ready or monitor.error))
+        eventually(lambda: server.started and monitor.error != OPENING)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True

@@ -18,8 +18,7 @@ from handlers.request import Request, RequestError
 from handlers.runtimes import LOW_PRECISION_TOLERANCE, OpenVinoRuntime, TorchRuntime
 from handlers.serving_graph import serving_module
 from handlers.taxonomy import CODES
-from tests.models import tiny_bundle
-from training.evaluation.unknown_class_fit import KnownSpace
+from tests.models import known_space, tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +174,7 @@ def test_bf16_is_kept_only_if_it_gives_the_golden_answers(bundle, monkeypatch, r
 )  # fmt: skip
 def test_autocast_gives_the_same_answers_up_to_rounding(tmp_path, sample_images, architecture, options):
     """What a GPU computes in, on the CPU: every kind of Grad-CAM comes through it."""
-    given = tiny_bundle(tmp_path / "bundle", options=options, architecture=architecture)
+    given = tiny_bundle(tmp_path / "bundle", options=options, architecture=architecture, graph=False)
     pixels = np.stack([given.config.preprocessing(image)[0] for image in sample_images[:3]])
     full, low = (TorchRuntime(given, precision, device="cpu")(pixels, np.full(3, -1)) for precision in ("f32", "bf16"))
     for ours, theirs in zip(low, full, strict=True):
@@ -215,10 +214,7 @@ def test_an_empty_batch_is_answered_empty(predictor):
 
 def test_features_outside_the_known_space_raise_the_ninth_probability(tmp_path, sample_images):
     """ViM in serving: the graph's residual is that of the features, in both runtimes, and counts in the rejection."""
-    rng = np.random.default_rng(0)
-    width = 48  # of the tiny model's features
-    basis, _ = np.linalg.qr(rng.normal(size=(width, width // 2)))
-    space = KnownSpace(rng.normal(size=width), basis, 1.0)
+    space = known_space()
     without = tiny_bundle(tmp_path / "without")
     bundle = tiny_bundle(tmp_path / "with", residual_weight=0.2, space=space)
     pixels = np.stack([bundle.config.preprocessing(image)[0] for image in sample_images[:3]])

@@ -18,9 +18,9 @@ from mlflow_tracking import classification_metrics as metrics
 from mlflow_tracking.command_line import run
 from scripts.studies import unknowns, unknowns_report
 from scripts.studies.detectors import DETECTORS, DetectorInputs
-from scripts.studies.extractor import StudyError
 from scripts.studies.far_images import SIDE, far_images
 from scripts.studies.small_trainings import trained_bundle
+from scripts.studies.study_error import StudyError
 from tests.models import tiny_bundle
 from tests.tiny_lesions import tiny_manifest
 from training import checkpoints
@@ -148,7 +148,7 @@ def test_intervals_of_near_figures_are_over_lesions(tmp_path, monkeypatch):
     monkeypatch.setattr(
         metrics, "resampled", lambda groups, *rest: drawn.append(list(groups)) or resampled(groups, *rest)
     )
-    bundle = tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC"))
+    bundle = tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC"), graph=False)
     lesions = unknowns.draw_lesions(frame)
     table, draws = unknowns.judge(bundle, rows, {}, tmp_path / "cache", lesions)
     assert drawn == [["lesion"] * 48]
@@ -170,7 +170,7 @@ def test_all_held_out_classes_share_the_draws_of_known_lesions(tmp_path):
 
 def test_a_model_is_judged_near_and_far(tmp_path):
     frame = read_manifest(own_lesions(tmp_path / "data"))
-    bundle = tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC"))
+    bundle = tiny_bundle(tmp_path / "bundle", classes=("NV", "BCC"), graph=False)
     rows = unknowns.hold_out(frame, "MEL")
     drawn = unknowns.draw_lesions(frame)
     table, draws = unknowns.judge(bundle, rows, far_images(2), tmp_path / "cache", drawn)
@@ -210,7 +210,7 @@ def test_a_model_is_judged_near_and_far(tmp_path):
 
 def test_a_model_of_other_data_or_settings_is_refused(tmp_path):
     frame, folder = read_manifest(own_lesions(tmp_path / "data")), tmp_path / "without_MEL"
-    sealed = tiny_bundle(folder / "bundle", classes=("NV", "BCC"))
+    sealed = tiny_bundle(folder / "bundle", classes=("NV", "BCC"), graph=False)
     config = load_config("held_out", ["name=without_MEL", "output=elsewhere", "cache_dir=another"]).to_dict()
     state = {"config": config, "dataset_fingerprint": fingerprint(unknowns.hold_out(frame, "MEL", 9))}
     checkpoints.save(folder / "last.pt", state)

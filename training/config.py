@@ -8,6 +8,7 @@ a value of the wrong type is an error, never ignored.
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -40,6 +41,12 @@ SYNONYMS = {
 
 class ConfigError(UsageError):
     """Settings that cannot be used."""
+
+
+@cache
+def timm_names() -> tuple[str, ...]:
+    """Return timm's architectures, with and without a tag. Deprecated names are left out: they have no mean and std."""
+    return (*timm.list_models(), *timm.list_pretrained())
 
 
 class _Group(BaseModel):
@@ -93,8 +100,7 @@ class ModelSettings(_Group):
     @field_validator("architecture")
     @classmethod
     def _exists(cls, architecture: str) -> str:
-        names = [*timm.list_models(), *timm.list_pretrained()]  # without deprecated names, which have no mean and std
-        if architecture not in names:
+        if architecture not in (names := timm_names()):
             nearest = difflib.get_close_matches(architecture, names, n=1, cutoff=0)[0]
             raise ValueError(f"timm has no model {architecture!r}; the nearest is {nearest!r}.")
         return architecture

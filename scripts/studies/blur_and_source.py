@@ -28,7 +28,8 @@ from handlers.request import Request
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking import classification_metrics as metrics
 from mlflow_tracking.command_line import console, progress_bar, run
-from scripts.studies.extractor import Extractor, StudyError
+from scripts.studies.extractor import Extractor
+from scripts.studies.study_error import StudyError
 from training.data.manifest import fingerprint
 from training.evaluation.command_options import (
     AllowOverlapOption,

@@ -27,7 +27,7 @@ from handlers.request import Request
 from handlers.taxonomy import UNKNOWN
 from mlflow_tracking.command_line import console, progress_bar, run, table
 from monitoring.drift import ALARM, DriftState
-from scripts.studies.extractor import StudyError
+from scripts.studies.study_error import StudyError
 from training.data.image_files import IMAGE_ENDINGS
 from training.data.manifest import fingerprint, read_manifest
 from training.evaluation.command_options import BundleOption, ManifestOption, OutOption, SplitOption

@@ -5,16 +5,12 @@ import torch
 from numpy.typing import NDArray
 
 from handlers.bundle import Bundle
-from handlers.errors import UserError
 from handlers.serving_graph import serving_module
 from scripts.studies.detectors import DetectorInputs
+from scripts.studies.study_error import StudyError
 from training.evaluation.network_outputs import pooled
 
 BATCH = 128
-
-
-class StudyError(UserError):
-    """A study that these data or this model do not allow."""
 
 
 class Extractor:

@@ -18,8 +18,8 @@ from handlers.predictor import Predictor
 from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT
 from mlflow_tracking import classification_metrics as metrics
 from mlflow_tracking.command_line import console, run
-from scripts.studies.extractor import StudyError
 from scripts.studies.small_trainings import trained_bundle
+from scripts.studies.study_error import StudyError
 from training.config import load_config
 from training.data.manifest import fingerprint, read_manifest
 from training.evaluation.command_options import ManifestOption

@@ -10,7 +10,7 @@ import pandas as pd
 
 from handlers.bundle import Bundle
 from mlflow_tracking.command_line import console
-from scripts.studies.extractor import StudyError
+from scripts.studies.study_error import StudyError
 from training.checkpoints import LAST, load
 from training.config import ROOT, TrainConfig, load_config
 from training.data.manifest import fingerprint, write_manifest

@@ -26,9 +26,10 @@ from handlers.taxonomy import CODES, KNOWN_CODES, MALIGNANT, UNKNOWN
 from mlflow_tracking import classification_metrics as metrics
 from mlflow_tracking.command_line import console, run
 from scripts.studies.detectors import DETECTORS, DetectorInputs
-from scripts.studies.extractor import Extractor, StudyError
+from scripts.studies.extractor import Extractor
 from scripts.studies.far_images import far_images
 from scripts.studies.small_trainings import trained_bundle
+from scripts.studies.study_error import StudyError
 from scripts.studies.unknowns_report import markdown, summarise
 from training.config import ConfigError, load_config
 from training.data.image_cache import build_cache
