@@ -32,6 +32,7 @@ from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.request import Request
 from handlers.request_parsing import parse_request
+from handlers.runtimes import core
 from handlers.taxonomy import CODES
 from scripts.archive_pictures import PictureEntry, list_pictures, read_picture
 
@@ -181,6 +182,8 @@ class PieceScorer:
 
     def __init__(self, folder: Path) -> None:
         self.run = ScoringRun.read(folder)
+        # OpenVINO would bind the one thread of every worker to the same core.
+        core().set_property("CPU", {"ENABLE_CPU_PINNING": False})
         self.predictor = Predictor(Bundle.load(folder / "model"), precision=self.run.precision, threads=1)
         self._input = parquet.ParquetFile(folder / "input.parquet")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="readers")

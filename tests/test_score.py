@@ -29,6 +29,7 @@ from scripts import archive_pictures, archive_scoring
 from scripts.archive_pictures import PictureEntry, SourceFault, list_pictures, read_picture
 from scripts.archive_scoring import ArchiveScoringError, PieceScorer, locked, prepare
 from scripts.archive_summary import summarise
+from scripts.studies import bench_scoring
 from tests.conftest import ROOT
 from tests.models import tiny_bundle
 from tests.waiting import eventually
@@ -283,6 +284,12 @@ def test_a_batch_that_fails_costs_only_the_faulty_picture(bundle, archive, tmp_p
     assert sum(row["error"] is None for row in rows) == 7
 
 
+def test_workers_are_not_bound_to_a_core(bundle, archive, tmp_path):
+    score(tmp_path / "out", archive, bundle)
+    runtime = PieceScorer(tmp_path / "out").predictor.runtime
+    assert runtime._request.get_compiled_model().get_property("ENABLE_CPU_PINNING") is False
+
+
 def test_the_summary_counts_all_rows(bundle, archive, tmp_path, monkeypatch):
     monkeypatch.setattr(archive_scoring, "SMALL_PIECE", 3)
     out = tmp_path / "out"
@@ -394,3 +401,22 @@ def test_two_nodes_share_the_work_and_survive_the_death_of_one(bundle, archive, 
     finally:
         cluster.shutdown()
     assert_whole(out, archive, bundle)
+
+
+@pytest.mark.parametrize(
+    ("ends", "rows", "rate"),
+    [
+        ([9, 10, 11, 12, 14, 16, 18, 20], [5] * 7 + [1], 2),  # 16 rows from 12 to 20
+        ([1, 2, 3, 4], [5] * 4, float("nan")),
+    ],
+)
+def test_the_bench_leaves_out_the_start(ends, rows, rate):
+    assert bench_scoring.steady_rate(ends, rows, 2) == pytest.approx(rate, nan_ok=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_bench_measures_memory(bundle, tmp_path, capsys):
+    bench_scoring.measure_memory(tmp_path, bundle.path, 1000)
+    [figures] = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["1,000"]]
+    assert len(figures) == 4 and all(float(figure.replace(",", "")) > 0 for figure in figures)
