@@ -1,13 +1,15 @@
 # The commands of this repository; `make` lists them. Settings: .env.example.
 .DEFAULT_GOAL := help
-.PHONY: help up down status env archive browser test test-all test-hostile test-load test-compose lint format lock clean
+.PHONY: help up down status env archive browser test unit-tests live-tests test-all test-hostile test-load test-compose lint format lock clean
 PY := .venv/bin/python
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11
 # Texts are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 IMAGES := prediction torchserve promoter training mlflow monitor page
 # Unit tests run in parallel, one file at a time in each process; the live ones share one stack and run one after the other.
-PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
+PARALLEL := OMP_NUM_THREADS=1 nice $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
+LONG := not slow and not containers and not hostile and not load
+UNIT_LOG := .pytest_cache/unit-tests.log
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,9 +33,14 @@ browser: # Chromium first, because only root can install it
 	@scripts/setup_env.sh --browser
 	@scripts/setup_env.sh
 
-test: browser ## run the unit tests, then the tests of the live stack and the page
-	@$(PARALLEL) -m "not live and not slow and not containers and not hostile and not load"
-	@$(PY) -m pytest -m "live and not slow and not containers and not hostile and not load"
+test: browser ## run the unit tests and, at the same time, the tests of the live stack
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going unit-tests live-tests
+
+unit-tests: env # they take the time in which the live ones wait; their output comes in one piece
+	@mkdir -p $(dir $(UNIT_LOG)) && { $(PARALLEL) -m "not live and $(LONG)" > $(UNIT_LOG) 2>&1; code=$$?; cat $(UNIT_LOG); exit $$code; }
+
+live-tests: env
+	@$(PY) -m pytest -m "live and $(LONG)"
 
 test-all: browser archive ## run all tests without containers: also a fresh clone, hostile requests and load
 	@$(PARALLEL) -m "not live and not containers"

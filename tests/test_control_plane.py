@@ -25,7 +25,8 @@ from mlflow_tracking.registration import register
 from mlflow_tracking.registry import CURRENT, EVALUATION_SET
 from streamlit_app.answer_schema import PromoterState
 from streamlit_app.wording import deployment
-from tests.live import NOWHERE, Promotion, clients, run_script, torchserve_server, variant
+from tests.commands import call_script
+from tests.live import NOWHERE, Promotion, clients, torchserve_server, variant
 from tests.models import tiny_bundle
 from tests.waiting import eventually
 from training.data.synthetic import draw_lesion
@@ -73,7 +74,7 @@ def plane(registry, first_registration, full_bundle, short_folder, pictures, tmp
     try:
         plane.champion("1")
         assert plane.served() == "1", "without a set the very first champion passes"
-        freeze = run_script(
+        freeze = call_script(
             "prepare_data.py", "--data", str(pictures), "--out", str(folder / "manifest.csv"), "--freeze-eval",
             "--val", "0.02", "--calibration", "0.02", "--test", "0.94", **plane.env,
         )  # fmt: skip
@@ -116,14 +117,14 @@ def test_the_frozen_set_lies_in_the_registry_once(plane, pictures, tmp_path):
     assert len(fetched) >= 40
     [image] = fetched.images([0])
     assert image.startswith(b"\x89PNG")
-    again = run_script("prepare_data.py", "--out", str(plane.folder / "manifest.csv"), "--freeze-eval", **plane.env)
+    again = call_script("prepare_data.py", "--out", str(plane.folder / "manifest.csv"), "--freeze-eval", **plane.env)
     assert f"Already stored as {EVALUATION_SET} version {known.version}" in again.stdout
-    away = run_script(
+    away = call_script(
         "prepare_data.py", "--out", str(plane.folder / "manifest.csv"), "--freeze-eval", MLFLOW_TRACKING_URI=NOWHERE
     )
     assert away.returncode == 3
     assert f"MLflow at {NOWHERE} does not answer" in away.stderr
-    nothing = run_script("prepare_data.py")
+    nothing = call_script("prepare_data.py")
     assert nothing.returncode == 2
 
 
@@ -160,13 +161,13 @@ def test_a_worse_version_is_refused_with_its_reason_everywhere(first, worse, tmp
 
 
 def test_a_person_overrules_the_gates_with_a_reason(first, worse):
-    bare = run_script("promote.py", "to", worse, "--force", **first.env)
+    bare = call_script("promote.py", "to", worse, "--force", **first.env)
     assert bare.returncode == 2
     assert "--reason" in bare.stderr
-    refused = run_script("promote.py", "to", worse, **first.env)
+    refused = call_script("promote.py", "to", worse, **first.env)
     assert refused.returncode == 1
     assert "was refused" in refused.stderr
-    done = run_script("promote.py", "to", worse, "--force", "--reason", "a trial", **first.env)
+    done = call_script("promote.py", "to", worse, "--force", "--reason", "a trial", **first.env)
     assert done.returncode == 0, done.stderr
     assert first.served() == worse
     tags = first.registry.version(worse).tags
@@ -178,7 +179,7 @@ def test_a_person_overrules_the_gates_with_a_reason(first, worse):
 
     with clients(first) as answers:
         eventually(lambda: all(answers))
-        back = run_script("promote.py", "rollback", **first.env)
+        back = call_script("promote.py", "rollback", **first.env)
         counts = [len(own) for own in answers]
         eventually(lambda: all(len(own) > count + 1 for own, count in zip(answers, counts, strict=True)))
     assert back.returncode == 0, back.stderr
@@ -192,7 +193,7 @@ def test_a_roll_back_serves_within_five_seconds(first, good):
     assert f"check version {good}" in steps
     assert result.settled
     assert first.registry.version(good).tags["gates.outcome"] == "passed"
-    done = run_script("promote.py", "rollback", "--reason", "misses melanomas", **first.env)
+    done = call_script("promote.py", "rollback", "--reason", "misses melanomas", **first.env)
     assert done.returncode == 0, done.stderr
     assert "Version 1 serves." in done.stdout
     assert first.served() == "1"
@@ -204,14 +205,14 @@ def test_a_roll_back_serves_within_five_seconds(first, good):
     assert (asked["version"], asked["previous"], asked["reason"]) == ("1", good, "misses melanomas")
     assert first.tag(good, "status") == "rolled back"
 
-    none = run_script("promote.py", "rollback", **first.env)
+    none = call_script("promote.py", "rollback", **first.env)
     assert none.returncode == 1
     assert "no earlier good version" in none.stderr
     assert first.served() == "1"
 
 
 def test_a_challenger_is_compared_and_never_answers_for_the_champion(first, good, pictures, tmp_path):
-    none = run_script("replay.py", **first.env)
+    none = call_script("replay.py", **first.env)
     assert none.returncode == 1
     assert "No version is challenger" in none.stderr
     first.registry.set_alias("challenger", good)
@@ -222,7 +223,7 @@ def test_a_challenger_is_compared_and_never_answers_for_the_champion(first, good
     (tmp_path / "samples").mkdir()
     for seed in range(4):
         shutil.copy(pictures / f"picture{seed}.png", tmp_path / "samples")
-    done = run_script("replay.py", "--samples", str(tmp_path / "samples"), "--json", **first.env)
+    done = call_script("replay.py", "--samples", str(tmp_path / "samples"), "--json", **first.env)
     assert done.returncode == 0, done.stderr
     tables = json.loads(done.stdout)
     frozen, samples = tables["frozen evaluation set"], tables[str(tmp_path / "samples")]
@@ -239,7 +240,7 @@ def test_a_challenger_is_compared_and_never_answers_for_the_champion(first, good
 def test_from_a_prediction_back_to_where_its_model_came_from(first):
     answer = first.predict()
     digest = answer.json()["model"]["digest"]
-    done = run_script("lineage.py", digest[:20], "--json", **first.env)
+    done = call_script("lineage.py", digest[:20], "--json", **first.env)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["digest"] == digest
@@ -251,39 +252,39 @@ def test_from_a_prediction_back_to_where_its_model_came_from(first):
     assert found["served"][0]["by"] == "promoter"
 
     request = answer.headers["x-request-id"]
-    by_request = json.loads(run_script("lineage.py", request, "--json", **first.env).stdout)
+    by_request = json.loads(call_script("lineage.py", request, "--json", **first.env).stdout)
     assert by_request["digest"] == digest
     assert by_request["prediction"]["image_sha256"] == answer.json()["image"]["sha256"]
-    people = run_script("lineage.py", "1", **first.env).stdout
+    people = call_script("lineage.py", "1", **first.env).stdout
     for words in ("Version", "Gates", "Served", "Audit log", digest):
         assert words in people
 
-    away = run_script("lineage.py", digest, "--json", **first.env | {"MLFLOW_TRACKING_URI": NOWHERE})
+    away = call_script("lineage.py", digest, "--json", **first.env | {"MLFLOW_TRACKING_URI": NOWHERE})
     assert away.returncode == 0
     told = json.loads(away.stdout)
     assert told["missing"][0].startswith(f"MLflow at {NOWHERE} does not answer.")
     assert told["served"] == found["served"], "the audit log speaks without MLflow"
-    unknown = run_script("lineage.py", "ffffffffff", **first.env)
+    unknown = call_script("lineage.py", "ffffffffff", **first.env)
     assert unknown.returncode == 1
     assert unknown.stderr.strip().startswith("Neither the registry")
-    lost = run_script("lineage.py", "from-last-year", **first.env)
+    lost = call_script("lineage.py", "from-last-year", **first.env)
     assert "no request of that id is in " in lost.stderr
 
 
 def test_the_audit_log_is_whole_and_shows_when_it_is_not(first):
     first.settle()
-    done = run_script("lineage.py", "--verify", **first.env)
+    done = call_script("lineage.py", "--verify", **first.env)
     assert done.returncode == 0, done.stderr
     assert "Its end is the one that the registry knows" in done.stdout
     path = first.store / "audit.jsonl"
     whole = path.read_bytes()
     try:
         path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
-        cut = run_script("lineage.py", "--verify", **first.env)
+        cut = call_script("lineage.py", "--verify", **first.env)
         assert cut.returncode == 1
         assert "missing at the end" in cut.stderr
         path.write_bytes(whole.replace(b'"version": "1"', b'"version": "9"', 1))
-        assert "was changed" in run_script("lineage.py", "--verify", **first.env).stderr
+        assert "was changed" in call_script("lineage.py", "--verify", **first.env).stderr
     finally:
         path.write_bytes(whole)
 
@@ -293,7 +294,7 @@ def test_another_frozen_set_is_another_question(first, good, tmp_path):
     before = first.registry.evaluation_set()
     first.champion(good)
     args = ("--out", str(first.folder / "manifest.csv"), "--freeze-eval", "--eval-images", "20")
-    assert run_script("prepare_data.py", *args, **first.env).returncode == 0
+    assert call_script("prepare_data.py", *args, **first.env).returncode == 0
     smaller = first.registry.evaluation_set()
     assert int(smaller.tags["images"]) < int(before.tags["images"])
     try:

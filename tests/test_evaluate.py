@@ -183,18 +183,16 @@ def test_an_evaluation_is_logged_under_its_own_name(manifest, tmp_path, monkeypa
     assert [(run_id, prefix) for run_id, _, prefix, _ in logged] == [("r", "evaluation_test_tta")]
 
 
-def test_it_logs_to_the_run_that_made_the_model(bundle, manifest, tmp_path, monkeypatch):
+def test_it_logs_to_the_run_that_made_the_model(mlflow_store, tmp_path):
     import mlflow
 
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    client = mlflow.MlflowClient(uri)
+    client = mlflow.MlflowClient(mlflow_store)
     experiment = client.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())
     run_id = client.create_run(experiment).info.run_id
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.json").write_text("{}")
     message = evaluate.log_evaluation(run_id, tmp_path / "out", "evaluation_test", {"ece": 0.5, "macro_auc": None})
-    assert message == f"Logged to run {run_id} of {uri}."
+    assert message == f"Logged to run {run_id} of {mlflow_store}."
     assert client.get_run(run_id).data.metrics == {"evaluation_test_ece": 0.5}
     assert [file.path for file in client.list_artifacts(run_id, "evaluation_test")] == ["evaluation_test/metrics.json"]
     assert "Not logged" in evaluate.log_evaluation("0" * 32, tmp_path / "out", "x", {})

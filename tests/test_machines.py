@@ -209,9 +209,9 @@ def test_a_new_and_a_current_database_are_left_alone(tmp_path, capfd, monkeypatc
 
 
 @pytest.fixture
-def registry(tmp_path) -> Registry:
+def registry(mlflow_store) -> Registry:
     """A registry with the registered model alone, as an interrupted first start leaves it."""
-    registry = Registry(f"sqlite:///{tmp_path}/mlflow.db")
+    registry = Registry(mlflow_store)
     registry.client.create_registered_model(MODEL_NAME)
     return registry
 

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,7 @@ import pytest
 import torch
 
 from tests.tiny_lesions import tiny_manifest
+from tests.waiting import eventually
 from training import checkpoints, train
 from training.config import DEFAULT_PRESET, ROOT, ConfigError, load_config
 from training.ranks import Ranks
@@ -78,28 +81,49 @@ def assert_equal_runs(first, second):
         torch.testing.assert_close(tensor, second["ema"][name], atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.timeout(300)
-def test_two_processes_and_one_give_the_same_losses_and_continue_each_others_runs(settings, tmp_path):
-    whole = {name: alone(tmp_path / name, settings(name), "epochs=2") for name in NETWORKS}
-    alone(tmp_path / "first", settings("attention"), "epochs=1")
-    shutil.copytree(tmp_path / "first", tmp_path / "one_then_two")
+# Run by one start of two processes, which takes seconds; the last one runs until it is ended.
+RUNS = {
+    "two_attention": ("attention", "epochs=2", "accumulate=2"),
+    "two_batch_norm": ("batch_norm", "epochs=2"),
+    "one_then_two": ("resumed", "epochs=2"),
+    "two_then_one": ("batch_norm", "epochs=1"),
+    "endless": ("attention", "epochs=100000"),
+}
 
-    runs = [
-        [*settings("attention"), "epochs=2", "accumulate=2", "--output", tmp_path / "two_attention"],
-        [*settings("batch_norm"), "epochs=2", "--output", tmp_path / "two_batch_norm"],
-        ["--resume", tmp_path / "one_then_two", "epochs=2"],
-        [*settings("batch_norm"), "epochs=1", "--output", tmp_path / "two_then_one"],
-    ]
-    log = tmp_path / "log"
-    process = start(*[word for run in runs for word in ("+", *run)], log=log)
-    assert process.wait(200) == 0, log.read_text()
-    assert log.read_text().count("finished by the writer") == len(runs)
-    assert log.read_text().count("47 training and 17 validation images") == len(runs)
 
-    for name in NETWORKS:
-        assert_equal_runs(checkpoints.load(tmp_path / f"two_{name}" / "last.pt"), whole[name])
-    assert_equal_runs(checkpoints.load(tmp_path / "one_then_two" / "last.pt"), whole["attention"])
-    assert_equal_runs(alone(tmp_path / "two_then_one", settings("batch_norm"), "epochs=2"), whole["batch_norm"])
+@dataclass
+class Launched:
+    """Two processes that train one run after the other in `folder`."""
+
+    folder: Path
+    process: subprocess.Popen
+
+    @property
+    def text(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def wait_for_an_epoch(self, run: str) -> None:
+        eventually(lambda: (self.folder / run / "best.pt").exists() or self.process.poll() is not None, 100)
+        assert self.process.poll() is None, self.text
+
+
+@pytest.fixture(scope="module")
+def launched(settings, tmp_path_factory) -> Launched:
+    """All of RUNS are done, and the last one goes on."""
+    folder = tmp_path_factory.mktemp("ranks")
+    alone(folder / "first", settings("attention"), "epochs=1")
+    shutil.copytree(folder / "first", folder / "one_then_two")
+    words = []
+    for name, (network, *more) in RUNS.items():
+        begin = ["--resume"] if network == "resumed" else [*settings(network), "--output"]
+        words += ["+", *begin, folder / name, *more]
+    launched = Launched(folder, start(*words, log=folder / "log"))
+    try:
+        launched.wait_for_an_epoch("endless")
+        yield launched
+    finally:
+        launched.process.kill()
+        launched.process.wait()
 
 
 def ranks_of(process):
@@ -109,33 +133,42 @@ def ranks_of(process):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ending", ["kill -9 of a process", "Ctrl-C"])
-def test_all_processes_end_with_one_sentence_and_keep_the_last_epoch(ending, settings, tmp_path):
-    output, log = tmp_path / "run", tmp_path / "log"
-    process = start(*settings("attention"), "epochs=100000", "--output", output, log=log)
-    for _ in range(1000):
-        if (output / "best.pt").exists():
-            break
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
-    workers = ranks_of(process)
+@pytest.mark.parametrize("ending", ["Ctrl-C", "kill -9 of a process"])
+def test_all_processes_end_with_one_sentence_and_keep_the_last_epoch(ending, settings, launched, tmp_path):
+    if ending != "Ctrl-C":
+        command = [*settings("attention"), "epochs=100000", "--output", tmp_path / "endless"]
+        launched = Launched(tmp_path, start(*command, log=tmp_path / "log"))
+        launched.wait_for_an_epoch("endless")
+    output, before, workers = launched.folder / "endless", launched.text, ranks_of(launched.process)
     assert len(workers) == 2
     if ending == "Ctrl-C":
-        process.send_signal(signal.SIGINT)
+        launched.process.send_signal(signal.SIGINT)
         sentence = f"whole epochs. Resume with `python training/train.py --resume {output / 'last.pt'}`."
     else:
         workers[0].kill()  # rank 0, so that the other has to speak
         sentence = f"Resume with `torchrun training/train.py --resume {output / 'last.pt'}`"
     began = time.monotonic()
-    assert process.wait(60) != 0
+    assert launched.process.wait(60) != 0
     assert time.monotonic() - began < 25  # torchrun kills after 30 seconds
     assert not any(worker.is_running() for worker in workers)
-    text = log.read_text()
+    text = launched.text.removeprefix(before)
     assert text.count(sentence) == 1, text
     assert text.count("after") == 1
     kept = checkpoints.load(output / "last.pt")
     assert kept["epoch"] >= 1
     assert alone(output, settings("attention"), f"epochs={kept['epoch'] + 1}")["epoch"] == kept["epoch"] + 1
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_and_one_give_the_same_losses_and_continue_each_others_runs(settings, launched, tmp_path):
+    whole = {name: alone(tmp_path / name, settings(name), "epochs=2") for name in NETWORKS}
+    assert launched.text.count("finished by the writer") == len(RUNS) - 1
+    assert launched.text.count("47 training and 17 validation images") == len(RUNS)
+    for name in NETWORKS:
+        assert_equal_runs(checkpoints.load(launched.folder / f"two_{name}" / "last.pt"), whole[name])
+    assert_equal_runs(checkpoints.load(launched.folder / "one_then_two" / "last.pt"), whole["attention"])
+    continued = alone(launched.folder / "two_then_one", settings("batch_norm"), "epochs=2")
+    assert_equal_runs(continued, whole["batch_norm"])
 
 
 def test_too_small_batches_and_devices_of_one_process_are_refused():

@@ -28,7 +28,8 @@ from mlflow_tracking.promotion.gates.judge import Judgement, Question
 from mlflow_tracking.promotion.shared_judgements import SharedJudgements
 from mlflow_tracking.registration import register
 from mlflow_tracking.registry import Registry, RegistryError, RegistryUnavailable
-from tests.live import run_script, variant
+from tests.commands import call_script
+from tests.live import variant
 from training import export
 
 pytest_plugins = ["tests.fixtures_registry"]
@@ -124,7 +125,7 @@ def run_with_bundle(registry, full_bundle, tmp_path_factory) -> tuple[str, Bundl
 
 def test_a_runs_bundle_is_registered_and_linked(registry, run_with_bundle, mlflow_uri):
     run_id, bundle = run_with_bundle
-    done = run_script("register_model.py", "--run-id", run_id, MLFLOW_TRACKING_URI=mlflow_uri)
+    done = call_script("register_model.py", "--run-id", run_id, MLFLOW_TRACKING_URI=mlflow_uri)
     assert done.returncode == 0, done.stderr
     version = registry.find(bundle.digest)
     assert f"version {version.version} is registered" in done.stdout
@@ -138,7 +139,7 @@ def test_unknown_runs_and_bundles_are_sentences(registry, full_bundle, tmp_path,
     before = registry.versions()
     with pytest.raises(RegistryError, match="There is no run nowhere"):
         register(registry, variant(full_bundle, tmp_path).path, run_id="nowhere")
-    done = run_script("register_model.py", "--run-id", "nowhere", MLFLOW_TRACKING_URI=mlflow_uri)
+    done = call_script("register_model.py", "--run-id", "nowhere", MLFLOW_TRACKING_URI=mlflow_uri)
     assert done.returncode == 1
     assert "nowhere" in done.stderr
     assert "Traceback" not in done.stderr
@@ -210,7 +211,7 @@ def test_a_server_with_a_fault_of_its_own_is_not_taken_for_one_that_is_away():
 def test_an_empty_registry_alone_is_given_the_shipped_model(full_bundle, mlflow_uri, first_registration, registry):
     count = len(registry.versions())
     args = ("--bundle", str(full_bundle.path), "--alias", "challenger", "--if-empty")
-    done = run_script("register_model.py", *args, MLFLOW_TRACKING_URI=mlflow_uri)
+    done = call_script("register_model.py", *args, MLFLOW_TRACKING_URI=mlflow_uri)
     assert done.returncode == 0, done.stderr
     assert "already: nothing to do" in done.stdout
     assert len(registry.versions()) == count

@@ -1,6 +1,5 @@
 """What training tells MLflow: in which store, also when a server dies or a proxy is set, and of which code."""
 
-import os
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,21 +14,15 @@ from training.config import load_config
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    return tmp_path / "mlflow.db"
-
-
 def test_a_store_that_does_not_answer_is_refused_before_training():
     tracker = Tracker("http://127.0.0.1:9", print)
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI=sqlite"):
         tracker.start("skin_vit", "skin_vit", load_config(None).to_dict())
 
 
-def test_a_dying_server_is_told_once_and_caught_up_with_later(store):
+def test_a_dying_server_is_told_once_and_caught_up_with_later(mlflow_store):
     warnings = []
-    tracker = Tracker(os.environ["MLFLOW_TRACKING_URI"], warnings.append)
+    tracker = Tracker(mlflow_store, warnings.append)
     tracker.start("skin_vit", "skin_vit", load_config(None).to_dict())
     mlflow, real = tracker._mlflow, tracker._mlflow.log_metrics
 

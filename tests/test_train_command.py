@@ -163,10 +163,9 @@ def wait_for_epoch(process, output, epoch, log):
 
 
 @pytest.mark.timeout(900)
-def test_a_run_terminated_killed_and_finished_is_one_mlflow_run(manifest, start, tmp_path, monkeypatch):
+def test_a_run_terminated_killed_and_finished_is_one_mlflow_run(manifest, start, mlflow_store, tmp_path):
     import mlflow
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     output, log = tmp_path / "run", tmp_path / "log"
     settings = [*TINY, "architecture=test_resnet", "pretrained=false", "patience=0", f"manifest={manifest}"]
 
@@ -176,7 +175,7 @@ def test_a_run_terminated_killed_and_finished_is_one_mlflow_run(manifest, start,
     assert process.wait(200) == 143, log.read_text()
     assert f"python training/train.py --resume {output / 'last.pt'}" in log.read_text()
     first = checkpoints.load(output / "last.pt")
-    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    client = mlflow.MlflowClient(mlflow_store)
     [run] = client.search_runs(["1"])
     assert run.info.status == "KILLED"
     assert run.info.run_id == first["mlflow"]["run_id"]
