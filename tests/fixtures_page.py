@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from streamlit_app import client
+from tests.browser_page import ROOT, streamlit
 from tests.fake_torchserve import FakeTorchServe
 
 
@@ -20,6 +21,13 @@ def server(fake_server, monkeypatch) -> FakeTorchServe:
     monkeypatch.setattr(client, "BUSY_WAITS", (0.0, 0.0, 0.0))
     fake_server.reset()
     return fake_server
+
+
+@pytest.fixture(scope="module")
+def page_address(fake_server, address) -> Iterator[str]:
+    """The page with the monitor of the module's fixture `address`."""
+    with streamlit(ROOT / "streamlit_app", "app.py", fake_server.url, address) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -172,6 +172,21 @@ class Promotion:
     bundle: Bundle
     promoters: list[Reconciler] = field(default_factory=list)
 
+    @classmethod
+    @contextmanager
+    def started(cls, folder: Path, registry: Registry, bundle: Bundle, **env: str) -> Iterator["Promotion"]:
+        """A TorchServe in a new folder with a short path; all promoters end with it."""
+        folder.mkdir(exist_ok=True)
+        server = torchserve_server(folder, folder / "store", **env)
+        server.env |= env
+        promotion = cls(folder, server.start(), registry, bundle)
+        try:
+            yield promotion
+            for promoter in promotion.promoters:
+                promoter.close()
+        finally:
+            server.stop()
+
     @property
     def store(self) -> Path:
         return self.folder / "store"

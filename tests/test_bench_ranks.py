@@ -8,10 +8,10 @@ from scripts.studies.bench_ranks import StoppedRunError, epoch_seconds
 from training.checkpoints import save
 
 RUN = """
-import shutil, sys, time
+import os, shutil, sys, time
 folder, epochs = sys.argv[1], int(sys.argv[2])
 for epoch in range(1, epochs + 1):
-    shutil.copy(f"{folder}/{epoch}.pt", f"{folder}/last.pt")
+    os.replace(shutil.copy(f"{folder}/{epoch}.pt", f"{folder}/next.pt"), f"{folder}/last.pt")
     print(f"epoch {epoch}", flush=True)
 if epochs > 2:
     time.sleep(600)

@@ -26,7 +26,7 @@ from mlflow_tracking.registry import CURRENT, EVALUATION_SET
 from streamlit_app.answer_schema import PromoterState
 from streamlit_app.wording import deployment
 from tests.commands import call_script
-from tests.live import NOWHERE, Promotion, clients, torchserve_server, variant
+from tests.live import NOWHERE, Promotion, clients, variant
 from tests.models import tiny_bundle
 from tests.waiting import eventually
 from training.data.synthetic import draw_lesion
@@ -68,10 +68,7 @@ def plane(registry, first_registration, full_bundle, short_folder, pictures, tmp
     folder.mkdir()
     (folder / "gates.yaml").write_text(GATES)
     registry.set_alias("champion", "1")
-    server = torchserve_server(folder, folder / "store", PROMOTER_GATES=str(folder / "gates.yaml")).start()
-    server.env["PROMOTER_GATES"] = str(folder / "gates.yaml")
-    plane = Promotion(folder, server, registry, full_bundle)
-    try:
+    with Promotion.started(folder, registry, full_bundle, PROMOTER_GATES=str(folder / "gates.yaml")) as plane:
         plane.champion("1")
         assert plane.served() == "1", "without a set the very first champion passes"
         freeze = call_script(
@@ -81,10 +78,6 @@ def plane(registry, first_registration, full_bundle, short_folder, pictures, tmp
         assert freeze.returncode == 0, freeze.stderr
         assert f"Stored as {EVALUATION_SET} version" in freeze.stdout
         yield plane
-        for promoter in plane.promoters:
-            promoter.close()
-    finally:
-        server.stop()
         for name, alias in ((EVALUATION_SET, CURRENT), ("skin_vit", "challenger")):
             registry.client.delete_registered_model_alias(name, alias)
 

@@ -23,7 +23,7 @@ from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.registry import Registry
 from tests.conftest import ROOT
-from tests.live import Promotion, clients, torchserve_server
+from tests.live import Promotion, clients
 from tests.waiting import eventually
 
 pytest_plugins = ["tests.fixtures_registry"]
@@ -64,15 +64,8 @@ CASES = [
 @pytest.fixture(scope="module")
 def doomed(registry: Registry, first_registration, full_bundle: Bundle, short_folder: Path):
     """A TorchServe that may be killed, as may the MLflow server."""
-    folder = short_folder / "k"
-    folder.mkdir()
-    server = torchserve_server(folder, folder / "store").start()
-    try:
-        yield (promotion := Promotion(folder, server, registry, full_bundle))
-        for promoter in promotion.promoters:
-            promoter.close()
-    finally:
-        server.stop()
+    with Promotion.started(short_folder / "k", registry, full_bundle) as promotion:
+        yield promotion
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ import pytest
 
 from tests.hostile import photograph
 from tests.hostile.requests import form, part
-from tests.live import Promotion, torchserve_server
+from tests.live import Promotion
 from tests.serving import Call, Serving, send
 from tests.waiting import eventually
 
@@ -115,17 +115,9 @@ def test_a_killed_worker_loses_no_request(serving: Serving, deaths: int):
 @pytest.fixture(scope="module")
 def swapping(registry, first_registration, full_bundle, short_folder) -> Iterator[Promotion]:
     """A TorchServe of its own with a registry, where version 1 serves."""
-    folder = short_folder / "s"
-    folder.mkdir()
-    server = torchserve_server(folder, folder / "store").start()
-    try:
-        promotion = Promotion(folder, server, registry, full_bundle)
+    with Promotion.started(short_folder / "s", registry, full_bundle) as promotion:
         assert promotion.champion("1")[1].settled
         yield promotion
-        for promoter in promotion.promoters:
-            promoter.close()
-    finally:
-        server.stop()
 
 
 @pytest.mark.load  # two swaps: tests/test_promotion.py

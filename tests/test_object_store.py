@@ -23,7 +23,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from mlflow_tracking.registry import Registry
 from scripts.child_processes import free_ports
-from tests.live import Promotion, mlflow_server, torchserve_server
+from tests.live import Promotion, mlflow_server
 
 pytest_plugins = ["tests.fixtures_registry"]
 pytestmark = [
@@ -95,14 +95,10 @@ def over_minio(quiet_mlflow, full_bundle, short_folder) -> Iterator[tuple[Promot
         "no_proxy": "127.0.0.1",
     }
     mlflow.start()
-    server = torchserve_server(folder, folder / "store").start()
-    promotion = Promotion(folder, server, Registry(mlflow.health.removesuffix("/health")), full_bundle)
     try:
-        yield promotion, minio
-        for promoter in promotion.promoters:
-            promoter.close()
+        with Promotion.started(folder, Registry(mlflow.health.removesuffix("/health")), full_bundle) as promotion:
+            yield promotion, minio
     finally:
-        server.stop()
         mlflow.stop()
         minio.kill()
 

@@ -22,7 +22,7 @@ from scripts.child_processes import free_ports
 from streamlit_app import connections, monitor_report
 from streamlit_app import monitor_wording as wording
 from streamlit_app.monitor_client import MonitorClient, MonitorError
-from tests.browser_page import ROOT, check, streamlit
+from tests.browser_page import check
 from tests.fake_torchserve import NOWHERE
 from tests.monitored_log import (
     NOW,
@@ -196,12 +196,6 @@ def test_the_report_has_the_figures_and_nothing_that_runs(address):
     assert "<b>invalid" not in text
     empty = monitor_report.render(MonitorClient(address).summary(1, "99"), datetime.now(UTC))
     assert wording.DRIFT_NOTHING in empty
-
-
-@pytest.fixture(scope="module")
-def page_address(fake_server, address) -> Iterator[str]:
-    with streamlit(ROOT / "streamlit_app", "app.py", fake_server.url, address) as running:
-        yield running
 
 
 @pytest.mark.browser

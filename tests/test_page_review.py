@@ -16,7 +16,7 @@ from monitoring.tables import readings
 from streamlit_app import connections, review_access
 from streamlit_app import review_wording as wording
 from streamlit_app.review_client import ReviewClient
-from tests.browser_page import ROOT, check, settle, streamlit
+from tests.browser_page import check, settle
 from tests.fake_torchserve import NOWHERE
 from tests.review_world import ReviewedMonitor, names, sha
 from tests.test_page_monitoring import blocks, running_monitor
@@ -169,12 +169,6 @@ def test_without_a_sign_in_only_this_machine_reviews(address, host, local):
 )  # fmt: skip
 def test_reviewers_are_listed_by_address_or_domain(user, listed):
     assert review_access.is_listed(user, ["ann@clinic.org", "@lab.org"]) is listed
-
-
-@pytest.fixture(scope="module")
-def page_address(fake_server, address) -> Iterator[str]:
-    with streamlit(ROOT / "streamlit_app", "app.py", fake_server.url, address) as running:
-        yield running
 
 
 @pytest.mark.browser

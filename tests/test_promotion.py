@@ -42,16 +42,9 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def promotion(registry, first_registration, full_bundle, short_folder):
     """Version 1 is champion, and nothing is loaded yet."""
-    folder = short_folder / "p"
-    folder.mkdir()
     registry.set_alias("champion", "1")
-    server = torchserve_server(folder, folder / "store").start()
-    try:
-        yield (promotion := Promotion(folder, server, registry, full_bundle))
-        for promoter in promotion.promoters:
-            promoter.close()
-    finally:
-        server.stop()
+    with Promotion.started(short_folder / "p", registry, full_bundle) as promotion:
+        yield promotion
 
 
 @pytest.fixture(scope="module")
