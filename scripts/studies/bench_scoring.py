@@ -74,7 +74,7 @@ def main(
     pieces: Annotated[int, typer.Option(min=4 * CORES, help=f"Pieces of each archive, of {SMALL_PIECE} pictures.")] = 6
     * CORES,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions; the table has the medians.")] = 3,
-    memory: Annotated[int, typer.Option(help="Instead: compare the memory of 1,000 rows with up to so many.")] = 0,
+    memory: Annotated[int, typer.Option(help="Instead: compare the memory of 1,000 rows and so many.")] = 0,
     bundle: Annotated[Path, typer.Option(help="A bundle folder.")] = SHIPPED,
 ) -> None:
     """Measure the graph alone, decoding alone and score.py in turn, on all cores of an otherwise idle machine.
@@ -91,19 +91,17 @@ def main(
 
 
 def measure_memory(folder: Path, bundle: Path, most: int) -> None:
-    """Print the memory that archives of 1,000 rows, ten times as many, and so on need.
+    """Print the memory that an archive of 1,000 rows and one of `most` rows need.
 
-    To take minutes and not hours, one of 64 rows is a picture, and the others are refused.
+    To take minutes and not hours, one of 256 rows is a picture, and the others are refused.
     """
-    files = draw(folder / "pictures", (200, 150), 1) + [folder / "text.jpg"] * 63
+    files = draw(folder / "pictures", (200, 150), 1) + [folder / "text.jpg"] * 255
     files[-1].write_text("no picture")
     grid = table("Memory", ("rows", "driver, MB", "worker, MB", "bytes a row", "seconds"))
-    rows = LEAST_ROWS
-    while rows <= most:
-        record = score(folder / f"out-{rows}", archive(folder, files, rows), bundle)
+    for rows in sorted({LEAST_ROWS, most}):
+        record = score(folder / f"out-{rows}", archive(folder, files, rows), bundle, watch=True)
         figures = (record.driver, record.worker, record.row_bytes, record.seconds)
         grid.add_row(f"{rows:,}", *(f"{figure:.0f}" for figure in figures))
-        rows *= 10
     console.print(grid)
 
 
@@ -176,22 +174,25 @@ def repeated(work: Callable[[], object], pictures: int, barrier: Barrier) -> flo
     return count / seconds
 
 
-def score(out: Path, source: Path, bundle: Path) -> ScoringRecord:
-    """Run score.py and watch its processes. Raises UserError if it fails."""
+def score(out: Path, source: Path, bundle: Path, watch: bool = False) -> ScoringRecord:
+    """Run score.py, and watch the memory of its processes if asked, which costs some speed.
+
+    Raises:
+        UserError: score.py fails.
+    """
     command = [sys.executable, "scripts/score.py", str(source), "--out", str(out), "--bundle", str(bundle)]
     driver = worker = 0.0
     began = time.perf_counter()
     process = psutil.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=sys.stderr)
-    while process.poll() is None:
+    while watch and process.poll() is None:
         for name, size in processes(process):
             driver = max(driver, size if "scripts/score.py" in name else 0)
             worker = max(worker, size if "PieceScorer" in name else 0)
         time.sleep(POLL)
+    code = process.wait()
     seconds = time.perf_counter() - began
-    if process.returncode:
-        raise UserError(
-            f"The command score.py ended with code {process.returncode} on {source}. Its messages are above."
-        )
+    if code:
+        raise UserError(f"The command score.py ended with code {code} on {source}. Its messages are above.")
     paths = sorted((out / "scores").glob("part-*"), key=lambda path: path.stat().st_mtime_ns)
     rows = [parquet.read_metadata(path).num_rows for path in paths]
     rate = steady_rate([path.stat().st_mtime for path in paths], rows, CORES)
