@@ -43,7 +43,7 @@ class Predictor:
     Args:
         bundle: a verified bundle.
         runtime: "openvino", "torch", or "auto": the exported graph where the bundle has one.
-        precision: "f32", "bf16" or "auto": bf16 where the processor computes in it and the golden answers survive it.
+        precision: "f32", "bf16" or "auto": bf16 where it is clearly faster and gives the golden answers.
         threads: threads for one inference; None leaves it to the runtime.
         device: torch's name of the device, such as "cuda:0"; None: a GPU if there is one.
         version: the registry's version, repeated in answers.

@@ -7,6 +7,7 @@ that known lesions span (handlers/unknown_class.py); it is 0 in a bundle without
 
 import functools
 import math
+import timeit
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -24,6 +25,9 @@ PRECISIONS = ("auto", "bf16", "f32")
 # How far bf16 may move a probability of a golden answer before "auto" falls back to f32. The golden answers are few;
 # other pictures move several times as far.
 LOW_PRECISION_TOLERANCE = 5e-3
+# The share of f32's time that bf16 may take at most, so that every start on one machine decides alike.
+WORTHWHILE_SHARE = 0.8
+TIMED_CALLS = 3
 
 
 @functools.cache
@@ -130,8 +134,8 @@ class TorchRuntime:
 def start_runtime(bundle: Bundle, runtime: str, precision: str, threads: int | None, device: str | None) -> Runtime:
     """Start a runtime and warm it up, so that no request waits for the allocations of the first call.
 
-    Arguments and errors as for handlers.predictor.Predictor. With precision "auto", bf16 is kept only if it gives the
-    golden answers.
+    Arguments and errors as for handlers.predictor.Predictor. With precision "auto", bf16 is taken only if it is clearly
+    faster and gives the golden answers: processors without matrix units may compute more slowly in bf16.
     """
     if runtime not in RUNTIMES:
         raise BundleError(f"The runtime is {runtime!r}: it must be one of {', '.join(RUNTIMES)}.")
@@ -143,14 +147,22 @@ def start_runtime(bundle: Bundle, runtime: str, precision: str, threads: int | N
     make: Callable[[Bundle, str, int | None], Runtime] = OpenVinoRuntime
     if runtime == "torch" or not bundle.has_graph:
         kind, make = TorchRuntime, partial(TorchRuntime, device=device)
+    started = make(bundle, "bf16" if precision == "bf16" else "f32", threads)
+    milliseconds = _milliseconds(started, bundle)  # and warm
     if precision == "auto" and kind.has_bf16():
         low = make(bundle, "bf16", threads)
-        if golden_difference(bundle, low) <= LOW_PRECISION_TOLERANCE:
+        is_faster = _milliseconds(low, bundle) <= WORTHWHILE_SHARE * milliseconds
+        if is_faster and golden_difference(bundle, low) <= LOW_PRECISION_TOLERANCE:
             return low
-    started = make(bundle, "bf16" if precision == "bf16" else "f32", threads)
-    size = bundle.config.preprocessing.image_size
-    started(np.zeros((1, size, size, 3), np.uint8), np.array([-1]))
     return started
+
+
+def _milliseconds(runtime: Runtime, bundle: Bundle) -> float:
+    """Return the shortest time of one picture in TIMED_CALLS calls, after a first call, which allocates."""
+    size = bundle.config.preprocessing.image_size
+    inputs = np.zeros((1, size, size, 3), np.uint8), np.array([-1])
+    runtime(*inputs)
+    return min(timeit.repeat(lambda: runtime(*inputs), number=1, repeat=TIMED_CALLS)) * 1e3
 
 
 def golden_difference(bundle: Bundle, run: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]) -> float:

@@ -98,4 +98,4 @@ exec env -i PATH="$(dirname "$python"):/usr/local/bin:/usr/bin:/bin" HOME="$run"
   TMPDIR="$run" TEMP="$run" LOG_LOCATION="$run/logs" METRICS_LOCATION="$run/logs" ${keep[@]+"${keep[@]}"} \
   "$java" ${TORCHSERVE_JAVA_OPTS:--Xmx1g -XX:MaxDirectMemorySize=2g} "-Djava.io.tmpdir=$run" "-Dmodel_server_home=$packages" \
   "-Dpredictions=$predictions" "-Dlog4j.configurationFile=$root/torchserve/log4j2.xml" -cp "$packages/ts/frontend/*" \
-  org.pytorch.serve.ModelServer --python "$python" -f "$config" -ncs
+  org.pytorch.serve.ModelServer --python "$root/torchserve/worker.py" -f "$config" -ncs

@@ -1,8 +1,8 @@
 """Measure serving: this project in TorchServe, a stock handler, and the parts of the handler.
 
-All use one network, the same bytes and one machine. Through TorchServe: requests per second and latency, with the
-heatmap as grid, as overlay and without it, and a stock handler with the grad-cam package. In this process: the graph
-alone, the plain forward pass, the stages of the handler, and a worker's start.
+All use one network, the same bytes and one machine. First come shares: how near the parts are to what the machine can
+do. Then requests per second and latency through TorchServe, with the heatmap as grid, as overlay and without it, beside
+a stock handler with the grad-cam package; the stages of the handler; and a worker's start.
 """
 
 import io
@@ -38,6 +38,7 @@ from mlflow_tracking.command_line import console
 from mlflow_tracking.settings import MODEL_NAME
 from scripts.studies.serving_bench import in_process, servers
 from scripts.studies.serving_bench.load import Load, LoadError, form, measure, post
+from scripts.studies.serving_bench.shares import shares
 from training.data.synthetic import draw_lesion
 from training.export import export_bundle
 
@@ -97,15 +98,10 @@ def tables(bundle: Bundle, precision: str, clients: list[int], seconds: float, f
     """
     files, predictor = pictures(), Predictor(bundle, precision=precision)
     precision = predictor.runtime.precision
-    yield server_table(list(serve(bundle, precision, files, clients, seconds)))
     plain = Predictor(in_process.plain_bundle(bundle, folder / "plain"), precision=precision)
-    calls_ms = in_process.graphs(predictor, plain, files, 2 * seconds)
-    rows = [
-        [str(batch), f"{joint:.2f}", f"{forward:.2f}", f"{joint / forward:.3f}", f"{1e3 * batch / joint:.1f}"]
-        for batch, (joint, forward) in calls_ms.items()
-    ]
-    headers = ["batch", "graph ms", "plain forward ms", "ratio", "images/s"]
-    yield BenchTable(f"The graph alone, {precision}", headers, rows)
+    rows = [list(share) for share in shares(bundle, predictor, plain, files, seconds)]
+    yield BenchTable(f"Shares of what this machine can do, {precision}", ["", "figure", "of", "share", "aim"], rows)
+    yield server_table(list(serve(bundle, precision, files, clients, seconds)))
     stages_ms = in_process.stages(bundle, precision, files, seconds / 2)
     rows = [[str(batch), *(f"{value:.2f}" for value in row.values())] for batch, row in stages_ms.items()]
     # The handler's total is less than the sum where stages overlap.
@@ -121,7 +117,8 @@ def serve(
     """Start each server in turn and load it. Raises LoadError, BenchServerError."""
     expected = expected_probabilities(bundle, files[0])
     for server in HEATMAPS:
-        with servers.ours(bundle, precision) if server == "ours" else servers.stock(bundle) as port:
+        with servers.ours(bundle, precision) if server == "ours" else servers.stock(bundle) as server_process:
+            port = server_process.port
             check_answer(port, files[0], expected[server], server)
             for heatmap in HEATMAPS[server]:
                 bodies = [form(file, heatmap) for file in files]

@@ -1,6 +1,6 @@
 """What is timed without a server, on all cores, one after the other.
 
-The handler's stages, the joint graph against the plain forward, and our part of a worker's start.
+The handler's stages, the plain forward pass as a bundle, and our part of a worker's start.
 """
 
 import json
@@ -37,7 +37,6 @@ from mlflow_tracking.promotion import archive
 from mlflow_tracking.settings import MODEL_NAME
 
 BATCHES = (1, 8)
-ROUNDS = 6  # of joint graph and plain forward in turn
 # In a fresh interpreter: what TorchServe's worker does after it has imported torch and itself.
 START = """
 import importlib, json, sys, time
@@ -149,20 +148,6 @@ def plain_bundle(bundle: Bundle, folder: Path) -> Bundle:
         (folder / name).unlink()
     export_graph(PlainForward(bundle).eval(), bundle.config, folder)
     return seal(folder, bundle.config)
-
-
-def graphs(joint: Predictor, plain: Predictor, images: list[bytes], seconds: float) -> dict[int, tuple[float, float]]:
-    """Return ms of one call by batch size, of the joint graph and the plain forward, in rounds that alternate."""
-    pixels = [joint.config.preprocessing(image)[0] for image in images]
-    calls_ms = {}
-    for batch in BATCHES:
-        inputs = np.stack([pixels[index % len(pixels)] for index in range(batch)]), np.full(batch, -1)
-        joint_ms, plain_ms = [], []
-        for _ in range(ROUNDS):
-            joint_ms += timed(partial(joint.runtime, *inputs), seconds / ROUNDS)
-            plain_ms += timed(partial(plain.runtime, *inputs), seconds / ROUNDS)
-        calls_ms[batch] = statistics.median(joint_ms), statistics.median(plain_ms)
-    return calls_ms
 
 
 def worker_start(bundle: Bundle, precision: str) -> tuple[float, float]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -28,9 +29,16 @@ class BenchServerError(UserError):
     """A server that does not start."""
 
 
+class Server(NamedTuple):
+    """A running TorchServe."""
+
+    port: int
+    pid: int
+
+
 @contextmanager
-def ours(bundle: Bundle, precision: str) -> Iterator[int]:
-    """Run this project's archive with the settings of torchserve/model-config.yaml; yields the port."""
+def ours(bundle: Bundle, precision: str) -> Iterator[Server]:
+    """Run this project's archive with the settings of torchserve/model-config.yaml."""
     config = yaml.safe_load(archive.MODEL_CONFIG.read_text())
     config["handler"]["precision"] = precision
     with _folder(config) as folder:
@@ -38,13 +46,13 @@ def ours(bundle: Bundle, precision: str) -> Iterator[int]:
         archive.build(
             bundle.path, store / "model.mar", version=VERSION, model_config=folder / archive.MODEL_CONFIG.name
         )
-        with _torchserve(folder, "model.mar") as port:
-            yield port
+        with _torchserve(folder, "model.mar") as server:
+            yield server
 
 
 @contextmanager
-def stock(bundle: Bundle) -> Iterator[int]:
-    """Run the stock handler with the bundle's network: one worker, one request at a time; yields the port."""
+def stock(bundle: Bundle) -> Iterator[Server]:
+    """Run the stock handler with the bundle's network: one worker, one request at a time."""
     config = {
         "minWorkers": 1,
         "maxWorkers": 1,
@@ -59,8 +67,8 @@ def stock(bundle: Bundle) -> Iterator[int]:
         archiver = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if archiver.returncode:
             raise BenchServerError(f"torch-model-archiver failed: {archiver.stderr.strip()}.")
-        with _torchserve(folder, f"{MODEL_NAME}.mar") as port:
-            yield port
+        with _torchserve(folder, f"{MODEL_NAME}.mar") as server:
+            yield server
 
 
 @contextmanager
@@ -73,7 +81,7 @@ def _folder(config: dict[str, object]) -> Iterator[Path]:
 
 
 @contextmanager
-def _torchserve(folder: Path, archive_name: str) -> Iterator[int]:
+def _torchserve(folder: Path, archive_name: str) -> Iterator[Server]:
     """Run TorchServe with one archive of `folder`/store, and end it with the block."""
     port, metrics = child_processes.free_ports(2)
     # Only the archive's configuration sets the threads.
@@ -91,7 +99,7 @@ def _torchserve(folder: Path, archive_name: str) -> Iterator[int]:
                     lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
                     raise BenchServerError(f"TorchServe did not start. The end of its log:\n{lines}")
                 time.sleep(0.1)
-        yield port
+        yield Server(port, process.pid)
     finally:
         child_processes.end(process, 5)
 
