@@ -62,7 +62,11 @@ class Runtime(Protocol):
 
 
 class OpenVinoRuntime:
-    """The exported graph on the CPU, computing in `precision` "bf16" or "f32"."""
+    """The exported graph on the CPU, computing in `precision` "bf16" or "f32".
+
+    A single picture gets all threads. Of several, each thread computes one at a time: threads that share pictures wait
+    for each other, and one picture's values stay in the processor's caches (docs/lab-notes.md, "Streams").
+    """
 
     name = "openvino"
 
@@ -72,13 +76,17 @@ class OpenVinoRuntime:
         return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
     def __init__(self, bundle: Bundle, precision: str = "f32", threads: int | None = None) -> None:
-        # Without a hint, OpenVINO silently chooses the precision itself.
-        options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-        if threads:
-            options["INFERENCE_NUM_THREADS"] = str(threads)
         self.precision = precision
         self._width = len(bundle.config.metadata.columns)
-        self._request = core().compile_model(str(bundle.path / GRAPH), "CPU", options).create_infer_request()
+        # Without a hint, OpenVINO silently chooses the precision itself.
+        options = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": "1"}
+        if threads:
+            options["INFERENCE_NUM_THREADS"] = str(threads)
+        self._single = _queue(bundle, options)
+        self._threads = int(self._single[0].get_compiled_model().get_property("INFERENCE_NUM_THREADS"))
+        self._several = (
+            _queue(bundle, options | {"NUM_STREAMS": str(self._threads)}) if self._threads > 1 else self._single
+        )
 
     def __call__(
         self, pixels: np.ndarray, target: np.ndarray, metadata: np.ndarray | None = None
@@ -86,8 +94,28 @@ class OpenVinoRuntime:
         inputs = [pixels, target]
         if self._width:
             inputs.append(np.zeros((len(pixels), self._width), np.float32) if metadata is None else metadata)
-        results = self._request.infer(inputs, share_inputs=True)
-        return results[0], results[1], results[2]
+        # With fewer pictures than threads, one thread a picture would leave some idle.
+        is_many = len(pixels) >= self._threads
+        queue, size = (self._several, 1) if is_many else (self._single, len(pixels))
+        outputs: dict[int, list[np.ndarray]] = {}
+        queue.set_callback(
+            lambda request, start: outputs.update({start: [tensor.data.copy() for tensor in request.output_tensors]})
+        )
+        starts = range(0, len(pixels), size)
+        for start in starts:
+            queue.start_async([values[start : start + size] for values in inputs], start)
+        queue.wait_all()
+        logits, maps, residuals = (np.concatenate([outputs[start][place] for start in starts]) for place in range(3))
+        return logits, maps, residuals
+
+
+def _queue(bundle: Bundle, options: dict[str, str]) -> "openvino.AsyncInferQueue":
+    """Return a queue of as many requests as the options have streams."""
+    import openvino
+
+    return openvino.AsyncInferQueue(
+        core().compile_model(str(bundle.path / GRAPH), "CPU", options), int(options["NUM_STREAMS"])
+    )
 
 
 class TorchRuntime:

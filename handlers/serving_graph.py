@@ -48,8 +48,7 @@ class ServingModule(nn.Module):
             maps = moved_back(maps, self.map_shift)
         if self.basis is None:
             return logits, maps, torch.zeros_like(logits[:, 0])
-        # No matrix product: its error in bf16, times the residual's weight, would move the ninth probability.
-        outside = ((features - self.origin).unsqueeze(-1) * self.basis).sum(1)
+        outside = (features - self.origin) @ self.basis
         return logits, maps, (outside * outside).sum(-1).sqrt()
 
 
