@@ -1,8 +1,8 @@
 """Measure serving: this project in TorchServe, a stock handler, and the parts of the handler.
 
 All use one network, the same bytes and one machine. First come shares: how near the parts are to what the machine can
-do. Then requests per second and latency through TorchServe, with the heatmap as grid, as overlay and without it, beside
-a stock handler with the grad-cam package; the stages of the handler; and a worker's start.
+do. Then come requests per second and latency through TorchServe, with the heatmap as grid, as overlay and without it,
+and the same of a stock handler with the grad-cam package; the stages of the handler; and a worker's start.
 """
 
 import io
