@@ -46,10 +46,14 @@ class Server:
     def start(self) -> "Server":
         self.process = child_processes.start([self.script], os.environ | self.env, self.log, cwd="/")
         end = time.monotonic() + START_SECONDS
-        while not self.healthy():
-            assert self.process.poll() is None, f"{self.script} ended:\n{self.text()}"
-            assert time.monotonic() < end, f"{self.script} does not answer:\n{self.text()}"
-            time.sleep(0.1)
+        try:
+            while not self.healthy():
+                assert self.process.poll() is None, f"{self.script} ended:\n{self.text()}"
+                assert time.monotonic() < end, f"{self.script} does not answer:\n{self.text()}"
+                time.sleep(0.1)
+        except BaseException:  # Ctrl-C too
+            self.stop_group()
+            raise
         return self
 
     def healthy(self) -> bool:
