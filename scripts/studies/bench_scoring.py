@@ -93,10 +93,9 @@ def main(
 def measure_memory(folder: Path, bundle: Path, most: int) -> None:
     """Print the memory that an archive of 1,000 rows and one of `most` rows need.
 
-    To take minutes and not hours, one of 256 rows is a picture, and the others are refused.
+    To take minutes and not hours, one of 256 rows is a picture, and the others are files that do not exist.
     """
-    files = draw(folder / "pictures", (200, 150), 1) + [folder / "text.jpg"] * 255
-    files[-1].write_text("no picture")
+    files = draw(folder / "pictures", (200, 150), 1) + [folder / "missing.jpg"] * 255
     grid = table("Memory", ("rows", "driver, MB", "worker, MB", "bytes a row", "seconds"))
     for rows in sorted({LEAST_ROWS, most}):
         record = score(folder / f"out-{rows}", archive(folder, files, rows), bundle, watch=True)
