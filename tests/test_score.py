@@ -286,8 +286,7 @@ def test_a_batch_that_fails_costs_only_the_faulty_picture(bundle, archive, tmp_p
 
 def test_workers_are_not_bound_to_a_core(bundle, archive, tmp_path):
     score(tmp_path / "out", archive, bundle)
-    runtime = PieceScorer(tmp_path / "out").predictor.runtime
-    assert runtime._request.get_compiled_model().get_property("ENABLE_CPU_PINNING") is False
+    assert archive_scoring.core().get_property("CPU", "ENABLE_CPU_PINNING") is False
 
 
 def test_the_summary_counts_all_rows(bundle, archive, tmp_path, monkeypatch):
