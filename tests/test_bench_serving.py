@@ -128,11 +128,7 @@ def test_it_measures_real_servers(tmp_path):
     expected = {("ours", heatmap) for heatmap in ("grid", "overlay", "none")}
     assert set(served) == expected | {("stock handler", heatmap) for heatmap in ("overlay", "none")}
     assert all(float(row[3]) > 0 and float(row[4]) <= float(row[5]) for row in served.values())
-    assert (
-        "first start of an archive" in done.stdout
-        and "of a plain forward pass" in done.stdout
-        and "decode" in done.stdout
-    )
+    assert "first start of an archive" in done.stdout and "plain forward" in done.stdout and "decode" in done.stdout
 
 
 @pytest.mark.slow
