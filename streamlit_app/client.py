@@ -15,7 +15,7 @@ from requests.adapters import HTTPAdapter
 
 from streamlit_app.answer_schema import Answer, PromoterState
 
-PARALLEL = 4  # requests at a time: fills TorchServe's batches without filling its queue
+PARALLEL = 8  # requests at a time: a batch of TorchServe
 CONNECT_SECONDS, READ_SECONDS = 3.0, 30.0
 SEND_BYTES_PER_SECOND = 5e6  # the whole body must be sent within the timeout for connecting
 BUSY_WAITS = (0.3, 0.7, 1.5)  # seconds before each retry
