@@ -172,15 +172,18 @@ def test_an_answer_does_not_depend_on_the_batch(bundle, sample_images, threads):
 
 
 @pytest.mark.parametrize(("runtime", "kind"), [("openvino", OpenVinoRuntime), ("torch", TorchRuntime)])
-def test_bf16_is_taken_only_if_it_is_faster_and_gives_the_golden_answers(bundle, monkeypatch, runtime, kind):
-    monkeypatch.setattr(kind, "has_bf16", lambda: True)
-    for error, milliseconds, precision in ((0.004, 7, "bf16"), (0.006, 7, "f32"), (0.004, 9, "f32")):
-        times = {"bf16": milliseconds, "f32": 10}
-        monkeypatch.setattr(runtimes, "_milliseconds", lambda started, _, times=times: times[started.precision])
+def test_bf16_is_taken_only_if_it_gains_and_gives_the_golden_answers(bundle, monkeypatch, runtime, kind):
+    for gains, error, precision in ((True, 0.004, "bf16"), (True, 0.006, "f32"), (False, 0.004, "f32")):
+        monkeypatch.setattr(kind, "gains_by_bf16", lambda gains=gains: gains)
         monkeypatch.setattr(runtimes, "golden_difference", lambda *_, error=error: error)
         assert Predictor(bundle, runtime=runtime).runtime.precision == precision
-    monkeypatch.setattr(kind, "has_bf16", lambda: False)
-    assert Predictor(bundle, runtime=runtime).runtime.precision == "f32"
+
+
+@pytest.mark.parametrize(("seconds", "is_faster"), [({"bf16": 7, "f32": 10}, True), ({"bf16": 9, "f32": 10}, False)])
+def test_bf16_must_be_clearly_faster_than_f32(monkeypatch, seconds, is_faster):
+    times = iter([[seconds["bf16"]], [seconds["f32"]]])
+    monkeypatch.setattr(runtimes.timeit, "repeat", lambda *_, **__: next(times))
+    assert runtimes._multiplies_faster_in_bf16.__wrapped__() is is_faster
 
 
 @pytest.mark.parametrize(
