@@ -65,9 +65,12 @@ def monitor(state, tmp_path_factory):
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        eventually(
-            lambda: httpx.get(f"{url}/summary", **PLAIN).json()["total"]["predictions"] == 200, 30, log.read_text
-        )
+
+        def has_all() -> bool:
+            answer = httpx.get(f"{url}/summary", **PLAIN)  # 503 until the database is open
+            return answer.is_success and answer.json()["total"]["predictions"] == 200
+
+        eventually(has_all, 30, log.read_text)
         yield url
     finally:
         process.terminate()
