@@ -11,7 +11,7 @@ from PIL import Image
 SHOWN_SIDE = 640  # pixels, the longer side: enough for a page, and quick to encode
 SHOWN_MIN_SIDE = SHOWN_SIDE * 3 // 4  # the shorter side to decode for it: cameras' 4:3
 JPEG_QUALITY = 90
-EVEN = 0xFE  # The lowest bit is noise, which takes a quarter of a PNG's bytes.
+EVEN = 0xFE  # without the lowest bit, which is noise and takes a quarter of a PNG's bytes
 OPACITY = 0.6  # where the map is 1; where it is 0 the skin stays as it is
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -68,6 +68,4 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
-    return b"".join(
-        (struct.pack(">I", len(content)), kind, content, struct.pack(">I", isal_zlib.crc32(kind + content)))
-    )
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", isal_zlib.crc32(kind + content))

@@ -128,7 +128,12 @@ def test_it_measures_real_servers(tmp_path):
     expected = {("ours", heatmap) for heatmap in ("grid", "overlay", "none")}
     assert set(served) == expected | {("stock handler", heatmap) for heatmap in ("overlay", "none")}
     assert all(float(row[3]) > 0 and float(row[4]) <= float(row[5]) for row in served.values())
-    assert "first start of an archive" in done.stdout and "plain forward" in done.stdout and "decode" in done.stdout
+    assert "first start of an archive" in done.stdout and "decode" in done.stdout
+    shares = {row[0]: row for row in rows if row[0].count(" / ")}
+    assert set(shares) == {"graph / matrix product", "heatmap / plain forward", "TorchServe / graph"}
+    assert all(0 < float(row[3]) < 10 for row in shares.values())
+    costs = [row for row in rows if row[0].startswith("a request costs")]
+    assert len(costs) == 3 and all(float(row[1].split()[0]) > 0 for row in costs)
 
 
 @pytest.mark.slow

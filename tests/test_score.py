@@ -29,7 +29,6 @@ from scripts import archive_pictures, archive_scoring
 from scripts.archive_pictures import PictureEntry, SourceFault, list_pictures, read_picture
 from scripts.archive_scoring import ArchiveScoringError, PieceScorer, locked, prepare
 from scripts.archive_summary import summarise
-from scripts.studies import bench_scoring
 from tests.conftest import ROOT
 from tests.models import tiny_bundle
 from tests.waiting import eventually
@@ -69,12 +68,9 @@ def rest(bundle: Bundle, files: list[Path], precision: str, **fields: bytes) -> 
         set_response_status=lambda code, phrase, index: None,
     )
     handler.initialize(context)
-    batches = [files[start : start + 3] for start in range(0, len(files), 3)]
-    return [
-        json.loads(answer)
-        for batch in batches
-        for answer in handler.handle([{"data": bytearray(file.read_bytes()), **fields} for file in batch], context)
-    ]
+    rows = [{"data": bytearray(file.read_bytes()), **fields} for file in files]
+    starts = range(0, len(rows), 3)
+    return [json.loads(answer) for start in starts for answer in handler.handle(rows[start : start + 3], context)]
 
 
 def score(out: Path, source: Path | str, bundle: Bundle, precision: str = "f32") -> list[dict]:
@@ -400,22 +396,3 @@ def test_two_nodes_share_the_work_and_survive_the_death_of_one(bundle, archive, 
     finally:
         cluster.shutdown()
     assert_whole(out, archive, bundle)
-
-
-@pytest.mark.parametrize(
-    ("ends", "rows", "rate"),
-    [
-        ([9, 10, 11, 12, 14, 16, 18, 20], [5] * 7 + [1], 2),  # 16 rows from 12 to 20
-        ([1, 2, 3, 4], [5] * 4, float("nan")),
-    ],
-)
-def test_the_bench_leaves_out_the_start(ends, rows, rate):
-    assert bench_scoring.steady_rate(ends, rows, 2) == pytest.approx(rate, nan_ok=True)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_the_bench_measures_memory(bundle, tmp_path, capsys):
-    bench_scoring.measure_memory(tmp_path, bundle.path, 1000)
-    [figures] = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["1,000"]]
-    assert len(figures) == 4 and all(float(figure.replace(",", "")) > 0 for figure in figures)

@@ -120,13 +120,6 @@ def test_only_loopback_listens(stack):
                 assert connection.laddr.ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1"), process
 
 
-def test_the_worker_holds_no_torch(stack, image):
-    assert answer(stack, image)["model"]["runtime"] == "openvino"
-    [worker] = [process for process, command in stack.processes().items() if "model_service_worker" in command]
-    files = [part.path for part in worker.memory_maps()]
-    assert any("openvino" in file for file in files) and not any("libtorch" in file for file in files)
-
-
 def test_rest_raw_multipart_and_json_agree(stack, image):
     url = f"{stack.torchserve}/predictions/skin_vit"
     raw = answer(stack, image)

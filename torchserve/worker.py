@@ -18,16 +18,21 @@ class Tensor:
 
 
 def main() -> None:
-    """Import TorchServe's message handler, and run the script named by the first argument that is no option."""
+    """Run the script named by the first argument that is no option."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # TorchServe reads it for its log
+    import_message_handler()
+    script = next(index for index, argument in enumerate(sys.argv) if index and not argument.startswith("-"))
+    sys.argv = sys.argv[script:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def import_message_handler() -> None:
+    """Import TorchServe's message handler with a module in the place of torch, which later imports do not see."""
     torch = types.ModuleType("torch")
     torch.Tensor = Tensor  # type: ignore[attr-defined]
     sys.modules["torch"] = torch
     importlib.import_module("ts.protocol.otf_message_handler")
     del sys.modules["torch"]
-    script = next(index for index, argument in enumerate(sys.argv) if index and not argument.startswith("-"))
-    sys.argv = sys.argv[script:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

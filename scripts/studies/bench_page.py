@@ -1,6 +1,7 @@
 """Measure the page in Chromium against the requests that it sends.
 
-The stack must run on this machine (make up), and Chromium must be installed. The pictures are drawn; none is recorded.
+The stack must run on this machine (make up), and Chromium must be installed. The pictures are drawn. What the page
+sends enters the prediction log; the requests that it is compared with do not.
 """
 
 import io
@@ -22,6 +23,7 @@ from handlers.errors import UserError
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking import command_line
 from mlflow_tracking.command_line import console
+from scripts.studies.idle_machine import BusyOption, require_idle_machine
 from training.data.synthetic import draw_lesion
 
 PATIENCE_MS = 120_000
@@ -96,9 +98,11 @@ def in_the_page(browser: Browser, address: str, paths: list[Path], wait: Callabl
 def main(
     page: Annotated[str, typer.Option(help="Address of the page.")] = "http://127.0.0.1:8501",
     torchserve: Annotated[str, typer.Option(help="Address of TorchServe.")] = "http://127.0.0.1:8080",
-    count: Annotated[int, typer.Option(min=2, help="Pictures at once, and single pictures divided by five.")] = 50,
+    busy: BusyOption = False,
+    count: Annotated[int, typer.Option(min=2, help="Pictures at once; a fifth as many one by one.")] = 50,
 ) -> None:
     """Measure from upload to picture, and many pictures at once, against the plain requests."""
+    require_idle_machine(busy)
     program = shutil.which(os.environ.get("CHROMIUM") or "chromium")
     if not program:
         raise PageBenchError("Chromium is not installed. Install it, or set CHROMIUM to its path.")

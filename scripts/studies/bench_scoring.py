@@ -23,6 +23,7 @@ from handlers.errors import UserError
 from mlflow_tracking.command_line import console, run, table
 from mlflow_tracking.settings import ROOT, SHIPPED, Settings
 from scripts.archive_scoring import BATCH, SMALL_PIECE, PieceScorer, prepare
+from scripts.studies.idle_machine import BusyOption, require_idle_machine
 from training.data.synthetic import draw_lesion
 
 CORES = len(os.sched_getaffinity(0))
@@ -76,6 +77,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions; the table has the medians.")] = 3,
     memory: Annotated[int, typer.Option(help="Instead: compare the memory of 1,000 rows and so many.")] = 0,
     bundle: Annotated[Path, typer.Option(help="A bundle folder.")] = SHIPPED,
+    busy: BusyOption = False,
 ) -> None:
     """Measure the graph alone, decoding alone and score.py in turn, on all cores of an otherwise idle machine.
 
@@ -87,6 +89,7 @@ def main(
         if memory:
             measure_memory(Path(folder), bundle, memory)
         else:
+            require_idle_machine(busy)
             measure_speed(Path(folder), bundle, pieces * SMALL_PIECE, rounds)
 
 

@@ -25,7 +25,6 @@ import typer
 from handlers.backbone import build_backbone
 from handlers.bundle import Bundle, BundleConfig
 from handlers.calibration import Calibration
-from handlers.errors import UserError
 from handlers.files import atomic_file
 from handlers.graph_export import complete
 from handlers.prediction import Prediction
@@ -36,19 +35,15 @@ from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking import command_line
 from mlflow_tracking.command_line import console
 from mlflow_tracking.settings import MODEL_NAME
+from scripts.studies.idle_machine import BusyOption, require_idle_machine
 from scripts.studies.serving_bench import in_process, servers
 from scripts.studies.serving_bench.load import Load, LoadError, form, measure, post
 from scripts.studies.serving_bench.shares import shares
 from training.data.synthetic import draw_lesion
 from training.export import export_bundle
 
-IDLE = 0.3  # load average per core; figures of a busier machine are worth little
 TOLERANCE = 0.05  # of a probability between servers, which must serve the same network
 HEATMAPS = {"ours": ("grid", "overlay", "none"), "stock handler": ("overlay", "none")}
-
-
-class BusyMachine(UserError):
-    """The machine has other work, so its figures cannot be compared."""
 
 
 def random_bundle(out: Path, architecture: str, size: int) -> Bundle:
@@ -117,13 +112,12 @@ def serve(
     """Start each server in turn and load it. Raises LoadError, BenchServerError."""
     expected = expected_probabilities(bundle, files[0])
     for server in HEATMAPS:
-        with servers.ours(bundle, precision) if server == "ours" else servers.stock(bundle) as server_process:
-            port = server_process.port
-            check_answer(port, files[0], expected[server], server)
+        with servers.ours(bundle, precision) if server == "ours" else servers.stock(bundle) as running:
+            check_answer(running.port, files[0], expected[server], server)
             for heatmap in HEATMAPS[server]:
                 bodies = [form(file, heatmap) for file in files]
                 for number in clients:
-                    yield ServerRow(server, heatmap, measure(port, servers.PATH, bodies, number, seconds))
+                    yield ServerRow(server, heatmap, measure(running.port, servers.PATH, bodies, number, seconds))
 
 
 def expected_probabilities(bundle: Bundle, image: bytes) -> dict[str, dict[str, float]]:
@@ -178,13 +172,12 @@ def main(
     precision: Annotated[str, typer.Option(help="Of this project's handler: auto, f32 or bf16.")] = "auto",
     clients: Annotated[list[int], typer.Option(min=1, help="Concurrent clients. Repeat for more.")] = [1, 4, 16],  # noqa: B006
     seconds: Annotated[float, typer.Option(min=0.1, help="For each figure.")] = 2.0,
-    busy: Annotated[bool, typer.Option("--busy", help="Measure on a busy machine, too.")] = False,
+    busy: BusyOption = False,
 ) -> None:
     """Measure serving, a stock handler and the parts of the handler. The machine must be idle."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the servers on the way out
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > IDLE * cores and not busy:
-        raise BusyMachine(f"The load average is {load:.1f}. Wait until the machine is idle, or use --busy.")
+    load = os.getloadavg()[0]
+    require_idle_machine(busy)
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as temporary:
         folder = Path(temporary)
         place = folder / "bundle"
@@ -201,7 +194,7 @@ def main(
         model = f"{network.config.architecture}, {network.config.preprocessing.image_size} px"
         out.mkdir(parents=True, exist_ok=True)
         with atomic_file(out / "serving.md") as file:
-            file.write(markdown(measured, f"`{command}`\n\n{cores} cores, load {load:.1f}; {model}").encode())
+            file.write(markdown(measured, f"`{command}`\n\n{os.cpu_count()} cores, load {load:.1f}; {model}").encode())
         console.print(f"Written: {out / 'serving.md'}.")
 
 

@@ -37,14 +37,15 @@ from mlflow_tracking.promotion import archive
 from mlflow_tracking.settings import MODEL_NAME
 
 BATCHES = (1, 8)
-# In a fresh interpreter: what TorchServe's worker does after it has imported torch and itself.
+# In a fresh interpreter: what TorchServe's worker does after it has imported itself.
 START = """
 import importlib, json, sys, time
-import torch
+folder, config, torchserve = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+sys.path[:0] = [folder, torchserve]
+import worker
+worker.import_message_handler()
 from ts.context import Context
 import ts.model_loader
-folder, config = sys.argv[1], json.loads(sys.argv[2])
-sys.path.insert(0, folder)
 began = time.perf_counter()
 handler = importlib.import_module("skin_lesion_handler").SkinLesionHandler()
 handler.initialize(Context("m", folder, json.load(open(folder + "/MAR-INF/MANIFEST.json")), 1, None, "0",
@@ -163,7 +164,7 @@ def worker_start(bundle: Bundle, precision: str) -> tuple[float, float]:
         folder = Path(temporary) / "model"
         with zipfile.ZipFile(archive.build(bundle.path, Path(temporary) / "a.mar", version="1").path) as file:
             file.extractall(folder)
-        command = [sys.executable, "-c", START, str(folder), json.dumps(config)]
+        command = [sys.executable, "-c", START, str(folder), json.dumps(config), str(archive.MODEL_CONFIG.parent)]
         for _ in range(2):
             process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             if process.returncode:

@@ -6,7 +6,7 @@ moment, says how much is lost on the way:
     graph / matrix product    operations a second of the graph at batches of 8, of those of a large product
     heatmap / plain forward   time of the graph with heatmap, of that of a plain forward pass
     overlay                   time to draw and pack one of 600×450 pixels
-    TorchServe / graph        requests a second at 16 clients, of the pictures of the graph alone
+    TorchServe / graph        requests a second at 16 clients, of the pictures of the graph alone, timed in between
 """
 
 import statistics
@@ -94,23 +94,42 @@ def operations(bundle: Bundle) -> float:
 def _served(
     bundle: Bundle, predictor: Predictor, inputs: tuple[np.ndarray, np.ndarray], files: list[bytes], seconds: float
 ) -> list[Share]:
-    """Return requests per second as a share of the graph's pictures, timed between them, and the worker's memory."""
+    """Return requests per second as a share of the graph's pictures, and what they cost in time and memory."""
     run = partial(predictor.runtime, *inputs)
     with servers.ours(bundle, predictor.runtime.precision) as server:
         bodies = [form(file, "grid") for file in files]
         measure(server.port, servers.PATH, bodies, CLIENTS, seconds)
-        rates, paces = [], []
+        worker, java, client = _worker(server.pid), psutil.Process(server.pid), psutil.Process()
+        requests, rates, paces, used = 0, [], [_pace(run, inputs, seconds)], dict.fromkeys((worker, java, client), 0.0)
         for _ in range(ROUNDS):
-            paces.append(1e3 * len(inputs[0]) / statistics.median(timed(run, seconds / ROUNDS)))
-            rates.append(measure(server.port, servers.PATH, bodies, CLIENTS, seconds).rps)
-        paces.append(1e3 * len(inputs[0]) / statistics.median(timed(run, seconds / ROUNDS)))
-        megabytes = _worker(server.pid).memory_info().rss / 1e6
+            before = {process: _processor_seconds(process) for process in used}
+            load = measure(server.port, servers.PATH, bodies, CLIENTS, seconds)
+            for process in used:
+                used[process] += _processor_seconds(process) - before[process]
+            requests += load.requests + CLIENTS  # and the first of each client
+            rates.append(load.rps)
+            paces.append(_pace(run, inputs, seconds))
+        megabytes = worker.memory_info().rss / 1e6
     rate, pace = statistics.mean(rates), statistics.mean(paces)
     aim = SMALL_SERVED_SHARE if 1e3 / pace < SMALL_MS else SERVED_SHARE
     return [
         _share("TorchServe / graph", rate, pace, "/s", aim),
+        *(
+            Share(f"a request costs {name}", f"{1e3 * used[process] / requests:.1f} ms of a core", "", "", "")
+            for name, process in (("the worker", worker), ("Java", java), ("the client", client))
+        ),
         Share("worker's memory", f"{megabytes:.0f} MB", "", "", f"≤ {WORKER_MB} MB"),
     ]
+
+
+def _pace(run: Callable[[], object], inputs: tuple[np.ndarray, np.ndarray], seconds: float) -> float:
+    """Return pictures a second of the graph alone."""
+    return 1e3 * len(inputs[0]) / statistics.median(timed(run, seconds / ROUNDS))
+
+
+def _processor_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def _matrix_product(precision: str) -> Callable[[], object]:
