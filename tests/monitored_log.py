@@ -2,16 +2,24 @@
 
 import hashlib
 import json
+import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvicorn
 
 from handlers.reference import DRIFT_STATISTICS, INPUT_STATISTICS, LEVELS, Reference
 from handlers.taxonomy import CODES
 from mlflow_tracking.settings import Settings
+from monitoring.monitor import OPENING, Monitor
+from monitoring.monitor_service import create_app
+from scripts.child_processes import free_ports
+from tests.waiting import eventually
 
 NOW = datetime.now(UTC).timestamp()
 
@@ -105,3 +113,19 @@ def measured(values: np.ndarray, digest: str, first: int = 0, seconds: float = N
                    statistics=dict(zip(names, row[1:], strict=False)), **fields)
         for i, row in enumerate(values.tolist())
     )  # fmt: skip
+
+
+@contextmanager
+def running_monitor(settings: Settings) -> Iterator[str]:
+    """The address of a monitor in a thread."""
+    [port] = free_ports(1)
+    monitor = Monitor(settings)
+    server = uvicorn.Server(uvicorn.Config(create_app(monitor), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started and monitor.error != OPENING)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()

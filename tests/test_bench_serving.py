@@ -71,6 +71,13 @@ def test_load_measures_rate_and_latency(slow):
     assert set(Slow.seen) == set(bodies)
 
 
+def test_no_two_requests_have_the_same_file_if_pictures_are_kept(slow):
+    Slow.seen.clear()
+    measure(slow.server_address[1], "/", [form(b"one", "none"), form(b"two", "grid")], 2, 0.2, new_files=True)
+    assert len(set(Slow.seen)) == len(Slow.seen) > 6
+    assert all(body.endswith(form(b"", "none")[-10:]) for body in Slow.seen)
+
+
 def test_an_error_ends_the_load(slow):
     port = slow.server_address[1]
     slow.broken = True

@@ -1,24 +1,18 @@
 """The page's part Monitoring, with a real monitor: figures, versions, predictions, and what it says without them."""
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from playwright.sync_api import expect
 from streamlit.testing.v1 import AppTest
 
 from handlers.reference import DRIFT_STATISTICS
 from mlflow_tracking.promotion.audit import AuditLog
-from monitoring.monitor import OPENING, Monitor
-from monitoring.monitor_service import create_app
 from monitoring.outcomes import PictureOutcome, record
 from monitoring.prediction_store import PredictionStore
-from scripts.child_processes import free_ports
 from streamlit_app import connections, monitor_report
 from streamlit_app import monitor_wording as wording
 from streamlit_app.monitor_client import MonitorClient, MonitorError
@@ -33,28 +27,13 @@ from tests.monitored_log import (
     normal_reference,
     normal_values,
     refusal,
+    running_monitor,
     settings_of,
 )
 from tests.test_page_report import Outline
 from tests.waiting import eventually
 
 pytest_plugins = ["tests.fixtures_page", "tests.fixtures_browser"]
-
-
-@contextmanager
-def running_monitor(settings) -> Iterator[str]:
-    """The address of a monitor in a thread."""
-    [port] = free_ports(1)
-    monitor = Monitor(settings)
-    server = uvicorn.Server(uvicorn.Config(create_app(monitor), port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        eventually(lambda: server.started and monitor.error != OPENING)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Measure the page in Chromium against the requests that it sends.
+"""Measure the page in Chromium: uploads against the requests that it sends, and the opening of Monitoring.
 
 The stack must run on this machine (make up), and Chromium must be installed. The pictures are drawn. What the page
 sends enters the prediction log; the requests that it is compared with do not.
@@ -27,6 +27,7 @@ from scripts.studies.idle_machine import BusyOption, require_idle_machine
 from training.data.synthetic import draw_lesion
 
 PATIENCE_MS = 120_000
+OPENINGS = 5  # of Monitoring, for the median
 CLIENTS = 16  # of the requests that many pictures are compared with
 UPLOADER = '[data-testid="stFileUploader"] input[type=file]'
 
@@ -76,8 +77,8 @@ def shown(page: Page) -> None:
 
 
 def listed(page: Page) -> None:
-    """Wait for the table of many pictures."""
-    page.get_by_test_id("stDataFrame").wait_for(timeout=PATIENCE_MS)
+    """Wait for a table: of many pictures, or of the latest predictions."""
+    page.get_by_test_id("stDataFrame").first.wait_for(timeout=PATIENCE_MS)
 
 
 def in_the_page(browser: Browser, address: str, paths: list[Path], wait: Callable[[Page], None]) -> float:
@@ -95,13 +96,33 @@ def in_the_page(browser: Browser, address: str, paths: list[Path], wait: Callabl
         page.close()
 
 
+def monitoring(browser: Browser, address: str) -> float:
+    """Return the seconds from the address of Monitoring to its charts and the latest predictions."""
+    page = browser.new_page()
+    try:
+        began = time.perf_counter()
+        page.goto(f"{address}/monitoring", timeout=PATIENCE_MS)
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('.js-plotly-plot')].filter(chart => chart._fullData).length >= 4",
+            timeout=PATIENCE_MS,
+        )
+        listed(page)
+        return time.perf_counter() - began
+    finally:
+        page.close()
+
+
 def main(
     page: Annotated[str, typer.Option(help="Address of the page.")] = "http://127.0.0.1:8501",
     torchserve: Annotated[str, typer.Option(help="Address of TorchServe.")] = "http://127.0.0.1:8080",
     busy: BusyOption = False,
     count: Annotated[int, typer.Option(min=2, help="Pictures at once; a fifth as many one by one.")] = 50,
 ) -> None:
-    """Measure from upload to picture, and many pictures at once, against the plain requests."""
+    """Measure from upload to picture, many pictures at once, and the opening of Monitoring.
+
+    For Monitoring with a million predictions, fill a database with bench_monitor.py --folder, and start the stack with
+    MONITOR_DATABASE.
+    """
     require_idle_machine(busy)
     program = shutil.which(os.environ.get("CHROMIUM") or "chromium")
     if not program:
@@ -115,10 +136,12 @@ def main(
         uploaded = statistics.median(in_the_page(browser, page, [path], shown) for path in single)
         together = all_at_once(torchserve, several)
         table = in_the_page(browser, page, several, listed)
+        opened = statistics.median(monitoring(browser, page) for _ in range(OPENINGS))
         browser.close()
     grid = command_line.table("The page in Chromium", ["", "request", "page", "page / request"])
     grid.add_row("one picture, ms", f"{1e3 * alone:.0f}", f"{1e3 * uploaded:.0f}", f"{uploaded / alone:.1f}")
     grid.add_row(f"{count} at once, s", f"{together:.2f}", f"{table:.2f}", f"{table / together:.1f}")
+    grid.add_row("Monitoring, from address to charts, s", "", f"{opened:.2f}", "")
     console.print(grid)
 
 

@@ -27,6 +27,7 @@ from handlers.bundle import Bundle, BundleConfig
 from handlers.calibration import Calibration
 from handlers.files import atomic_file
 from handlers.graph_export import complete
+from handlers.kept_images import kept
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.preprocessing import Preprocessing
@@ -66,11 +67,12 @@ def pictures() -> list[bytes]:
 
 
 class ServerRow(NamedTuple):
-    """One server and one kind of heatmap under one load."""
+    """One server and one kind of heatmap under one load, and how many of its pictures were kept for review."""
 
     server: str
     heatmap: str
     load: Load
+    kept: int = 0
 
 
 class BenchTable(NamedTuple):
@@ -81,12 +83,15 @@ class BenchTable(NamedTuple):
     rows: list[list[str]]
 
 
-def tables(bundle: Bundle, precision: str, clients: list[int], seconds: float, folder: Path) -> Iterator[BenchTable]:
+def tables(
+    bundle: Bundle, precision: str, clients: list[int], seconds: float, folder: Path, keep: bool
+) -> Iterator[BenchTable]:
     """Measure a bundle in one precision, and yield each table when it is complete.
 
     Args:
         seconds: for each figure.
         folder: an empty folder for a bundle with the plain forward pass.
+        keep: keep pictures for review; each request has a new one.
 
     Raises:
         LoadError, BenchServerError, HandlerFailed: a server or the handler does not answer as it should.
@@ -96,7 +101,7 @@ def tables(bundle: Bundle, precision: str, clients: list[int], seconds: float, f
     plain = Predictor(in_process.plain_bundle(bundle, folder / "plain"), precision=precision)
     rows = [list(share) for share in shares(bundle, predictor, plain, files, seconds)]
     yield BenchTable(f"Shares of what this machine can do, {precision}", ["", "figure", "of", "share", "aim"], rows)
-    yield server_table(list(serve(bundle, precision, files, clients, seconds)))
+    yield server_table(list(serve(bundle, precision, files, clients, seconds, keep)))
     stages_ms = in_process.stages(bundle, precision, files, seconds / 2)
     rows = [[str(batch), *(f"{value:.2f}" for value in row.values())] for batch, row in stages_ms.items()]
     # The handler's total is less than the sum where stages overlap.
@@ -107,17 +112,19 @@ def tables(bundle: Bundle, precision: str, clients: list[int], seconds: float, f
 
 
 def serve(
-    bundle: Bundle, precision: str, files: list[bytes], clients: list[int], seconds: float
+    bundle: Bundle, precision: str, files: list[bytes], clients: list[int], seconds: float, keep: bool = False
 ) -> Iterator[ServerRow]:
     """Start each server in turn and load it. Raises LoadError, BenchServerError."""
     expected = expected_probabilities(bundle, files[0])
     for server in HEATMAPS:
-        with servers.ours(bundle, precision) if server == "ours" else servers.stock(bundle) as running:
+        with servers.ours(bundle, precision, keep) if server == "ours" else servers.stock(bundle) as running:
             check_answer(running.port, files[0], expected[server], server)
             for heatmap in HEATMAPS[server]:
                 bodies = [form(file, heatmap) for file in files]
                 for number in clients:
-                    yield ServerRow(server, heatmap, measure(running.port, servers.PATH, bodies, number, seconds))
+                    before = len(kept(running.kept))
+                    load = measure(running.port, servers.PATH, bodies, number, seconds, keep)
+                    yield ServerRow(server, heatmap, load, len(kept(running.kept)) - before)
 
 
 def expected_probabilities(bundle: Bundle, image: bytes) -> dict[str, dict[str, float]]:
@@ -143,13 +150,16 @@ def check_answer(port: int, image: bytes, expected: dict[str, float], server: st
 
 def server_table(measured: list[ServerRow]) -> BenchTable:
     """Return requests per second and latency; `× stock` compares grid and overlay with the stock handler's overlay."""
-    stock = {(heatmap, load.clients): load.rps for server, heatmap, load in measured if server == "stock handler"}
+    stock = {(row.heatmap, row.load.clients): row.load.rps for row in measured if row.server == "stock handler"}
     rows = []
-    for server, heatmap, load in measured:
+    for server, heatmap, load, pictures_kept in measured:
         ratio = load.rps / stock["none" if heatmap == "none" else "overlay", load.clients]
         figures = [f"{load.rps:.1f}", f"{load.p50:.0f}", f"{load.p95:.0f}", f"{ratio:.1f}"]
-        rows.append([server, heatmap, str(load.clients), *figures])
-    headers = ["server", "heatmap", "clients", "req/s", "p50 ms", "p95 ms", "× stock"]
+        answered = load.requests + load.clients  # each client's first is no part of the rate
+        rows.append([server, heatmap, str(load.clients), *figures, f"{pictures_kept} of {answered}"])
+    headers = ["server", "heatmap", "clients", "req/s", "p50 ms", "p95 ms", "× stock", "kept for review"]
+    if not any(row.kept for row in measured):
+        headers, rows = headers[:-1], [row[:-1] for row in rows]
     return BenchTable("Through TorchServe, a JPEG of 600×450", headers, rows)
 
 
@@ -172,6 +182,7 @@ def main(
     precision: Annotated[str, typer.Option(help="Of this project's handler: auto, f32 or bf16.")] = "auto",
     clients: Annotated[list[int], typer.Option(min=1, help="Concurrent clients. Repeat for more.")] = [1, 4, 16],  # noqa: B006
     seconds: Annotated[float, typer.Option(min=0.1, help="For each figure.")] = 2.0,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep pictures for review; each request has a new one.")] = False,
     busy: BusyOption = False,
 ) -> None:
     """Measure serving, a stock handler and the parts of the handler. The machine must be idle."""
@@ -183,7 +194,7 @@ def main(
         place = folder / "bundle"
         network = complete(Bundle.load(bundle), place) if bundle else random_bundle(place, architecture, size)
         measured = []
-        for table in tables(network, precision, clients, seconds, folder):
+        for table in tables(network, precision, clients, seconds, folder, keep):
             grid = command_line.table(table.title, table.headers)
             for row in table.rows:
                 grid.add_row(*row)

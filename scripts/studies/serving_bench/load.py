@@ -4,6 +4,7 @@ Threads with open connections and prepared bodies: the clients share the machine
 """
 
 import http.client
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from handlers.errors import UserError
 
 BOUNDARY = "bench-serving-boundary"
 CONTENT_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
+END = f"\r\n--{BOUNDARY}--\r\n".encode()
 TIMEOUT = 120.0  # seconds; a slow server with 16 clients takes many for one response
 ROUNDS = 3  # responses that each client waits for at least, after its first
 
@@ -40,7 +42,12 @@ def form(image: bytes, gradcam: str) -> bytes:
     """Return a request's body of CONTENT_TYPE: the picture in `data`, the kind of heatmap in `gradcam`."""
     lines = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="gradcam"\r\n\r\n{gradcam}\r\n--{BOUNDARY}\r\n'
     lines += 'Content-Disposition: form-data; name="data"; filename="lesion.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
-    return lines.encode() + image + f"\r\n--{BOUNDARY}--\r\n".encode()
+    return lines.encode() + image + END
+
+
+def distinct(body: bytes, number: int) -> bytes:
+    """Return the body with another file: the picture's, and after its end eight bytes for `number`."""
+    return body.removesuffix(END) + number.to_bytes(8) + END
 
 
 def post(connection: http.client.HTTPConnection, path: str, body: bytes) -> bytes:
@@ -56,20 +63,22 @@ def post(connection: http.client.HTTPConnection, path: str, body: bytes) -> byte
     return content
 
 
-def measure(port: int, path: str, bodies: list[bytes], clients: int, seconds: float) -> Load:
+def measure(port: int, path: str, bodies: list[bytes], clients: int, seconds: float, new_files: bool = False) -> Load:
     """Load a server with `clients` for `seconds`, and until each has had ROUNDS responses after its first.
 
     The first response of each client is a warm-up. Requests per second are the sum over clients of responses by the
-    time between the first and the last, so the clock's position within a batch does not matter. Raises LoadError as
-    soon as one response is not 200.
+    time between the first and the last, so the clock's position within a batch does not matter. With
+    `new_files`, no two requests have the same file. Raises LoadError as soon as one response is not 200.
     """
     all_ends: list[list[float]] = [[] for _ in range(clients)]  # of each client's responses, in seconds
+    numbers = itertools.count(time.monotonic_ns())
     stop = threading.Event()
 
     def request_until_stopped(client: int) -> None:
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)) as connection:
             while not stop.is_set():
-                post(connection, path, bodies[(client + len(all_ends[client])) % len(bodies)])
+                body = bodies[(client + len(all_ends[client])) % len(bodies)]
+                post(connection, path, distinct(body, next(numbers)) if new_files else body)
                 all_ends[client].append(time.perf_counter())
 
     with ThreadPoolExecutor(clients) as pool:

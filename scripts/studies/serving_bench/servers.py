@@ -21,6 +21,7 @@ from scripts import child_processes
 
 PATH = f"/predictions/{MODEL_NAME}"
 START_SECONDS = 180
+KEEP_DAYS = 1  # of pictures, if they are kept
 VERSION = "1"
 STOCK_HANDLER = Path(__file__).parent / "stock_handler.py"
 
@@ -30,15 +31,16 @@ class BenchServerError(UserError):
 
 
 class Server(NamedTuple):
-    """A running TorchServe."""
+    """A running TorchServe, and its folder of pictures kept for review."""
 
     port: int
     pid: int
+    kept: Path
 
 
 @contextmanager
-def ours(bundle: Bundle, precision: str) -> Iterator[Server]:
-    """Run this project's archive with the settings of torchserve/model-config.yaml."""
+def ours(bundle: Bundle, precision: str, keep: bool = False) -> Iterator[Server]:
+    """Run this project's archive with the settings of torchserve/model-config.yaml. `keep` keeps pictures."""
     config = yaml.safe_load(archive.MODEL_CONFIG.read_text())
     config["handler"]["precision"] = precision
     with _folder(config) as folder:
@@ -46,7 +48,7 @@ def ours(bundle: Bundle, precision: str) -> Iterator[Server]:
         archive.build(
             bundle.path, store / "model.mar", version=VERSION, model_config=folder / archive.MODEL_CONFIG.name
         )
-        with _torchserve(folder, "model.mar") as server:
+        with _torchserve(folder, "model.mar", KEEP_DAYS if keep else 0) as server:
             yield server
 
 
@@ -81,14 +83,14 @@ def _folder(config: dict[str, object]) -> Iterator[Path]:
 
 
 @contextmanager
-def _torchserve(folder: Path, archive_name: str) -> Iterator[Server]:
+def _torchserve(folder: Path, archive_name: str, keep_days: int = 0) -> Iterator[Server]:
     """Run TorchServe with one archive of `folder`/store, and end it with the block."""
     port, metrics = child_processes.free_ports(2)
     # Only the archive's configuration sets the threads.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "PYTHONPATH"))}
     env |= {"STACK_STATE": str(folder), "MODEL_STORE": str(folder / "store"), "TORCHSERVE_RUN_DIR": str(folder / "run")}
     env |= {"TORCHSERVE_PORT": str(port), "TORCHSERVE_METRICS_PORT": str(metrics), "TORCHSERVE_HOST": "127.0.0.1"}
-    env["TORCHSERVE_MANAGEMENT"] = ""
+    env |= {"TORCHSERVE_MANAGEMENT": "", "KEEP_IMAGES_DAYS": str(keep_days), "KEPT_IMAGES": str(folder / "kept")}
     log = folder / "torchserve.log"
     process = child_processes.start([ROOT / "torchserve" / "start_torchserve.sh"], env, log)
     try:
@@ -99,7 +101,7 @@ def _torchserve(folder: Path, archive_name: str) -> Iterator[Server]:
                     lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
                     raise BenchServerError(f"TorchServe did not start. The end of its log:\n{lines}")
                 time.sleep(0.1)
-        yield Server(port, process.pid)
+        yield Server(port, process.pid, folder / "kept")
     finally:
         child_processes.end(process, 5)
 
