@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 
-from handlers.reference import DRIFT_STATISTICS, drift_values
+from handlers.reference import DRIFT_STATISTICS, Reference, drift_values
 from monitoring.drift import BET_SIGNS, DriftState
 from monitoring.references import References
-from monitoring.tables import drift
+from monitoring.tables import drift, insert_new
 
 SHAPE = (len(DRIFT_STATISTICS), len(BET_SIGNS))
 
@@ -34,29 +34,31 @@ def update_drift(
     for (version, digest), of_model in models.items():
         if (reference := references.of(digest)) is None:
             continue
+        # The row is made first and locked, so that another monitor continues from this state.
+        insert_new(connection, drift, {"version": version, "digest": digest} | _row(DriftState(), reference))
         key = (drift.c.version == version) & (drift.c.digest == digest)
-        state = _state(connection.execute(sa.select(drift).where(key).with_for_update()).mappings().first())
+        state = _state(connection.execute(sa.select(drift).where(key).with_for_update()).mappings().one())
         values = [
             drift_values(row["width"], row["height"], row["statistics"] or {}, row["probabilities"]) for row in of_model
         ]
         history = state.update(np.array(values), [row["time"] for row in of_model], reference)
         for row, figures in zip(of_model, history, strict=True):
             row["drift"] = figures
-        new = {
-            "pictures": state.pictures,
-            "evidence": state.evidence.tolist(),
-            "alarm_since": state.alarm_since,
-            "reference": reference.figures | {"pictures": reference.pictures, "lesions": reference.lesions},
-        }
-        # The row stays, so that another monitor that waits for it continues from this state.
-        if not connection.execute(sa.update(drift).where(key).values(new)).rowcount:
-            connection.execute(sa.insert(drift).values(version=version, digest=digest, **new))
+        connection.execute(sa.update(drift).where(key).values(_row(state, reference)))
 
 
-def _state(row: Mapping[Any, Any] | None) -> DriftState:
-    """Return the stored state; a new one if there is none, or if it is that of other statistics."""
-    if row is None:
-        return DriftState()
+def _row(state: DriftState, reference: Reference) -> dict[str, Any]:
+    """Return the columns of a state."""
+    return {
+        "pictures": state.pictures,
+        "evidence": state.evidence.tolist(),
+        "alarm_since": state.alarm_since,
+        "reference": reference.figures | {"pictures": reference.pictures, "lesions": reference.lesions},
+    }
+
+
+def _state(row: Mapping[Any, Any]) -> DriftState:
+    """Return the stored state; a new one if it is that of other statistics."""
     evidence = np.array(row["evidence"])
     return DriftState(row["pictures"], evidence, row["alarm_since"]) if evidence.shape == SHAPE else DriftState()
 

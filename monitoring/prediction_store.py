@@ -14,14 +14,13 @@ from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
-from sqlalchemy.dialects import postgresql, sqlite
 
 from handlers.errors import ServiceUnavailable, UserError
 from monitoring.drift_record import update_drift
 from monitoring.log_reader import Batch
 from monitoring.references import References
 from monitoring.rollups import MINUTE, Slot, roll_up
-from monitoring.tables import log_files, metadata, outcomes, predictions, readings, refusals, rollups
+from monitoring.tables import insert_new, log_files, metadata, outcomes, predictions, readings, refusals, rollups
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 DELETED_AT_ONCE = 10_000  # so that the monitor reads the log between two deletions
@@ -120,7 +119,7 @@ class PredictionStore:
         """Move the position of a file, and return whether it was where the batch begins."""
         if batch.begin is None:
             values = {"fingerprint": batch.fingerprint, "position": batch.end, "unreadable": batch.unreadable}
-            return connection.execute(self.upsert(log_files).values(values).on_conflict_do_nothing()).rowcount == 1
+            return insert_new(connection, log_files, values)
         here = (log_files.c.fingerprint == batch.fingerprint) & (log_files.c.position == batch.begin)
         values = {"position": batch.end, "unreadable": log_files.c.unreadable + batch.unreadable}
         return connection.execute(sa.update(log_files).where(here).values(values)).rowcount == 1
@@ -148,18 +147,13 @@ class PredictionStore:
     def _add_sums(self, connection: sa.Connection, sums: Mapping[Slot, Mapping[str, float]]) -> None:
         """Add to the roll-ups. Several monitors add to one row: it is made first, locked, and then changed."""
         for slot, added in sorted(sums.items()):  # in one order, so that two monitors do not wait for each other
-            connection.execute(self.upsert(rollups).values(**slot._asdict(), sums={}).on_conflict_do_nothing())
+            insert_new(connection, rollups, slot._asdict() | {"sums": {}})
             key = (
                 (rollups.c.width == slot.width) & (rollups.c.start == slot.start) & (rollups.c.version == slot.version)
             )
             stored = connection.execute(sa.select(rollups.c.sums).where(key).with_for_update()).scalar_one()
             total = stored | {name: stored.get(name, 0) + value for name, value in added.items()}
             connection.execute(sa.update(rollups).where(key).values(sums=total))
-
-    def upsert(self, table: sa.Table) -> Any:
-        """Return an INSERT of this database that can take ON CONFLICT, and whose result has a rowcount."""
-        insert = (postgresql if self.engine.dialect.name == "postgresql" else sqlite).insert(table)
-        return insert.execution_options(preserve_rowcount=True)  # without it, the rowcount is -1 on Postgres
 
     def forget(self, sha256: str) -> dict[str, int]:
         """Delete the predictions, readings and outcomes of a picture; return how many of each.

@@ -17,7 +17,7 @@ from handlers.errors import UserError
 from handlers.kept_images import SHA256
 from handlers.taxonomy import CODES
 from monitoring.prediction_store import PredictionStore
-from monitoring.tables import ANSWER, predictions, readings
+from monitoring.tables import ANSWER, insert_new, predictions, readings
 
 CANNOT_TELL, BAD_PICTURE = "cannot_tell", "bad_picture"
 VERDICTS = (*CODES, CANNOT_TELL, BAD_PICTURE)
@@ -100,8 +100,7 @@ def record_reading(store: PredictionStore, reading: NewReading, queued_as: str) 
         values = vars(reading) | answer | {"recorded": time.time(), "queued_as": queued_as}
         if rows:
             values["queued_as"] = rows[0]["queued_as"]
-        insert = store.upsert(readings).values(values).on_conflict_do_nothing(index_elements=["submission"])
-        is_new = connection.execute(insert).rowcount == 1  # Postgres has writers at the same time
+        is_new = insert_new(connection, readings, values)  # Postgres has writers at the same time
         number = _submitted(connection, reading.submission)
     assert number is not None, "it was just inserted"
     return number, is_new

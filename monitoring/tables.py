@@ -1,6 +1,10 @@
 """The tables of the monitor's database; `migrations/` makes them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 metadata = sa.MetaData()
 # What outcomes and readings keep of the prediction, which is deleted earlier.
@@ -101,3 +105,14 @@ readings = sa.Table(
     sa.Column("metadata_sent", sa.JSON(none_as_null=True)),
     sqlite_autoincrement=True,  # a deleted row's number is not given again
 )
+
+
+def insert_new(connection: sa.Connection, table: sa.Table, values: Mapping[str, Any]) -> bool:
+    """Insert a row unless there is one with its key; return whether it was inserted.
+
+    Other transactions with the same key wait until this one has ended.
+    """
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    insert = dialect.insert(table).values(values).on_conflict_do_nothing()
+    # Without preserve_rowcount, the rowcount is -1 on Postgres.
+    return connection.execute(insert.execution_options(preserve_rowcount=True)).rowcount == 1
