@@ -27,8 +27,8 @@ def main(
 ) -> None:
     """Delete a kept picture, and its predictions, readings and outcomes in the monitor's database.
 
-    Sums by hour and version stay; they hold no picture's hash. The prediction log keeps its lines (hash and
-    probabilities) until it rotates. Models that learned from the picture do not change. If the same file is sent
+    Sums by hour and version stay; they hold no picture's hash. The prediction log keeps its lines (hash,
+    probabilities, age, sex, site) until their file is the oldest of ten and is deleted. Models that learned from the picture do not change. If the same file is sent
     again, it is a new picture.
 
     The exit code is 0 if something was deleted, 1 if nothing was stored, and 3 if the monitor has not read the whole

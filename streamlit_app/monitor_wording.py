@@ -11,7 +11,7 @@ PERIOD_LABEL, VERSION_LABEL, ALL_VERSIONS = "Period", "Version", "all versions"
 # Cards: name, and the sentence below the number
 SERVING, SERVING_NOTHING = "Serving", "nothing yet"
 VERSION = "version {version}"
-SINCE = "since {time}"
+SINCE = "started {time}"
 PREDICTIONS, REFUSED_NOTE = "Predictions", "{refused} refused, {errors} errors"
 LATENCY, LATENCY_NOTE = "Latency", "median; 95 % take at most {p95}"
 FLAGGED, FLAGGED_NOTE = "Flagged", "of the predictions, as suspicious"
@@ -22,7 +22,7 @@ BOUNDS = "{low} to {high}"
 DRIFT, DRIFT_NONE, DRIFT_ALARM = "Drift", "none", "alarm"
 DRIFT_NOTHING = "this version has no reference to compare with"
 DRIFT_NONE_NOTE = "{pictures} pictures are like those of the reference"
-DRIFT_ALARM_NOTE = "{since}; the pictures are not like those of the reference, above all in {statistics}"
+DRIFT_ALARM_NOTE = "began {since}; the pictures differ from the reference, mostly in {statistics}"
 DRIFT_NAMES = 3  # statistics in the note
 STATISTICS = {
     "size": "their size",
@@ -35,10 +35,10 @@ STATISTICS = {
 }
 ESTIMATED_DOUBTFUL = "do not rely on it: the pictures are not like those of the calibration split"
 ESTIMATED, ESTIMATED_NOTE = "Estimated accuracy", "if the model is calibrated for these pictures"
-REALISED, REALISED_NOTE = "Realised accuracy", "{low} to {high}; all {outcomes} outcomes; {missed} of malignant missed"
+REALISED, REALISED_NOTE = "Realised accuracy", "{low} to {high}; {outcomes} outcomes of all time; {missed} of malignant lesions missed"
 REALISED_NOTHING = "no outcomes yet; `scripts/load_outcomes.py` loads them"
 RANDOM = "Realised, random share"
-RANDOM_NOTHING = "the honest estimate, once a picture that was read by chance is settled"
+RANDOM_NOTHING = "no randomly chosen picture is settled yet; this will be the honest estimate"
 NO_VALUE = "–"
 
 # Charts

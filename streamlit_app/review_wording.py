@@ -8,7 +8,7 @@ OTHER_KEYS = {CANNOT_TELL: "0", BAD_PICTURE: "B"}
 
 # Who may review
 NAME_LABEL, NAME_HINT, NAME_BUTTON = "Your name", "Your name is stored with each reading.", "Begin"
-NAME_HEADING = "Who reads?"
+NAME_HEADING = "Who is reviewing?"
 SIGN_IN_HEADING, SIGN_IN_TEXT, SIGN_IN = "Sign in to review", "Each reading is stored with your name.", "Sign in"
 SIGN_OUT, SIGNED_IN_AS = "Sign out", "Reader: **{reader}**"
 OFF = "The review is off"
@@ -21,7 +21,7 @@ NOT_LISTED_TEXT = "You are signed in as {reader}. The operator lists the reviewe
 
 # States
 AWAY = "The review is not available"
-AWAY_TEXT = "Nothing that you have read is lost. Try again in a moment."
+AWAY_TEXT = "All your recorded readings are safe. Try again in a moment."
 TRY_AGAIN = "Try again"
 NOT_KEEPING = "No pictures are kept for review"
 NOT_KEEPING_TEXT = (

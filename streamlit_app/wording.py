@@ -66,7 +66,7 @@ LIKELY_TEXT = (
 UNKNOWN_HEADING = "None of the above (UNK): {percent}"
 UNKNOWN_TEXT = (
     "The higher this value, the less the other eight probabilities mean. The model notices most pictures that show no "
-    "lesion. It gives most diseases it has not learned the name of one it knows. A low value rules nothing out."
+    "lesion. It mistakes most diseases that it has not learned for one that it has. A low value rules nothing out."
 )
 GLOSSARY = "The nine classes explained"
 MODEL, MODEL_VERSION, MODEL_ALONE = "Model:", "{name} version {version}", "{name}, not registered"
