@@ -1,4 +1,4 @@
-"""Limits on the structure of an image file, checked on its bytes before Pillow reads them.
+"""Limits on an image file: its bytes, pixels and structure, checked before Pillow reads it.
 
 A file within the limits of bytes and pixels may still cost a decoder minutes or gigabytes, through thousands of scans,
 texts or tiles, fields of millions of values, or strips that share the same bytes. No camera or common program writes
@@ -16,6 +16,8 @@ import numpy as np
 from handlers.errors import InvalidImage
 from handlers.tiff_pages import MAX_FIELDS, pages_to_read
 
+# Dermoscopes and phones write 1 to 15 MB. Files without compression may have 50 megapixels of three bytes.
+MAX_BYTES, MAX_UNCOMPRESSED_BYTES = 32 << 20, 150 << 20
 # Pillow reads segments of a JPEG, chunks of a PNG, strips and tiles of a TIFF, and stray bytes between them one by one
 # in Python. Large files have a few thousand.
 MAX_PARTS = 100_000
@@ -29,7 +31,7 @@ MAX_VALUES = 200_000  # in all fields; the largest table is a transfer function 
 MAX_TILE_SIDE = 4096  # pixels; a tile may also be as large as the picture
 # 48 megapixels is the largest common camera sensor.
 MAX_PIXELS = 50_000_000
-# 50 megapixels with transparency, in 8 bits. Larger ones that cameras write do not fit into 20 MiB.
+# 50 megapixels with transparency, in 8 bits. Larger ones that cameras write have more than MAX_BYTES.
 MAX_UNPACKED = 200_000_000
 
 # A marker that a length follows, or the end: no stuffed byte, padding, restart inside a scan, start or TEM.

@@ -1,7 +1,8 @@
 """Kept pictures: copies without metadata that wait for review, one JPEG for each uploaded file, named by its SHA-256.
 
-Nothing is kept unless the operator sets KEEP_IMAGES_DAYS. The worker writes the copies (handlers/image_keeper.py); the
-monitor reads and deletes them. Standard library only: the monitor's image has no libraries for pictures.
+Nothing is kept unless the operator sets KEEP_IMAGES_DAYS. The worker writes the copies
+(handlers/kept_image_writer.py); the monitor reads and deletes them. Standard library only: the monitor's image has no
+libraries for pictures.
 """
 
 import re

@@ -9,12 +9,11 @@ import binascii
 from typing import Any
 
 from handlers.errors import ImageError
+from handlers.file_limits import MAX_BYTES, MAX_UNCOMPRESSED_BYTES
 from handlers.image_formats import image_format
 from handlers.metadata import FIELDS
 from handlers.request import Request, RequestError
 
-# Dermoscopes and phones write 1 to 15 MB. Files without compression may have 50 megapixels of three bytes.
-MAX_BYTES, MAX_UNCOMPRESSED_BYTES = 32 << 20, 150 << 20
 UNCOMPRESSED = ("BMP", "TIFF", "DICOM")
 IMAGE_FIELDS = ("data", "file", "image")
 OPTIONS = ("gradcam", "target", "tta", "picture", "sensitivity", *FIELDS)

@@ -4,8 +4,8 @@ A request is the image's bytes as the body, a multipart form, or JSON with the i
 contract. Every prediction is logged as one line, `prediction {...}`, and every refusal as `refusal {...}`, which
 TorchServe writes to a file of its own (torchserve/log4j2.xml). They hold age, sex and site if the client sent them and
 the model takes them, but neither pixels nor names. Without LOG_PREDICTIONS in the environment there is no log. With
-KEPT_IMAGES, a folder, copies of answered pictures are kept there for review (handlers/image_keeper.py). A request with
-the header `X-Record: no` is neither logged nor kept.
+KEPT_IMAGES, a folder, copies of answered pictures are kept there for review (handlers/kept_image_writer.py). A request
+with the header `X-Record: no` is neither logged nor kept.
 
 TorchServe uses the only class defined in this module, so keep it the only one.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.errors import ImageError
-from handlers.image_keeper import ImageKeeper
+from handlers.kept_image_writer import ImageKeeper
 from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.request import Request

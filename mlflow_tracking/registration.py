@@ -9,7 +9,7 @@ import handlers
 from handlers.bundle import Bundle
 from handlers.graph_export import complete
 from mlflow_tracking.registry import BUNDLE_ARTIFACT, Registration, Registry, RegistryError
-from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.stack_settings import MODEL_NAME
 from mlflow_tracking.version_card import description, requirements, signature_types, tags
 
 PYFUNC_MODEL = Path(__file__).parent / "pyfunc_model.py"

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from handlers.errors import ServiceUnavailable, UsageError, UserError
-from mlflow_tracking.settings import MODEL_NAME, quiet_client
+from mlflow_tracking.stack_settings import MODEL_NAME, quiet_client
 from mlflow_tracking.version_card import Signature
 
 if TYPE_CHECKING:

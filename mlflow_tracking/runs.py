@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from handlers.errors import UserError
-from mlflow_tracking.settings import ROOT, Settings, quiet_client, reach_directly
+from mlflow_tracking.stack_settings import ROOT, Settings, quiet_client, reach_directly
 
 
 class TrackingError(UserError):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import httpx
 
 from handlers.errors import ServiceUnavailable, UserError
-from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.stack_settings import MODEL_NAME
 
 Result = TypeVar("Result")
 

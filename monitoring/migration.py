@@ -6,7 +6,7 @@ The monitor does the same at its start. On Kubernetes, a job runs this once befo
 import time
 
 from mlflow_tracking.command_line import console, run
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from monitoring.prediction_store import PredictionStore, StoreUnavailable
 
 PATIENCE = 60.0

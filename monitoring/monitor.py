@@ -8,7 +8,7 @@ from typing import Any
 from handlers.errors import UserError
 from handlers.kept_images import delete_older
 from mlflow_tracking.promotion.audit import AuditLog
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from monitoring.log_reader import bytes_behind, read_batches
 from monitoring.prediction_store import PredictionStore
 from monitoring.references import References

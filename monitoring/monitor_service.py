@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, generate_latest
 
 from mlflow_tracking.command_line import run
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from monitoring import summary as answers
 from monitoring.monitor import DAY, Monitor
 from monitoring.monitor_metrics import figure_metrics, state_metrics

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from handlers.errors import ImageError, UserError
+from handlers.file_limits import MAX_UNCOMPRESSED_BYTES
 from handlers.metadata import FIELDS
-from handlers.request_parsing import MAX_UNCOMPRESSED_BYTES
 from training.data.image_files import IMAGE_ENDINGS, files, is_picture
 
 TABLES = (".csv", ".parquet")

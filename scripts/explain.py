@@ -11,7 +11,7 @@ from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.request import Request
 from mlflow_tracking.command_line import console, run
-from mlflow_tracking.settings import SHIPPED
+from mlflow_tracking.stack_settings import SHIPPED
 
 
 def main(

@@ -25,7 +25,7 @@ from handlers.errors import UserError
 from handlers.files import write_json
 from handlers.taxonomy import CODES
 from mlflow_tracking.command_line import console, run
-from mlflow_tracking.settings import ROOT
+from mlflow_tracking.stack_settings import ROOT
 
 EXAMPLES = [
     "python scripts/export_model.py model_store/skin_vit --format onnx --out exported",

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from handlers.errors import UsageError
 from mlflow_tracking.command_line import console, run, table
-from mlflow_tracking.settings import ROOT
+from mlflow_tracking.stack_settings import ROOT
 from training.data.download import choose, fetch, list_files, read_catalogue
 
 EXAMPLES = [

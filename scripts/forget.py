@@ -7,7 +7,7 @@ import typer
 from handlers.errors import ServiceUnavailable, UserError
 from handlers.kept_images import SHA256, delete
 from mlflow_tracking.command_line import console, run
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from monitoring.log_reader import bytes_behind
 from monitoring.prediction_store import PredictionStore
 
@@ -28,8 +28,8 @@ def main(
     """Delete a kept picture, and its predictions, readings and outcomes in the monitor's database.
 
     Sums by hour and version stay; they hold no picture's hash. The prediction log keeps its lines (hash,
-    probabilities, age, sex, site) until their file is the oldest of ten and is deleted. Models that learned from the picture do not change. If the same file is sent
-    again, it is a new picture.
+    probabilities, age, sex, site) until their file is the oldest of ten and is deleted. Models that learned from
+    the picture do not change. If the same file is sent again, it is a new picture.
 
     The exit code is 0 if something was deleted, 1 if nothing was stored, and 3 if the monitor has not read the whole
     log or its database does not answer: repeat the command then.

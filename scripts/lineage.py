@@ -12,7 +12,7 @@ from mlflow_tracking.command_line import console, errors, run, table
 from mlflow_tracking.promotion.audit import AuditLog, Head
 from mlflow_tracking.provenance import Lineage, trace
 from mlflow_tracking.registry import Registry, RegistryUnavailable, head_tag
-from mlflow_tracking.settings import MODEL_NAME, Settings
+from mlflow_tracking.stack_settings import MODEL_NAME, Settings
 
 
 def lineage(

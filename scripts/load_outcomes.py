@@ -12,7 +12,7 @@ from handlers.metadata import FIELDS, OLDEST, SITES, Metadata, MetadataError
 from handlers.taxonomy import TAXONOMY
 from mlflow_tracking.command_line import console, run
 from mlflow_tracking.promotion.audit import person
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from monitoring.outcomes import PictureOutcome, record
 from monitoring.prediction_store import PredictionStore
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from handlers.errors import UsageError
 from mlflow_tracking.command_line import console, run, table
-from mlflow_tracking.settings import MODEL_NAME, Settings
+from mlflow_tracking.stack_settings import MODEL_NAME, Settings
 from mlflow_tracking.torchserve_client import TorchServe, TorchServeError, with_retries
 
 Answer = dict[str, Any]

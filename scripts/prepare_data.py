@@ -10,7 +10,7 @@ from handlers.taxonomy import CODES
 from mlflow_tracking.command_line import console, progress_bar, run, table
 from mlflow_tracking.promotion.evaluation_set import freeze, publish
 from mlflow_tracking.registry import EVALUATION_SET, Registry
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from training.data.data_sets import data_sets
 from training.data.manifest import ManifestError, fingerprint, read_manifest, report_path
 from training.data.preparation import build_manifest, open_sources

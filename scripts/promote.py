@@ -30,7 +30,7 @@ from mlflow_tracking.promotion.plan import Actual
 from mlflow_tracking.promotion.reconcile import WAITING_SECONDS, Event, Pass, Reconciler, create_reconciler
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
 from mlflow_tracking.registry import RegisteredVersion, RegistryUnavailable, check_alias
-from mlflow_tracking.settings import MODEL_NAME, Settings
+from mlflow_tracking.stack_settings import MODEL_NAME, Settings
 from mlflow_tracking.torchserve_client import TorchServeError, TorchServeUnavailable
 
 EXAMPLES = (

@@ -10,7 +10,7 @@ from handlers.errors import UsageError
 from mlflow_tracking.command_line import console, run
 from mlflow_tracking.registration import register
 from mlflow_tracking.registry import BUNDLE_ARTIFACT, Registry, check_alias
-from mlflow_tracking.settings import MODEL_NAME, Settings
+from mlflow_tracking.stack_settings import MODEL_NAME, Settings
 
 
 def register_model(

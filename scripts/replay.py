@@ -10,7 +10,7 @@ import typer
 from handlers.errors import UsageError
 from mlflow_tracking.command_line import console, run
 from mlflow_tracking.promotion.answers import AnswerBook
-from mlflow_tracking.promotion.comparison import compare, replay_folder
+from mlflow_tracking.promotion.champion_comparison import compare, replay_folder
 from mlflow_tracking.promotion.evaluation_set import CurrentSet
 from mlflow_tracking.promotion.execute import JUDGEMENTS
 from mlflow_tracking.promotion.gates.judgement_report import write_replay
@@ -18,7 +18,7 @@ from mlflow_tracking.promotion.locks import LOCK_SECONDS, lock
 from mlflow_tracking.promotion.observe import Observer
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.registry import Registry, RegistryError
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from mlflow_tracking.torchserve_client import TorchServe
 
 REPLAY = "replay"  # the report's folder among the challenger's artifacts

@@ -18,7 +18,7 @@ from mlflow_tracking.command_line import console, progress_bar, run
 from mlflow_tracking.promotion.evaluation_set import CurrentSet, extended, publish
 from mlflow_tracking.registration import register
 from mlflow_tracking.registry import EVALUATION_SET, Registry
-from mlflow_tracking.settings import MODEL_NAME, ROOT, Settings
+from mlflow_tracking.stack_settings import MODEL_NAME, ROOT, Settings
 from monitoring.corrections import settled
 from monitoring.prediction_store import PredictionStore
 from monitoring.queries import drift_by_version

@@ -11,7 +11,7 @@ import typer
 
 from handlers.errors import UserError
 from mlflow_tracking.command_line import console, progress_bar, run
-from mlflow_tracking.settings import SHIPPED, Settings
+from mlflow_tracking.stack_settings import SHIPPED, Settings
 from scripts.archive_scoring import ArchiveScoringError, PieceScorer, ScoringRun, locked, prepare
 
 OBJECT_STORE = 200 << 20  # bytes; only numbers of pieces go through it

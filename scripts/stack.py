@@ -28,7 +28,7 @@ from handlers.errors import UserError
 from mlflow_tracking.command_line import command_group, console, errors, run, table
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.locks import check_free
-from mlflow_tracking.settings import MODEL_NAME, ROOT, SHIPPED, Settings
+from mlflow_tracking.stack_settings import MODEL_NAME, ROOT, SHIPPED, Settings
 from scripts import child_processes
 from scripts.registry_news import RegistryNews, RegistryRefused
 from scripts.stack_parts import PARTS, Supervisord

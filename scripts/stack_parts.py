@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
-from mlflow_tracking.settings import MODEL_NAME, ROOT
+from mlflow_tracking.stack_settings import MODEL_NAME, ROOT
 from scripts import child_processes
 
 UNANSWERED = (OSError, HTTPException, xmlrpc.client.Error)  # by a supervisord that starts, stops or is busy

@@ -35,7 +35,10 @@ STATISTICS = {
 }
 ESTIMATED_DOUBTFUL = "do not rely on it: the pictures are not like those of the calibration split"
 ESTIMATED, ESTIMATED_NOTE = "Estimated accuracy", "if the model is calibrated for these pictures"
-REALISED, REALISED_NOTE = "Realised accuracy", "{low} to {high}; {outcomes} outcomes of all time; {missed} of malignant lesions missed"
+REALISED, REALISED_NOTE = (
+    "Realised accuracy",
+    "{low} to {high}; {outcomes} outcomes of all time; {missed} of malignant lesions missed",
+)
 REALISED_NOTHING = "no outcomes yet; `scripts/load_outcomes.py` loads them"
 RANDOM = "Realised, random share"
 RANDOM_NOTHING = "no randomly chosen picture is settled yet; this will be the honest estimate"

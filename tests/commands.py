@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from mlflow_tracking.command_line import run
-from mlflow_tracking.settings import ROOT
+from mlflow_tracking.stack_settings import ROOT
 
 
 def invoke(main: Callable[..., None], *args: object) -> tuple[int, str]:

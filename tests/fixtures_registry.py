@@ -14,7 +14,7 @@ import pytest
 
 from handlers.bundle import Bundle
 from mlflow_tracking.registry import HEAD_TAG, Registry
-from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.stack_settings import MODEL_NAME
 from tests.live import Server, mlflow_server, run_script
 from tests.models import tiny_bundle
 

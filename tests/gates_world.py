@@ -20,7 +20,7 @@ from handlers.taxonomy import CODES
 from mlflow_tracking.promotion.gates.base import Candidate, Gate
 from mlflow_tracking.promotion.gates.judge import Judge, Judgement
 from mlflow_tracking.promotion.plan import Release
-from mlflow_tracking.settings import ROOT
+from mlflow_tracking.stack_settings import ROOT
 from mlflow_tracking.torchserve_client import TorchServeError
 
 SETTINGS = ROOT / "mlflow_tracking" / "gates.yaml"

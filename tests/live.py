@@ -21,7 +21,7 @@ from handlers.files import write_json
 from mlflow_tracking.promotion.reconcile import Pass, Reconciler, create_reconciler
 from mlflow_tracking.registration import register
 from mlflow_tracking.registry import Registry
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from scripts import child_processes
 from scripts.child_processes import free_ports
 from tests.conftest import ROOT

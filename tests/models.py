@@ -23,7 +23,7 @@ from handlers.receipt import Receipt
 from handlers.suspicion import Alarm, Promise
 from handlers.taxonomy import KNOWN_CODES
 from handlers.unknown_class import Rejection
-from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.stack_settings import MODEL_NAME
 from training.evaluation.unknown_class_fit import KnownSpace
 from training.export import export_bundle
 

@@ -15,7 +15,7 @@ import uvicorn
 
 from handlers.reference import DRIFT_STATISTICS, INPUT_STATISTICS, LEVELS, Reference
 from handlers.taxonomy import CODES
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from monitoring.monitor import OPENING, Monitor
 from monitoring.monitor_service import create_app
 from scripts.child_processes import free_ports

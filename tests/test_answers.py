@@ -14,7 +14,7 @@ from handlers.errors import UserError
 from handlers.taxonomy import CODES
 from mlflow_tracking.classification_metrics import balanced_accuracy
 from mlflow_tracking.promotion.answers import Answers
-from mlflow_tracking.promotion.comparison import compare, replay_folder
+from mlflow_tracking.promotion.champion_comparison import compare, replay_folder
 from mlflow_tracking.promotion.gates.judgement_report import write_replay
 from mlflow_tracking.torchserve_client import TorchServeError
 from tests.gates_world import CHAMPION, answer, patch

@@ -34,7 +34,7 @@ PROMOTER = """
 import os, signal, sys
 from contextlib import suppress
 from mlflow_tracking.promotion.reconcile import create_reconciler
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 
 action, state, victim = sys.argv[1], sys.argv[2], int(sys.argv[3])
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from handlers.image_keeper import LONGEST_SIDE, ImageKeeper
+from handlers.kept_image_writer import LONGEST_SIDE, ImageKeeper
 from handlers.kept_images import delete_older, kept, kept_path
 from handlers.skin_lesion_handler import SkinLesionHandler
 from monitoring.outcomes import PictureOutcome, record

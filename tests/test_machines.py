@@ -20,7 +20,7 @@ import sqlalchemy
 from handlers.bundle import Bundle
 from mlflow_tracking import registry_database
 from mlflow_tracking.registry import Registry, head_tag
-from mlflow_tracking.settings import MODEL_NAME, ROOT, Settings, takes_sockets
+from mlflow_tracking.stack_settings import MODEL_NAME, ROOT, Settings, takes_sockets
 from scripts.child_processes import free_ports
 from scripts.promote import no_champion
 from scripts.register_model import is_empty
@@ -254,7 +254,7 @@ def test_a_file_system_without_sockets_moves_them_to_the_temporary_folder(tmp_pa
             raise OSError(number, "not on this file system")
         real(self, address)
 
-    monkeypatch.setattr("mlflow_tracking.settings.SOCKET_PATH", 500)  # pytest's folders are long
+    monkeypatch.setattr("mlflow_tracking.stack_settings.SOCKET_PATH", 500)  # pytest's folders are long
     monkeypatch.setattr(socket.socket, "bind", bind)
     settings = Settings(stack_state=tmp_path, torchserve_run_dir=None)
     takes_sockets.cache_clear()

@@ -89,8 +89,9 @@ def test_a_killed_monitor_loses_nothing_and_counts_nothing_twice(tmp_path):
     log, number = RotatedLog(tmp_path), 0
     env = {"STACK_STATE": str(tmp_path), "MODEL_STORE": str(tmp_path / "store"), "PATH": "/usr/bin:/bin"}
     program = (
-        "import threading\nfrom mlflow_tracking.settings import Settings\nfrom monitoring.monitor import Monitor\n"
-        "print('ready', flush=True)\nMonitor(Settings.load()).run(threading.Event())"
+        "import threading\nfrom mlflow_tracking.stack_settings import Settings\n"
+        "from monitoring.monitor import Monitor\nprint('ready', flush=True)\n"
+        "Monitor(Settings.load()).run(threading.Event())"
     )
     for _ in range(4):
         with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=env, stdout=subprocess.PIPE) as process:

@@ -21,8 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 from handlers import decoding
 from handlers.decoding import decode
 from handlers.errors import ImageError
+from handlers.file_limits import MAX_UNCOMPRESSED_BYTES
 from handlers.preprocessing import Preprocessing
-from handlers.request_parsing import MAX_UNCOMPRESSED_BYTES
 from tests.hostile import images
 from tests.hostile.images import chunk, encode
 

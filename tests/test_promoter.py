@@ -22,7 +22,7 @@ from mlflow_tracking.promotion.locks import StoreBusy
 from mlflow_tracking.promotion.plan import Action, Actual, Desired, NotYet, Release, Step, StepFailed
 from mlflow_tracking.promotion.reconcile import Pass
 from mlflow_tracking.promotion.rollback import plan_rollback, record_rollback
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from mlflow_tracking.torchserve_client import (
     RETRY_WAITS,
     ServedVersion,

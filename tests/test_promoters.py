@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from tests.test_containers import script
 from tests.waiting import eventually
 

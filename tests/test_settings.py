@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_tracking.settings import SOCKET_PATH, Settings, SettingsError
+from mlflow_tracking.stack_settings import SOCKET_PATH, Settings, SettingsError
 from scripts.stack import StackSettings
 from tests.conftest import ROOT
 

@@ -26,7 +26,7 @@ from PIL import Image, ImageFilter
 from playwright.sync_api import Page, expect
 
 from handlers.taxonomy import CODES, TAXONOMY, UNKNOWN
-from mlflow_tracking.settings import SHIPPED
+from mlflow_tracking.stack_settings import SHIPPED
 from monitoring.tables import readings
 from streamlit_app import monitor_wording
 from streamlit_app import review_wording as wording

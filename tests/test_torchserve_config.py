@@ -25,11 +25,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from handlers.file_limits import MAX_BYTES, MAX_UNCOMPRESSED_BYTES
 from handlers.files import file_sha256
-from handlers.request_parsing import MAX_BYTES, MAX_UNCOMPRESSED_BYTES
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.ledger import Entry, Ledger
-from mlflow_tracking.settings import ROOT, Settings
+from mlflow_tracking.stack_settings import ROOT, Settings
 
 FOLDER = Path(__file__).parent.parent / "torchserve"
 SETTINGS = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 8, "maxBatchDelay": 2, "responseTimeout": 60}

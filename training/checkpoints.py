@@ -10,7 +10,7 @@ from torch import nn
 
 from handlers.errors import UserError
 from handlers.files import atomic_file
-from training.validation import score
+from training.early_stopping import score
 
 LAST, BEST = "last.pt", "best.pt"
 

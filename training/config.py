@@ -20,7 +20,7 @@ from handlers.backbone import PRETRAINED_STEMS
 from handlers.errors import UsageError
 from handlers.metadata import Metadata
 from handlers.preprocessing import Preprocessing
-from mlflow_tracking.settings import ROOT
+from mlflow_tracking.stack_settings import ROOT
 
 PRESETS = ROOT / "training" / "configs"
 DEFAULT_PRESET = "vit_small"

@@ -26,7 +26,7 @@ from handlers.suspicion import MALIGNANT, MELANOMA
 from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking.command_line import console, progress_bar, run, table
 from mlflow_tracking.runs import log_evaluation
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from training.data.manifest import ManifestError, fingerprint, read_manifest
 from training.data.preparation import build_manifest
 from training.evaluation.bundle_comparison import compare_bundles

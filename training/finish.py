@@ -22,7 +22,7 @@ from handlers.receipt import Receipt
 from handlers.taxonomy import UNKNOWN
 from mlflow_tracking.command_line import console
 from mlflow_tracking.runs import Tracker, code_revision
-from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.stack_settings import MODEL_NAME
 from training.checkpoints import BEST, LAST, load
 from training.config import TrainConfig
 from training.data.batches import Images

@@ -25,6 +25,7 @@ from training.config import DEFAULT_PRESET, ROOT, ConfigError, TrainConfig, load
 from training.data.batches import batches, drawn_shares, epoch_order, even_batches, sampling_weights
 from training.data.draws import Draws
 from training.data.manifest import fingerprint
+from training.early_stopping import out_of_patience
 from training.evaluation.network_outputs import outputs_of
 from training.finish import AFTER_EPOCHS, finish
 from training.initial_weights import InitialWeights
@@ -47,7 +48,7 @@ from training.recipe import (
 from training.run_record import RunRecord, start_tracking
 from training.training_data import classes_to_learn, load_splits, open_manifest
 from training.training_views import TrainingViews
-from training.validation import out_of_patience, validation_figures
+from training.validation import validation_figures
 
 
 class TrainingError(UserError):

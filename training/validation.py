@@ -1,4 +1,4 @@
-"""Validation after each epoch: its figures, the best epoch, and early stopping."""
+"""Validation after each epoch: its figures, and a line for the console."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,16 +30,6 @@ def validation_figures(
         "val_macro_f1": metrics.macro_f1(y, p),
         "val_macro_auc": metrics.macro_auc(y, p),
     }
-
-
-def score(figures: Mapping[str, float], monitor: str) -> float:
-    """Return the number that chooses the best epoch, the higher the better: balanced accuracy, or the negative loss."""
-    return -figures["val_loss"] if monitor == "loss" else figures["val_balanced_accuracy"]
-
-
-def out_of_patience(best: Mapping[str, Any] | None, epochs_done: int, patience: int) -> bool:
-    """Return True if `patience` epochs (0: any number) brought no improvement on the best epoch."""
-    return bool(best and patience and epochs_done - best["epoch"] >= patience)
 
 
 def describe_epoch(row: Mapping[str, float], epochs: int) -> str:

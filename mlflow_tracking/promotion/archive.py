@@ -22,7 +22,7 @@ import yaml
 
 import handlers
 from handlers.files import TEMPORARY, atomic_file, file_sha256
-from mlflow_tracking.settings import MODEL_NAME, ROOT
+from mlflow_tracking.stack_settings import MODEL_NAME, ROOT
 
 HANDLERS = Path(handlers.__file__).parent
 HANDLER = "skin_lesion_handler.py"

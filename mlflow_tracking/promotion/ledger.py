@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from handlers.errors import UserError
 from handlers.files import atomic_file, file_sha256
 from mlflow_tracking.promotion.plan import Release, take_over
-from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.stack_settings import MODEL_NAME
 
 LEDGER = "ledger.json"
 

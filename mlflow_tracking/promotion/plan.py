@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from handlers.errors import UserError
 from mlflow_tracking.digests import short
-from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.stack_settings import MODEL_NAME
 
 Name = TypeVar("Name")
 

@@ -20,8 +20,8 @@ from mlflow_tracking.promotion.backoff import Setback
 from mlflow_tracking.promotion.locks import StoreBusy, owned
 from mlflow_tracking.promotion.plan import Actual, Release
 from mlflow_tracking.promotion.reconcile import WAITING_SECONDS, Event, Pass, create_reconciler
-from mlflow_tracking.promotion.replicas import serving_counts
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.promotion.replica_heartbeats import serving_counts
+from mlflow_tracking.stack_settings import Settings
 
 log = logging.getLogger("promoter")
 # A step may wait for a worker that loads or drains. A loop that is silent for longer hangs.

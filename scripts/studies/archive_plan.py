@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from handlers.errors import UserError
 from mlflow_tracking.command_line import console, run, table
-from mlflow_tracking.settings import SHIPPED, Settings
+from mlflow_tracking.stack_settings import SHIPPED, Settings
 from scripts.archive_pictures import read_picture
 from scripts.archive_scoring import PieceScorer, prepare
 

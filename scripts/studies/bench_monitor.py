@@ -20,7 +20,7 @@ from handlers.errors import UserError
 from handlers.reference import DRIFT_STATISTICS, INPUT_STATISTICS, LEVELS, REFERENCE, Reference
 from handlers.taxonomy import CODES
 from mlflow_tracking.command_line import console, progress_bar, run
-from mlflow_tracking.settings import Settings
+from mlflow_tracking.stack_settings import Settings
 from monitoring.monitor import Monitor
 from monitoring.monitor_service import create_app
 from monitoring.prediction_store import PredictionStore

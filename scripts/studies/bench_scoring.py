@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from handlers.errors import UserError
 from mlflow_tracking.command_line import console, run, table
-from mlflow_tracking.settings import ROOT, SHIPPED, Settings
+from mlflow_tracking.stack_settings import ROOT, SHIPPED, Settings
 from scripts.archive_scoring import BATCH, SMALL_PIECE, PieceScorer, prepare
 from scripts.studies.idle_machine import BusyOption, require_idle_machine
 from training.data.synthetic import draw_lesion

@@ -35,7 +35,7 @@ from handlers.receipt import Receipt
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking import command_line
 from mlflow_tracking.command_line import console
-from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.stack_settings import MODEL_NAME
 from scripts.studies.idle_machine import BusyOption, require_idle_machine
 from scripts.studies.serving_bench import in_process, servers
 from scripts.studies.serving_bench.load import Load, LoadError, form, measure, post

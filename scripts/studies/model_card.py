@@ -12,7 +12,7 @@ from handlers.files import atomic_file
 from handlers.suspicion import DEFAULT_SENSITIVITY
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking.command_line import console, run
-from mlflow_tracking.settings import SHIPPED
+from mlflow_tracking.stack_settings import SHIPPED
 from scripts.studies import unknowns_report
 from training.config import ROOT
 from training.evaluation import stress

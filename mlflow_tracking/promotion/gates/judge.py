@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from handlers.errors import UserError
 from handlers.files import write_json
 from mlflow_tracking.digests import short
-from mlflow_tracking.promotion.comparison import compare
+from mlflow_tracking.promotion.champion_comparison import compare
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, Outcome, Verdict
 from mlflow_tracking.promotion.gates.behaviour import LatencyGate, StressGate
@@ -76,7 +76,7 @@ class Judgement:
     """All verdicts on a bundle.
 
     `forced` is {by, reason} if a person overruled them. `comparison` compares the candidate with the champion on the
-    frozen set (promotion.comparison).
+    frozen set (promotion.champion_comparison).
     """
 
     question: Question

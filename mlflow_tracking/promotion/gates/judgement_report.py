@@ -6,7 +6,7 @@ from typing import Any
 
 from handlers.files import write_json
 from mlflow_tracking.promotion.gates.judge import Judgement
-from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.stack_settings import MODEL_NAME
 
 REPORT = "gates"  # the folder among a version's artifacts
 MAX_TAG = 1000  # characters; MLflow takes at most 5000
@@ -26,7 +26,7 @@ def write_report(folder: Path, judgement: Judgement) -> None:
 
 
 def write_replay(folder: Path, champion: str, challenger: str, tables: dict[str, dict[str, Any]]) -> None:
-    """Write the report of a replay: tables of promotion.comparison.compare by the name of their pictures."""
+    """Write the report of a replay: tables of promotion.champion_comparison.compare by the name of their pictures."""
     write_json(folder / "report.json", {"champion_version": champion, "version": challenger, "tables": tables})
     title = f"{MODEL_NAME}: version {challenger} against version {champion}"
     parts = (f"<h2>{escape(name)}</h2>{_comparison(table)}" for name, table in tables.items())

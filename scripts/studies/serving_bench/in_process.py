@@ -34,7 +34,7 @@ from handlers.predictor import Predictor
 from handlers.serving_graph import serving_module
 from handlers.skin_lesion_handler import SkinLesionHandler
 from mlflow_tracking.promotion import archive
-from mlflow_tracking.settings import MODEL_NAME
+from mlflow_tracking.stack_settings import MODEL_NAME
 
 BATCHES = (1, 8)
 # In a fresh interpreter: what TorchServe's worker does after it has imported itself.

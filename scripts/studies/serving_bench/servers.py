@@ -15,7 +15,7 @@ import yaml
 from handlers.bundle import Bundle
 from handlers.errors import UserError
 from mlflow_tracking.promotion import archive
-from mlflow_tracking.settings import MODEL_NAME, ROOT
+from mlflow_tracking.stack_settings import MODEL_NAME, ROOT
 from mlflow_tracking.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from scripts import child_processes
 
