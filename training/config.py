@@ -202,6 +202,7 @@ class AugmentationSettings(_Group):
     contrast: Probability = 0.2
     saturation: Probability = 0.2
     hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.03, description="share of the colour circle, up to +- this")
+    white_balance: Probability = Field(0.0, description="gain of each colour channel by itself, up to +- this")
     randaugment: Annotated[int, Field(ge=0, le=30)] = Field(
         0, description="magnitude of RandAugment, two operations per image, before all others; 0: off"
     )

@@ -108,5 +108,6 @@ class Augment:
         # brightness * (contrast * x + (1 - contrast) * grey): the same for all three channels
         offset = (gain / contrast * (1 - contrast) * grey)[:, None].expand(n, 3)
 
+        white = torch.stack([draws.uniform(1 - c.white_balance, 1 + c.white_balance) for _ in range(3)], dim=1)
         scale, shift = torch.tensor(self.preprocessing.standardisation)
-        return matrix * scale[:, None], offset * scale + shift
+        return matrix * (white * scale)[:, :, None], offset * white * scale + shift
