@@ -361,6 +361,14 @@ def test_contrast_turns_about_each_images_mean():
     assert ratio.max() > 1.2
 
 
+def test_white_balance_multiplies_each_channel_by_itself():
+    pixels = pictures(32)
+    before = pixels.permute(0, 3, 1, 2).float()
+    ratio = (colours(["white_balance=0.2"], pixels).mean((2, 3)) / before.mean((2, 3))).T
+    assert all(0.8 <= gains.min() < 0.9 and 1.1 < gains.max() <= 1.2 for gains in ratio)
+    assert (ratio.amax(0) - ratio.amin(0)).median() > 0.05
+
+
 def test_brightness_multiplies():
     pixels = pictures(32)
     ratio = colours(["brightness=0.4"], pixels).mean((1, 2, 3)) / pixels.float().mean((1, 2, 3))

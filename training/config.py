@@ -161,8 +161,9 @@ class OptimizationSettings(_Group):
     min_lr: NonNegative = Field(1e-6, description="learning rate at the end of the cosine")
     grad_clip: NonNegative = Field(1.0, description="largest gradient norm; 0: no clipping")
     ema_decay: Probability = Field(
-        0.999, description="moving average of the weights: decay at step s is 1 - s^(-2/3), at most this; 0: off"
+        0.999, description="moving average of the weights: decay at step s is 1 - s^-ema_power, at most this; 0: off"
     )
+    ema_power: Positive = Field(2 / 3, description="see ema_decay; 1: the plain mean of all steps so far")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="autocast; auto: bf16 or fp16 on GPUs, on CPUs the faster of fp32 and bf16, as measured"
     )

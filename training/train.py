@@ -91,7 +91,7 @@ def train(
     precision, measured = ranks.from_first(choose_precision(config, model, device, measured))
     model = ranks.prepared(model, config, device)
     # Warm-up: without it the average would remember the random initial weights for thousands of steps.
-    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_power=1)
+    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_power=config.ema_power)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     state = TrainingState(model, ema, make_optimizer(model, config), scaler)
     criterion = make_loss(config, shares).to(device)
