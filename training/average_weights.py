@@ -50,7 +50,7 @@ def check_runs(checkpoints: Sequence[Mapping[str, Any]]) -> None:
         same = all(first[key] == checkpoint[key] for key in ("classes", "dataset_fingerprint"))
         if shapes != others or not same or (checkpoint["initial"] or {}).get("digest") != first["initial"]["digest"]:
             raise AverageError(
-                "The runs differ in network, classes, manifest or initial_bundle. Average runs that agree."
+                "The runs differ in network, classes, manifest or initial_bundle. Average runs that agree in all of them."
             )
 
 
@@ -89,17 +89,16 @@ def main(
     model = make_model(config, len(first["classes"]))
     initial = InitialWeights.read(config.initial_bundle)
     if initial.bundle.digest != first["initial"]["digest"]:
-        raise AverageError(
-            f"{config.initial_bundle} is not the bundle that the runs started from. Restore that bundle."
-        )
-    initial.put_into(model, first["classes"], config.metadata_inputs)
+        raise AverageError(f"The runs did not start from the present {config.initial_bundle}. Restore that bundle.")
+    if heads := initial.put_into(model, tuple(first["classes"]), config.metadata_inputs):
+        raise AverageError(f"{config.initial_bundle} has no weights for {', '.join(heads)}: the runs have new heads.")
     weights = mean_weights([model.state_dict(), *(checkpoint["ema"] for checkpoint in checkpoints)])
     model.load_state_dict(weights)
     figures = validate(config, model.eval(), first)
     row: dict[str, float] = {"epoch": 1, "train_loss": float("nan"), "lr": 0.0, "seconds": 0.0, **figures}
     console.print(describe_epoch(row, 1))
     best = {"epoch": 1, "score": score(figures, config.monitor)}
-    header = {name: value for name, value in first.items() if name != "mlflow"} | {"config": config.to_dict()}
+    header = first | {"config": config.to_dict(), "mlflow": {"uri": "", "run_id": ""}}  # train.py starts an MLflow run
     state = {"model": weights, "ema": weights, "epoch": 1, "history": [row], "best": best}
     kept = {name: value for name, value in header.items() if name not in ("model", "ema", "optimizer", "scaler")}
     output.mkdir(parents=True, exist_ok=True)
