@@ -16,9 +16,10 @@ from handlers.bundle import BundleError
 from handlers.metadata import Metadata
 from handlers.receipt import image_identities, overlap
 from handlers.weights import read_weights
+from tests.commands import invoke
 from tests.models import tiny_backbone, tiny_bundle
 from tests.tiny_lesions import tiny_manifest, without_mlflow
-from training import checkpoints, finish, train
+from training import average_weights, checkpoints, finish, train
 from training.config import load_config
 from training.data.batches import classes_in
 from training.data.image_cache import DataError
@@ -184,3 +185,31 @@ def test_frozen_epochs_train_only_new_heads_even_in_a_resumed_run(bundle_of, exp
                if name not in before or not torch.equal(weight, before[name].to(weight))}  # fmt: skip
     assert changed == {"metadata_head.hidden.weight", "metadata_head.logits.weight"}
     assert state["model"]["metadata_head.logits.weight"].any()
+
+
+def test_an_average_is_the_mean_of_the_runs_and_their_bundle(bundle_of, exports, tmp_path):
+    manifest = tiny_manifest(tmp_path / "data", size=(46, 40))
+    bundle = bundle_of(architecture="test_vit", options={}, classes=classes_in(read_manifest(manifest)))
+    settings = [f"manifest={manifest}", f"initial_bundle={bundle.path}", "image_size=64", "epochs=1"]
+    runs = [tmp_path / name for name in ("first", "second", "other", "without")]
+    weights = [run(folder, *settings, f"seed={seed}", "lr=1e-3") for seed, folder in enumerate(runs[:2])]
+    average = tmp_path / "average"
+    code, output = invoke(average_weights.main, *runs[:2], "--output", average)
+    assert code == 0 and "val_accuracy 0." in output, output
+    resumed = run(average, *settings, resume=True)
+    for name, value in read_weights(bundle).network.items():
+        assert torch.allclose(resumed[name], (value + weights[0][name] + weights[1][name]) / 3, atol=1e-6), name
+    assert not torch.allclose(resumed["norm.weight"], weights[0]["norm.weight"], atol=1e-5)
+
+    run(runs[2], *settings, f"manifest={tiny_manifest(tmp_path / 'more', size=(50, 40))}")
+    run(runs[3], *settings, "initial_bundle=''")
+    for wrong, sentence in (
+        ([runs[0], runs[2]], "differ in network, classes, manifest or initial_bundle"),
+        ([runs[3]], "The first run has no initial_bundle."),
+        (["lr=1"], "No run is named."),
+    ):
+        code, output = invoke(average_weights.main, *wrong, "--output", tmp_path / "new")
+        assert code == 1 and sentence in output
+        assert not (tmp_path / "new").exists()
+    code, output = invoke(average_weights.main, *runs[:2], "--output", average)
+    assert code == 1 and "holds a run already" in output

@@ -22,7 +22,7 @@ from training.initial_weights import InitialWeights
 from training.losses import prior_logits
 from training.recipe import choose_device, make_model
 from training.training_data import open_manifest
-from training.validation import describe_epoch, validation_figures
+from training.validation import validation_figures
 
 
 class AverageError(UserError):
@@ -50,7 +50,7 @@ def check_runs(checkpoints: Sequence[Mapping[str, Any]]) -> None:
         same = all(first[key] == checkpoint[key] for key in ("classes", "dataset_fingerprint"))
         if shapes != others or not same or (checkpoint["initial"] or {}).get("digest") != first["initial"]["digest"]:
             raise AverageError(
-                "The runs differ in network, classes, manifest or initial_bundle. Average runs that agree in all of them."
+                "The runs differ in network, classes, manifest or initial_bundle. Average runs that agree in all these."
             )
 
 
@@ -96,7 +96,7 @@ def main(
     model.load_state_dict(weights)
     figures = validate(config, model.eval(), first)
     row: dict[str, float] = {"epoch": 1, "train_loss": float("nan"), "lr": 0.0, "seconds": 0.0, **figures}
-    console.print(describe_epoch(row, 1))
+    console.print("  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
     best = {"epoch": 1, "score": score(figures, config.monitor)}
     header = first | {"config": config.to_dict(), "mlflow": {"uri": "", "run_id": ""}}  # train.py starts an MLflow run
     state = {"model": weights, "ema": weights, "epoch": 1, "history": [row], "best": best}
