@@ -34,7 +34,7 @@ FEATURES = f'<ul class="sl-steps">{"".join(_features)}</ul>'
 EXAMPLES = (
     f'<section class="sl-examples"><h4>{wording.EXAMPLES_HEADING}</h4><p>{prose(wording.EXAMPLES_TEXT)}</p></section>'
 )
-EXAMPLES_SHOWN = f'<p class="sl-drawn" role="note">{prose(wording.EXAMPLES_SHOWN)}</p>'
+EXAMPLES_SHOWN = f'<div class="sl-drawn" role="note">{prose(wording.EXAMPLES_SHOWN)}</div>'
 DETAILS_HEADING = (
     f'<div class="sl-details">{heading(wording.DETAILS_HEADING)}<p>{prose(wording.DETAILS_TEXT)}</p></div>'
 )

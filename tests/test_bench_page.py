@@ -25,7 +25,8 @@ def test_the_page_is_compared_with_its_requests(server, tmp_path):
     for name in ("ms", "s"):
         alone, uploaded, ratio = (float(word) for word in words[words.index(name) + 1 :][:3])
         assert 0 < alone < uploaded and ratio > 1
-    assert float(words[words.index("charts,") + 2]) > 0
+    openings = [float(words[place + 2]) for place, word in enumerate(words) if word == "charts,"]
+    assert len(openings) == 2 and min(openings) > 0
 
 
 def test_without_torchserve_it_says_what_to_do(monkeypatch):
