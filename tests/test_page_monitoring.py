@@ -105,7 +105,7 @@ def test_a_version_is_chosen_and_all_stay_on_offer(shown, address):
 def test_a_drift_alarm_is_said_with_what_changed_and_doubts_the_estimate(shown, address):
     text = blocks(shown(address))
     assert f"<dd>{wording.DRIFT_ALARM}</dd>" in text
-    assert f"above all in {wording.STATISTICS['sharpness']}" in text
+    assert f"mostly in {wording.STATISTICS['sharpness']}" in text
     assert wording.ESTIMATED_DOUBTFUL in text
     assert wording.EXPECTED.format(value="30.0 %") in text
 

@@ -103,7 +103,8 @@ class Launched:
         return (self.folder / "log").read_text()
 
     def wait_for_an_epoch(self, run: str) -> None:
-        eventually(lambda: (self.folder / run / "best.pt").exists() or self.process.poll() is not None, 100)
+        last = self.folder / run / "last.pt"
+        eventually(lambda: (last.exists() and checkpoints.load(last)["epoch"]) or self.process.poll() is not None, 100)
         assert self.process.poll() is None, self.text
 
 
