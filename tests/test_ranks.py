@@ -87,7 +87,7 @@ RUNS = {
     "two_batch_norm": ("batch_norm", "epochs=2"),
     "one_then_two": ("resumed", "epochs=2"),
     "two_then_one": ("batch_norm", "epochs=1"),
-    "endless": ("attention", "epochs=100000"),
+    "endless": ("attention", "epochs=100000", "patience=0"),
 }
 
 
@@ -137,7 +137,7 @@ def ranks_of(process):
 @pytest.mark.parametrize("ending", ["Ctrl-C", "kill -9 of a process"])
 def test_all_processes_end_with_one_sentence_and_keep_the_last_epoch(ending, settings, launched, tmp_path):
     if ending != "Ctrl-C":
-        command = [*settings("attention"), "epochs=100000", "--output", tmp_path / "endless"]
+        command = [*settings("attention"), "epochs=100000", "patience=0", "--output", tmp_path / "endless"]
         launched = Launched(tmp_path, start(*command, log=tmp_path / "log"))
         launched.wait_for_an_epoch("endless")
     output, before, workers = launched.folder / "endless", launched.text, ranks_of(launched.process)
