@@ -1,51 +1,20 @@
 """Two monitors with logs of their own share one Postgres: predictions, roll-ups and drift count every line once."""
 
-import secrets
-import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pytest
 import sqlalchemy as sa
 
 from monitoring import queries
 from monitoring.drift_record import drift_states
 from monitoring.monitor import Monitor
 from monitoring.rollups import figures
-from scripts.child_processes import free_ports
 from tests.monitored_log import RotatedLog, archive_with, measured, normal_reference, normal_values, settings_of
 from tests.waiting import eventually
 
-pytestmark = [pytest.mark.containers, pytest.mark.timeout(300)]
+pytest_plugins = ["tests.fixtures_postgres"]
 PICTURES, PIECES = 400, 40  # of each monitor
-
-
-@pytest.fixture
-def database() -> Iterator[str]:
-    """The address of an empty Postgres."""
-    password, [port] = secrets.token_hex(8), free_ports(1)
-    command = ["docker", "run", "--rm", "--detach", f"--env=POSTGRES_PASSWORD={password}",
-               f"--publish=127.0.0.1:{port}:5432", "docker.io/library/postgres:17-bookworm"]  # fmt: skip
-    name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    try:
-        url = f"postgresql+psycopg://postgres:{password}@127.0.0.1:{port}/postgres"
-        eventually(lambda: answers(url), 60)
-        yield url
-    finally:
-        subprocess.run(["docker", "kill", name], check=True, capture_output=True)
-
-
-def answers(url: str) -> bool:
-    engine = sa.create_engine(url)
-    try:
-        with engine.connect():
-            return True
-    except sa.exc.OperationalError:  # it is starting
-        return False
-    finally:
-        engine.dispose()
 
 
 def write_and_read(folder: Path, monitor: Monitor, lines: list[bytes]) -> None:
@@ -57,12 +26,15 @@ def write_and_read(folder: Path, monitor: Monitor, lines: list[bytes]) -> None:
     eventually(lambda: monitor.step() > 0 and not monitor.error)
 
 
-def test_two_monitors_lose_nothing_and_count_nothing_twice(tmp_path, database):
+def test_two_monitors_lose_nothing_and_count_nothing_twice(tmp_path, postgres):
     folders = [tmp_path / name for name in ("first", "second")]
     digests = {archive_with(normal_reference(), folder / "store") for folder in folders}
     values = normal_values(2 * PICTURES, np.random.default_rng(0))
     lines = measured(values, digests.pop()).splitlines(keepends=True)
-    monitors = [Monitor(settings_of(folder, monitor_database=database)) for folder in folders]
+    monitors = [
+        Monitor(settings_of(folder, monitor_database=postgres.replace("postgresql:", "postgresql+psycopg:")))
+        for folder in folders
+    ]
     monitors[0].store.migrate()  # as the chart's job does
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(write_and_read, folders, monitors, (lines[:PICTURES], lines[PICTURES:])))
