@@ -204,7 +204,8 @@ def test_an_average_is_the_mean_of_the_runs_and_their_bundle(bundle_of, exports,
     run(runs[2], *settings, f"manifest={tiny_manifest(tmp_path / 'more', size=(50, 40))}")
     run(runs[3], *settings, "initial_bundle=''")
     for wrong, sentence in (
-        ([runs[0], runs[2]], "differ in network, classes, manifest or initial_bundle"),
+        ([runs[0], runs[2]], "differ in classes, manifest or initial_bundle"),
+        ([runs[0], "image_size=48"], "another network than these settings"),
         ([runs[3]], "The first run has no initial_bundle."),
         (["lr=1"], "No run is named."),
     ):

@@ -40,18 +40,24 @@ def mean_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def check_runs(checkpoints: Sequence[Mapping[str, Any]]) -> None:
-    """Raise AverageError unless all runs have the same network, classes, data and initial bundle."""
+def check_runs(checkpoints: Sequence[Mapping[str, Any]], model: nn.Module) -> None:
+    """Raise AverageError unless all runs fit the network, and have the same classes, data and initial bundle."""
     first = checkpoints[0]
     if not first["initial"]:
         raise AverageError("The first run has no initial_bundle. Only runs that went on from one bundle fit together.")
-    for checkpoint in checkpoints[1:]:
-        shapes, others = ({name: tensor.shape for name, tensor in c["ema"].items()} for c in (first, checkpoint))
+    for checkpoint in checkpoints:
         same = all(first[key] == checkpoint[key] for key in ("classes", "dataset_fingerprint"))
-        if shapes != others or not same or (checkpoint["initial"] or {}).get("digest") != first["initial"]["digest"]:
+        if not same or (checkpoint["initial"] or {}).get("digest") != first["initial"]["digest"]:
             raise AverageError(
-                "The runs differ in network, classes, manifest or initial_bundle. Average runs that agree in all these."
+                "The runs differ in classes, manifest or initial_bundle. Average runs that agree in them."
             )
+        if shapes(checkpoint["ema"]) != shapes(model.state_dict()):
+            raise AverageError("A run has another network than these settings. Average runs of one network.")
+
+
+def shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shape of each tensor."""
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def validate(config: TrainConfig, model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, float]:
@@ -83,10 +89,10 @@ def main(
         raise AverageError("No run is named. Name the folders of the runs to average.")
     if (output / LAST).exists():
         raise AverageError(f"{output} holds a run already; choose another --output.")
-    check_runs(checkpoints)
     first = checkpoints[0]
     config = load_config(None, overrides, {"output": str(output), "epochs": 1}, first["config"])
     model = make_model(config, len(first["classes"]))
+    check_runs(checkpoints, model)
     initial = InitialWeights.read(config.initial_bundle)
     if initial.bundle.digest != first["initial"]["digest"]:
         raise AverageError(f"The runs did not start from the present {config.initial_bundle}. Restore that bundle.")
