@@ -94,7 +94,10 @@ def test_ratios_follow_from_the_figures():
         ServerRow("ours", "grid", Load(16, 9, 100.0, 150.0, 160.0)),
         ServerRow("stock handler", "overlay", Load(16, 9, 5.0, 3000.0, 3200.0)),
     ]
-    assert bench_serving.server_table(rows).rows[0] == ["ours", "grid", "16", "100.0", "150", "160", "20.0"]
+    table = bench_serving.server_table(rows)
+    assert table.rows[0] == ["ours", "grid", "16", "100.0", "150", "160", "20.0"] and table.headers[-1] == "× stock"
+    table = bench_serving.server_table([rows[0]._replace(kept=20), rows[1]])
+    assert table.headers[-1] == "kept for review" and [row[-1] for row in table.rows] == ["20 of 25", "0 of 25"]
 
 
 @pytest.mark.parametrize(("moved", "same"), [(0.04, True), (0.06, False), (float("nan"), False)])
@@ -127,7 +130,7 @@ def test_a_run_that_cannot_start_ends_with_a_sentence(options, message):
 def test_it_measures_real_servers(tmp_path):
     out = tmp_path / "out"
     bundle = tiny_bundle(tmp_path / "bundle").path
-    command = [*COMMAND, "--busy", "--precision", "f32", "--bundle", bundle, "--out", out]
+    command = [*COMMAND, "--busy", "--precision", "f32", "--keep", "--bundle", bundle, "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.strip("| ").split(" | ") for line in (out / "serving.md").read_text().splitlines()]
@@ -135,6 +138,7 @@ def test_it_measures_real_servers(tmp_path):
     expected = {("ours", heatmap) for heatmap in ("grid", "overlay", "none")}
     assert set(served) == expected | {("stock handler", heatmap) for heatmap in ("overlay", "none")}
     assert all(float(row[3]) > 0 and float(row[4]) <= float(row[5]) for row in served.values())
+    assert all((int(row[-1].split(" of ")[0]) > 0) == (row[0] == "ours") for row in served.values())  # kept pictures
     assert "first start of an archive" in done.stdout and "decode" in done.stdout
     shares = {row[0]: row for row in rows if row[0].count(" / ")}
     assert set(shares) == {"graph / matrix product", "heatmap / plain forward", "TorchServe / graph"}

@@ -18,8 +18,8 @@ class Augment:
     """Random views of a batch: uint8 (N, C, C, 3) of any side C to standardised float32 (N, 3, S, S).
 
     Flips, quarter turns, rotation, shift, crop and stretch are one affine map, hence one grid_sample. Brightness,
-    contrast, saturation, hue and the standardisation are one affine map of the colours, hence one matrix product.
-    Each image has its own random numbers. Dermoscopy has no upside, so every turn is allowed. RandAugment (Cubuk et
+    contrast, saturation, hue, white balance and the standardisation are one affine map of the colours, hence one matrix
+    product. Each image has its own random numbers. Dermoscopy has no upside, so every turn is allowed. RandAugment (Cubuk et
     al. 2020) comes first if it is on. It works image by image and is therefore slower.
     """
 
