@@ -19,8 +19,8 @@ class Augment:
 
     Flips, quarter turns, rotation, shift, crop and stretch are one affine map, hence one grid_sample. Brightness,
     contrast, saturation, hue, white balance and the standardisation are one affine map of the colours, hence one matrix
-    product. Each image has its own random numbers. Dermoscopy has no upside, so every turn is allowed. RandAugment (Cubuk et
-    al. 2020) comes first if it is on. It works image by image and is therefore slower.
+    product. Each image has its own random numbers. Dermoscopy has no upside, so every turn is allowed. RandAugment
+    (Cubuk et al. 2020) comes first if it is on. It works image by image and is therefore slower.
     """
 
     def __init__(self, settings: AugmentationSettings, preprocessing: Preprocessing) -> None:
