@@ -25,7 +25,7 @@ DIGITS = 16  # of the SHA-256: 64 bits; two of a million images agree by chance 
 # With the upload's SHA-256, the image id of a correction (training/data/corrected_pictures.py).
 CORRECTION = "correction-"
 
-# Copies of one photograph differ in at most 4 bits of the perceptual hash (training/data/duplicates.py).
+# Copies of one photograph differ in at most 4 bits of the perceptual hash (training/data/near_duplicates.py).
 COPY_RADIUS = 4
 # Different photographs of dark spots in the same vignette are also that near now and then, so only more near images
 # than this share of the set prove an overlap.

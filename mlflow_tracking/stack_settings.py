@@ -76,7 +76,9 @@ class Settings(BaseSettings):
 
     mlflow_port: int = Field(5001, ge=1, le=65535)
     mlflow_tracking_uri: str = ""
+    mlflow_public_url: str = ""
     torchserve_port: int = Field(8080, ge=1, le=65535)
+    torchserve_metrics_port: int = Field(8082, ge=1, le=65535)
     torchserve_url: str = ""
     torchserve_management: str = ""
     torchserve_run_dir: Path | None = None
@@ -90,6 +92,7 @@ class Settings(BaseSettings):
     promoter_keep_archives: int = Field(3, ge=0)
     promoter_replica: str = ""
     promoter_key_file: Path | None = None
+    streamlit_port: int = Field(8501, ge=1, le=65535)
     monitor_host: str = "127.0.0.1"
     monitor_port: int = Field(8084, ge=1, le=65535)
     monitor_database: str = ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from handlers.reference import REFERENCE, Reference
 
-BUNDLE = "bundle"  # folder in an archive, mlflow_tracking/promotion/archive.py
+BUNDLE = "bundle"  # folder in an archive, mlflow_tracking/promotion/model_archive.py
 
 
 class References:

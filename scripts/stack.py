@@ -20,7 +20,6 @@ import httpx
 import psutil
 import typer
 from dotenv import load_dotenv
-from pydantic import Field
 from rich.panel import Panel
 from rich.table import Table
 
@@ -46,11 +45,7 @@ class StackError(UserError):
 
 
 class StackSettings(Settings):
-    """Ports and folders, from the environment and `.env` (documented in .env.example)."""
-
-    torchserve_metrics_port: int = Field(8082, ge=1, le=65535)
-    streamlit_port: int = Field(8501, ge=1, le=65535)
-    mlflow_public_url: str = ""
+    """What the parts of the stack take from the settings: their addresses, logs and environment."""
 
     @property
     def ports(self) -> dict[str, int]:

@@ -11,8 +11,8 @@ import pytest
 
 from handlers.bundle import Bundle
 from handlers.graph_export import complete
-from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion import model_archive
 from tests.conftest import ROOT
 from tests.live import torchserve_server
 from tests.serving import Serving
@@ -30,7 +30,7 @@ def shipped_store(shipped_bundle: Bundle, tmp_path_factory: pytest.TempPathFacto
     """A model store as the promoter leaves it once version 1, the shipped model, serves."""
     store = tmp_path_factory.mktemp("store")
     name = f"skin_vit-1-{shipped_bundle.digest.removeprefix('sha256:')[:12]}.mar"
-    made = archives.build(shipped_bundle.path, store / name, version="1")
+    made = model_archive.build(shipped_bundle.path, store / name, version="1")
     entry = ledgers.Entry(made.sha256, "1", shipped_bundle.digest, made.settings)
     ledgers.write(store, ledgers.Ledger().stored(name, entry).serving(name))
     return store

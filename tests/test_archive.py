@@ -20,7 +20,7 @@ from handlers.bundle import GOLDEN, RECEIPT, WEIGHTS, Bundle, BundleConfig, seal
 from handlers.calibration import Calibration
 from handlers.preprocessing import Preprocessing
 from handlers.taxonomy import KNOWN_CODES
-from mlflow_tracking.promotion import archive as archives
+from mlflow_tracking.promotion import model_archive
 
 
 @pytest.fixture
@@ -38,24 +38,24 @@ def bundle(tmp_path) -> Bundle:
 
 
 @pytest.fixture
-def built(tmp_path, bundle) -> archives.Archive:
-    return archives.build(bundle.path, tmp_path / "one.mar", version="3")
+def built(tmp_path, bundle) -> model_archive.Archive:
+    return model_archive.build(bundle.path, tmp_path / "one.mar", version="3")
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path, bundle, built):
     elsewhere = tmp_path / "elsewhere" / "a_bundle"
     shutil.copytree(bundle.path, elsewhere)
     code = tmp_path / "elsewhere" / "handlers"
-    shutil.copytree(archives.HANDLERS, code)
+    shutil.copytree(model_archive.HANDLERS, code)
     for path in (tmp_path / "elsewhere").rglob("*"):
         os.utime(path, (1, 1))
     (code / "__pycache__").mkdir(exist_ok=True)
     (code / "__pycache__" / "left.pyc").write_bytes(b"from another Python")
     (code / ".DS_Store").write_bytes(b"")
-    again = archives.build(elsewhere, tmp_path / "two.mar", version="3", handlers_folder=code)
+    again = model_archive.build(elsewhere, tmp_path / "two.mar", version="3", handlers_folder=code)
     assert again.path.read_bytes() == built.path.read_bytes()
     assert again.sha256 == built.sha256
-    other = archives.build(bundle.path, tmp_path / "three.mar", version="4")
+    other = model_archive.build(bundle.path, tmp_path / "three.mar", version="4")
     assert other.sha256 != built.sha256
 
 
@@ -79,7 +79,7 @@ print(handlers.__file__, handlers.predictor.__file__, len(own), sep="\\n")
 
 
 def test_its_bundle_verifies(tmp_path, bundle, built):
-    assert Bundle.load(archives.extract_bundle(built.path, tmp_path / "out")).digest == bundle.digest
+    assert Bundle.load(model_archive.extract_bundle(built.path, tmp_path / "out")).digest == bundle.digest
 
 
 def contents(path: Path) -> tuple[dict, dict[str, bytes]]:
@@ -91,12 +91,12 @@ def contents(path: Path) -> tuple[dict, dict[str, bytes]]:
 def test_it_holds_what_torch_model_archiver_would_put_into_it(tmp_path, bundle, built):
     stage, out = tmp_path / "stage", tmp_path / "out"
     out.mkdir()
-    shutil.copytree(archives.HANDLERS, stage / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(model_archive.HANDLERS, stage / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(bundle.path, stage / "bundle")
     command = [
         str(Path(sys.executable).parent / "torch-model-archiver"), "--model-name", "skin_vit", "--version", "3",
-        "--handler", str(archives.HANDLERS / archives.HANDLER), "--extra-files", str(stage),
-        "--config-file", str(archives.MODEL_CONFIG), "--export-path", str(out),
+        "--handler", str(model_archive.HANDLERS / model_archive.HANDLER), "--extra-files", str(stage),
+        "--config-file", str(model_archive.MODEL_CONFIG), "--export-path", str(out),
     ]  # fmt: skip
     # It empties and uses TMPDIR/skin_vit.
     subprocess.run(command, env=os.environ | {"TMPDIR": str(tmp_path)}, check=True, capture_output=True)
@@ -110,7 +110,7 @@ def test_it_holds_what_torch_model_archiver_would_put_into_it(tmp_path, bundle, 
 
 def test_settings_for_torchserve_are_read_from_the_config(built):
     assert built.settings["minWorkers"] == 1
-    assert built.settings.keys() == set(archives.START_SETTINGS)
+    assert built.settings.keys() == set(model_archive.START_SETTINGS)
 
 
 def test_a_failed_build_leaves_the_former_archive(tmp_path, bundle, built, monkeypatch):
@@ -121,19 +121,19 @@ def test_a_failed_build_leaves_the_former_archive(tmp_path, bundle, built, monke
 
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
-        archives.build(bundle.path, built.path, version="9")
+        model_archive.build(bundle.path, built.path, version="9")
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError):
-        archives.build(bundle.path, built.path, version="9", handlers_folder=tmp_path / "nowhere")
+        model_archive.build(bundle.path, built.path, version="9", handlers_folder=tmp_path / "nowhere")
     assert built.path.read_bytes() == before
-    assert archives.clean(tmp_path) == [], "nothing was left"
+    assert model_archive.clean(tmp_path) == [], "nothing was left"
 
 
 def test_the_leftovers_of_a_killed_build_are_removed(tmp_path, bundle, built):
     code = f"""
 import os, shutil
 from pathlib import Path
-from mlflow_tracking.promotion import archive
+from mlflow_tracking.promotion import model_archive
 os.fsync = lambda _: os.kill(os.getpid(), 9)
 archive.build(Path({str(bundle.path)!r}), Path({str(built.path)!r}), version="9")
 """
@@ -141,10 +141,10 @@ archive.build(Path({str(bundle.path)!r}), Path({str(built.path)!r}), version="9"
     left = set(tmp_path.glob(".*"))
     assert left, "killed too early"
     assert contents(built.path)[0]["model"]["modelVersion"] == "3"
-    assert set(archives.clean(tmp_path)) == left
+    assert set(model_archive.clean(tmp_path)) == left
     assert not set(tmp_path.glob(".*"))
     assert built.path.exists()
     (tmp_path / "judgements").mkdir()
     below = tmp_path / "judgements" / ".answers.jsonl.123.tmp"
     below.touch()
-    assert archives.clean(tmp_path) == [below]
+    assert model_archive.clean(tmp_path) == [below]

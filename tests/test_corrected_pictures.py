@@ -13,8 +13,8 @@ from handlers.receipt import CORRECTION, ImageIdentity, image_identities, make_r
 from scripts.retrain import NothingToLearn, joined_manifest, without_seen
 from training.data.corrected_pictures import SHARES, CorrectedPicture, correction_split, with_corrections
 from training.data.data_sets import CORRECTIONS
-from training.data.duplicates import describe, hash_text
 from training.data.manifest import read_manifest, write_manifest
+from training.data.near_duplicates import describe, hash_text
 from training.data.synthetic import draw_lesion
 from training.evaluation.leakage import manifest_receipt
 

@@ -21,7 +21,7 @@ from handlers.taxonomy import CODES
 from mlflow_tracking.classification_metrics import balanced_accuracy
 from mlflow_tracking.promotion.answers import Answers
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
-from mlflow_tracking.promotion.gates import behaviour, identity
+from mlflow_tracking.promotion.gates import identity, robustness
 from mlflow_tracking.promotion.gates.base import Outcome
 from mlflow_tracking.promotion.gates.judge import GATES, Judgement
 from mlflow_tracking.promotion.gates.quality import lower_difference
@@ -223,7 +223,7 @@ def test_large_pictures_are_changed_at_a_smaller_size(case, monkeypatch):
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG", quality=30)
     monkeypatch.setattr(EvaluationSet, "images", lambda self, positions: [buffer.getvalue()] * len(positions))
-    monkeypatch.setattr(behaviour, "metadata_of", lambda *arguments: [{}])
+    monkeypatch.setattr(robustness, "metadata_of", lambda *arguments: [{}])
     monkeypatch.setattr(case.server, "predict", predict)
     monkeypatch.setattr(type(case.candidate), "answers", Answers(np.eye(9)[[1]], np.ones(1)))
     assert case.limit("stress", images=1).evaluate(case.candidate).passed

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.bundle import WEIGHTS, Bundle
-from mlflow_tracking.promotion import archive, backoff, execute, workers
+from mlflow_tracking.promotion import backoff, execute, model_archive, workers
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.audit import AuditLog, Head
@@ -163,7 +163,7 @@ def test_a_changed_bundle_is_refused(first):
 def test_a_full_disk_is_a_failure_with_its_reason(first, monkeypatch):
     promoter = first.promoter()
     with monkeypatch.context() as patch:
-        patch.setattr(execute.archives, "build", full_disk)
+        patch.setattr(model_archive, "build", full_disk)
         assert "No space left on device" in first.deploy("2", promoter).errors[0]
     assert "No space left" in first.registry.tags["2"]["serving.reason"]
     promoter.reconcile()
@@ -325,7 +325,7 @@ def test_pruning_keeps_what_is_needed(tmp_path_factory, data):
     for age, name in enumerate(data.draw(st.permutations(names + foreign))):
         (store / name).touch()
         os.utime(store / name, (age, age))
-    surplus = archive.surplus(store, needed, keep)
+    surplus = model_archive.surplus(store, needed, keep)
     assert not {path.name for path in surplus} & (needed | set(foreign))
     kept = [path for path in store.iterdir() if path.name in set(names) - needed and path not in surplus]
     assert len(kept) == min(keep, len(set(names) - needed))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from handlers.bundle import Bundle, BundleError
-from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion import model_archive
 from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.evaluation_set import CurrentSet, EvaluationSetError
 from mlflow_tracking.promotion.gates.base import Candidate, Outcome
@@ -94,7 +94,7 @@ class GateCheck:
             return replace(kept, version=release.version)
         registered = self.registry.version(release.version)
         with tempfile.TemporaryDirectory() as temporary:
-            bundle = Bundle.read(archives.extract_bundle(self.store / release.archive, Path(temporary)))
+            bundle = Bundle.read(model_archive.extract_bundle(self.store / release.archive, Path(temporary)))
             candidate = Candidate(
                 release,
                 bundle,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from handlers.bundle import Bundle, BundleError
-from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion import model_archive
 from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.check import GateCheck
 from mlflow_tracking.promotion.evaluation_set import CurrentSet
@@ -102,7 +102,7 @@ class Executor:
         needed = {*ledger.loaded, ledger.default, ledger.last_good, *(release.archive for release in desired)}
         for held in actual.loaded.values():
             needed |= {held.release.archive, held.release.digest}  # Observer puts the name of an unknown archive there
-        surplus = [path.name for path in archives.surplus(self.store, needed, keep)]
+        surplus = [path.name for path in model_archive.surplus(self.store, needed, keep)]
         for name in surplus:
             # The ledger comes first: a file that the ledger lacks is pruned later.
             ledgers.write(self.store, ledgers.read(self.store).pruned(name))
@@ -125,7 +125,7 @@ class Executor:
                     f"Version {release.version} was refused because its bundle is not the one that was registered. "
                     f"Its digest is {bundle.digest}, but the version's tag says {release.digest}."
                 )
-            archive = archives.build(bundle.path, self.store / release.archive, version=release.version)
+            archive = model_archive.build(bundle.path, self.store / release.archive, version=release.version)
         entry = Entry(archive.sha256, release.version, release.digest, archive.settings)
         ledgers.write(self.store, ledgers.read(self.store).stored(release.archive, entry))
         return release.archive

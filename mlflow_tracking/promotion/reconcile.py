@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mlflow_tracking.promotion import archive as archives
 from mlflow_tracking.promotion import ledger as ledgers
+from mlflow_tracking.promotion import model_archive
 from mlflow_tracking.promotion.audit import AuditEvents, AuditLog
 from mlflow_tracking.promotion.backoff import Backoff
 from mlflow_tracking.promotion.execute import Executor
@@ -194,7 +194,7 @@ class Reconciler:
             return Pass(Desired(registry_up=False), None, errors=(sentence,))
 
     def _pass(self) -> Pass:
-        archives.clean(self.store)
+        model_archive.clean(self.store)
         errors = self._repair_ledger()
         desired, versions = self._read_desired(errors)
         actual = self._observe(desired, errors)

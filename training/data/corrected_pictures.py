@@ -11,7 +11,7 @@ import pandas as pd
 
 from handlers.receipt import COPY_RADIUS, CORRECTION
 from training.data.data_sets import CORRECTIONS
-from training.data.duplicates import hash_text, read_images
+from training.data.near_duplicates import hash_text, read_images
 
 # Of the pictures that may train a model. A quarter calibrates it, so that its promises hold for them.
 SHARES = {"train": 0.6, "val": 0.15, "calibration": 0.25}

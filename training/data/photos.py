@@ -9,10 +9,10 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from training.data import duplicates
+from training.data import near_duplicates
 from training.data.data_sets import FOLDER, authorities, source_names
-from training.data.duplicates import ImageDigest
 from training.data.image_files import Faults
+from training.data.near_duplicates import ImageDigest
 from training.data.sources import Identifier, SourceImage
 
 SAME_BYTES = "same file as another"
@@ -76,7 +76,7 @@ def merge_copies(described: list[tuple[SourceImage, ImageDigest]], faults: Fault
                 dropped.add(SAME_BYTES, f"{other.path} = {kept.path}")
             else:
                 dropped.add(SAME_ID, f"{other.path} = {kept.path}")
-                if (other_digest.phash ^ digest.phash).bit_count() > duplicates.UNRELATED_BITS:
+                if (other_digest.phash ^ digest.phash).bit_count() > near_duplicates.UNRELATED_BITS:
                     faults.add("same ISIC identifier, different picture", f"{other.path} and {kept.path}")
         images = [image for image, _ in copies]
         photos.append(
@@ -111,7 +111,7 @@ def near_pairs(photos: list[Photo]) -> list[tuple[int, int]]:
         for digest in {digest.sha256: digest for _, digest in photo.copies}.values()
     ]
     owners = [index for index, _ in copies]
-    pairs, correlations = duplicates.near_duplicates(np.stack([digest.thumbnail for _, digest in copies]))
+    pairs, correlations = near_duplicates.find_pairs(np.stack([digest.thumbnail for _, digest in copies]))
     certainty: dict[tuple[int, int], float] = {}
     for (i, j), correlation in zip(pairs.tolist(), correlations.tolist(), strict=True):
         if owners[i] != owners[j]:

@@ -8,13 +8,12 @@ from typing import Any
 import pandas as pd
 
 from handlers.errors import UsageError
-from training.data import duplicates
-from training.data.duplicates import ImageDigest
 from training.data.groups import join_near_duplicates
 from training.data.image_files import Faults
 from training.data.label_tables import DERMOSCOPY
 from training.data.manifest import ManifestError, absolute, fingerprint, write_manifest
 from training.data.manifest_report import make_report, summary
+from training.data.near_duplicates import ImageDigest, hash_text, read_images
 from training.data.photos import (
     Photo,
     augmented_pairs,
@@ -152,7 +151,7 @@ def _dermoscopy(sources: Sources, clinical: bool | None, dropped: Faults) -> lis
 def _read_images(
     images: list[SourceImage], dropped: Faults, workers: int | None, progress: Callable[[int, int], object]
 ) -> list[tuple[SourceImage, ImageDigest]]:
-    results = duplicates.read_images([image.path for image in images], workers, progress)
+    results = read_images([image.path for image in images], workers, progress)
     described = []
     for image, result in zip(images, results, strict=True):
         if isinstance(result, str):
@@ -187,7 +186,7 @@ def _frame(photos: list[Photo], splits: list[str]) -> pd.DataFrame:
                 "site": next((image.site for image in images if image.site), ""),
                 "split": split,
                 "sha256": photo.digest.sha256,
-                "phash": duplicates.hash_text(photo.digest.phash),
+                "phash": hash_text(photo.digest.phash),
             }
         )
     return pd.DataFrame(rows).astype({"age": float})

@@ -22,7 +22,7 @@ from mlflow_tracking.digests import short
 from mlflow_tracking.promotion.champion_comparison import compare
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
 from mlflow_tracking.promotion.gates.base import Candidate, Gate, Outcome, Verdict
-from mlflow_tracking.promotion.gates.behaviour import LatencyGate, StressGate
+from mlflow_tracking.promotion.gates.cost import LatencyGate
 from mlflow_tracking.promotion.gates.identity import (
     GoldenParityGate,
     LeakageGate,
@@ -37,6 +37,7 @@ from mlflow_tracking.promotion.gates.quality import (
     MelanomaSensitivityGate,
     UnknownDetectionGate,
 )
+from mlflow_tracking.promotion.gates.robustness import StressGate
 from mlflow_tracking.promotion.plan import Release
 from mlflow_tracking.registry import RegisteredVersion
 

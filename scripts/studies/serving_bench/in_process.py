@@ -33,7 +33,7 @@ from handlers.prediction import Prediction
 from handlers.predictor import Predictor
 from handlers.serving_graph import serving_module
 from handlers.skin_lesion_handler import SkinLesionHandler
-from mlflow_tracking.promotion import archive
+from mlflow_tracking.promotion import model_archive
 from mlflow_tracking.stack_settings import MODEL_NAME
 
 BATCHES = (1, 8)
@@ -108,12 +108,12 @@ def _draw(picture: tuple[bytes, np.ndarray]) -> bytes:
 
 def _handler(bundle: Bundle, precision: str) -> Callable[[list[dict[str, bytearray]]], list[bytes]]:
     """Return the handler as TorchServe's worker calls it. The call raises HandlerFailed if a picture is rejected."""
-    config = yaml.safe_load(archive.MODEL_CONFIG.read_text())
+    config = yaml.safe_load(model_archive.MODEL_CONFIG.read_text())
     config["handler"]["precision"] = precision
     manifest = {"model": {"modelName": MODEL_NAME, "modelVersion": "1"}}
     handler = SkinLesionHandler()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / archive.BUNDLE_FOLDER).symlink_to(bundle.path.resolve())
+        (Path(folder) / model_archive.BUNDLE_FOLDER).symlink_to(bundle.path.resolve())
         context = Context(MODEL_NAME, folder, manifest, max(BATCHES), None, "0", model_yaml_config=config)
         handler.initialize(context)
 
@@ -156,15 +156,15 @@ def worker_start(bundle: Bundle, precision: str) -> tuple[float, float]:
 
     The first value is an archive's first start, which compiles its code; the second is any later start.
     """
-    config = yaml.safe_load(archive.MODEL_CONFIG.read_text())
+    config = yaml.safe_load(model_archive.MODEL_CONFIG.read_text())
     config["handler"]["precision"] = precision
     env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "PYTHONPATH"))}
     seconds = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        with zipfile.ZipFile(archive.build(bundle.path, Path(temporary) / "a.mar", version="1").path) as file:
+        with zipfile.ZipFile(model_archive.build(bundle.path, Path(temporary) / "a.mar", version="1").path) as file:
             file.extractall(folder)
-        command = [sys.executable, "-c", START, str(folder), json.dumps(config), str(archive.MODEL_CONFIG.parent)]
+        command = [sys.executable, "-c", START, str(folder), json.dumps(config), str(model_archive.MODEL_CONFIG.parent)]
         for _ in range(2):
             process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             if process.returncode:

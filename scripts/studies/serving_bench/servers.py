@@ -14,7 +14,7 @@ import yaml
 
 from handlers.bundle import Bundle
 from handlers.errors import UserError
-from mlflow_tracking.promotion import archive
+from mlflow_tracking.promotion import model_archive
 from mlflow_tracking.stack_settings import MODEL_NAME, ROOT
 from mlflow_tracking.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable
 from scripts import child_processes
@@ -41,12 +41,12 @@ class Server(NamedTuple):
 @contextmanager
 def ours(bundle: Bundle, precision: str, keep: bool = False) -> Iterator[Server]:
     """Run this project's archive with the settings of torchserve/model-config.yaml. `keep` keeps pictures."""
-    config = yaml.safe_load(archive.MODEL_CONFIG.read_text())
+    config = yaml.safe_load(model_archive.MODEL_CONFIG.read_text())
     config["handler"]["precision"] = precision
     with _folder(config) as folder:
         store = folder / "store"
-        archive.build(
-            bundle.path, store / "model.mar", version=VERSION, model_config=folder / archive.MODEL_CONFIG.name
+        model_archive.build(
+            bundle.path, store / "model.mar", version=VERSION, model_config=folder / model_archive.MODEL_CONFIG.name
         )
         with _torchserve(folder, "model.mar", KEEP_DAYS if keep else 0) as server:
             yield server
@@ -64,7 +64,7 @@ def stock(bundle: Bundle) -> Iterator[Server]:
     with _folder(config) as folder:
         command: list[str | Path] = [Path(sys.executable).parent / "torch-model-archiver", "--model-name", MODEL_NAME]
         command += ["--version", VERSION, "--handler", STOCK_HANDLER, "--export-path", folder / "store"]
-        command += ["--config-file", folder / archive.MODEL_CONFIG.name]
+        command += ["--config-file", folder / model_archive.MODEL_CONFIG.name]
         environment = os.environ | {"TMPDIR": str(folder)}  # it works in $TMPDIR/MODEL_NAME, which may be in use
         archiver = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if archiver.returncode:
@@ -78,7 +78,7 @@ def _folder(config: dict[str, object]) -> Iterator[Path]:
     """A folder with a model store and a model-config.yaml. It lies in /tmp, because sockets need a short path."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as temporary:
         (Path(temporary) / "store").mkdir()
-        (Path(temporary) / archive.MODEL_CONFIG.name).write_text(yaml.safe_dump(config))
+        (Path(temporary) / model_archive.MODEL_CONFIG.name).write_text(yaml.safe_dump(config))
         yield Path(temporary)
 
 

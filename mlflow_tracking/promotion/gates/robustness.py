@@ -1,4 +1,4 @@
-"""Behaviour gates: stability under small changes of a picture, and latency."""
+"""The gate of robustness: stability under small changes of a picture."""
 
 import io
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from pydantic import Field
 from handlers.decoding import SHRINK_SIDE, decode
 from mlflow_tracking.promotion.answers import ask, metadata_of
 from mlflow_tracking.promotion.evaluation_set import EvaluationSet
-from mlflow_tracking.promotion.gates.base import Candidate, Gate, SetGate, Verdict
+from mlflow_tracking.promotion.gates.base import Candidate, SetGate, Verdict
 
 
 def _compressed(image: Image.Image) -> Image.Image:
@@ -58,25 +58,6 @@ class StressGate(SetGate):
             f"The worst change is '{worst}' with {flips[worst]:.3f}."
         )
         return self.verdict(share <= self.ceiling, reason, share=share, ceiling=self.ceiling, images=number, **flips)
-
-
-class LatencyGate(Gate):
-    """The 95th percentile of latency over REST, one request at a time on this machine, is within the budget."""
-
-    name: ClassVar[str] = "latency"
-
-    p95_milliseconds: float = Field(1000.0, gt=0)
-    requests: int = Field(30, ge=5)
-
-    def evaluate(self, candidate: Candidate) -> Verdict:
-        """Send the golden pictures in turn."""
-        cases = candidate.bundle.golden()
-        images = [cases[number % len(cases)].image for number in range(self.requests)]
-        candidate.progress(f"version {candidate.release.version} is timed")
-        times = ask(candidate.torchserve, candidate.release, images, parallel=1).milliseconds
-        p50, p95 = np.percentile(times, [50, 95]).tolist()
-        reason = f"95 % of the answers took at most {p95:.0f} ms; the budget is {self.p95_milliseconds:g} ms."
-        return self.verdict(p95 <= self.p95_milliseconds, reason, p50=p50, p95=p95, budget=self.p95_milliseconds)
 
 
 def _png(image: Image.Image) -> bytes:

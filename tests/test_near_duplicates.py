@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from tests.datasets import picture, save, write
-from training.data import duplicates
-from training.data.duplicates import candidate_pairs, near_duplicates, read_image, read_images
+from training.data import near_duplicates
+from training.data.near_duplicates import candidate_pairs, find_pairs, read_image, read_images
 
 
 def pairs_among(tmp_path, images: list[Image.Image], quality: int = 92) -> list[list[int]]:
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.jpg", quality=quality)
     digests = read_images([tmp_path / f"{number}.jpg" for number in range(len(images))])
-    return near_duplicates(np.stack([digest.thumbnail for digest in digests]))[0].tolist()
+    return find_pairs(np.stack([digest.thumbnail for digest in digests]))[0].tolist()
 
 
 def framed(grey: np.ndarray, radius: float) -> Image.Image:
@@ -64,7 +64,7 @@ def test_another_photograph_in_the_same_round_frame(tmp_path, radius):
     pairs = np.array(list(combinations(range(8), 2)))
     with_frame = [(grey - cv2.GaussianBlur(grey, (0, 0), 2.0)).ravel() for grey in thumbnails.astype(np.float32)]
     assert min(np.corrcoef(with_frame[i], with_frame[j])[0, 1] for i, j in pairs) > 0.85
-    details = duplicates._Details(thumbnails, [pairs], np.arange(64))
+    details = near_duplicates._Details(thumbnails, [pairs], np.arange(64))
     assert details.correlations(pairs, 0, 0.15).max() < 0.7
 
 
@@ -84,13 +84,13 @@ def test_candidates_are_all_pairs_within_the_radius(values, changes):
         (i, j)
         for i in range(len(values))
         for j in range(i + 1, len(values))
-        if (values[i] ^ values[j]).bit_count() <= duplicates.HASH_RADIUS
+        if (values[i] ^ values[j]).bit_count() <= near_duplicates.HASH_RADIUS
     ]
     assert [tuple(pair) for pair in pairs.tolist()] == expected
 
 
 def test_candidates_across_blocks(monkeypatch):
-    monkeypatch.setattr(duplicates, "_BLOCK", 7)
+    monkeypatch.setattr(near_duplicates, "_BLOCK", 7)
     values = np.random.default_rng(0).integers(0, 2**64, 300, dtype=np.uint64)
     values[100:140] = values[5]
     pairs = candidate_pairs(values, values)
@@ -100,12 +100,14 @@ def test_candidates_across_blocks(monkeypatch):
 
 def test_flat_pictures_are_no_near_duplicates():
     flat = np.stack([np.full((64, 64), grey, np.uint8) for grey in (0, 0, 200, 255)])
-    assert len(near_duplicates(flat)[0]) == 0
+    assert len(find_pairs(flat)[0]) == 0
 
 
 def test_all_orientations_are_different():
     corner = np.arange(9).reshape(1, 3, 3)
-    assert len({duplicates.orient(corner, number).tobytes() for number in range(duplicates.ORIENTATIONS)}) == 8
+    assert (
+        len({near_duplicates.orient(corner, number).tobytes() for number in range(near_duplicates.ORIENTATIONS)}) == 8
+    )
 
 
 def test_threads_read_the_same_as_one_and_in_order(tmp_path):
@@ -136,7 +138,7 @@ def test_an_interrupt_ends_the_reading(monkeypatch):
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(duplicates, "read_image", slow)
+    monkeypatch.setattr(near_duplicates, "read_image", slow)
     with pytest.raises(KeyboardInterrupt):
         read_images([Path("1.jpg")] * 5000, workers=1, progress=interrupt)
     assert len(read) < 2500  # all 5,000 would take 50 seconds

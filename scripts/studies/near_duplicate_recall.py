@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance
 
 from handlers.decoding import decode
 from mlflow_tracking.command_line import console, progress_bar, run
-from training.data.duplicates import ImageDigest, describe, near_duplicates, read_images
+from training.data.near_duplicates import ImageDigest, describe, find_pairs, read_images
 from training.data.preparation import open_sources
 from training.data.sources import SourceImage
 
@@ -36,7 +36,7 @@ CHANGES: dict[str, tuple[Change, int]] = {
         92,
     ),
 }
-EXAMPLES = ["python scripts/studies/near_duplicates.py data/HAM10000 data/isic9 data/isic2019_csv --copies 500"]
+EXAMPLES = ["python scripts/studies/near_duplicate_recall.py data/HAM10000 data/isic9 data/isic2019_csv --copies 500"]
 
 
 def study(
@@ -61,7 +61,7 @@ def study(
 
 
 def _print_pairs(images: list[SourceImage], thumbnails: NDArray[np.uint8], folders: list[str]) -> None:
-    pairs, _ = near_duplicates(thumbnails)
+    pairs, _ = find_pairs(thumbnails)
     counts: dict[str, Counter[str]] = {folder: Counter() for folder in [*folders, "two folders"]}
     same_id: Counter[str] = Counter()
     for image in images:
@@ -100,7 +100,7 @@ def _print_recall(images: list[SourceImage], thumbnails: NDArray[np.uint8], fold
             members = np.array([index for index, image in enumerate(images) if image.root.name == folder])
             chosen = rng.permutation(members)[:copies]
             changed = [_changed_copy(images[index].path, change, quality) for index in chosen]
-            pairs, _ = near_duplicates(np.concatenate([thumbnails[members], np.stack(changed)]))
+            pairs, _ = find_pairs(np.concatenate([thumbnails[members], np.stack(changed)]))
             position = {int(index): place for place, index in enumerate(members)}
             expected = {(position[int(index)], len(members) + number) for number, index in enumerate(chosen)}
             copied = {tuple(pair) for pair in pairs.tolist() if pair[1] >= len(members)}

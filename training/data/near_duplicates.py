@@ -2,7 +2,7 @@
 
 A copy may be resized, squashed, compressed again, brighter, paler, mirrored or turned by quarters. Another photograph
 of the same lesion is no near-duplicate, and neither is a crop. Candidates come from a perceptual hash. Each is
-confirmed by the fine detail of the skin, without the dark frame around it. `scripts/studies/near_duplicates.py`
+confirmed by the fine detail of the skin, without the dark frame around it. `scripts/studies/near_duplicate_recall.py`
 measures precision and recall; docs/lab-notes.md has the figures.
 """
 
@@ -94,7 +94,7 @@ def read_images(
     return images
 
 
-def near_duplicates(thumbnails: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def find_pairs(thumbnails: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Find all pairs (i < j) of thumbnails (N, 64, 64) that show the same photograph.
 
     Returns:
