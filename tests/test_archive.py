@@ -135,7 +135,7 @@ import os, shutil
 from pathlib import Path
 from mlflow_tracking.promotion import model_archive
 os.fsync = lambda _: os.kill(os.getpid(), 9)
-archive.build(Path({str(bundle.path)!r}), Path({str(built.path)!r}), version="9")
+model_archive.build(Path({str(bundle.path)!r}), Path({str(built.path)!r}), version="9")
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     left = set(tmp_path.glob(".*"))
