@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.layers import Attention, HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
@@ -40,12 +41,13 @@ def build_backbone(
         num_classes: number of logits.
         image_size: input side in pixels; most transformers are built for it.
         pretrained: first weights under timm's names, of the architecture or of the model in PRETRAINED_STEMS.
-        options: keyword arguments for timm, and two of this project. `stem` replaces a vision transformer's patch
+        options: keyword arguments for timm, and three of this project. `stem` replaces a vision transformer's patch
             projection, which helps when training from scratch on little data: "conv" by stride-2 convolutions (Xiao et
             al. 2021, "Early Convolutions Help Transformers See Better"), "resnet" and "efficientnet_lite0" by the
             stages of that network up to the same stride (the hybrid of Dosovitskiy et al. 2021, "An Image is Worth
             16x16 Words"), which are `patch_embed.backbone` and keep timm's names. `head_hidden` are the widths of
-            hidden layers between features and logits, each linear, batch norm, ReLU and dropout.
+            hidden layers between features and logits, each linear, batch norm, ReLU and dropout. `half_turn` makes it
+            a HalfTurn.
         metadata_width: width D of the encoded metadata (handlers.metadata) that `fuse` adds; 0 for none.
 
     Raises:
@@ -60,6 +62,7 @@ def build_backbone(
     if pretrained_cfg.fixed_input_size:  # timm's sign of a model that takes `img_size`
         arguments["img_size"] = image_size
     hidden, stem = arguments.pop("head_hidden", []), arguments.pop("stem", "patch")
+    half_turn = arguments.pop("half_turn", False)
     if stem not in STEMS:
         raise BackboneError(f"stem is {stem!r}: it must be one of {', '.join(STEMS)}.")
     if stem != "patch":
@@ -74,7 +77,38 @@ def build_backbone(
         setattr(backbone, name, _deep_head(backbone.get_classifier(), hidden, arguments.get("drop_rate", 0.0)))
     if metadata_width:
         backbone.metadata_head = MetadataHead(metadata_width, num_classes)
+    if half_turn:  # the class is changed, as a deep copy of the network would keep an exchanged method of the original
+        backbone.__class__ = type(f"HalfTurn{type(backbone).__name__}", (HalfTurn, type(backbone)), {})
     return backbone
+
+
+class HalfTurn:
+    """A timm backbone that looks at each picture twice: in eval mode it averages the last feature maps of both views.
+
+    The second view is the picture turned by 180 degrees. Behind the map stand only an average and a linear layer, so
+    logits and Grad-CAM are averages, too (test-time augmentation).
+    """
+
+    def forward_features(self: Any, images: Tensor) -> Tensor:
+        """Return the feature map (N, C, h, w) or (N, h, w, C) of images (N, 3, S, S)."""
+        if self.training:
+            features: Tensor = super().forward_features(images)  # type: ignore[misc]  # of timm's class
+            return features
+        upright, turned = self.views(images)
+        return (upright + turned) / 2
+
+    def views(self: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the feature maps of the images, and of the turned images, turned back.
+
+        Raises BackboneError if the network's last features are no map.
+        """
+        both = super().forward_features(torch.cat([images, images.flip(2, 3)]))  # type: ignore[misc]
+        upright, turned = both[: images.shape[0]], both[images.shape[0] :]  # torch.export would fix chunk's sizes
+        if turned.ndim != 4:
+            raise BackboneError(
+                f"half_turn needs a convolutional network, but {type(self).__bases__[1].__name__} is none."
+            )
+        return upright, turned.flip((2, 3) if turned.shape[1] == self.num_features else (1, 2))
 
 
 def _create(

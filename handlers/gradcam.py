@@ -25,7 +25,7 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from handlers.backbone import BackboneError, fuse, is_vision_transformer
+from handlers.backbone import BackboneError, HalfTurn, fuse, is_vision_transformer
 
 
 class GradCam(nn.Module):
@@ -33,14 +33,16 @@ class GradCam(nn.Module):
 
     A negative target means the top class. Metadata are encoded (handlers.metadata) or None. They add to the logits, but
     do not change the map, as what they add does not depend on the picture. The map is not negative and not normalised.
-    The features are the input of the backbone's classifier.
+    The features are the input of the backbone's classifier. `map_shift` is how many cells too far down and right the
+    last feature map lies; the map is moved back.
     """
 
     exportable = True
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, map_shift: float = 0.0) -> None:
         super().__init__()
         self.backbone: Any = backbone  # timm's classes have attributes that nn.Module does not declare
+        self.map_shift = map_shift
 
     def _logits(self, features: Tensor, metadata: Tensor | None) -> Tensor:
         return fuse(self.backbone, self.backbone.get_classifier()(features), metadata)
@@ -49,22 +51,36 @@ class GradCam(nn.Module):
         """Return the gradient of the target's logit at the features (N, D)."""
         return F.embedding(_resolve(logits, target), self.backbone.get_classifier().weight)
 
+    def _map(self, weight: Tensor, *views: Tensor) -> Tensor:
+        """Sum the channels of cells (N, h, w, C) by weight (N, C); return the positive part of the views' mean.
+
+        A second view was turned by 180 degrees, so it lies too far up and left.
+        """
+        sums = [torch.einsum("nhwc,nc->nhw", cells, weight) for cells in views]
+        if self.map_shift:
+            shifts = (self.map_shift, -self.map_shift)
+            sums = [moved_back(each, shift) for each, shift in zip(sums, shifts, strict=False)]
+        return torch.relu(torch.stack(sums).mean(0))
+
 
 class PooledGradCam(GradCam):
     """Backbones that average their last feature map, normalise the mean by `norm` if they have one, and classify it."""
 
-    def __init__(self, backbone: nn.Module, norm: nn.LayerNorm | None) -> None:
-        super().__init__(backbone)
+    def __init__(self, backbone: nn.Module, norm: nn.LayerNorm | None, map_shift: float = 0.0) -> None:
+        super().__init__(backbone, map_shift)
         self.norm = norm
 
     def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        activation = self.backbone.forward_features(images)
-        features = self.backbone.forward_head(activation, pre_logits=True)
+        backbone = self.backbone
+        views = backbone.views(images) if isinstance(backbone, HalfTurn) else (backbone.forward_features(images),)
+        activation = torch.stack(views).mean(0)
+        features = backbone.forward_head(activation, pre_logits=True)
         logits = self._logits(features, metadata)
-        cells, gradient = feature_cells(self.backbone, activation), self._row(logits, target)
+        cells, gradient = feature_cells(backbone, activation), self._row(logits, target)
         if self.norm is not None:
             gradient = _layer_norm_backward(gradient, cells.mean((1, 2)), self.norm)
-        return logits, _weighted(cells, gradient / (cells.shape[1] * cells.shape[2])), features
+        weight = gradient / (cells.shape[1] * cells.shape[2])
+        return logits, self._map(weight, *(feature_cells(backbone, view) for view in views)), features
 
 
 class ClassTokenVitGradCam(GradCam):
@@ -115,7 +131,7 @@ class ClassTokenVitGradCam(GradCam):
         mean_at_value = (weights[..., first:].mean(-1, keepdim=True) * output).flatten(1)
         mean_at_key = (at_scores[..., first:].mean(-1, keepdim=True) * query).flatten(1)
         weight = mean_at_value @ value_weight + mean_at_key @ key_weight  # (N, D)
-        return logits, _weighted(feature_cells(vit, normed), weight), features
+        return logits, self._map(weight, feature_cells(vit, normed)), features
 
 
 class TappedBackbone(nn.Module):
@@ -157,8 +173,8 @@ class AutogradGradCam(GradCam):
 
     exportable = False
 
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__(backbone)
+    def __init__(self, backbone: nn.Module, map_shift: float = 0.0) -> None:
+        super().__init__(backbone, map_shift)
         self.tapped = TappedBackbone(backbone)
 
     def forward(self, images: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,17 +199,19 @@ class AutogradGradCam(GradCam):
             (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept[0])
         weight = feature_cells(self.backbone, gradient).mean((1, 2))
         cells = feature_cells(self.backbone, kept[0].detach())
-        return logits.detach(), _weighted(cells, weight), features.detach()
+        return logits.detach(), self._map(weight, cells), features.detach()
 
 
-def grad_cam(backbone: Any, image_size: int) -> GradCam:
+def grad_cam(backbone: Any, image_size: int, map_shift: float = 0.0) -> GradCam:
     """Return the fastest Grad-CAM module that is exact for a backbone in eval mode, by its answers to random images.
+
+    `map_shift` as for GradCam.
 
     Raises:
         BackboneError: the classifier is not one linear layer.
     """
     if isinstance(backbone.get_classifier(), nn.Sequential):  # hidden layers: head_hidden
-        return AutogradGradCam(backbone)
+        return AutogradGradCam(backbone, map_shift)
     if not isinstance(backbone.get_classifier(), nn.Linear):
         raise BackboneError(
             f"{backbone.default_cfg['architecture']} does not end in one linear layer. Choose another architecture."
@@ -206,11 +224,11 @@ def grad_cam(backbone: Any, image_size: int) -> GradCam:
         norms = [module for module in backbone.modules() if isinstance(module, nn.LayerNorm)]
         for norm in [None, *reversed(norms)]:
             if _close(_normalise(mean, norm), features):
-                return PooledGradCam(backbone, norm)
-        reference, target = AutogradGradCam(backbone), torch.zeros(2, dtype=torch.int64)
+                return PooledGradCam(backbone, norm, map_shift)
+        reference, target = AutogradGradCam(backbone, map_shift), torch.zeros(2, dtype=torch.int64)
         expected = reference(images, target)
         if ClassTokenVitGradCam.supports(backbone):
-            candidate = ClassTokenVitGradCam(backbone)
+            candidate = ClassTokenVitGradCam(backbone, map_shift)
             if all(map(_close, candidate(images, target), expected)):
                 return candidate
     return reference
@@ -229,9 +247,18 @@ def feature_cells(backbone: Any, activation: Tensor) -> Tensor:
     return activation[:, prefix:].unflatten(1, (side, side))
 
 
-def _weighted(cells: Tensor, weight: Tensor) -> Tensor:
-    """Return the positive part of the sum of the channels of cells (N, h, w, C) by weight (N, C)."""
-    return torch.relu(torch.einsum("nhwc,nc->nhw", cells, weight))
+def moved_back(maps: Tensor, cells: float) -> Tensor:
+    """Move maps (N, h, w) by a number of cells up and left, with linear interpolation; cells at the edge are repeated.
+
+    A negative number moves them down and right.
+    """
+
+    def weights(count: int) -> Tensor:
+        """Return (count, count): how much of each old cell a new cell takes."""
+        place = (torch.arange(count, dtype=maps.dtype) + cells).clamp(0, count - 1)
+        return (1 - (place[:, None] - torch.arange(count, dtype=maps.dtype)).abs()).clamp(min=0)
+
+    return weights(maps.shape[1]) @ maps @ weights(maps.shape[2]).T
 
 
 def _resolve(logits: Tensor, target: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from handlers.prediction import Prediction
 from handlers.request import Request
 from handlers.runtimes import golden_difference, start_runtime
 from handlers.taxonomy import CODES, UNKNOWN
-from handlers.test_time_augmentation import AveragedOutputs, averaged_outputs
+from handlers.test_time_augmentation import HALF_TURN_VIEWS, VIEWS, AveragedOutputs, averaged_outputs
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,9 @@ class Predictor:
         targets = np.array([classes.index(r.target) if r.target in classes else -1 for r in requests])
         metadata = np.stack([self.config.metadata.encode(r.metadata or {}) for r in requests])
         pictures = [item.pixels for item in accepted]
-        return averaged_outputs(self._run, pictures, [r.tta for r in requests], targets, metadata, lesion_classes)
+        augmented = [request.tta for request in requests]
+        views = HALF_TURN_VIEWS if self.config.options.get("half_turn") else VIEWS
+        return averaged_outputs(self._run, pictures, augmented, targets, metadata, lesion_classes, views)
 
     def _run(self, *inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Run the runtime, one call at a time: parallel calls would swap their answers."""

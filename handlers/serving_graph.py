@@ -24,15 +24,14 @@ LAST_STRIDE = 32  # of those networks, if `output_stride` does not say otherwise
 class ServingModule(nn.Module):
     """A network in eval mode and fp32, from uint8 pixels to logits, Grad-CAM maps and residuals.
 
-    `map_shift` is how many cells too far down and right the network's last feature map lies; the maps are moved back.
+    `map_shift` as for handlers.gradcam.GradCam.
     """
 
     def __init__(
         self, backbone: nn.Module, preprocessing: Preprocessing, weights: Weights, map_shift: float = 0.0
     ) -> None:
         super().__init__()
-        self.map_shift = map_shift
-        self.cam = grad_cam(backbone.eval(), preprocessing.image_size)
+        self.cam = grad_cam(backbone.eval(), preprocessing.image_size, map_shift)
         scale, offset = preprocessing.standardisation
         self.scale, self.offset = (nn.Buffer(torch.tensor(each)[:, None, None]) for each in (scale, offset))
         self.origin, self.basis = (None if t is None else nn.Buffer(t) for t in (weights.origin, weights.basis))
@@ -44,8 +43,6 @@ class ServingModule(nn.Module):
     def forward(self, pixels: Tensor, target: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (N, K), maps (N, h, w) and residuals (N,); arguments as for handlers.runtimes.Runtime."""
         logits, maps, features = self.cam(self.images(pixels), target, metadata)
-        if self.map_shift:
-            maps = moved_back(maps, self.map_shift)
         if self.basis is None:
             return logits, maps, torch.zeros_like(logits[:, 0])
         outside = (features - self.origin) @ self.basis
@@ -59,17 +56,6 @@ def map_shift(options: Mapping[str, Any]) -> float:
     stride = options.get("output_stride", LAST_STRIDE)
     # A cell of a finer grid has its middle further up and left.
     return float(SYMMETRIC_SHIFT - (LAST_STRIDE - stride) / 2) / stride
-
-
-def moved_back(maps: Tensor, cells: float) -> Tensor:
-    """Move maps (N, h, w) by a number of cells up and left, with linear interpolation; the last cells are repeated."""
-
-    def weights(count: int) -> Tensor:
-        """Return (count, count): how much of each old cell a new cell takes."""
-        place = (torch.arange(count, dtype=maps.dtype) + cells).clamp(max=count - 1)
-        return (1 - (place[:, None] - torch.arange(count, dtype=maps.dtype)).abs()).clamp(min=0)
-
-    return weights(maps.shape[1]) @ maps @ weights(maps.shape[2]).T
 
 
 def serving_module(bundle: Bundle) -> ServingModule:

@@ -1,11 +1,12 @@
 """Test-time augmentation: average a model's outputs over a picture and its mirror images."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 VIEWS = (np.s_[:, :], np.s_[:, ::-1], np.s_[::-1, :], np.s_[::-1, ::-1])  # as sent, and its three mirror images
+HALF_TURN_VIEWS = VIEWS[:2]  # handlers.backbone.HalfTurn adds the half turn of each, so the four are complete
 
 
 class AveragedOutputs(NamedTuple):
@@ -24,6 +25,7 @@ def averaged_outputs(
     targets: np.ndarray,
     metadata: np.ndarray,
     lesion_classes: int,
+    views: Sequence[Any] = VIEWS,
 ) -> AveragedOutputs:
     """Run R pictures in one call, averaging logits and residuals over the views of those that are `augmented`.
 
@@ -33,18 +35,19 @@ def averaged_outputs(
     Args:
         run: a runtime (handlers.runtimes.Runtime).
         pictures: uint8 (S, S, 3) each.
-        augmented: True for pictures to be averaged over VIEWS.
+        augmented: True for pictures to be averaged over the views.
         targets: class indices (R,) for the maps; -1 for the top class other than UNK.
         metadata: encoded metadata (R, D).
         lesion_classes: number of classes other than UNK, which come first.
+        views: indices into a picture, of which the first is the picture as sent.
     """
-    views = [
-        [picture[view] for view in (VIEWS if several else VIEWS[:1])]
+    viewed = [
+        [picture[view] for view in (views if several else views[:1])]
         for picture, several in zip(pictures, augmented, strict=True)
     ]
-    counts = [len(of_picture) for of_picture in views]
+    counts = [len(of_picture) for of_picture in viewed]
     starts = np.cumsum([0, *counts[:-1]])
-    rows = np.stack([view for of_picture in views for view in of_picture])
+    rows = np.stack([view for of_picture in viewed for view in of_picture])
     row_logits, row_maps, row_residuals = run(rows, np.repeat(targets, counts), np.repeat(metadata, counts, axis=0))
     logits = np.add.reduceat(row_logits, starts) / np.array(counts)[:, None]
     residuals = np.add.reduceat(row_residuals, starts) / np.array(counts)

@@ -53,3 +53,15 @@ def test_a_network_is_refused_before_data_are_read(tmp_path, architecture, setti
     with pytest.raises(BackboneError, match=reason):
         main(["pretrained=false", *settings], output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "reason"),
+    [
+        ("vit_tiny_patch16_224", {}, "needs a convolutional network, but VisionTransformer is none"),
+        ("resnet18", {"head_hidden": [8]}, "needs a head of one linear layer"),
+    ],
+)
+def test_half_turn_is_refused_where_it_cannot_be_explained(architecture, options, reason):
+    with pytest.raises(BackboneError, match=f"half_turn {reason}"):
+        check_backbone(ModelSettings(architecture=architecture, image_size=64, half_turn=True, **options))

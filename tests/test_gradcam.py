@@ -1,13 +1,15 @@
 """Grad-CAM as forward operations agrees with autograd and with the grad-cam package for every family of backbones."""
 
+import copy
+
 import pytest
 import torch
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from handlers.backbone import BackboneError, SplitAttention, build_backbone, split_attention
-from handlers.gradcam import AutogradGradCam, ClassTokenVitGradCam, PooledGradCam, TappedBackbone, grad_cam
-from handlers.serving_graph import map_shift, moved_back
+from handlers.gradcam import AutogradGradCam, ClassTokenVitGradCam, PooledGradCam, TappedBackbone, grad_cam, moved_back
+from handlers.serving_graph import map_shift
 from tests.models import ARCHITECTURE, OPTIONS, tiny_backbone, tiny_bundle
 from training.config import ModelSettings
 
@@ -36,6 +38,7 @@ CASES = {
     "eva02-class-token": ("eva02_tiny_patch14_224", {**OPTIONS, "global_pool": "token"}, AutogradGradCam, False),
     "beit": ("beit_base_patch16_224", {**OPTIONS, "global_pool": "token"}, AutogradGradCam, False),
     "swin": ("swin_tiny_patch4_window7_224", SWIN, PooledGradCam, False),
+    "swin-half-turn": ("swin_tiny_patch4_window7_224", {**SWIN, "half_turn": True}, PooledGradCam, False),
     "swinv2": ("swinv2_tiny_window8_256", SWIN, PooledGradCam, False),
     "mixer": ("mixer_s32_224", {}, PooledGradCam, False),
     "convnext": ("convnext_tiny", CONVNEXT, PooledGradCam, False),
@@ -48,6 +51,7 @@ CASES = {
     "efficientnetv2_s": ("tf_efficientnetv2_s", SMALL, PooledGradCam, False),
     "efficientnet_lite0": ("tf_efficientnet_lite0", {}, PooledGradCam, False),
     "efficientnet_lite0-stride-16": ("tf_efficientnet_lite0", {"output_stride": 16}, PooledGradCam, False),
+    "efficientnet_lite0-half-turn": ("tf_efficientnet_lite0", {"half_turn": True}, PooledGradCam, False),
     "mobilenetv3": ("mobilenetv3_small_050", {}, AutogradGradCam, False),
     "mobilenetv4": ("mobilenetv4_conv_small_035", {}, AutogradGradCam, False),
     "mobilenetv4-hybrid": ("mobilenetv4_hybrid_medium_075", {}, AutogradGradCam, False),
@@ -97,7 +101,8 @@ def test_agrees_with_autograd_and_with_the_grad_cam_package(case):
     assert len({tuple(values) for values in of_each_class}) > 2
 
 
-@pytest.mark.parametrize("name", ["convnext", "swin"])  # a norm before the classifier, channels last
+# A norm before the classifier, channels last, and two views of each picture.
+@pytest.mark.parametrize("name", ["convnext", "swin", "efficientnet_lite0-half-turn"])
 def test_pooled_networks_are_exported(name, tmp_path):
     architecture, options, _, _ = CASES[name]
     assert tiny_bundle(tmp_path / "bundle", architecture=architecture, options=options).config.runtime == "openvino"
@@ -129,6 +134,31 @@ def test_moving_back_interpolates_and_keeps_the_heat():
     expected[0:2, 2:] = 0.5  # the last column is repeated
     assert torch.allclose(moved_back(maps, 1.5)[0], expected)
     assert torch.allclose(moved_back(maps, 1.0)[0, :3, :3].nonzero(), torch.tensor([[1, 2]]))
+    turned = maps.flip(1, 2)
+    assert torch.equal(moved_back(turned, -1.5), moved_back(maps, 1.5).flip(1, 2))
+
+
+@pytest.mark.parametrize("architecture", ["tf_efficientnet_lite0", "swin_tiny_patch4_window7_224"])
+def test_half_turn_averages_the_picture_and_its_half_turn(architecture):
+    size, images = 64, torch.randn(2, 3, 64, 64)
+    options = SWIN if architecture.startswith("swin") else {"pad_type": ""}
+    both = tiny_backbone(architecture=architecture, options={**options, "half_turn": True}, image_size=size)
+    once = tiny_backbone(architecture=architecture, options=options, image_size=size)
+    once.load_state_dict(both.state_dict())
+    target, turned = torch.tensor([1, 3]), images.flip(2, 3)
+    with torch.no_grad():
+        expected = (once(images) + once(turned)) / 2
+        assert torch.allclose(both(images), expected, atol=1e-5)
+        assert torch.allclose(copy.deepcopy(both)(images), expected, atol=1e-5), "as the averaged weights of training"
+        logits, maps, _ = grad_cam(both, size, 1.4)(images, target)
+        assert torch.allclose(logits, expected, atol=1e-5)
+        assert torch.allclose(grad_cam(both, size, 1.4)(turned, target)[1], maps.flip(1, 2), atol=1e-5)
+        once.train()
+        both.train()
+        torch.manual_seed(0)
+        in_training = both(images)
+        torch.manual_seed(0)
+        assert torch.equal(in_training, once(images))
 
 
 def test_a_backbone_with_two_classifiers_is_refused():

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.bundle import WEIGHTS, Bundle
-from mlflow_tracking.promotion import backoff, execute, model_archive, workers
+from mlflow_tracking.promotion import backoff, model_archive, workers
 from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.answers import AnswerBook
 from mlflow_tracking.promotion.audit import AuditLog, Head

@@ -8,7 +8,7 @@ from torch import nn
 
 from handlers.backbone import BackboneError, build_backbone
 from handlers.errors import UserError
-from handlers.gradcam import grad_cam
+from handlers.gradcam import PooledGradCam, grad_cam
 from training.config import ModelSettings
 
 
@@ -22,13 +22,15 @@ def check_backbone(settings: ModelSettings) -> None:
     if (nearest := nearest_size(settings)) not in (size, None):
         raise BackboneError(f"{name} cannot take images of {size} pixels. Use image_size={nearest}.")
     try:
-        grad_cam(_build(settings, size), size)
+        explainer = grad_cam(_build(settings, size), size)
     except UserError:
         raise
     except Exception as error:  # timm's models fail in many ways
         raise BackboneError(
             f"Grad-CAM cannot explain {name} ({type(error).__name__}: {str(error)[:200]}). Choose another architecture."
         ) from error
+    if settings.half_turn and not isinstance(explainer, PooledGradCam):
+        raise BackboneError("half_turn needs a head of one linear layer. Leave half_turn or head_hidden out.")
 
 
 def _build(settings: ModelSettings, size: int) -> Any:

@@ -90,6 +90,9 @@ class ModelSettings(_Group):
     output_stride: Literal[16, 32] = Field(
         32, description="pixels between the cells of a convolutional network's last feature map, the heatmap's grid"
     )
+    half_turn: bool = Field(
+        False, description="validate and serve by the mean over the picture and its half turn, for twice the work"
+    )
     drop_rate: Probability = Field(0.0, description="dropout before the head, and in its hidden layers")
     drop_path_rate: Probability = Field(0.0, description="stochastic depth")
     metadata: list[Literal["age", "sex", "site"]] = Field([], description="patient data that the model takes as input")
@@ -114,6 +117,7 @@ class ModelSettings(_Group):
             "drop_path_rate": self.drop_path_rate,
             "head_hidden": list(self.head_hidden),
             "stem": self.stem.removeprefix("patch"),
+            "half_turn": self.half_turn,
         }
         padding = {"pad_type": ""} if self.symmetric_padding else {}
         stride = {"output_stride": self.output_stride} if self.output_stride != 32 else {}

@@ -135,7 +135,9 @@ def compare(
     """
     other, shared = Predictor.load(against), rows[unseen].reset_index(drop=True)
     ours = [prediction for prediction, is_shared in zip(predictions, unseen, strict=True) if is_shared]
-    comparison = compare_bundles(shared, ours, predict_rows(other, shared, **options), resamples)
+    others = predict_rows(other, shared, **options)
+    with console.status("Comparing the bundles"):
+        comparison = compare_bundles(shared, ours, others, resamples)
     return {"bundle": other.bundle.digest, "seen": int((~unseen).sum()), **comparison}
 
 
@@ -221,7 +223,8 @@ def main(
         predictor = Predictor.load(bundle)
         unseen = unseen_by_both(rows, bundle, against) if against else None
         predictions = predict_rows(predictor, rows, tta, picture_alone)
-        report = evaluate(rows, predictions, bootstrap)
+        with console.status("Computing the figures and their intervals"):
+            report = evaluate(rows, predictions, bootstrap)
         if against and unseen is not None:
             options = {"tta": tta, "picture_alone": picture_alone}
             report["against"] = compare(rows, predictions, against, unseen, bootstrap, **options)
