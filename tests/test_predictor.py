@@ -119,7 +119,10 @@ def test_a_batch_answers_each_request_as_if_it_were_alone(predictor, sample_imag
     assert together[7].target == "DF"
 
 
-def test_test_time_augmentation_does_not_depend_on_mirroring(predictor, drawn_image):
+@pytest.mark.parametrize("half_turn", [False, True])
+def test_test_time_augmentation_does_not_depend_on_mirroring(tmp_path, bundle, drawn_image, half_turn):
+    network = {"architecture": "resnet18", "options": {"half_turn": True}}
+    predictor = Predictor(tiny_bundle(tmp_path / "turned", graph=False, **network) if half_turn else bundle)
     image = Image.open(io.BytesIO(drawn_image("MEL", 5)))
     answers = []
     for view in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), image.transpose(Image.Transpose.ROTATE_180)):
