@@ -1,4 +1,4 @@
-"""The command line that all commands share: one console, one progress bar, one table, one way to end.
+"""The command line that all commands share: one console, one progress bar, tables, one way to end.
 
 A command is a function with typer's annotations, or a typer app with subcommands. `run` gives it `--help` with its
 examples, prints an error as one sentence, and exits with 0 (done), 1 (failed), 2 (wrong options), 3 (a server is away),
@@ -6,7 +6,7 @@ or 128 + N after signal N.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -84,3 +84,9 @@ def table(title: str, whole: Sequence[str], folded: Sequence[str] = ()) -> Table
     for name in folded:
         grid.add_column(name, overflow="fold")
     return grid
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str | float]]) -> str:
+    """Return a Markdown table without a last line break; fractions get three digits."""
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from streamlit_app.answer_schema import Answer
+from tests import http_stub
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
 
@@ -126,8 +127,7 @@ class FakeTorchServe:
     def __init__(self, port: int = 0) -> None:
         self.reset()
         self._ended = threading.Event()
-        self._httpd = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
-        self._httpd.daemon_threads = True
+        self._httpd = ThreadingHTTPServer(("127.0.0.1", port), http_stub.handler(self._answer, keep_alive=True))
 
     def reset(self) -> None:
         """Return to the behaviour of a new server."""
@@ -189,46 +189,26 @@ class FakeTorchServe:
             return 400, {"error": {"code": "invalid_request", "message": f"This model takes no {min(extra)}."}}
         return 200, answer_for(image, target, self.version, self.takes, details, self.converted)
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                self._send(*((200, {"status": "Healthy"}) if self.path == "/ping" else (404, {})))
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                kind = self.headers["Content-Type"]
-                fields = _form(kind, body) if kind.startswith("multipart/form-data") else {"data": body}
-                image = fields.pop("data")
-                details = {name: value.decode() for name, value in fields.items()}
-                details.pop("picture", None)
-                fake.recorded.append(self.headers.get("X-Record") != "no")
-                self._send(*fake.reply(image, details.pop("target", None), details))
-
-            def _send(self, status: int, body: Any) -> None:
-                content = json.dumps(body).encode()
-                self.send_response(status)
-                if status == 302:
-                    self.send_header("Location", "/ping")
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        return Handler
+    def _answer(self, request: BaseHTTPRequestHandler, body: bytes) -> http_stub.Answer:
+        if request.command == "GET":
+            status, value = (200, {"status": "Healthy"}) if request.path == "/ping" else (404, {})
+        else:
+            kind = request.headers["Content-Type"]
+            fields = _form(kind, body) if kind.startswith("multipart/form-data") else {"data": body}
+            image = fields.pop("data")
+            details = {name: value.decode() for name, value in fields.items()}
+            details.pop("picture", None)
+            self.recorded.append(request.headers.get("X-Record") != "no")
+            status, value = self.reply(image, details.pop("target", None), details)
+        headers = {"Content-Type": "application/json"} | ({"Location": "/ping"} if status == 302 else {})
+        return http_stub.Answer(status, json.dumps(value).encode(), headers)
 
 
 def _torchserve(status: int, kind: str, message: str) -> dict[str, Any]:
     return {"code": status, "type": kind, "message": message}
 
 
-if __name__ == "__main__":  # by hand: python tests/fake_torchserve.py, then TORCHSERVE_URL=… streamlit run …
+if __name__ == "__main__":  # by hand: python -m tests.fake_torchserve, then TORCHSERVE_URL=… streamlit run …
     with FakeTorchServe() as server:
         print(server.url, flush=True)
         time.sleep(86400)

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,12 +24,12 @@ from mlflow_tracking.stack_settings import Settings
 from scripts import child_processes
 from scripts.child_processes import free_ports
 from tests.conftest import ROOT
+from tests.picture_clients import PictureClients
 
 START_SECONDS = 120  # two busy cores
 NOWHERE = "http://127.0.0.1:9"
 # No proxy, and no certificates, which take longer to read than the server takes to answer.
 PLAIN: dict[str, Any] = {"trust_env": False, "verify": False}
-PAUSE = 0.02  # seconds between a client's requests, so that the tested programs get the cores
 
 
 @dataclass
@@ -141,31 +140,6 @@ def variant(bundle: Bundle, folder: Path, golden_shift: float = 0.0, starts: boo
     return seal(out, config)
 
 
-@contextmanager
-def clients(promotion: "Promotion", number: int = 4) -> Iterator[list[list[tuple[int, str]]]]:
-    """Clients that send requests while the block lasts: (status, version or error) of each response, by client."""
-    responses: list[list[tuple[int, str]]] = [[] for _ in range(number)]
-    stop = threading.Event()
-
-    def send(own: list[tuple[int, str]]) -> None:
-        while not stop.wait(PAUSE):
-            try:
-                response = promotion.predict()
-                own.append((response.status_code, response.json().get("model", {}).get("version", response.text)))
-            except httpx.HTTPError as error:
-                own.append((0, repr(error)))
-
-    threads = [threading.Thread(target=send, args=(own,)) for own in responses]
-    for thread in threads:
-        thread.start()
-    try:
-        yield responses
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-
-
 @dataclass
 class Promotion:
     """One TorchServe, its store, and promoters for it."""
@@ -240,6 +214,10 @@ class Promotion:
             timeout=60,
             **PLAIN,
         )
+
+    def clients(self, count: int = 4) -> PictureClients:
+        """Clients that send requests while the block lasts, with pauses so that the tested programs get the cores."""
+        return PictureClients(self.url, self.bundle.golden()[0].image, count, pause=0.02)
 
     def tell(self, path: str, image: bytes, **fields: str) -> httpx.Response:
         """A form with an image and further fields."""

@@ -75,6 +75,13 @@ class RotatedLog:
             self.path.rename(self.path.with_name(f"{self.path.name}.1"))
 
 
+def drain(monitor: Monitor) -> None:
+    """Let the monitor read until nothing is left."""
+    while monitor.step() == 0:
+        pass
+    assert monitor.error == ""
+
+
 def settings_of(state: Path, **values: Any) -> Settings:
     return Settings(_env_file=None, stack_state=state, model_store=state / "store", **values)  # type: ignore[call-arg]
 

@@ -10,7 +10,7 @@ from handlers.kept_images import kept_path
 from monitoring.monitor import Monitor
 from monitoring.review_queue import ReviewQueue
 from monitoring.reviews import READING, NewReading, in_random_share, record_reading
-from tests.monitored_log import NOW, RotatedLog, prediction, settings_of
+from tests.monitored_log import NOW, RotatedLog, drain, prediction, settings_of
 
 SHARE = 0.2
 
@@ -36,8 +36,7 @@ class ReviewedMonitor:
         self.take()
 
     def take(self) -> None:
-        while self.monitor.step() == 0:
-            pass
+        drain(self.monitor)
 
     def answer(self, pictures: Iterable[str], version: str = "1", jpeg: bytes = b"\xff\xd8\xff", **fields: Any) -> None:
         """Predictions with request id VERSION-NAME."""

@@ -8,7 +8,6 @@ import threading
 import time
 from contextlib import suppress
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -17,6 +16,7 @@ import pytest
 from scripts.studies import bench_serving
 from scripts.studies.bench_serving import ServerRow
 from scripts.studies.serving_bench.load import Load, LoadError, form, measure, post
+from tests.http_stub import Answer, serve
 from tests.models import tiny_bundle
 from tests.waiting import eventually
 
@@ -24,69 +24,52 @@ ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, ROOT / "scripts/studies/bench_serving.py", "--clients", "1", "--seconds", "0.2"]
 
 
-class Slow(BaseHTTPRequestHandler):
+class Slow:
     """Answers 200 after 20 ms, one request at a time; 503 once `broken`."""
 
-    protocol_version = "HTTP/1.1"
-    lock = threading.Lock()
-    seen: list[bytes] = []  # noqa: RUF012
+    def __init__(self):
+        self.broken, self.lock, self.seen = False, threading.Lock(), []
 
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+    def answer(self, request, body):
         with self.lock:
             self.seen.append(body)
             time.sleep(0.02)
-        self.send_response(503 if self.server.broken else 200)
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-        self.wfile.write(b"ok")
-
-    def log_message(self, *args):
-        pass
+        return Answer(503 if self.broken else 200, b"ok")
 
 
 @pytest.fixture
 def slow():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    server.daemon_threads = True
-    server.broken = False
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    slow = Slow()
+    with serve(slow.answer) as url:
+        slow.port = int(url.rpartition(":")[2])
+        yield slow
 
 
 def test_load_measures_rate_and_latency(slow):
     """At one request per 20 ms, four clients wait for each other: at most 50 a second, four times the latency."""
     bodies = [form(b"one", "none"), form(b"two", "grid")]
     for clients in (1, 4):
-        load = measure(slow.server_address[1], "/", bodies, clients, 0.5)
+        load = measure(slow.port, "/", bodies, clients, 0.5)
         assert load.clients == clients and load.requests >= 3 * clients
         assert 0 < load.rps <= 51
         assert 20 * clients * 0.9 <= load.p50 <= load.p95
         # Little's law: all clients wait all the time.
         assert load.rps * load.p50 / 1e3 == pytest.approx(clients, rel=0.3)
-    assert set(Slow.seen) == set(bodies)
+    assert set(slow.seen) == set(bodies)
 
 
 def test_no_two_requests_have_the_same_file_if_pictures_are_kept(slow):
-    Slow.seen.clear()
-    measure(slow.server_address[1], "/", [form(b"one", "none"), form(b"two", "grid")], 2, 0.2, new_files=True)
-    assert len(set(Slow.seen)) == len(Slow.seen) > 6
-    assert all(body.endswith(form(b"", "none")[-10:]) for body in Slow.seen)
+    measure(slow.port, "/", [form(b"one", "none"), form(b"two", "grid")], 2, 0.2, new_files=True)
+    assert len(set(slow.seen)) == len(slow.seen) > 6
+    assert all(body.endswith(form(b"", "none")[-10:]) for body in slow.seen)
 
 
 def test_an_error_ends_the_load(slow):
-    port = slow.server_address[1]
     slow.broken = True
     with pytest.raises(LoadError, match="503"):
-        measure(port, "/", [b"x"], 2, 0.2)
-    slow.shutdown()
-    slow.server_close()
+        measure(slow.port, "/", [b"x"], 2, 0.2)
     with pytest.raises(LoadError, match="No response"):
-        post(HTTPConnection("127.0.0.1", port), "/", b"x")
+        post(HTTPConnection("127.0.0.1", 9), "/", b"x")
 
 
 def test_ratios_follow_from_the_figures():

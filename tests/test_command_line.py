@@ -2,14 +2,13 @@
 
 import json
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from handlers.taxonomy import CODES
 from mlflow_tracking import command_line
 from scripts import explain, predict
+from tests.http_stub import Answer, serve
 from tests.models import tiny_bundle
 
 
@@ -82,22 +81,11 @@ def test_predict_ends_with_a_sentence(run, image, options, code, message):
 def test_predict_continues_after_an_answer_without_json(run, image, status, body, suffix, hint):
     """TorchServe answers a too large request with an empty 413. --url may be the whole prediction address."""
 
-    class Server(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status if self.path == "/predictions/skin_vit" else 404)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(request, _):
+        return Answer(status if request.path == "/predictions/skin_vit" else 404, body)
 
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}{suffix}"
-        code, output, _ = run(predict, image, image, "--json", "--url", url)
-        server.shutdown()
+    with serve(answer) as url:
+        code, output, _ = run(predict, image, image, "--json", "--url", url + suffix)
     assert code == 1
     answers = [json.loads(line) for line in output.splitlines()]
     assert [str(status) in answer["error"]["message"] for answer in answers] == [True, True]

@@ -14,9 +14,8 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +24,7 @@ import pytest
 import yaml
 
 from scripts.stack import REGISTER
+from tests.http_stub import Answer, handler, running, serve
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {"handlers", "monitoring", "training", "mlflow_tracking", "streamlit_app", "scripts"}
@@ -292,23 +292,6 @@ def test_damaged_secrets_are_reported_and_replaced(secrets, monkeypatch, capsys,
     assert secrets.main() == 0
 
 
-class Answers(BaseHTTPRequestHandler):
-    """Answers of a service, by path: (status, value)."""
-
-    table: dict[str, tuple[int, object]]
-
-    def do_GET(self) -> None:
-        status, value = self.table.get(self.path, (404, {}))
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps(value).encode())
-
-    def address_string(self) -> str:
-        return "client"  # a unix socket's has no address
-
-    def log_message(self, *_: object) -> None: ...
-
-
 class UnixServer(HTTPServer):
     address_family = socket.AF_UNIX
 
@@ -323,14 +306,16 @@ def answers() -> dict[str, tuple[int, object]]:
 
 @pytest.fixture(params=["tcp", "unix"])
 def server(request, answers, tmp_path) -> Iterator[str]:
-    kind, address = (HTTPServer, ("127.0.0.1", 0)) if request.param == "tcp" else (UnixServer, str(tmp_path / "s"))
-    server = kind(address, type("Handler", (Answers,), {"table": answers}))
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}" if request.param == "tcp" else str(server.server_address)
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    def answer(asked, _) -> Answer:
+        status, value = answers.get(asked.path, (404, {}))
+        return Answer(status, json.dumps(value).encode())
+
+    if request.param == "tcp":
+        with serve(answer) as url:
+            yield url
+    else:
+        with running(UnixServer(str(tmp_path / "s"), handler(answer))):
+            yield str(tmp_path / "s")
 
 
 @pytest.mark.parametrize("server", ["tcp"], indirect=True)

@@ -26,7 +26,7 @@ from mlflow_tracking.registry import CURRENT, EVALUATION_SET
 from streamlit_app.answer_schema import PromoterState
 from streamlit_app.wording import deployment
 from tests.commands import call_script
-from tests.live import NOWHERE, Promotion, clients, variant
+from tests.live import NOWHERE, Promotion, variant
 from tests.models import tiny_bundle
 from tests.waiting import eventually
 from training.data.synthetic import draw_lesion
@@ -170,14 +170,14 @@ def test_a_person_overrules_the_gates_with_a_reason(first, worse):
     assert row["reason"] == "a trial"
     assert row["by"].endswith("with promote.py")
 
-    with clients(first) as answers:
-        eventually(lambda: all(answers))
+    with first.clients() as clients:
+        eventually(lambda: all(clients.versions))
         back = call_script("promote.py", "rollback", **first.env)
-        counts = [len(own) for own in answers]
-        eventually(lambda: all(len(own) > count + 1 for own, count in zip(answers, counts, strict=True)))
-    assert back.returncode == 0, back.stderr
-    assert {response for own in answers for response in own} == {(200, worse), (200, "1")}, "no request is lost"
-    assert {own[-1] for own in answers} == {(200, "1")}
+        assert back.returncode == 0, back.stderr
+        eventually(lambda: all(versions[-1] == "1" for versions in clients.versions))
+        clients.stop()
+    assert set(clients.statuses) == {200}, "no request is lost"
+    assert clients.versions == [[worse, "1"]] * 4
     assert first.served() == "1"
 
 

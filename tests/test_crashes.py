@@ -23,7 +23,7 @@ from mlflow_tracking.promotion import ledger as ledgers
 from mlflow_tracking.promotion.audit import AuditLog
 from mlflow_tracking.registry import Registry
 from tests.conftest import ROOT
-from tests.live import Promotion, clients
+from tests.live import Promotion
 from tests.waiting import eventually
 
 pytest_plugins = ["tests.fixtures_registry"]
@@ -93,7 +93,7 @@ def test_killed_at_a_boundary(doomed, versions, mlflow, victim, action, state):
     second_serves_and_third_is_new(promotion, *versions)
     promotion.registry.set_alias("champion", third)
     process = {"promoter": 0, "torchserve": promotion.server.process.pid, "mlflow": mlflow.process.pid}[victim]
-    with clients(promotion, 1) as [responses]:
+    with promotion.clients(1) as clients:
         done = subprocess.run(
             [sys.executable, "-c", PROMOTER, action, state, str(process)],
             cwd=ROOT, env=os.environ | promotion.env, capture_output=True, text=True, timeout=300, check=False,
@@ -101,7 +101,8 @@ def test_killed_at_a_boundary(doomed, versions, mlflow, victim, action, state):
         assert done.stdout == "reached\n", done.stderr
         assert done.returncode == (-signal.SIGKILL if victim == "promoter" else 0), done.stderr
     if victim != "torchserve":
-        assert {status for status, _ in responses} == {200}, responses
+        clients.stop()
+        assert set(clients.statuses) == {200}, clients.statuses
     else:
         promotion.server.stop_group()
         promotion.server.start()

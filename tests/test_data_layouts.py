@@ -27,31 +27,21 @@ def test_ham10000(tmp_path, build):
     assert frame["age"].isna()["ISIC_0000003"]
 
 
-def test_ham10000_as_dataverse_names_it_and_in_parts(tmp_path, build):
-    data = tmp_path / "dataverse_files"
-    write(data / "HAM10000_metadata", "lesion_id,image_id,dx\nHAM_1,ISIC_0000001,mel\nHAM_2,ISIC_0000002,df\n")
-    save(data / "HAM10000_images_part_1" / "ISIC_0000001.jpg", 1)
-    save(data / "HAM10000_images_part_2" / "ISIC_0000002.jpg", 2)
-    save(data / "HAM10000_segmentations" / "ISIC_0000002_segmentation.png", 3)
-    frame = build(data)
-    assert frame["label"].to_dict() == {"ISIC_0000001": "MEL", "ISIC_0000002": "DF"}
-    assert not build.report["dropped"]
-    assert count(build.report["notes"], "mask or superpixels") == 1
-
-
-def test_the_challenges_test_set_in_the_columns_of_ham10000(tmp_path, build):
-    """As it comes with HAM10000 from Dataverse."""
+def test_ham10000_as_dataverse_names_it_in_parts_with_the_challenges_test_set(tmp_path, build):
     data = tmp_path / "dataverse_files"
     write(data / "HAM10000_metadata", "lesion_id,image_id,dx\nHAM_1,ISIC_0000001,mel\nHAM_2,ISIC_0000002,df\n")
     header = "lesion_id,image_id,dx,dx_type,age,sex,localization,dataset"
     row = "HAMTEST_0000000,ISIC_0034524,nv,follow_up,40.0,female,back,vidir_molemax"
     write(data / "ISIC2018_Task3_Test_GroundTruth.csv", f"{header}\n{row}\n")
     save(data / "HAM10000_images_part_1" / "ISIC_0000001.jpg", 1)
-    save(data / "HAM10000_images_part_1" / "ISIC_0000002.jpg", 2)
-    save(data / "ISIC2018_Task3_Test_Images" / "ISIC_0034524.jpg", 3)
+    save(data / "HAM10000_images_part_2" / "ISIC_0000002.jpg", 2)
+    save(data / "HAM10000_segmentations" / "ISIC_0000002_segmentation.png", 3)
+    save(data / "ISIC2018_Task3_Test_Images" / "ISIC_0034524.jpg", 4)
     frame = build(data)
     assert frame["label"].to_dict() == {"ISIC_0000001": "MEL", "ISIC_0000002": "DF", "ISIC_0034524": "NV"}
     assert frame["split"]["ISIC_0034524"] == "test"
+    assert not build.report["dropped"]
+    assert count(build.report["notes"], "mask or superpixels") == 1
 
 
 def test_isic2019(tmp_path, build):

@@ -9,10 +9,9 @@ import io
 import json
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ import requests
 import yaml
 
 from handlers.errors import ServiceUnavailable, UsageError
+from tests.http_stub import Answer, serve
 from training.data import download as downloads
 from training.data.download import Download, DownloadError, Publisher, RemoteFile, choose, download, fetch, list_files
 
@@ -35,39 +35,20 @@ class Site:
         self.cut: int | None = None
         self.status: dict[str, int] = {}
         self.ranges: list[str | None] = []
-        site = self
+        self.url = ""
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                path = self.path.partition("?")[0]
-                content = site.files.get(path, b"")
-                etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-                asked = self.headers.get("Range")
-                site.ranges.append(asked)
-                if path in site.status or path not in site.files:
-                    self.send_response(site.status.get(path, 404))
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                start = 0
-                if asked and self.headers.get("If-Range") == etag:
-                    start = int(asked.removeprefix("bytes=").rstrip("-"))
-                self.send_response(206 if start else 200)
-                self.send_header("ETag", etag)
-                self.send_header("Content-Length", str(len(content) - start))
-                self.end_headers()
-                body = content[start:]
-                self.wfile.write(body if site.cut is None else body[: site.cut])
-                if site.cut is not None:
-                    self.close_connection = True
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+    def answer(self, request: BaseHTTPRequestHandler, _: bytes) -> Answer:
+        path, asked = request.path.partition("?")[0], request.headers.get("Range")
+        content = self.files.get(path, b"")
+        etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+        self.ranges.append(asked)
+        if path in self.status or path not in self.files:
+            return Answer(self.status.get(path, 404))
+        start = 0
+        if asked and request.headers.get("If-Range") == etag:
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+        body = content[start:]
+        return Answer(206 if start else 200, body[: self.cut], {"ETag": etag, "Content-Length": str(len(body))})
 
     def file(self, path: str = "/a.bin", **known: object) -> RemoteFile:
         return RemoteFile(url=self.url + path, name=path.rpartition("/")[2], **known)
@@ -78,12 +59,8 @@ def site(monkeypatch) -> Iterator[Site]:
     monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(downloads, "CHUNK", 1 << 14)
     site = Site()
-    thread = threading.Thread(target=site.server.serve_forever, args=(0.05,))
-    thread.start()
-    yield site
-    site.server.shutdown()
-    thread.join()
-    site.server.server_close()
+    with serve(site.answer) as site.url:
+        yield site
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from monitoring.summary import summary
 from monitoring.tables import outcomes
 from scripts import load_outcomes
 from tests.commands import invoke
-from tests.monitored_log import NOW, RotatedLog, prediction, settings_of
+from tests.monitored_log import NOW, RotatedLog, drain, prediction, settings_of
 
 
 @pytest.fixture
@@ -25,8 +25,7 @@ def store(tmp_path):
         picture = "a" if name == "d" else name
         log.write(prediction(name, NOW - 60, code, version, image_sha256=picture * 64, flagged=code == "MEL"))
     monitor = Monitor(settings_of(tmp_path))
-    while monitor.step() == 0:
-        pass
+    drain(monitor)
     return monitor.store
 
 
@@ -106,8 +105,7 @@ def test_the_figures_by_sex_age_and_site(tmp_path):
         log.write(prediction(f"{number}", NOW - 60 + number, code, image_sha256=f"{number:064x}", metadata_sent=sent))
     log.write(prediction("24", NOW, "MEL", "2", image_sha256=f"{3:064x}", metadata_sent={}))
     monitor = Monitor(settings_of(tmp_path))
-    while monitor.step() == 0:
-        pass
+    drain(monitor)
     truth = [PictureOutcome(f"{number}", "MEL" if number == 5 else "NV") for number in range(24)]
     record(monitor.store, truth, "lab")
     monitor.store.prune(NOW + DAY)
@@ -134,8 +132,7 @@ def test_the_estimate_is_the_accuracy_of_calibrated_answers(tmp_path):
         answer = dict(zip(CODES, shares.tolist(), strict=True))
         log.write(prediction(str(number), NOW - 60, probabilities=answer, image_sha256=f"{number:064x}"))
     monitor = Monitor(settings_of(tmp_path))
-    while monitor.step() == 0:
-        pass
+    drain(monitor)
     record(monitor.store, truth, "lab")
     body = summary(monitor.store, RealisedPerformance(monitor.store), 1, None, 90 * DAY)["performance"]
     low, high = body["realised"]["intervals_95"]["accuracy"]

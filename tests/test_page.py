@@ -21,7 +21,7 @@ from streamlit_app import charts, heatmap, html_blocks, many_pictures, pictures,
 from streamlit_app.certainty import certainty
 from streamlit_app.client import ServingError
 from streamlit_app.readings import Reading, Upload
-from tests.fake_torchserve import CLASSES, NOWHERE, PICTURE, PROMISES, TAKES, answer_for, parse
+from tests.fake_torchserve import CLASSES, NOWHERE, PICTURE, PROMISES, parse
 
 pytest_plugins = ["tests.fixtures_page"]
 FOLDER = Path(__file__).parent.parent / "streamlit_app"
@@ -221,19 +221,6 @@ class TestApp:
         assert "A heatmap" in text(page)
         assert server.targets == []
 
-    def test_one_picture(self, page, server, jpegs):
-        blocks = read(page, ("lesion.jpg", jpegs[0]))
-        top = answer_for(jpegs[0])["prediction"]["name"]
-        for expected in (
-            f"<h2>{top}", f"Evidence for {top}", "in 90 of 100 cases", "not a diagnosis", "mlflow.example:5001/#/runs/"
-        ):  # fmt: skip
-            assert expected in blocks
-        assert len(page.get("plotly_chart")) == 1
-        assert len(page.get("image")) == 2
-        assert not page.dataframe
-        assert not page.number_input, "this model takes no details"
-        assert server.targets == [None]
-
     def test_examples_are_read_by_one_click_and_called_drawn(self, page, server):
         next(button for button in page.button if button.label == "Drawn nevus").click().run()
         assert '<span class="sl-file">drawn_nevus_not_real.jpg' in text(page)
@@ -251,7 +238,11 @@ class TestApp:
         assert "not real" not in text(page)
 
     def test_bytes_decide_and_not_the_file_name(self, page, jpegs):
-        assert "<b>4</b> read" in read(page, *((name, jpegs[0]) for name in ("a.jfif", "b.JPE", "photo", "d.gif")))
+        files = [(name, jpegs[0]) for name in ("a.jfif", "b.JPE", "photo", "d.gif")]
+        blocks = read(page, *files, (HOSTILE, b"no picture"))
+        assert "<b>4</b> read" in blocks
+        assert "This picture was refused" in blocks
+        assert "<img" not in blocks
 
     def test_a_class_is_requested_once_and_the_slider_sends_nothing(self, page, server, jpegs):
         read(page, ("lesion.jpg", jpegs[0]))
@@ -270,20 +261,6 @@ class TestApp:
         assert "not trained on DF" in text(page)
         assert len(page.get("image")) == 2, "the first heatmap stays"
 
-    def test_many(self, page, jpegs):
-        blocks = read(page, *((f"{number}.jpg", data) for number, data in enumerate(jpegs)))
-        assert list(page.dataframe[0].value["file"]) == ["0.jpg", "1.jpg", "2.jpg"]
-        assert "<b>3</b> read" in blocks
-        assert '<span class="sl-file">0.jpg' in blocks
-        assert [button.label for button in page.get("download_button")] == ["Download as CSV", "Report of all"]
-
-    def test_a_refused_picture_among_others(self, page, jpegs):
-        blocks = read(page, ("good.jpg", jpegs[0]), (HOSTILE, b"no picture"))
-        assert "This picture was refused" in blocks
-        assert "This is not a JPEG or PNG image." in blocks
-        assert '<span class="sl-file">good.jpg' in blocks
-        assert "<img" not in blocks
-
     def test_the_page_shows_what_the_model_server_decoded(self, page, server, monkeypatch):
         """The page decodes no upload: here no decoder could."""
         opened = []
@@ -300,56 +277,12 @@ class TestApp:
         assert "sent no copy" in page.info[0].value
         assert not page.get("image")
 
-    @pytest.mark.parametrize(
-        ("mode", "headline"),
-        [
-            ("no_model", "No model is deployed yet"),
-            ("busy", "The model server is busy"),
-            ("garbage", "The model server sent an unexpected answer"),
-        ],
-    )
-    def test_outage_and_try_again(self, page, server, jpegs, mode, headline):
-        server.mode = mode
-        assert headline in read(page, ("lesion.jpg", jpegs[0]))
-        assert not page.get("image")
-        server.mode = "ok"
-        page.button[0].click().run()
-        assert headline not in text(page)
-        assert "<h2>" in text(page)
-
-    def test_no_model_server(self, page, jpegs, monkeypatch):
-        monkeypatch.setenv("TORCHSERVE_URL", NOWHERE)
-        st.cache_resource.clear()
-        st.cache_data.clear()
-        blocks = read(page, ("lesion.jpg", jpegs[0]))
-        assert "The model server does not answer" in blocks
-        assert "<span>Does not answer</span>" in blocks
-
     def test_a_new_model_between_two_requests(self, page, server, jpegs):
         read(page, ("lesion.jpg", jpegs[0]))
         server.version = "4"
         heat_class(page).set_value("DF").run()
         assert "skin_vit version 4" in text(page)
         assert "Evidence for Dermatofibroma" in text(page)
-
-    def test_patient_details_are_used_for_their_picture(self, page, server, jpegs):
-        server.takes = TAKES
-        before = read(page, ("0.jpg", jpegs[0]), ("1.jpg", jpegs[1]))
-        assert "Fields you leave empty are not used." in before
-        _, sex, site, _ = page.selectbox
-        assert (sex.label, sex.options, site.label) == ("Sex", ["not given", "female", "male"], "Site")
-        page.number_input[0].set_value(71).run()
-        page.selectbox[2].set_value("head/neck").run()
-        assert server.details == [{}, {}, {"age": "71"}, {"age": "71", "site": "head/neck"}], "not for the other"
-        top = answer_for(jpegs[0], takes=TAKES, details=server.details[-1])["prediction"]["name"]
-        assert f"<h2>{top}" in text(page)
-        assert f"Evidence for {top}" in text(page)
-        assert text(page) != before
-        assert (page.number_input[0].value, page.selectbox[2].value) == (71, "head/neck")
-        page.number_input[0].set_value(None).run()
-        page.selectbox[2].set_value("").run()
-        assert text(page) == before
-        assert len(server.details) == 5, "answers are remembered"
 
     def test_too_many(self, page, server):
         read(page, *((f"{number}.jpg", b"\xff\xd8\xff%d" % number) for number in range(52)))

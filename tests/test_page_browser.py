@@ -85,6 +85,9 @@ def test_one_picture(page, server, files):
     answer = answer_for(files["mel"].read_bytes())
     name, code = answer["prediction"]["name"], answer["prediction"]["code"]
     expect(page.locator(".sl-verdict h2")).to_contain_text(name)
+    expect(page.locator(".sl-verdict")).to_contain_text("not a diagnosis")
+    expect(page.get_by_test_id("stDataFrame")).to_have_count(0)
+    expect(page.get_by_role("spinbutton")).to_have_count(0)  # this model takes no details
     for lesion, _, _ in CLASSES.values():
         expect(page.locator(".st-key-bars .ytick").filter(has_text=lesion)).to_have_count(1)
     expect(page.locator(".st-key-bars .ytick").filter(has_text="· malignant")).to_have_count(3)
@@ -160,6 +163,7 @@ def test_many_pictures_and_their_csv(page, files, tmp_path):
     expect(page.locator(".sl-counts")).to_contain_text("3 read")
     expect(page.locator(".sl-counts")).to_contain_text("1 refused")
     expect(page.locator(".sl-problem")).to_contain_text("notes.txt This is not a JPEG or PNG image.")
+    expect(page.get_by_role("button", name="Report of all")).to_be_visible()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download as CSV").click()
     download.value.save_as(tmp_path / "out.csv")
@@ -210,6 +214,7 @@ def test_an_example_and_its_report(page, tmp_path):
 def test_patient_details_stay_with_their_picture(page, server, files):
     server.takes = TAKES
     upload(page, files["mel"], files["nv"])
+    expect(page.get_by_text("Fields you leave empty are not used.")).to_be_visible()
     age = page.get_by_role("spinbutton", name="Age in years")
     age.fill("71")
     age.press("Enter")
@@ -225,8 +230,14 @@ def test_patient_details_stay_with_their_picture(page, server, files):
     open_row(page, 0, "mel.jpg")
     expect(age).to_have_value("71")
     expect(page.locator(".sl-verdict")).to_contain_text(name)
-    assert details in server.details
-    assert len(server.details) == 4, "two pictures, and two details of one of them"
+    assert server.details == [{}, {}, {"age": "71"}, details], "the details of one picture were sent for the other"
+    choose(page, "Sex", "not given")
+    age.fill("")
+    age.press("Enter")
+    name = answer_for(files["mel"].read_bytes(), takes=TAKES)["prediction"]["name"]
+    expect(page.get_by_alt_text(f"Heatmap for {name}")).to_be_visible()
+    expect(page.locator(".sl-verdict")).to_contain_text(name)
+    assert len(server.details) == 4, "an answer was not remembered"
 
 
 def test_the_model_server_decides_about_every_file(page, server, files):
@@ -242,6 +253,9 @@ def test_an_outage_its_end_and_a_removed_picture(page, server, files):
     server.mode = "no_model"
     upload(page, files["mel"])
     expect(page.get_by_role("alert")).to_contain_text("No model is deployed yet")
+    server.mode = "garbage"
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("alert")).to_contain_text("The model server sent an unexpected answer")
     server.mode = "ok"
     page.get_by_role("button", name="Try again").click()
     expect(page.locator(".sl-verdict")).to_be_visible()
@@ -258,6 +272,7 @@ def test_no_model_server_and_started_from_the_root(window, files):
         window.goto(address)
         upload(window, files["mel"])
         expect(window.get_by_role("alert")).to_contain_text("The model server does not answer")
+        expect(window.get_by_text("Does not answer", exact=True)).to_be_attached()
         expect(window.get_by_role("button", name="Try again")).to_be_visible()
         window.goto("about:blank")  # otherwise the page reports the end of its server
 

@@ -119,30 +119,25 @@ def test_realised_performance_is_shown_by_patient_group_with_counts_and_bounds(s
     assert '<th scope="row">&lt;i&gt;</th><td>51</td>' in text
 
 
-def test_an_empty_period_says_what_to_do(shown, tmp_path):
-    with running_monitor(settings_of(tmp_path)) as url:
-        eventually(lambda: MonitorClient(url).summary(1, None))
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, (wording.EMPTY, wording.SERVING_NOTHING)),
+        ({"prediction_log": "off"}, ("Set PREDICTION_LOG to a file to record predictions.",)),
+        ({"monitor_database": "sqlite:////absent/monitor.db"}, ("The monitor&#x27;s database does not answer",)),
+    ],
+    ids=["empty", "log off", "database away"],
+)
+def test_without_figures_it_says_what_to_do(shown, tmp_path, options, words):
+    with running_monitor(settings_of(tmp_path, **options)) as url:
         text = blocks(shown(url))
-    assert wording.EMPTY in text
-    assert wording.SERVING_NOTHING in text
-
-
-def test_a_log_that_is_off_says_how_to_record(shown, tmp_path):
-    with running_monitor(settings_of(tmp_path, prediction_log="off")) as url:
-        eventually(lambda: MonitorClient(url).summary(1, None))
-        assert "Set PREDICTION_LOG to a file to record predictions." in blocks(shown(url))
+    assert all(word in text for word in words)
 
 
 def test_a_monitor_that_is_away_is_a_sentence(shown):
     text = blocks(shown(NOWHERE))
     assert wording.AWAY in text
     assert f"No monitor answers at {NOWHERE}." in text
-
-
-def test_a_database_that_is_away_is_a_sentence(shown, tmp_path):
-    settings = settings_of(tmp_path, monitor_database=f"sqlite:///{tmp_path / 'away' / 'monitor.db'}")
-    with running_monitor(settings) as url:
-        assert "The monitor&#x27;s database does not answer" in blocks(shown(url))
 
 
 def test_another_server_is_no_monitor(fake_server):

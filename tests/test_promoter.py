@@ -32,6 +32,7 @@ from mlflow_tracking.torchserve_client import (
 )
 from scripts import promote, replay
 from scripts.child_processes import free_ports
+from tests import http_stub
 from tests.conftest import Stack
 from tests.processes import running
 from tests.reconcile_world import World
@@ -88,15 +89,12 @@ def test_a_loop_that_is_silent_hangs(promoter, monkeypatch):
     monkeypatch.setattr(service.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(promoter.reconciler, "reconcile", lambda: CALM)
     promoter.reconcile()
-    server = service.http_server(promoter)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
 
     def healthz() -> tuple[int, str]:
         answer = httpx.get(f"http://127.0.0.1:{promoter.settings.promoter_port}/healthz", trust_env=False)
         return answer.status_code, answer.json()["status"]
 
-    try:
+    with http_stub.running(service.http_server(promoter)):
         now[0] += service.ALIVE_SECONDS - 1
         assert healthz() == (200, "ok")
         now[0] += 1
@@ -104,10 +102,6 @@ def test_a_loop_that_is_silent_hangs(promoter, monkeypatch):
         assert promoter.status()["seconds_silent"] == service.ALIVE_SECONDS
         promoter.reconcile()
         assert healthz() == (200, "ok")
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 PROMOTER = """

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from statistics import median
 
@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from scripts.child_processes import free_ports
 from tests.conftest import ROOT
+from tests.http_stub import Answer, handler, running, serve
 from tests.test_containers import script
 from tests.waiting import eventually
 
@@ -44,34 +45,15 @@ class Replica(ThreadingHTTPServer):
         self.running = threading.Event()
         self.running.set()
         self.asked = 0
-        replica = self
+        super().__init__((host, port), handler(self.answer, keep_alive=True))
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def do_OPTIONS(self) -> None:
-                replica.running.wait()
-                self.answer(200 if replica.has_model else 404)
-
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                replica.asked += 1
-                time.sleep(replica.seconds)
-                replica.running.wait()
-                self.answer(replica.status)
-
-            def answer(self, status: int) -> None:
-                body = json.dumps({"replica": replica.server_port, "status": status}).encode()
-                with suppress(OSError):  # the proxy has gone elsewhere
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None: ...
-
-        super().__init__((host, port), Handler)
+    def answer(self, request: BaseHTTPRequestHandler, _: bytes) -> Answer:
+        if is_prediction := request.command == "POST":
+            self.asked += 1
+            time.sleep(self.seconds)
+        self.running.wait()
+        status = self.status if is_prediction else 200 if self.has_model else 404
+        return Answer(status, json.dumps({"replica": self.server_port, "status": status}).encode())
 
     def handle_error(self, *_: object) -> None: ...
 
@@ -81,11 +63,7 @@ def replicas(count: int, host: str = "127.0.0.1") -> Iterator[list[Replica]]:
     servers = [Replica(host) for _ in range(count)]
     with ExitStack() as stack:
         for server in servers:
-            thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-            thread.start()
-            stack.callback(server.server_close)
-            stack.callback(thread.join)
-            stack.callback(server.shutdown)
+            stack.enter_context(running(server))
             stack.callback(server.running.set)
         yield servers
 
@@ -139,27 +117,12 @@ def test_a_replica_that_returns_waits_until_it_is_current(monkeypatch):
         assert listed.update() == sorted(addresses)
 
 
-class Status(BaseHTTPRequestHandler):
-    """A promoter that knows two replicas."""
-
-    def do_GET(self) -> None:
-        known = [{"url": "http://10.0.0.1:8080", "current": True}, {"url": "http://10.0.0.2:8080", "current": False}]
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps({"replicas": known}).encode())
-
-    def log_message(self, *_: object) -> None: ...
-
-
 def test_the_promoter_says_which_replica_is_outdated():
     proxy = script("proxy")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Status) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        assert proxy.outdated_replicas(f"http://127.0.0.1:{server.server_port}") == {("10.0.0.2", 8080)}
-        server.shutdown()
-        thread.join()
-    assert proxy.outdated_replicas(f"http://127.0.0.1:{server.server_port}") == set(), "no server answers"
+    known = [{"url": "http://10.0.0.1:8080", "current": True}, {"url": "http://10.0.0.2:8080", "current": False}]
+    with serve(lambda *_: Answer(body=json.dumps({"replicas": known}).encode())) as url:
+        assert proxy.outdated_replicas(url) == {("10.0.0.2", 8080)}
+    assert proxy.outdated_replicas(url) == set(), "no server answers"
 
 
 @given(st.lists(st.sets(st.integers(1, 20), min_size=1, max_size=8), min_size=1, max_size=5))

@@ -9,10 +9,8 @@
 """
 
 import base64
-import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -29,6 +27,7 @@ from mlflow_tracking.promotion.shared_judgements import SharedJudgements
 from mlflow_tracking.registration import register
 from mlflow_tracking.registry import Registry, RegistryError, RegistryUnavailable
 from tests.commands import call_script
+from tests.http_stub import Answer, serve
 from tests.live import variant
 from training import export
 
@@ -189,23 +188,11 @@ def test_a_server_that_is_away_is_said_soon(mlflow_uri):
 
 def test_a_server_with_a_fault_of_its_own_is_not_taken_for_one_that_is_away():
     """As when the disk of its store is full."""
-
-    class Faulty(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(500)
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Faulty)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        with pytest.raises(RegistryUnavailable, match="answers with errors. Read its log"):
-            Registry(f"http://127.0.0.1:{server.server_port}").versions()
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with (
+        serve(lambda *_: Answer(500)) as url,
+        pytest.raises(RegistryUnavailable, match="answers with errors. Read its log"),
+    ):
+        Registry(url).versions()
 
 
 def test_an_empty_registry_alone_is_given_the_shipped_model(full_bundle, mlflow_uri, first_registration, registry):

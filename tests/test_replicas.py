@@ -122,14 +122,6 @@ def test_without_a_key_each_asks_for_itself_in_its_turn(tmp_path, clock, no_sync
     assert len(fleet.registry.reports) == reports, "they do not replace each other's report in turn"
 
 
-def test_a_refusal_counts_for_all(fleet):
-    for world in fleet.worlds.values():
-        world.torchserve.shift["2"] = 0.3
-    assert fleet.deploy("2")[-1] == ["1"] * 3
-    assert fleet.asked == ["2"]
-    assert all(promoter.backoff.setbacks for promoter in fleet.promoters.values())
-
-
 def forge(fleet: Fleet) -> None:
     """Claim in the registry that version 2 passed."""
     passed = json.loads(fleet.registry.report_files["1"])
@@ -138,12 +130,15 @@ def forge(fleet: Fleet) -> None:
     fleet.registry.tags["2"][SIGNATURE] = fleet.registry.tags["1"][SIGNATURE]
 
 
-def test_a_forged_judgement_counts_for_nothing(fleet):
+@pytest.mark.parametrize("forged", [False, True])
+def test_a_refusal_counts_for_all_and_a_forged_judgement_for_none(fleet, forged):
     for world in fleet.worlds.values():
         world.torchserve.shift["2"] = 0.3
-    forge(fleet)
+    if forged:
+        forge(fleet)
     assert fleet.deploy("2")[-1] == ["1"] * 3
     assert fleet.asked == ["2"]
+    assert all(promoter.backoff.setbacks for promoter in fleet.promoters.values())
 
 
 def test_a_new_replica_takes_the_judgement_on_what_serves(fleet):

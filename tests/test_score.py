@@ -8,10 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
@@ -30,6 +29,7 @@ from scripts.archive_pictures import PictureEntry, SourceFault, list_pictures, r
 from scripts.archive_scoring import ArchiveScoringError, PieceScorer, locked, prepare
 from scripts.archive_summary import summarise
 from tests.conftest import ROOT
+from tests.http_stub import Answer, serve
 from tests.models import tiny_bundle
 from tests.waiting import eventually
 
@@ -156,43 +156,30 @@ def bucket(archive, monkeypatch):
     """An S3 server that serves `archive` as the bucket "b"; the keys in `broken` get a 500."""
     broken: set[str] = set()
 
-    class S3(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            address = urlsplit(self.path)
-            query, key = parse_qs(address.query), address.path.removeprefix("/b").strip("/")
-            code, body = 200, b""
-            if "list-type" in query:
-                keys = sorted(path.relative_to(archive).as_posix() for path in archive.rglob("*") if path.is_file())
-                keys = [name for name in keys if name.startswith(query.get("prefix", [""])[0])]
-                start = int(query.get("continuation-token", ["0"])[0])  # pages of four
-                more = f"<NextContinuationToken>{start + 4}</NextContinuationToken>" if len(keys) > start + 4 else ""
-                entries = "".join(f"<Contents><Key>{name}</Key></Contents>" for name in keys[start : start + 4])
-                text = f"<IsTruncated>{str(bool(more)).lower()}</IsTruncated>{more}{entries}"
-                body = f"<ListBucketResult>{text}</ListBucketResult>".encode()
-            elif key in broken:
-                code = 500
-            elif not (archive / key).is_file():
-                code, body = 404, b"<Error><Code>NoSuchKey</Code></Error>"
-            else:
-                body = (archive / key).read_bytes()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(request: BaseHTTPRequestHandler, _: bytes) -> Answer:
+        address = urlsplit(request.path)
+        query, key = parse_qs(address.query), address.path.removeprefix("/b").strip("/")
+        if "list-type" in query:
+            keys = sorted(path.relative_to(archive).as_posix() for path in archive.rglob("*") if path.is_file())
+            keys = [name for name in keys if name.startswith(query.get("prefix", [""])[0])]
+            start = int(query.get("continuation-token", ["0"])[0])  # pages of four
+            more = f"<NextContinuationToken>{start + 4}</NextContinuationToken>" if len(keys) > start + 4 else ""
+            entries = "".join(f"<Contents><Key>{name}</Key></Contents>" for name in keys[start : start + 4])
+            text = f"<IsTruncated>{str(bool(more)).lower()}</IsTruncated>{more}{entries}"
+            return Answer(body=f"<ListBucketResult>{text}</ListBucketResult>".encode())
+        if key in broken:
+            return Answer(500)
+        if not (archive / key).is_file():
+            return Answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+        return Answer(body=(archive / key).read_bytes())
 
-        def log_message(self, *args) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), S3)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
                         "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     archive_pictures._client.cache_clear()
-    yield broken
-    server.shutdown()
-    server.server_close()
+    with serve(answer) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        yield broken
     archive_pictures._client.cache_clear()
 
 

@@ -1,13 +1,12 @@
 """What training tells MLflow: in which store, also when a server dies or a proxy is set, and of which code."""
 
 import subprocess
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from mlflow_tracking import runs as tracking
 from mlflow_tracking.runs import Tracker, TrackingError, choose_store, code_revision
+from tests.http_stub import Answer, serve
 from training.config import load_config
 
 # MLflow's own models of its database use an option that SQLAlchemy will drop.
@@ -48,22 +47,13 @@ def test_a_dying_server_is_told_once_and_caught_up_with_later(mlflow_store):
 
 
 def test_no_proxy_stands_before_the_server_on_this_machine(tmp_path, monkeypatch):
-    class Well(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Well) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        monkeypatch.setenv("MLFLOW_PORT", str(server.server_port))
+    with serve(lambda *_: Answer()) as url:
+        monkeypatch.setenv("MLFLOW_PORT", url.rpartition(":")[2])
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
         for name in ("NO_PROXY", "no_proxy"):
             monkeypatch.setenv(name, "")
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        assert choose_store(tmp_path) == (f"http://127.0.0.1:{server.server_port}", "")
+        assert choose_store(tmp_path) == (url, "")
 
 
 def test_where_it_logs(tmp_path, monkeypatch):

@@ -167,8 +167,7 @@ def markdown(measured: list[BenchTable], heading: str) -> str:
     """Return the page."""
     text = f"# Serving speed\n\n{heading}\n"
     for table in measured:
-        text += f"\n## {table.title}\n\n| {' | '.join(table.headers)} |\n|{' --- |' * len(table.headers)}\n"
-        text += "".join(f"| {' | '.join(row)} |\n" for row in table.rows)
+        text += f"\n## {table.title}\n\n{command_line.markdown_table(table.headers, table.rows)}\n"
     return text
 
 

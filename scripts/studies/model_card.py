@@ -11,7 +11,7 @@ from handlers.errors import UserError
 from handlers.files import atomic_file
 from handlers.suspicion import DEFAULT_SENSITIVITY
 from handlers.taxonomy import KNOWN_CODES
-from mlflow_tracking.command_line import console, run
+from mlflow_tracking.command_line import console, markdown_table, run
 from mlflow_tracking.stack_settings import SHIPPED
 from scripts.studies import unknowns_report
 from training.config import ROOT
@@ -134,78 +134,69 @@ def _by_class(shares: dict[str, float]) -> list[tuple[str, float]]:
 
 def _figures(test: dict[str, Any]) -> str:
     """Return a row for each figure: value and interval."""
-    lines = ["| figure | value | 95 % interval |", "| --- " * 3 + "|"]
-    for name, key in FIGURES.items():
-        low, high = test["intervals_95"][key]
-        lines.append(f"| {name} | {headline(test)[key]:.3f} | {low:.3f} to {high:.3f} |")
-    return "\n".join(lines)
+    figures, intervals = headline(test), test["intervals_95"]
+    rows = [
+        (name, f"{figures[key]:.3f}", unknowns_report.interval_text(intervals[key])) for name, key in FIGURES.items()
+    ]
+    return markdown_table(("figure", "value", "95 % interval"), rows)
 
 
 def _former(comparison: dict[str, Any]) -> str:
     """Return a row for each figure of this model and the former one on the same pictures."""
-    lines = ["| figure | this model | former model | difference | 95 % interval |", "| --- " * 5 + "|"]
+    rows = []
     for name, key in COMPARED.items():
         row = comparison[key]
         low, high = row["interval_95"]
-        figures = f"{row['value']:.3f} | {row['against']:.3f} | {row['difference']:+.3f}"
-        lines.append(f"| {name} | {figures} | {low:+.3f} to {high:+.3f} |")
-    return "\n".join(lines)
+        rows.append((name, row["value"], row["against"], f"{row['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"))
+    return markdown_table(("figure", "this model", "former model", "difference", "95 % interval"), rows)
 
 
 def _promises(promises: list[dict[str, Any]]) -> str:
     """Return a row for each promise of the alarm, over all sources."""
-    lines = ["| promised sensitivity | sensitivity on test | other lesions flagged |", "| --- " * 3 + "|"]
-    for row in promises:
-        kept = _with_interval(row["sensitivity"], row["sensitivity_95"])
-        price = _with_interval(row["benign_flagged"], row["benign_flagged_95"])
-        lines.append(f"| {row['promised']:.2f} | {kept} | {price} |")
-    return "\n".join(lines)
+    rows = [(f"{row['promised']:.2f}", *_kept_and_price(row)) for row in promises]
+    return markdown_table(("promised sensitivity", "sensitivity on test", "other lesions flagged"), rows)
 
 
 def _alarm_sources(sources: dict[str, Any]) -> str:
     """Return a row for each source: what the default promise keeps there, and its price."""
-    lines = ["| source | malignant lesions | others | sensitivity | others flagged |", "| --- " * 5 + "|"]
+    rows = []
     for source, figures in sources.items():
         row = next(row for row in figures["promises"] if row["promised"] == DEFAULT_SENSITIVITY)
-        kept = _with_interval(row["sensitivity"], row["sensitivity_95"])
-        price = _with_interval(row["benign_flagged"], row["benign_flagged_95"])
-        lines.append(f"| {source} | {figures['lesions']} | {figures['other_lesions']} | {kept} | {price} |")
-    return "\n".join(lines)
+        rows.append((source, figures["lesions"], figures["other_lesions"], *_kept_and_price(row)))
+    return markdown_table(("source", "malignant lesions", "others", "sensitivity", "others flagged"), rows)
+
+
+def _kept_and_price(row: dict[str, Any]) -> list[str]:
+    return [_with_interval(row[key], row[f"{key}_95"]) for key in ("sensitivity", "benign_flagged")]
 
 
 def _sharpness(table: dict[str, Any]) -> str:
-    lines = ["| shorter side in pixels | images | macro AUC | change | balanced accuracy |", "| --- " * 5 + "|"]
-    for side, row in sorted(table.items(), key=lambda item: int(item[0])):
-        figures = f"{row['macro_auc']:.3f} | {row['auc_change']:+.3f} | {row['balanced_accuracy']:.3f}"
-        lines.append(f"| {side} | {row['images']:,} | {figures} |")
-    return "\n".join(lines)
+    rows = [
+        (side, f"{row['images']:,}", row["macro_auc"], f"{row['auc_change']:+.3f}", row["balanced_accuracy"])
+        for side, row in sorted(table.items(), key=lambda item: int(item[0]))
+    ]
+    return markdown_table(("shorter side in pixels", "images", "macro AUC", "change", "balanced accuracy"), rows)
 
 
 def _classes(test: dict[str, Any]) -> str:
-    lines = [f"| class | images | {' | '.join(CLASS_FIGURES)} | recall as served |"]
-    lines.append("| --- " * (3 + len(CLASS_FIGURES)) + "|")
+    rows = []
     for code in KNOWN_CODES:  # JSON files do not promise an order
-        figures = test["per_class"][code]
-        cells = [
-            _with_interval(figures[key], test["per_class_intervals_95"][code][key]) for key in CLASS_FIGURES.values()
-        ]
-        served = test["as_served"]["recall"][code]
-        lines.append(f"| {code} | {figures['support']} | {' | '.join(cells)} | {served:.2f} |")
-    return "\n".join(lines)
+        figures, intervals = test["per_class"][code], test["per_class_intervals_95"][code]
+        cells = [_with_interval(figures[key], intervals[key]) for key in CLASS_FIGURES.values()]
+        rows.append((code, figures["support"], *cells, f"{test['as_served']['recall'][code]:.2f}"))
+    return markdown_table(("class", "images", *CLASS_FIGURES, "recall as served"), rows)
 
 
 def _slices(slices: dict[str, Any]) -> str:
-    names = ("slice", "images", "lesions", "classes", "accuracy", "balanced accuracy", "macro AUC", "ECE")
-    lines = [f"| {' | '.join(names)} | set coverage | set size |", "| --- " * 10 + "|"]
+    head = ["slice", "images", "lesions", "classes", "accuracy", "balanced accuracy", "macro AUC", "ECE"]
+    rows = []
     for column in ("source", "site", "sex", "age"):
-        values = slices[column]
-        for value, entry in sorted(values.items(), key=lambda item: slice_order(column, item[0])):
+        for value, entry in sorted(slices[column].items(), key=lambda item: slice_order(column, item[0])):
             drawn = entry.get("intervals_95", {})
             cells = [_with_interval(entry.get(name), drawn.get(name)) for name in SLICE_METRICS]
             cells += [_with_interval(entry.get(name), None) for name in ("coverage_by_lesion", "mean_set_size")]
-            counts = f"{entry['images']} | {entry['lesions']} | {entry['classes']}"
-            lines.append(f"| {column}: {value} | {counts} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append((f"{column}: {value}", entry["images"], entry["lesions"], entry["classes"], *cells))
+    return markdown_table([*head, "set coverage", "set size"], rows)
 
 
 def _with_interval(value: float | None, interval: list[float] | None, digits: int = 2) -> str:

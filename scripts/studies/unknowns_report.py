@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from handlers.taxonomy import KNOWN_CODES
 from mlflow_tracking import classification_metrics as metrics
+from mlflow_tracking.command_line import markdown_table
 from scripts.studies.detectors import DETECTORS
 
 SERVED = "vim"  # the detector that training/finish.py puts into a bundle
@@ -51,34 +52,30 @@ def markdown(study: dict[str, Any]) -> str:
     """Return the study as Markdown tables. The order does not depend on that of the JSON file."""
     ranked = _ranked(study["means"])
     means = [
-        [f"`{name}`", *(f"{row[key]:.3f}" for key in FIGURES.values()), _span(row["near_auroc_interval_95"])]
+        [f"`{name}`", *(row[key] for key in FIGURES.values()), interval_text(row["near_auroc_interval_95"])]
         for name, row in ranked
     ]
-    lines = _table(["detector", *FIGURES, "95 % interval of near AUROC"], means)
+    tables = [markdown_table(["detector", *FIGURES, "95 % interval of near AUROC"], means)]
     detectors = ("max_softmax", "energy", SERVED)
     rows = []
     for code in filter(study["held_out"].__contains__, KNOWN_CODES):
         table = study["held_out"][code]
         near = (table["detectors"][name]["near"]["auroc"] for name in detectors)
-        span = _span(table["detectors"][SERVED]["near"]["auroc_interval_95"])
+        span = interval_text(table["detectors"][SERVED]["near"]["auroc_interval_95"])
         rows.append((code, f"{table['images']:,}", table["balanced_accuracy"], *near, span))
     head = ["held out", "images", "balanced accuracy of the rest", *(f"near AUROC, `{name}`" for name in detectors)]
     head.append(f"95 % interval, `{SERVED}`")
-    lines += ["", *_table(head, rows)]
+    tables.append(markdown_table(head, rows))
     if study["served"]:
         shown = [
             (kind, row["auroc"], row["fpr_at_95"], row["recall"], row["called_malignant"])
             for kind, row in sorted(study["served"].items())
         ]
         head = ["far pictures, this model as served", "AUROC", "FPR at 95 %", "called UNK", "called malignant"]
-        lines += ["", *_table(head, shown)]
-    return "\n".join(lines) + "\n"
+        tables.append(markdown_table(head, shown))
+    return "\n\n".join(tables) + "\n"
 
 
-def _span(interval: Sequence[float]) -> str:
+def interval_text(interval: Sequence[float]) -> str:
+    """Return an interval in words."""
     return f"{interval[0]:.3f} to {interval[1]:.3f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> list[str]:
-    cells = [[f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells)]

@@ -20,7 +20,7 @@ from handlers.files import write_json
 from handlers.predictor import Predictor
 from handlers.taxonomy import CODES, KNOWN_CODES
 from mlflow_tracking import classification_metrics as metrics
-from mlflow_tracking.command_line import console, progress_bar, run
+from mlflow_tracking.command_line import console, markdown_table, progress_bar, run
 from training.data.manifest import ManifestError, fingerprint
 from training.data.synthetic import draw_lesion
 from training.evaluation.command_options import (
@@ -187,16 +187,13 @@ def _clip(values: NDArray[np.float64]) -> Pixels:
 
 def markdown(table: dict[str, Any]) -> str:
     """Return the figures as a Markdown table."""
-    lines = [
-        "| fault | change of P(MEL) | on melanomas | flips | balanced accuracy |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name in ("none", *FAULTS):  # JSON keeps no order
         row = table[name]
         drop = "" if row["melanoma_drop"] is None else f"{row['melanoma_drop']:+.3f}"
-        figures = f"{row['melanoma_change']:.3f} | {drop} | {row['flips']:.3f} | {row['balanced_accuracy']:.3f}"
-        lines.append(f"| {name} | {figures} |")
-    return "\n".join(lines) + "\n"
+        rows.append((name, row["melanoma_change"], drop, row["flips"], row["balanced_accuracy"]))
+    head = ("fault", "change of P(MEL)", "on melanomas", "flips", "balanced accuracy")
+    return markdown_table(head, rows) + "\n"
 
 
 def main(
