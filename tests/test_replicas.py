@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 from pydantic import TypeAdapter
 
-from mlflow_tracking.promotion import replica_heartbeats
+from mlflow_tracking.promotion import rolling_update
 from mlflow_tracking.promotion.reconcile import Reconciler
-from mlflow_tracking.promotion.replica_heartbeats import serving_counts
+from mlflow_tracking.promotion.rolling_update import serving_counts
 from mlflow_tracking.promotion.shared_judgements import SIGNATURE
 from tests.reconcile_world import Golden, World
 
@@ -43,7 +43,7 @@ class Fleet:
     def start(self, name: str) -> Reconciler:
         world = self.worlds[name]
         world.registry = self.registry
-        shared = replica_heartbeats.SharedReplicas(self.registry, name, f"http://{name}:8080")
+        shared = rolling_update.SharedReplicas(self.registry, name, f"http://{name}:8080")
         return world.promoter([self.gate], key=self.key, replicas=shared)
 
     def passes(self, count: int = 1, seconds: float = 1.0) -> list[list[str | None]]:
@@ -68,7 +68,7 @@ class Fleet:
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(replica_heartbeats.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rolling_update.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -98,7 +98,7 @@ def test_a_replica_that_asks_the_gates_for_long_is_not_gone(fleet, monkeypatch):
     run = first.executor.check.run
 
     def long(release, progress, forced):
-        for _ in range(int(2 * replica_heartbeats.SILENT_SECONDS / 10)):
+        for _ in range(int(2 * rolling_update.SILENT_SECONDS / 10)):
             fleet.clock[0] += 10
             progress("a gate")
             second.reconcile()
@@ -158,7 +158,7 @@ def test_a_replica_that_is_gone_holds_up_no_other(fleet, gone):
         fleet.worlds["1"].torchserve.up = False
     else:
         lost = fleet.promoters.pop("1")
-    fleet.deploy("2", passes=5 + int(replica_heartbeats.SILENT_SECONDS))
+    fleet.deploy("2", passes=5 + int(rolling_update.SILENT_SECONDS))
     assert fleet.served == ["1", "2", "2"]
     report = {replica["name"]: replica for replica in fleet.promoters["2"].replicas.report()}
     assert [report[name]["version"] for name in ("2", "10")] == ["2", "2"]
@@ -176,9 +176,9 @@ def test_a_replica_that_returns_with_an_older_version_is_not_current(fleet):
     fleet.worlds["1"].torchserve.up = False
     fleet.deploy("2")
     watcher = fleet.promoters["2"].replicas
-    state = replica_heartbeats.state_of(fleet.promoters["2"].executor.observe(), "http://1:8080")
+    state = rolling_update.state_of(fleet.promoters["2"].executor.observe(), "http://1:8080")
     older = replace(state, serving=fleet.worlds["1"].release("1"), beat=99)
-    fleet.registry.notes["replica.1"] = TypeAdapter(replica_heartbeats.PublishedReplica).dump_json(older).decode()
+    fleet.registry.notes["replica.1"] = TypeAdapter(rolling_update.PublishedReplica).dump_json(older).decode()
     watcher.read()
     assert [replica["current"] for replica in watcher.report()] == [False, True, True]
     assert serving_counts(watcher.report()) == {"1": 1, "2": 2}

@@ -17,7 +17,7 @@ from mlflow_tracking.promotion.locks import lock
 from mlflow_tracking.promotion.observe import AliasWatch, desired_state, release_of
 from mlflow_tracking.promotion.plan import Action, Actual, Desired, NotYet, Refused, Release, Step, StepFailed, plan
 from mlflow_tracking.promotion.registry_outbox import Outbox
-from mlflow_tracking.promotion.replica_heartbeats import SharedReplicas
+from mlflow_tracking.promotion.rolling_update import SharedReplicas
 from mlflow_tracking.registry import RegisteredVersion, Registry, RegistryError, RegistryUnavailable
 from mlflow_tracking.stack_settings import Settings
 from mlflow_tracking.torchserve_client import TorchServe, TorchServeError, TorchServeUnavailable

@@ -20,7 +20,7 @@ from mlflow_tracking.promotion.backoff import Setback
 from mlflow_tracking.promotion.locks import StoreBusy, owned
 from mlflow_tracking.promotion.plan import Actual, Release
 from mlflow_tracking.promotion.reconcile import WAITING_SECONDS, Event, Pass, create_reconciler
-from mlflow_tracking.promotion.replica_heartbeats import serving_counts
+from mlflow_tracking.promotion.rolling_update import serving_counts
 from mlflow_tracking.stack_settings import Settings
 
 log = logging.getLogger("promoter")
