@@ -41,7 +41,8 @@ from training.recipe import make_model
 # Settings that still count when no epoch is left.
 AFTER_EPOCHS = (
     "manifest", "data_dir", "cache_dir", "reference_dir", "image_size", "half_turn", "metadata", "batch_size",
-    "logit_adjustment", "confidence_level", "malignant", "bootstrap", "device", "threads", "output", "name", "experiment",
+    "logit_adjustment", "confidence_level", "malignant", "bootstrap", "device", "threads", "output", "name",
+    "experiment",
 )  # fmt: skip
 
 Reports = dict[str, dict[str, Any]]
