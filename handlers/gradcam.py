@@ -255,8 +255,9 @@ def moved_back(maps: Tensor, cells: float) -> Tensor:
 
     def weights(count: int) -> Tensor:
         """Return (count, count): how much of each old cell a new cell takes."""
-        place = (torch.arange(count, dtype=maps.dtype) + cells).clamp(0, count - 1)
-        return (1 - (place[:, None] - torch.arange(count, dtype=maps.dtype)).abs()).clamp(min=0)
+        old = torch.arange(count, dtype=maps.dtype, device=maps.device)
+        new = (old + cells).clamp(0, count - 1)
+        return (1 - (new[:, None] - old).abs()).clamp(min=0)
 
     return weights(maps.shape[1]) @ maps @ weights(maps.shape[2]).T
 

@@ -136,6 +136,7 @@ def test_moving_back_interpolates_and_keeps_the_heat():
     assert torch.allclose(moved_back(maps, 1.0)[0, :3, :3].nonzero(), torch.tensor([[1, 2]]))
     turned = maps.flip(1, 2)
     assert torch.equal(moved_back(turned, -1.5), moved_back(maps, 1.5).flip(1, 2))
+    assert moved_back(maps.to("meta"), 1.0).device.type == "meta", "as on a GPU"
 
 
 @pytest.mark.parametrize("architecture", ["tf_efficientnet_lite0", "swin_tiny_patch4_window7_224"])
