@@ -85,8 +85,8 @@ def build_backbone(
 class HalfTurn:
     """A timm backbone that looks at each picture twice: in eval mode it averages the last feature maps of both views.
 
-    The second view is the picture turned by 180 degrees. Behind the map stand only an average and a linear layer, so
-    logits and Grad-CAM are averages, too (test-time augmentation).
+    The second view is the picture turned by 180 degrees. Where only an average and a linear layer follow the map, the
+    logits are the mean of those of both views (test-time augmentation).
     """
 
     def forward_features(self: Any, images: Tensor) -> Tensor:

@@ -187,6 +187,13 @@ def test_a_resumed_run_without_epochs_left_keeps_the_settings_that_epochs_read(r
         assert [settings[name] for name in ("epochs", "lr", "seed", "confidence_level")] == [1, 1e-2, 0, 0.8]
 
 
+def test_a_finished_run_can_be_resumed_with_half_turn(manifest, calls, tmp_path):
+    settings = [f"manifest={manifest}", "architecture=test_resnet", "epochs=1"]
+    run(tmp_path / "run", *settings)
+    run(tmp_path / "run", *settings, "half_turn=true", resume=True)
+    assert [args[0].half_turn for name, args in calls if name == "finish"] == [False, True]
+
+
 def test_a_resumed_run_uses_its_new_settings(resumed, calls):
     plain = history(resumed("epochs=2"))
     for change in ("weight_decay=2", "layer_decay=0.5", "optimizer=adam"):
